@@ -1,0 +1,525 @@
+"""What every benchmark script shares: arguments, device, torchrun, progress, checkpoints, results, closing table.
+
+A script is a plain program that asks this file for help:
+
+    import harness                                      # first: makes `reference` and `data_tools` importable
+    run = harness.start(harness.parser(__doc__))
+    for seed in run.seeds:
+        name = f"pit-seed{seed}"
+        if (row := run.recorded(name)) is None:         # None unless finished before an interruption
+            steps = pit.train(model, loader, resume=run.resumed(name))
+            run.drive(name, steps, total=1000)          # progress line, JSONL log, checkpoints, Ctrl-C
+            row = run.record(name, pit.evaluate(model, val_loader))
+    run.finish(rows=[{"claim": "top-1", "paper": 81.0, "this run": row["top1"], "holds": None}])
+
+Training loops are generators that yield one flat dict of numbers per step. `steps.send("state")` makes such a
+generator hand out a snapshot of everything that moves (tensors, numbers, strings, lists, dicts), and the same
+function called with `resume=snapshot` goes on from there.
+
+What a run leaves in its folder (`--out`, by default `runs/<script>`):
+    run.json                    the arguments, to refuse a --resume that changes them
+    <name>.jsonl                one line per step
+    <name>-<step>.rank<r>.pt    the two newest snapshots, removed once <name> is recorded
+    recorded.json               what is finished
+    <script>.json               the results: figures, hardware, versions, seeds, command, wall time
+Every file is written under a temporary name and renamed: a kill at any moment leaves the previous version.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmarks" / "results"
+# Arguments that may differ between a run and its --resume without changing any number.
+FREE_ARGUMENTS = {"resume", "out", "figures", "device", "workers", "record", "checkpoint_seconds"}
+
+
+# ---------------------------------------------------------------- arguments and start
+
+def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"),
+           seeds: int = 1) -> argparse.ArgumentParser:
+    """Arguments common to all scripts. `presets[0]` is the default one, `seeds` the default number of seeds."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--data", type=Path, help="folder of the real data set (default: the embedded synthetic data)")
+    add("--preset", choices=presets, default=presets[0])
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the first accelerator, else cpu)")
+    add("--seed", type=int, default=0, help="first seed")
+    add("--seeds", type=int, default=seeds, help="number of seeds")
+    add("--out", type=Path, help="folder of logs, checkpoints and results (default: runs/<script>)")
+    add("--figures", type=Path, help="folder for pictures")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--amp", choices=("none", "bf16", "fp16"), default="none", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the models")
+    add("--workers", type=int, default=0, help="loader processes")
+    add("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
+    add("--checkpoint-seconds", type=float, default=60.0, help="time between checkpoints (0: every step)")
+    add("--record", nargs="?", const="", metavar="SUFFIX",
+        help="also write benchmarks/results/<script>[-SUFFIX].json")
+    return p
+
+
+def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> "Run":
+    """Parse, pick the device, join the process group under torchrun, open the output folder."""
+    args = arguments.parse_args(argv)
+    if args.seeds < 1:
+        arguments.error(f"--seeds must be at least 1, not {args.seeds}")
+    if args.workers < 0 or args.threads < 0:
+        arguments.error("--workers and --threads must not be negative")
+    if args.data is not None and not args.data.exists():
+        arguments.error(f"--data {args.data}: no such file or folder")
+    try:
+        return Run(args, sys.argv[1:] if argv is None else argv)
+    except OSError as error:
+        arguments.error(f"cannot write the output folder: {error}; choose another with --out")
+    except ValueError as error:
+        arguments.error(str(error))
+
+
+def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
+    if name is not None:
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(file)` into a temporary neighbour of `path`, flushed to disk, then renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_tensors(path: Path, value: dict) -> None:
+    try:
+        write_atomically(path, lambda file: torch.save(value, file))
+    except RuntimeError as error:                             # how torch.save reports a full disk
+        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def plain(value: Any) -> Any:
+    """Tensors, numpy values and paths as what JSON knows; infinities and NaN as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Run:
+    """One run of one script: `args`, `device`, `seeds`, `out`, `figures`, `rank`, `world_size`, `is_main`."""
+
+    def __init__(self, args: argparse.Namespace, argv: list[str]):
+        self.args, self.argv = args, list(argv)
+        self.script = Path(sys.argv[0]).stem
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if self.world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.amp_dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+        self.seeds = list(range(args.seed, args.seed + args.seeds))
+        self.out = args.out or Path("runs") / self.script
+        self.figures = args.figures
+        self.began = time.monotonic()
+        self._wall_before = 0.0
+        self._recorded: dict[str, Any] = {}
+        self._interrupted = False
+        if self.is_main:
+            self._open_folder()
+        self.barrier()
+        sys.excepthook = self._explain_interrupt
+        if args.resume and (self.out / "recorded.json").exists():
+            saved = json.loads((self.out / "recorded.json").read_text())
+            self._recorded, self._wall_before = saved["results"], saved["wall_seconds"]
+
+    def _open_folder(self) -> None:
+        if self.figures is not None:
+            self.figures.mkdir(parents=True, exist_ok=True)
+        settings = {k: plain(v) for k, v in vars(self.args).items() if k not in FREE_ARGUMENTS}
+        description = self.out / "run.json"
+        if self.args.resume:
+            if not description.exists():
+                raise ValueError(f"--resume: no run in {self.out}; start one without --resume, or name its folder with --out")
+            before = json.loads(description.read_text())
+            changed = [f"--{key.replace('_', '-')} was {before.get(key)}, now {value}"
+                       for key, value in settings.items() if before.get(key) != value]
+            if changed:
+                raise ValueError(f"--resume must repeat the run's own arguments: {'; '.join(changed)}")
+            return
+        if any(self.out.glob("*-*.rank*.pt")):                # an unfinished run: keep it, out of the way
+            number = next(n for n in range(1, 10000) if not self.out.with_name(f"{self.out.name}.{n}").exists())
+            aside = self.out.with_name(f"{self.out.name}.{number}")
+            self.out.rename(aside)
+            print(f"an unfinished run was in {self.out}; it is kept in {aside} (--resume would have gone on with it)")
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "recorded.json").unlink(missing_ok=True)
+        write_json(description, settings)
+
+    # ------------------------------------------------------------ many processes
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over all processes (in place)."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def mean(self, metrics: dict[str, float], count: float = 1.0) -> dict[str, float]:
+        """Averages over all processes, each weighted with its `count`; a key named "count" is summed."""
+        if self.world_size == 1:
+            return dict(metrics)
+        names = sorted(metrics)
+        weights = [1.0 if name == "count" else count for name in names]
+        values = torch.tensor([metrics[n] * w for n, w in zip(names, weights)] + [count], dtype=torch.float64)
+        *sums, total = self.sum(values.to(self.device)).tolist()
+        return {name: value if name == "count" else value / total for name, value in zip(names, sums)}
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model on the run's device, compiled if asked, in DistributedDataParallel under torchrun."""
+        model = model.to(self.device)
+        if self.args.compile:
+            model.compile()
+        if self.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return model
+
+    # ------------------------------------------------------------ talking
+
+    def log(self, *text: Any) -> None:
+        if self.is_main:
+            print(*text, flush=True)
+
+    def progress(self, items: Iterable, total: int | None = None, label: str = "") -> Iterator:
+        """Iterate with a progress line (rate, time left)."""
+        line = ProgressLine(label, total if total is not None else _length(items), self.is_main)
+        for done, item in enumerate(items, 1):
+            yield item
+            line.update(done)
+        line.close()
+
+    # ------------------------------------------------------------ training
+
+    def drive(self, name: str, steps: Iterator[dict], total: int | None = None) -> dict:
+        """Run a training generator to its end; returns its last dict.
+
+        Ctrl-C or SIGTERM lets the current step end, saves, prints the command that goes on, and exits with 130.
+        A second Ctrl-C stops at once. Processes of one run look for the signal together, once a second.
+        """
+        _check_name(name)
+        first = self._resumed_step(name)
+        log = open(self.out / f"{name}.jsonl", "a+b") if self.is_main else None
+        if log:
+            log.truncate(_offset_of_line(log, first))         # lines past the checkpoint are written again
+        line = ProgressLine(name, total, self.is_main, first)
+        last, step, saved_at = {}, first, time.monotonic()
+        checked, checked_at, check_at = first, saved_at, first + 1
+        try:
+            with self._catch_signals():
+                for last in steps:
+                    step += 1
+                    if log:
+                        log.write(json.dumps(plain(last)).encode() + b"\n")
+                        line.update(step, last)
+                    if step < check_at:
+                        continue
+                    now = time.monotonic()
+                    interrupted, due, rate = self._agree(
+                        self._interrupted, now - saved_at >= self.args.checkpoint_seconds,
+                        (step - checked) / max(now - checked_at, 1e-3))
+                    checked, checked_at, check_at = step, now, step + 1
+                    if self.world_size > 1 and self.args.checkpoint_seconds >= 1:
+                        check_at = step + max(1, min(int(rate), 2 * (step - first)))
+                    if due or interrupted:
+                        if log:
+                            log.flush()
+                        self._save(name, step, steps.send("state"))
+                        saved_at = time.monotonic()
+                    if interrupted:
+                        line.close()
+                        self.log(f"stopped after step {step} of {name}; everything is saved. To go on:\n  {self.resume_command()}")
+                        self._leave()
+                        sys.exit(130)
+        except OSError as error:
+            raise SystemExit(f"{name}: writing failed after step {step}: {error}. Snapshots in {self.out} are whole; "
+                             f"free space there and run\n  {self.resume_command()}") from error
+        finally:
+            if log:
+                log.close()
+        line.close()
+        return last
+
+    def resumed(self, name: str) -> dict | None:
+        """The newest snapshot of `name` that all processes have; None for a fresh start."""
+        step = self._resumed_step(name)
+        if step == 0:
+            return None
+        path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
+        self.log(f"{name}: going on after step {step}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def _resumed_step(self, name: str) -> int:
+        _check_name(name)
+        if not self.args.resume:
+            return 0
+        steps = [set(_snapshot_steps(self.out, name, rank)) for rank in range(self.world_size)]
+        return max(set.intersection(*steps), default=0)
+
+    def _save(self, name: str, step: int, snapshot: dict) -> None:
+        path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
+        write_tensors(path, snapshot)
+        self._write_recorded()
+        self.barrier()                                        # all ranks have the new one before an old one goes
+        for old in _snapshot_steps(self.out, name, self.rank)[:-2]:
+            (self.out / f"{name}-{old:08d}.rank{self.rank}.pt").unlink(missing_ok=True)
+
+    def _agree(self, *votes: float) -> list[float]:
+        """The largest vote over all processes, so that all stop, save and look again after the same step."""
+        if self.world_size == 1:
+            return list(votes)
+        votes = torch.tensor(votes, dtype=torch.float32, device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return votes.tolist()
+
+    @contextmanager
+    def _catch_signals(self):
+        def note(number, frame):
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _explain_interrupt(self, kind, error, trace):
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, trace)
+        self.log(f"\nstopped. To go on from the last checkpoint:\n  {self.resume_command()}")
+        os._exit(130)                                         # loader workers and peers must not hold the exit
+
+    def resume_command(self) -> str:
+        prefix = ["torchrun", f"--nproc_per_node={self.world_size}"] if self.world_size > 1 else ["python"]
+        extra = [] if "--resume" in self.argv else ["--resume"]
+        return shlex.join([*prefix, sys.argv[0], *self.argv, *extra])
+
+    # ------------------------------------------------------------ results
+
+    def recorded(self, name: str) -> Any | None:
+        """What `record` kept under this name before an interruption (None: not finished)."""
+        return self._recorded.get(name)
+
+    def record(self, name: str, value: Any) -> Any:
+        """Keep a finished part's figures: a resumed run skips it, the results file holds it."""
+        _check_name(name)
+        self._recorded[name] = plain(value)
+        self._write_recorded()
+        self.barrier()
+        for step in _snapshot_steps(self.out, name, self.rank):
+            (self.out / f"{name}-{step:08d}.rank{self.rank}.pt").unlink(missing_ok=True)
+        return self._recorded[name]
+
+    def _write_recorded(self) -> None:
+        if self.is_main:
+            write_json(self.out / "recorded.json", {"results": self._recorded, "wall_seconds": self._wall()})
+
+    def save(self, name: str, value: dict) -> Path:
+        """Keep tensors (trained weights, say) in the run's folder, atomically."""
+        _check_name(name)
+        path = self.out / f"{name}.pt"
+        if self.is_main:
+            write_tensors(path, value)
+        return path
+
+    def finish(self, rows: list[dict], tables: dict[str, list[dict]] | None = None, **more: Any) -> dict:
+        """Print the tables, last the claims (paper / this run / holds?), and write the results."""
+        results = {"script": f"benchmarks/{self.script}.py", "command": self._command(), "seed": self.seeds[0],
+                   "seeds": self.seeds, "date": time.strftime("%Y-%m-%d"), "wall_seconds": round(self._wall(), 1),
+                   "hardware": hardware(self.device), "versions": versions(), "claims": rows,
+                   "tables": tables or {}, "results": self._recorded, **more}
+        if self.is_main:
+            for title, table in (tables or {}).items():
+                print(f"\n{title}\n{format_table(table)}")
+            print(f"\n{format_table([{**row, 'holds': verdict(row.get('holds'))} for row in rows])}", flush=True)
+            write_json(self.out / f"{self.script}.json", results)
+            if self.args.record is not None:
+                suffix = f"-{self.args.record}" if self.args.record else ""
+                RESULTS.mkdir(exist_ok=True)
+                write_json(RESULTS / f"{self.script}{suffix}.json", results)
+        self._leave()
+        return results
+
+    def _wall(self) -> float:
+        return self._wall_before + time.monotonic() - self.began
+
+    def _command(self) -> str:
+        words = [re.sub(r"(^|=)/.*/", r"\1", word) for word in self.argv]      # folders of this machine say nothing
+        launch = f"torchrun --nproc_per_node={self.world_size}" if self.world_size > 1 else "python"
+        return f"{launch} benchmarks/{self.script}.py {shlex.join(words)}".rstrip()
+
+    def _leave(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- small parts
+
+class ProgressLine:
+    """`name 120/700  12.3/s  0:47 left  loss 1.234`: one line kept fresh on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, label: str, total: int | None, active: bool = True, first: int = 0):
+        self.label, self.total, self.active, self.first = label, total, active, first
+        self.began = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.pause, self.done, self.values = (0.2 if self.terminal else 10.0), first, {}
+
+    def update(self, done: int, values: dict | None = None) -> None:
+        self.done, self.values = done, values or {}
+        now = time.monotonic()
+        if self.active and now - self.shown >= self.pause:
+            self.shown = now
+            self._show("\r" if self.terminal else "", "\x1b[K" if self.terminal else "\n")
+
+    def close(self) -> None:
+        if self.active and self.done > self.first:
+            self._show("\r" if self.terminal else "", "\x1b[K\n" if self.terminal else "\n")
+            self.active = False
+
+    def _show(self, before: str, after: str) -> None:
+        elapsed = time.monotonic() - self.began
+        rate = (self.done - self.first) / max(elapsed, 1e-9)
+        left = f"  {_clock((self.total - self.done) / rate)} left" if self.total and rate else ""
+        count = f"{self.done}/{self.total}" if self.total else str(self.done)
+        values = "  ".join(f"{key} {value:.4g}" for key, value in self.values.items()
+                           if isinstance(value, (int, float)) and key != "step")
+        sys.stderr.write(f"{before}{self.label} {count}  {rate:.3g}/s  {_clock(elapsed)}{left}  {values}"[:160] + after)
+        sys.stderr.flush()
+
+
+def format_table(rows: list[dict]) -> str:
+    """A GitHub table of dicts with the same keys; floats with four significant digits."""
+    if not rows:
+        return "(no rows)"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def hardware(device: torch.device) -> dict:
+    names = re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
+    return {"device": str(device), "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
+
+
+def versions() -> dict:
+    try:
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True,
+                                text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "pillow": PIL.__version__, "commit": commit}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def verdict(holds: bool | None) -> str:
+    return "not asserted" if holds is None else "yes" if holds else "NO"
+
+
+def _clock(seconds: float) -> str:
+    seconds = int(seconds)
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _length(items: Iterable) -> int | None:
+    return len(items) if hasattr(items, "__len__") else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.+=-]+", name):
+        raise ValueError(f"name must be made of letters, digits and . + = - _, not {name!r}")
+
+
+def _snapshot_steps(folder: Path, name: str, rank: int) -> list[int]:
+    pattern = re.compile(re.escape(name) + rf"-(\d{{8}})\.rank{rank}\.pt")
+    return sorted(int(m[1]) for m in map(pattern.fullmatch, os.listdir(folder)) if m)
+
+
+def _offset_of_line(file, count: int) -> int:
+    file.seek(0)
+    for _ in range(count):
+        if not file.readline():
+            break
+    return file.tell()

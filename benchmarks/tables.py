@@ -1,0 +1,50 @@
+"""Rewrites README's result tables from the recorded runs: python benchmarks/tables.py [--check]
+
+README holds markers; what stands between them is generated from benchmarks/results/STEM.json:
+
+    <!-- table:STEM:TITLE -->  ...  <!-- /table -->       tables[TITLE] of that file ("claims" for its closing table)
+
+--check changes nothing and fails when README is out of date.
+"""
+
+import argparse
+import json
+import re
+import sys
+
+from harness import RESULTS, ROOT, verdict, format_table
+
+BLOCK = re.compile(r"(<!-- table:([\w.-]+):([^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def render(stem: str, title: str) -> str:
+    """The Markdown of one table of one recorded run, with a line that says where it comes from."""
+    path = RESULTS / f"{stem}.json"
+    if not path.exists():
+        raise SystemExit(f"README.md names {path.relative_to(ROOT)}, which does not exist")
+    run = json.loads(path.read_text(encoding="utf-8"))
+    if title == "claims":
+        rows = [{**row, "holds": verdict(row.get("holds"))} for row in run["claims"]]
+    elif title in run["tables"]:
+        rows = run["tables"][title]
+    else:
+        raise SystemExit(f"{path.name} has no table {title!r}; it has: claims, {', '.join(run['tables'])}")
+    machine = run["hardware"]["gpu"] or f"{run['hardware']['cores']} CPU cores"
+    source = f"`{run['command']}` ({machine}, torch {run['versions']['torch']}, {run['wall_seconds'] / 60:.0f} min)"
+    return f"{format_table(rows)}\n\n{source}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = BLOCK.sub(lambda m: f"{m[1]}{render(m[2], m[3])}{m[4]}", before)
+    if args.check:
+        sys.exit("README.md is out of date: run python benchmarks/tables.py" if after != before else 0)
+    readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

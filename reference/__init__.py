@@ -1,0 +1,1 @@
+"""Reference implementations: one self-contained file per method."""
