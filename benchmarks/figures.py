@@ -1,0 +1,322 @@
+"""Pictures with Pillow: image grids, heat-map overlays, boxes, and charts with axes, ticks and a legend.
+
+    image_grid("grid.png", images, titles=names, columns=8)
+    line_chart("curve.png", {"SGD": (steps, loss), "AdamP": (steps, loss2, error)}, title="Loss", xlabel="step", logy=True)
+    bar_chart("bars.png", ["top-1", "ECE"], {"CAM": [70, 5], "CALM": [69, 3]})
+    chart = Chart((0, 1), (0, 1), title="anything"); chart.line(x, y); chart.text(0.5, 0.5, "here"); chart.save("own.png")
+
+Images are (H, W, 3) or (3, H, W), uint8 or float in [0, 1], arrays or tensors; grey (H, W) is accepted.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#c0392b", "#16858a", "#b8860b", "#555555", "#e377c2", "#7f7f00")
+INK, GRID = "#333333", "#e4e4e4"
+ZOOM = 2                                                      # charts are drawn larger and reduced: smooth lines
+
+
+# ---------------------------------------------------------------- images
+
+def as_image(image) -> np.ndarray:
+    """(H, W, 3) uint8 from any of the accepted forms."""
+    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3):
+        raise ValueError(f"image must be (H, W), (H, W, 3) or (3, H, W), not {array.shape}")
+    if array.dtype == bool or array.dtype.kind == "f":
+        array = (np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1) * 255).round().astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))
+
+
+def heat_colors(heat) -> np.ndarray:
+    """(H, W) values, scaled from their minimum to their maximum, as (H, W, 3) uint8: dark blue over teal to yellow."""
+    heat = np.asarray(heat.detach().cpu() if isinstance(heat, torch.Tensor) else heat, dtype=np.float64)
+    low, high = np.nanmin(heat), np.nanmax(heat)
+    level = np.nan_to_num((heat - low) / (high - low if high > low else 1))
+    stops = np.array([(48, 18, 90), (40, 90, 140), (33, 145, 140), (110, 205, 88), (253, 231, 37)], float)
+    at = np.linspace(0, 1, len(stops))
+    return np.stack([np.interp(level, at, stops[:, c]) for c in range(3)], -1).round().astype(np.uint8)
+
+
+def overlay(image, heat, strength: float = 0.5) -> np.ndarray:
+    """The heat map (any size, enlarged bilinearly) mixed over the image; (H, W, 3) uint8."""
+    image = as_image(image)
+    colors = Image.fromarray(heat_colors(heat)).resize(image.shape[1::-1], Image.BILINEAR)
+    return (image * (1 - strength) + np.asarray(colors) * strength).round().astype(np.uint8)
+
+
+def draw_boxes(image, boxes, colors: Sequence[str] = COLORS, scale: int = 1) -> np.ndarray:
+    """Boxes (N, 4) x0, y0, x1, y1 (upper edges exclusive) outlined on the image, enlarged `scale` times first."""
+    image = as_image(image)
+    picture = Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), Image.NEAREST)
+    pen = ImageDraw.Draw(picture)
+    for number, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4) * scale):
+        if x1 > x0 and y1 > y0:
+            pen.rectangle([x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)], outline=colors[number % len(colors)], width=2)
+    return np.asarray(picture)
+
+
+def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None = None, columns: int = 8,
+               cell: int = 128, gap: int = 6) -> None:
+    """Write the images in rows of `columns`, each enlarged or reduced to `cell` pixels, with a title above each."""
+    if not len(images):
+        raise ValueError("images is empty")
+    columns = min(columns, len(images))
+    head = 18 if titles is not None else 0
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + head) + gap), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for number, image in enumerate(images):
+        picture = Image.fromarray(as_image(image))
+        factor = cell / max(picture.size)
+        size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+        picture = picture.resize(size, Image.NEAREST if factor > 2 else Image.BICUBIC)
+        x, y = gap + number % columns * (cell + gap), gap + number // columns * (cell + gap + head)
+        if titles is not None and number < len(titles):
+            title = str(titles[number])
+            while pen.textlength(title, font=font) > cell and len(title) > 2:
+                title = title[:-2] + "…"
+            pen.text((x, y), title, fill=INK, font=font)
+        canvas.paste(picture, (x, y + head))
+    _write(canvas, path)
+
+
+# ---------------------------------------------------------------- charts
+
+class Chart:
+    """Axes with ticks, a title and a legend; `line`, `points`, `band`, `bar`, `text`, `ellipse` take data coordinates."""
+
+    def __init__(self, xlim: tuple[float, float], ylim: tuple[float, float], *, title: str = "", xlabel: str = "",
+                 ylabel: str = "", logx: bool = False, logy: bool = False, size: tuple[int, int] = (640, 420),
+                 xticks: Sequence[tuple[float, str]] | None = None, yticks: Sequence[tuple[float, str]] | None = None):
+        self.size, self.logs = size, (logx, logy)
+        self.limits = tuple(_limits(limit, log) for limit, log in zip((xlim, ylim), self.logs))
+        self.canvas = Image.new("RGB", (size[0] * ZOOM, size[1] * ZOOM), "white")
+        self.pen = ImageDraw.Draw(self.canvas)
+        self.box = (64, 34 if title else 14, size[0] - 16, size[1] - (50 if xlabel else 32))
+        self.legend: list[tuple[str, str]] = []
+        for value, label in xticks if xticks is not None else _ticks(*self.limits[0], logx):
+            x = self._pixel(value, 0)
+            self._stroke([(x, self.box[1]), (x, self.box[3])], GRID, 1)
+            self._label(x, self.box[3] + 4, label, "ma", 12)
+        for value, label in yticks if yticks is not None else _ticks(*self.limits[1], logy):
+            y = self._pixel(value, 1)
+            self._stroke([(self.box[0], y), (self.box[2], y)], GRID, 1)
+            self._label(self.box[0] - 6, y, label, "rm", 12)
+        self._label((self.box[0] + self.box[2]) / 2, 8, title, "ma", 15)
+        self._label((self.box[0] + self.box[2]) / 2, size[1] - 8, xlabel, "md", 13)
+        if ylabel:
+            font = ImageFont.load_default(13 * ZOOM)
+            tile = Image.new("RGB", (int(font.getlength(ylabel)) + 4, 18 * ZOOM), "white")
+            ImageDraw.Draw(tile).text((0, 0), ylabel, fill=INK, font=font)
+            tile = tile.rotate(90, expand=True)
+            self.canvas.paste(tile, (4, int((self.box[1] + self.box[3]) / 2 * ZOOM - tile.height / 2)))
+        self.frame()
+
+    def frame(self) -> None:
+        x0, y0, x1, y1 = self.box
+        self._stroke([(x0, y0), (x0, y1), (x1, y1)], INK, 1)
+
+    def line(self, x, y, color: str = COLORS[0], label: str = "", width: float = 2, dashed: bool = False) -> None:
+        """A polyline; gaps where a value is not finite (or not positive on a log axis)."""
+        self._remember(label, color)
+        run: list[tuple[float, float]] = []
+        for px, py in [*self._points(x, y), (math.nan, math.nan)]:
+            if math.isfinite(px) and math.isfinite(py):
+                run.append((px, py))
+                continue
+            pieces = _dashes(run) if dashed else [run]
+            for piece in pieces:
+                if len(piece) > 1:
+                    self._stroke(piece, color, width)
+            run = []
+
+    def points(self, x, y, color: str = COLORS[0], label: str = "", radius: float = 3) -> None:
+        self._remember(label, color)
+        for px, py in self._points(x, y):
+            if math.isfinite(px) and math.isfinite(py):
+                self.pen.ellipse([(px - radius) * ZOOM, (py - radius) * ZOOM, (px + radius) * ZOOM, (py + radius) * ZOOM], fill=color)
+
+    def band(self, x, low, high, color: str = COLORS[0]) -> None:
+        """A translucent band between two curves (error bars of a line)."""
+        edge = [p for p in [*self._points(x, low), *reversed(self._points(x, high))] if all(map(math.isfinite, p))]
+        if len(edge) > 2:
+            layer = Image.new("L", self.canvas.size, 0)
+            ImageDraw.Draw(layer).polygon([(px * ZOOM, py * ZOOM) for px, py in edge], fill=50)
+            self.canvas.paste(color, mask=layer)
+
+    def bar(self, x: float, height: float, width: float, color: str = COLORS[0], error: float | None = None, base: float = 0) -> None:
+        if not math.isfinite(height):
+            return
+        (x0, y0), (x1, y1) = self._points([x - width / 2, x + width / 2], [max(base, height), min(base, height)])
+        self.pen.rectangle([x0 * ZOOM, y0 * ZOOM, x1 * ZOOM, y1 * ZOOM], fill=color)
+        if error:
+            self._stroke(self._points([x, x], [height - error, height + error]), INK, 1.5)
+
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: str = COLORS[0], width: float = 1.5) -> None:
+        """An axis-aligned ellipse with half-axes rx, ry in data units."""
+        turn = np.linspace(0, 2 * math.pi, 64)
+        self.line(x + rx * np.cos(turn), y + ry * np.sin(turn), color, width=width)
+
+    def text(self, x: float, y: float, text: str, color: str = INK, anchor: str = "lm") -> None:
+        (px, py), = self._points([x], [y])
+        self._label(px, py, text, anchor, 12, color)
+
+    def save(self, path: str | Path) -> None:
+        """Write PNG, the legend above the plot area's content in the corner that holds the fewest marks."""
+        if self.legend:
+            self._draw_legend()
+        self.frame()
+        _write(self.canvas.resize(self.size, Image.LANCZOS), path)
+
+    def _draw_legend(self) -> None:
+        font = ImageFont.load_default(12 * ZOOM)
+        width = max(font.getlength(label) for label, _ in self.legend) / ZOOM + 36
+        height = 18 * len(self.legend) + 6
+        x0, y0, x1, y1 = self.box
+        corners = [(x1 - width - 6, y0 + 6), (x0 + 8, y0 + 6), (x1 - width - 6, y1 - height - 6), (x0 + 8, y1 - height - 6)]
+        pixels = np.asarray(self.canvas).astype(int)
+        ink = (pixels.max(-1) - pixels.min(-1) > 40) | (pixels.max(-1) < 120)
+        def marks(corner):
+            x, y = (int(v * ZOOM) for v in corner)
+            return ink[max(y, 0):y + int(height * ZOOM), max(x, 0):x + int(width * ZOOM)].sum()
+        x, y = min(corners, key=marks)
+        self.pen.rectangle([x * ZOOM, y * ZOOM, (x + width) * ZOOM, (y + height) * ZOOM], fill="white", outline=GRID, width=ZOOM)
+        for number, (label, color) in enumerate(self.legend):
+            middle = y + 12 + 18 * number
+            self._stroke([(x + 6, middle), (x + 24, middle)], color, 3)
+            self._label(x + 30, middle, label, "lm", 12)
+
+    def _remember(self, label: str, color: str) -> None:
+        if label:
+            self.legend.append((label, color))
+
+    def _pixel(self, value: float, axis: int) -> float:
+        low, high = self.limits[axis]
+        if self.logs[axis]:
+            if not value > 0:
+                return math.nan
+            value, low, high = math.log10(value), math.log10(low), math.log10(high)
+        at = (value - low) / (high - low)
+        at = min(max(at, -0.02), 1.02) if math.isfinite(at) else math.nan     # what lies outside runs along the edge
+        x0, y0, x1, y1 = self.box
+        return x0 + at * (x1 - x0) if axis == 0 else y1 - at * (y1 - y0)
+
+    def _points(self, x, y) -> list[tuple[float, float]]:
+        return [(self._pixel(float(a), 0), self._pixel(float(b), 1)) for a, b in zip(x, y)]
+
+    def _stroke(self, points, color: str, width: float) -> None:
+        self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill=color, width=max(1, round(width * ZOOM)), joint="curve")
+
+    def _label(self, x: float, y: float, text: str, anchor: str, size: int, color: str = INK) -> None:
+        self.pen.text((x * ZOOM, y * ZOOM), text, fill=color, anchor=anchor, font=ImageFont.load_default(size * ZOOM))
+
+
+def line_chart(path: str | Path, series: dict[str, tuple], *, markers: bool = False,
+               xlim: tuple[float, float] | None = None, ylim: tuple[float, float] | None = None, **axes) -> None:
+    """`series`: name -> (x, y) or (x, y, error); the error is drawn as a band. Keywords as for Chart."""
+    series = {name: [np.asarray(v, dtype=float) for v in values] for name, values in series.items()}
+    chart = Chart(xlim or _span([v[0] for v in series.values()], axes.get("logx")),
+                  ylim or _span([v[1] + sign * (v[2] if len(v) > 2 else 0) for v in series.values() for sign in (-1, 1)],
+                                axes.get("logy")), **axes)
+    for color, (name, (x, y, *error)) in zip(_cycle(len(series)), series.items()):
+        if error:
+            chart.band(x, y - error[0], y + error[0], color)
+        chart.line(x, y, color, name)
+        if markers:
+            chart.points(x, y, color)
+    chart.save(path)
+
+
+def scatter_chart(path: str | Path, series: dict[str, tuple], *, radius: float = 3, xlim=None, ylim=None, **axes) -> None:
+    """`series`: name -> (x, y). Keywords as for Chart."""
+    series = {name: [np.asarray(v, dtype=float) for v in values] for name, values in series.items()}
+    chart = Chart(xlim or _span([v[0] for v in series.values()], axes.get("logx")),
+                  ylim or _span([v[1] for v in series.values()], axes.get("logy")), **axes)
+    for color, (name, (x, y)) in zip(_cycle(len(series)), series.items()):
+        chart.points(x, y, color, name, radius)
+    chart.save(path)
+
+
+def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequence], *, ylim=None, **axes) -> None:
+    """Groups of bars: `labels` along x, one bar per series and label; `series`: name -> values or (values, errors)."""
+    split = {name: (v[0], v[1]) if isinstance(v, tuple) else (v, [None] * len(labels)) for name, v in series.items()}
+    if any(len(values) != len(labels) for values, _ in split.values()):
+        raise ValueError(f"each series must have {len(labels)} values, one per label")
+    top = np.array([[v + (e or 0) for v, e in zip(*pair)] for pair in split.values()], dtype=float)
+    bottom = min(0.0, np.nanmin(top))
+    axes.setdefault("xticks", list(enumerate(map(str, labels))))
+    chart = Chart((-0.5, len(labels) - 0.5), ylim or (bottom, np.nanmax(top) * 1.08 or 1.0), **axes)
+    width = 0.8 / len(split)
+    for number, (color, (name, (values, errors))) in enumerate(zip(_cycle(len(split)), split.items())):
+        for at, (value, error) in enumerate(zip(values, errors)):
+            chart.bar(at + (number - (len(split) - 1) / 2) * width, value, width * 0.92, color, error, base=chart.limits[1][0] if ylim else 0)
+        if len(split) > 1:
+            chart._remember(name, color)
+    chart.save(path)
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(count)]
+
+
+def _span(arrays: Sequence[np.ndarray], log: bool | None) -> tuple[float, float]:
+    values = np.concatenate([np.ravel(a) for a in arrays]) if arrays else np.zeros(0)
+    values = values[np.isfinite(values) & ((values > 0) if log else True)]
+    if not len(values):
+        return (0.1, 1.0) if log else (0.0, 1.0)
+    low, high = float(values.min()), float(values.max())
+    if log:
+        return low / 1.1, high * 1.1
+    room = 0.04 * (high - low) or 0.5 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def _limits(limit: tuple[float, float], log: bool) -> tuple[float, float]:
+    low, high = map(float, limit)
+    if not (math.isfinite(low) and math.isfinite(high)) or low >= high or (log and low <= 0):
+        raise ValueError(f"limits must be finite, increasing and positive on a log axis, not {limit}")
+    return low, high
+
+
+def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
+    if log and math.log10(high / low) >= 1:
+        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+        every = max(1, (last - first) // 6)
+        return [(10.0**e, f"1e{e}" if abs(e) > 3 else f"{10.0**e:g}") for e in range(first, last + 1, every)]
+    raw = (high - low) / 5
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
+    marks = np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
+    return [(float(m), f"{m if abs(m) > step / 1e6 else 0:.6g}") for m in marks]
+
+
+def _dashes(points: list[tuple[float, float]], dash: float = 6) -> list[list[tuple[float, float]]]:
+    """Cut a polyline into dashes of `dash` pixels with gaps of the same length."""
+    if len(points) < 2:
+        return []
+    p = np.array(points)
+    along = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(p, axis=0).T))])
+    cuts = np.arange(0, along[-1], 2 * dash)
+    at = [np.concatenate([[c], along[(along > c) & (along < c + dash)], [min(c + dash, along[-1])]]) for c in cuts]
+    return [list(zip(np.interp(a, along, p[:, 0]), np.interp(a, along, p[:, 1]))) for a in at]
+
+
+def _write(image: Image.Image, path: str | Path) -> None:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG", optimize=True)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
