@@ -1,0 +1,243 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import figures
+import harness
+import tables
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = '''
+import time
+import harness, torch
+
+def train(steps, seed, pause, resume=None):
+    generator = torch.Generator().manual_seed(seed)
+    model = torch.nn.Linear(4, 4)
+    torch.nn.init.zeros_(model.weight), torch.nn.init.ones_(model.bias)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    start = 0
+    if resume:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        generator.set_state(resume["generator"])
+        start = resume["step"]
+    for step in range(start, steps):
+        loss = model(torch.randn(8, 4, generator=generator)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        time.sleep(pause)
+        if (yield {"step": step, "loss": loss.item()}) == "state":
+            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                   "generator": generator.get_state(), "step": step + 1}
+
+parser = harness.parser("toy", seeds=2)
+parser.add_argument("--pause", type=float, default=0.0)
+parser.add_argument("--steps", type=int, default=60)
+run = harness.start(parser)
+for seed in run.seeds:
+    name = f"toy-{seed}"
+    if (row := run.recorded(name)) is None:
+        last = run.drive(name, train(run.args.steps, seed + run.rank, run.args.pause, run.resumed(name)), run.args.steps)
+        row = run.record(name, run.mean({"loss": last["loss"], "count": 1.0}))
+run.finish([{"claim": "loss", "paper": None, "this run": row["loss"], "holds": row["loss"] < 5}],
+           {"rows": [row]}, note=float("nan"))
+'''
+
+
+@pytest.fixture
+def toy(tmp_path):
+    (tmp_path / "toy.py").write_text(TOY)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments, launch=(sys.executable,), **options):
+        command = [*launch, str(tmp_path / "toy.py"), *map(str, arguments)]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, **options)
+
+    def finish(*arguments, **options):
+        process = start(*arguments, **options)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    finish.start = start
+    return finish
+
+
+def wait_for(path_or_test, seconds=60):
+    end = time.monotonic() + seconds
+    while not path_or_test():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_run_leaves_log_results_and_a_table(toy, tmp_path):
+    code, out, err = toy("--out", "a")
+    assert code == 0, err
+    assert "| claim" in out and "yes" in out.splitlines()[-1]
+    results = json.loads((tmp_path / "a" / "toy.json").read_text())
+    assert results["seeds"] == [0, 1] and results["command"] == "python benchmarks/toy.py --out a"
+    assert results["versions"]["torch"] == torch.__version__ and results["hardware"]["cores"] >= 1
+    assert results["note"] is None and results["wall_seconds"] >= 0
+    log = [json.loads(line) for line in lines(tmp_path / "a" / "toy-1.jsonl")]
+    assert [entry["step"] for entry in log] == list(range(60))
+    assert not list((tmp_path / "a").glob("*.rank0.pt")) and not list((tmp_path / "a").glob(".*tmp"))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, kill):
+    assert toy("--out", "whole")[0] == 0
+    process = toy.start("--out", "part", "--pause", "0.02", "--checkpoint-seconds", "0")
+    wait_for(lambda: len(lines(tmp_path / "part" / "toy-1.jsonl")) > 7)          # in the second seed
+    process.send_signal(kill)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if kill == signal.SIGKILL else 130)
+    if kill != signal.SIGKILL:
+        assert "--resume" in out and "everything is saved" in out
+    code, out, err = toy("--out", "part", "--pause", "0.02", "--resume")
+    assert code == 0 and "going on after step" in out, err
+    for name in ("toy-0.jsonl", "toy-1.jsonl"):
+        assert lines(tmp_path / "part" / name) == lines(tmp_path / "whole" / name)
+    read = lambda folder: json.loads((tmp_path / folder / "toy.json").read_text())["results"]     # noqa: E731
+    assert read("part") == read("whole")
+
+
+def test_only_the_two_newest_snapshots_are_kept(toy, tmp_path):
+    process = toy.start("--out", "a", "--pause", "0.02", "--checkpoint-seconds", "0")
+    wait_for(lambda: len(lines(tmp_path / "a" / "toy-0.jsonl")) > 10)
+    process.kill()
+    process.communicate()
+    assert 1 <= len(list((tmp_path / "a").glob("toy-0-*.rank0.pt"))) <= 3        # 3 when killed between save and removal
+
+
+def test_two_processes_agree_and_resume(toy, tmp_path):
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+              "--rdzv_endpoint=localhost:0")
+    code, out, err = toy("--out", "whole", launch=launch)
+    assert code == 0, err
+    process = toy.start("--out", "part", "--pause", "0.02", "--checkpoint-seconds", "0", launch=launch)
+    wait_for(lambda: len(lines(tmp_path / "part" / "toy-0.jsonl")) > 7)
+    process.send_signal(signal.SIGTERM)                       # torchrun passes it on; both save after the same step
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "everything is saved" in out
+    code, out, err = toy("--out", "part", "--pause", "0.02", "--resume", launch=launch)
+    assert code == 0 and "going on after step" in out, err
+    assert lines(tmp_path / "part" / "toy-0.jsonl") == lines(tmp_path / "whole" / "toy-0.jsonl")
+    results = json.loads((tmp_path / "part" / "toy.json").read_text())["results"]
+    assert results == json.loads((tmp_path / "whole" / "toy.json").read_text())["results"]
+    assert results["toy-0"]["count"] == 2
+    last = [json.loads(toy_log) for toy_log in lines(tmp_path / "whole" / "toy-0.jsonl")][-1]["loss"]
+    assert results["toy-0"]["loss"] != last                   # the mean of two different processes
+
+
+def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    Path("file").touch()
+
+    def start(*arguments):
+        return harness.start(harness.parser("toy"), list(arguments))
+
+    for arguments, words in [
+        (("--resume", "--out", "none"), "no run in none"),
+        (("--data", "nowhere"), "--data nowhere: no such file or folder"),
+        (("--seeds", "0"), "--seeds must be at least 1"),
+        (("--device", "cuda:77"), "--device cuda:77 is not usable here"),
+        (("--out", "file/x"), "cannot write the output folder"),
+        (("--workers", "-1"), "must not be negative"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            start(*arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error.splitlines()[-1], error
+    start("--out", "a").record("part", {"x": 1})
+    with pytest.raises(SystemExit):
+        start("--out", "a", "--resume", "--seed", "3")
+    assert "--seed was 0, now 3" in capsys.readouterr().err
+    run = start("--out", "a", "--resume")
+    assert run.recorded("part") == {"x": 1} and run.recorded("other") is None and run.resumed("other") is None
+    with pytest.raises(ValueError, match="name must be"):
+        run.record("a/b", {})
+
+
+def test_a_fresh_run_keeps_an_unfinished_one(toy, tmp_path):
+    process = toy.start("--out", "a", "--pause", "0.02", "--checkpoint-seconds", "0")
+    wait_for(lambda: list((tmp_path / "a").glob("toy-0-*.rank0.pt")))
+    process.kill()
+    process.communicate()
+    code, out, err = toy("--out", "a")
+    assert code == 0 and "kept in a.1" in out
+    assert list((tmp_path / "a.1").glob("*.rank0.pt")) and (tmp_path / "a" / "toy.json").exists()
+
+
+def test_a_full_disk_ends_with_a_clear_line_and_whole_files(toy, tmp_path):
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))      # noqa: E731  smaller than a snapshot
+    code, out, err = toy("--out", "a", "--checkpoint-seconds", "0", preexec_fn=limit)
+    assert code == 1 and "writing failed after step 1" in err and "--resume" in err and "Traceback" not in err
+    assert not list((tmp_path / "a").glob("*.pt")) and not list((tmp_path / "a").glob(".*tmp"))
+
+
+def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "x.json"
+    harness.write_json(path, {"a": np.float32(1.5), "b": torch.tensor([1, 2]), "c": float("inf")})
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        harness.write_atomically(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1.5, "b": [1, 2], "c": None} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_format_table_and_readme_block(tmp_path, monkeypatch):
+    assert harness.format_table([{"a": 1.23456, "b": None}, {"a": "x", "c": True}]).splitlines() == [
+        "| a     | b | c    |", "|-------|---|------|", "| 1.235 | - | -    |", "| x     | - | True |"]
+    run = {"claims": [{"claim": "c", "holds": None}], "tables": {"main": [{"m": 1}]}, "command": "python benchmarks/x.py",
+           "hardware": {"gpu": None, "cores": 2}, "versions": {"torch": "2"}, "wall_seconds": 60}
+    (tmp_path / "x.json").write_text(json.dumps(run))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| 1 |" in tables.render("x", "main") and "not asserted" in tables.render("x", "claims")
+    with pytest.raises(SystemExit, match="no table 'other'"):
+        tables.render("x", "other")
+    text = "<!-- table:x:main -->\nold\n<!-- /table -->"
+    assert tables.BLOCK.search(text).groups()[1:3] == ("x", "main")
+
+
+def test_pictures_are_written(tmp_path):
+    picture = torch.rand(3, 16, 20, generator=torch.Generator().manual_seed(0))
+    boxed = figures.draw_boxes(picture, [[2, 3, 10, 12], [0, 0, 0, 0]], scale=4)
+    assert boxed.shape == (64, 80, 3) and tuple(boxed[12, 20]) == (0x1F, 0x6F, 0xB4)
+    heat = figures.overlay(picture, torch.arange(12.0).view(3, 4))
+    assert heat.shape == (16, 20, 3) and heat.dtype == np.uint8
+    figures.image_grid(tmp_path / "grid.png", [boxed, heat, np.zeros((5, 5), bool)], titles=["a", "b" * 90, "c"], columns=2)
+    x = np.linspace(0.1, 10, 50)
+    figures.line_chart(tmp_path / "line.png", {"a": (x, 1 / x), "b": (x, x, 0.1 * x), "gap": (x, np.where(x > 5, np.nan, x))},
+                       logx=True, logy=True, title="t", xlabel="x", ylabel="y", markers=True)
+    figures.bar_chart(tmp_path / "bar.png", ["p", "q"], {"m": ([1, -2], [0.1, 0.2]), "n": [3, float("nan")]})
+    figures.scatter_chart(tmp_path / "dots.png", {"a": (x, x)}, title="dots")
+    chart = figures.Chart((0, 1), (0, 1))
+    chart.line([0, 0.5, 1], [0, 1, 0], dashed=True, label="dashes"), chart.ellipse(0.5, 0.5, 0.2, 0.1)
+    chart.text(0.1, 0.9, "text"), chart.save(tmp_path / "own.png")
+    for name in ("grid", "line", "bar", "dots", "own"):
+        image = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        assert len(image.getcolors(1 << 20)) > 5
+    with pytest.raises(ValueError, match="image must be"):
+        figures.as_image(np.zeros((2, 3, 4, 5)))
+    with pytest.raises(ValueError, match="limits"):
+        figures.Chart((0, 0), (0, 1))
+    with pytest.raises(ValueError, match="each series"):
+        figures.bar_chart(tmp_path / "no.png", ["p", "q"], {"m": [1]})

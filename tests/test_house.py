@@ -1,0 +1,97 @@
+"""The rules every file of the project keeps."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("reference", "data_tools", "benchmarks", "tests")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+METHODS = [path for path in sorted((ROOT / "reference").glob("*.py")) if path.name != "__init__.py"]
+name_of = lambda path: str(path.relative_to(ROOT))            # noqa: E731
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." if node.level else node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_a_method_imports_only_torch_numpy_pillow_and_the_standard_library(path):
+    assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL"}
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_a_method_copied_alone_runs_its_demonstration(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-P", path.name], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip(), "the demonstration prints nothing"
+
+
+def test_data_tools_import_no_method_and_only_allowed_packages():
+    for path in sorted((ROOT / "data_tools").glob("*.py")):
+        assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL", "data_tools"}, path
+
+
+def test_the_top_level_holds_only_what_belongs_there():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:                # not a checkout: an unpacked archive
+        names = {path.name for path in ROOT.iterdir() if not path.name.endswith(".egg-info")} - {"runs", "data", "build"}
+    else:
+        names = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {n for n in names if not n.startswith(".")} <= {"setup.py", "README.md", "LICENSE", *FOLDERS}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_global_seeding_no_unsafe_load_no_leftovers(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        call = ast.unparse(node.func)
+        assert call not in {"torch.manual_seed", "torch.random.manual_seed", "torch.cuda.manual_seed",
+                            "torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed", "random.seed",
+                            "torch.seed"}, f"line {node.lineno}: {call}"
+        if call == "torch.load":
+            safe = [k for k in node.keywords if k.arg == "weights_only" and getattr(k.value, "value", False) is True]
+            assert safe, f"line {node.lineno}: torch.load without weights_only=True"
+    leftovers = "|".join(("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error"))
+    assert not re.search(rf"\b({leftovers})\b", path.read_text(encoding="utf-8"))
+
+
+def python_blocks():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.strip().splitlines()[0][:60])
+def test_snippets_of_the_readme_run(block, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_tables_of_the_readme_are_those_of_the_recorded_runs():
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pictures_named_in_the_readme_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [link for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme) if not (ROOT / link).exists()]
+    assert not missing

@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from data_tools import synthetic
+from data_tools.synthetic import Batches, mask_boxes, shapes, to_float
+
+
+def test_shapes_are_determined_by_their_seed_and_their_boxes_are_tight():
+    data, again, other = shapes(60, seed=3), shapes(60, seed=3), shapes(60, seed=4)
+    assert all(torch.equal(data[key], again[key]) for key in data) and not torch.equal(data["images"], other["images"])
+    assert data["images"].shape == (60, 3, 32, 32) and data["images"].dtype == torch.uint8
+    assert data["labels"].min() >= 0 and data["labels"].max() < len(synthetic.CLASSES) == 10
+    for mask, (x0, y0, x1, y1) in zip(data["masks"], data["boxes"].tolist()):
+        assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0
+        assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
+
+
+def test_chunks_do_not_show_and_sizes_scale(monkeypatch):
+    large = shapes(8, size=64, labels=torch.arange(8), noise=0)
+    assert large["images"].shape == (8, 3, 64, 64) and torch.equal(large["labels"], torch.arange(8))
+    colours = large["images"][0].flatten(1).unique(dim=1)
+    assert colours.shape[1] == 2                              # a plain disc: foreground and background, nothing else
+    assert shapes(0)["boxes"].shape == (0, 4)
+    monkeypatch.setattr(synthetic, "CHUNK", 7)
+    assert shapes(20)["images"].shape == (20, 3, 32, 32)
+
+
+def test_shapes_have_their_areas():
+    one = torch.ones(5)
+    area = synthetic.shape_mask(torch.arange(5), 201, 100 * one, 100 * one, 80 * one).flatten(1).float().sum(1) / 80**2
+    expected = torch.tensor([torch.pi, 1.6**2, 3 * 3**0.5 / 4, 4 * 0.6 - 0.36, 0.7 * torch.pi])
+    assert torch.allclose(area, expected, rtol=0.03)
+    turned = synthetic.shape_mask(torch.arange(5), 201, 100 * one, 100 * one, 80 * one, 0.3 * one)
+    assert torch.allclose(turned.flatten(1).float().sum(1) / 80**2, expected, rtol=0.03)
+
+
+def test_bad_arguments():
+    for arguments in ({"count": -1}, {"count": 3, "size": 4}, {"count": 2, "labels": torch.tensor([0, 10])},
+                      {"count": 3, "labels": torch.tensor([0])}):
+        with pytest.raises(ValueError):
+            shapes(**arguments)
+    with pytest.raises(ValueError, match="equal lengths"):
+        Batches(torch.zeros(3), torch.zeros(4), batch_size=1)
+    with pytest.raises(ValueError, match="batch_size"):
+        Batches(torch.zeros(3), batch_size=3, world_size=2)
+
+
+def test_empty_mask_has_a_zero_box():
+    masks = torch.zeros(2, 5, 6, dtype=torch.bool)
+    masks[1, 4, 5] = True
+    assert mask_boxes(masks).tolist() == [[0, 0, 0, 0], [5, 4, 6, 5]]
+
+
+def test_batches_resume_in_the_middle_and_share_among_processes():
+    rows = torch.arange(23)
+    loader = Batches(rows, rows * 2, batch_size=4, seed=1)
+    loader.set_epoch(5)
+    whole = [a.tolist() for a, b in loader if torch.equal(b, 2 * a)]
+    assert len(whole) == len(loader) == 6 and sorted(sum(whole, [])) == list(range(23))
+    loader.set_epoch(5, 3)
+    assert [a.tolist() for a, _ in loader] == whole[3:]
+    assert [a.tolist() for a, _ in loader] != whole           # the next epoch has another order, from its start
+    parts = [Batches(rows, batch_size=4, seed=1, rank=r, world_size=2) for r in range(2)]
+    for part in parts:
+        part.set_epoch(5)
+    assert [sorted(a.tolist() + b.tolist()) for (a,), (b,) in zip(*parts)] == [sorted(batch) for batch in whole]
+    assert len(Batches(rows, batch_size=4, drop_last=True)) == 5
+
+
+def test_to_float():
+    assert torch.allclose(to_float(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-0.5, 0.5]) / 0.3)
