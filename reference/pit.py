@@ -1,0 +1,1159 @@
+"""PiT: Rethinking Spatial Dimensions of Vision Transformers.
+
+Byeongho Heo, Sangdoo Yun, Dongyoon Han, Sanghyuk Chun, Junsuk Choe, Seong Joon Oh. ICCV 2021, arXiv:2103.16302.
+
+A ViT keeps one token grid and one width through all its layers; a CNN shrinks the grid and widens the channels with
+depth. PiT cuts a ViT into three stages and puts a pooling layer between them: a strided depth-wise convolution on the
+spatial tokens, a linear layer on the class token. The side of the grid halves, the width doubles (twice the heads,
+each as wide as before). The attention matrices, quadratic in the number of tokens, shrink 16-fold per stage:
+
+    stage s    N_s = g_s^2 + T tokens (T class tokens first),  width C_s = base_dims[s] * heads[s]
+    block      x = x + Attention(LN(x));  x = x + MLP(LN(x))       12 N C^2 + 2 N^2 C multiply-accumulates
+    pooling    grid (g, g, C_s) -> (ceil(g/2), ceil(g/2), C_{s+1});  class token Linear(C_s, C_{s+1})
+
+To copy: `PoolingTransformer` with the blocks above it is the whole model. The second half of the file is the DeiT
+training recipe (RandAugment, mixing, erasing, schedule, distillation), then robustness and attention probes.
+
+    >>> model = pit_s(num_classes=10)
+    >>> model(torch.rand(2, 3, 224, 224)).shape
+    torch.Size([2, 10])
+    >>> maps, tokens = model.forward_intermediates(torch.rand(2, 3, 224, 224))
+    >>> [tuple(m.shape[1:]) for m in maps]
+    [(144, 27, 27), (288, 14, 14), (576, 7, 7)]
+
+It reproduces the released models (logits and gradients, official and timm keys) and the paper's parameters and MACs:
+PiT-S 23.5 M and 2.9 G against DeiT-S 22.1 M and 4.6 G, 81.1 against 79.9 % ImageNet top-1 with the released weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# Building blocks: a plain pre-norm transformer block (also that of ViT/DeiT)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a whole residual branch for a sample, and rescales what is kept.
+
+    Draws from `generator` if one is set, else from torch's default generator.
+    """
+
+    generator: torch.Generator | None = None
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = _rate("drop_prob", drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = _uniform((len(x),) + (1,) * (x.ndim - 1), self.generator, x.device) >= self.drop_prob
+        return x * (keep / (1 - self.drop_prob)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(d)) v per head, with one linear layer for q, k and v."""
+
+    def __init__(self, dim: int, heads: int, attn_drop: float, proj_drop: float, attention: str) -> None:
+        super().__init__()
+        self.heads, self.attention, self.attn_drop = heads, attention, attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """`(B, N, C) -> (B, N, C)`, or `(B, queries, C)`: what the first `queries` tokens read from all N."""
+        batch, length, dim = x.shape
+        if queries is None:
+            q, k, v = self._split_heads(self.qkv(x), 3)
+        else:
+            (w_q, w_kv), (b_q, b_kv) = (p.split([dim, 2 * dim]) for p in (self.qkv.weight, self.qkv.bias))
+            (q,) = self._split_heads(F.linear(x[:, :queries], w_q, b_q), 1)
+            k, v = self._split_heads(F.linear(x, w_kv, b_kv), 2)
+        drop = self.attn_drop if self.training else 0.0
+        if self.attention == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+        else:
+            out = F.dropout(_softmax_attention(q, k), drop) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, -1, dim)))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The softmax attention `(B, heads, N, N)` itself, without dropout."""
+        return _softmax_attention(*self._split_heads(self.qkv(x), 3)[:2])
+
+    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _softmax_attention(q: Tensor, k: Tensor) -> Tensor:
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int, drop: float) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """`x = x + Attention(LN(x)); x = x + MLP(LN(x))`, each branch under stochastic depth."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop: float, attn_drop: float, drop_path: float,
+                 attention: str = "sdpa") -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, attn_drop, drop, attention)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """With `queries`, only the first `queries` tokens of the output are computed; they are exact."""
+        x = x[:, :queries] + self.drop_path1(self.attn(self.norm1(x), queries))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Transformer(nn.Module):
+    """The blocks of one stage on a token sequence `(B, N, C)`."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, queries: int | None = None, checkpointing: bool = False) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            wanted = queries if i == len(self.blocks) - 1 else None
+            x = _checkpointed(block, x, wanted) if checkpointing else block(x, wanted)
+        return x
+
+
+def _checkpointed(block: Block, x: Tensor, queries: int | None) -> Tensor:
+    """Recomputes the block in the backward pass, with the stochastic-depth masks of the forward pass."""
+    generator = block.drop_path1.generator       # torch replays only its default generator by itself
+    before = None if generator is None else generator.get_state()
+    calls = []
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(1)
+        if before is None or len(calls) == 1:
+            return block(x, queries)
+        now = generator.get_state()
+        generator.set_state(before)
+        try:
+            return block(x, queries)
+        finally:                                # torch may stop a recomputation early
+            generator.set_state(now)
+
+    return checkpoint(run, x, use_reentrant=False)
+
+
+# PiT
+
+
+class ConvEmbedding(nn.Module):
+    """Overlapping patches: a convolution of kernel `patch_size` and half that stride in the published models."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, dim, patch_size, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class HeadPooling(nn.Module):
+    """Halves the grid and widens the tokens; class tokens, which have no place on the grid, take a linear layer.
+
+    `"conv"` (the paper's) is a 3x3 convolution of stride 2 with one group per input channel, so that channel i makes
+    the outputs 2i and 2i+1. `"avg"`/`"max"` pool without parameters (zero padding counts) and repeat each channel.
+    """
+
+    def __init__(self, dim: int, out_dim: int, pool: str) -> None:
+        super().__init__()
+        self.pool, self.repeats = pool, out_dim // dim
+        if pool == "conv":
+            self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, groups=dim)
+        self.fc = nn.Linear(dim, out_dim)
+
+    def forward(self, spatial: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`(B, C, h, w), (B, T, C) -> (B, C', ceil(h/2), ceil(w/2)), (B, T, C')`."""
+        if self.pool == "conv":
+            return self.conv(spatial), self.fc(tokens)
+        pool = F.avg_pool2d if self.pool == "avg" else F.max_pool2d
+        return pool(spatial, 3, stride=2, padding=1).repeat_interleave(self.repeats, 1), self.fc(tokens)
+
+
+class PoolingTransformer(nn.Module):
+    """The pooling-based vision transformer: `(B, in_chans, H, W) float -> (B, num_classes)` logits.
+
+    Stage s has `depth[s]` blocks of `heads[s]` heads, each `base_dims[s]` wide. One stage (`depth=[12]`) is a ViT whose
+    class token has no position. `pool` is "conv", "avg", "max" or (one stage) "none"; `init` is "official" (PyTorch's
+    defaults for linear layers and convolutions) or "deit"; `drop_path_rule` raises the rate linearly over the blocks,
+    to just below `drop_path_rate` ("official") or exactly to it ("timm"); `attention` is fused ("sdpa") or
+    written out ("math"). `dynamic_image_size` accepts any image of at least one patch and resizes the position map
+    on the fly. `grad_checkpointing` trades time for memory. ValueError for sizes that do not fit.
+    """
+
+    num_tokens = 1
+
+    def __init__(self, image_size: int | tuple[int, int] = 224, patch_size: int = 16, stride: int = 8,
+                 base_dims: Sequence[int] = (48, 48, 48), depth: Sequence[int] = (2, 6, 4),
+                 heads: Sequence[int] = (3, 6, 12), mlp_ratio: float = 4.0, num_classes: int = 1000, in_chans: int = 3,
+                 attn_drop_rate: float = 0.0, drop_rate: float = 0.0, drop_path_rate: float = 0.0, *,
+                 init: str = "official", drop_path_rule: str = "official", attention: str = "sdpa",
+                 pool: str = "conv", grad_checkpointing: bool = False, dynamic_image_size: bool = False) -> None:
+        super().__init__()
+        if not len(base_dims) == len(depth) == len(heads) or not len(depth):
+            raise ValueError("base_dims, depth and heads need one entry per stage (at least one stage), "
+                             f"got {tuple(base_dims)}, {tuple(depth)}, {tuple(heads)}")
+        if min(*base_dims, *depth, *heads, patch_size, stride, in_chans) < 1:
+            raise ValueError("base_dims, depth, heads, patch_size, stride and in_chans must be positive, got "
+                             f"{tuple(base_dims)}, {tuple(depth)}, {tuple(heads)}, {patch_size}, {stride}, {in_chans}")
+        _option("init", init, ("official", "deit"))
+        _option("drop_path_rule", drop_path_rule, ("official", "timm"))
+        _option("attention", attention, ("sdpa", "math"))
+        _option("pool", pool, ("conv", "avg", "max", "none"))
+        if pool == "none" and len(depth) > 1:
+            raise ValueError(f"pool='none' leaves nothing between stages: give one stage, got depth={tuple(depth)}")
+        self.widths = [dim * n for dim, n in zip(base_dims, heads)]
+        for width, following in zip(self.widths, self.widths[1:]):
+            if following % width:
+                raise ValueError(f"each stage's width must be a multiple of the one before, got {self.widths}")
+        drop, attn_drop = _rate("drop_rate", drop_rate), _rate("attn_drop_rate", attn_drop_rate)
+        self.image_size, self.patch_size, self.stride = _pair("image_size", image_size), patch_size, stride
+        self.depth, self.mlp_ratio, self.in_chans = tuple(depth), mlp_ratio, in_chans
+        self.grad_checkpointing, self.dynamic_image_size = grad_checkpointing, dynamic_image_size
+
+        self.pos_embed = nn.Parameter(torch.empty(1, self.widths[0], *self._grid(*self.image_size)))
+        self.cls_token = nn.Parameter(torch.empty(1, self.num_tokens, self.widths[0]))
+        self.patch_embed = ConvEmbedding(in_chans, self.widths[0], patch_size, stride)
+        self.pos_drop = nn.Dropout(drop)
+        total = sum(depth) - (drop_path_rule == "timm")
+        rates = iter([_rate("drop_path_rate", drop_path_rate) * i / max(total, 1) for i in range(sum(depth))])
+        self.transformers = nn.ModuleList(
+            Transformer(Block(width, n, mlp_ratio, drop, attn_drop, next(rates), attention) for _ in range(blocks))
+            for width, n, blocks in zip(self.widths, heads, depth))
+        self.pools = nn.ModuleList(HeadPooling(a, b, pool) for a, b in zip(self.widths, self.widths[1:]))
+        self.norm = nn.LayerNorm(self.widths[-1], eps=1e-6)
+        self.head = _head(self.widths[-1], num_classes)
+        self.num_classes = num_classes
+        init_weights(self, init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x)[:, 0])
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The class tokens `(B, T, C_last)` after the final LayerNorm.
+
+        Nothing reads the spatial tokens of the last block, so it computes queries, projection and MLP for the class
+        tokens alone: the same numbers and gradients for 5-6 % fewer multiply-accumulates.
+        """
+        *_, (tokens, _) = self._stages(x, class_only=True)
+        return self.norm(tokens)
+
+    def forward_intermediates(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Per stage the spatial map `(B, C_s, h_s, w_s)` and the class tokens `(B, T, C_s)`, before any norm."""
+        split = [(_to_map(x[:, self.num_tokens:], grid), x[:, :self.num_tokens]) for x, grid in self._stages(x)]
+        return [spatial for spatial, _ in split], [tokens for _, tokens in split]
+
+    def attention_maps(self, x: Tensor) -> list[Tensor]:
+        """The softmax weights `(B, heads, N, N)` of every block, class tokens first, by eval-mode arithmetic."""
+        maps: list[Tensor] = []
+        blocks = [block for stage in self.transformers for block in stage.blocks]
+        hooks = [block.norm1.register_forward_hook(lambda _, __, out, attn=block.attn: maps.append(attn.weights(out)))
+                 for block in blocks]
+        was_training = self.training
+        try:
+            for _ in self.eval()._stages(x):
+                pass
+        finally:
+            self.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        return maps
+
+    def _stages(self, x: Tensor, class_only: bool = False) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Yields the tokens `(B, N_s, C_s)` and the grid after each stage; `class_only` cuts the last to class tokens."""
+        _check_images(x, self.in_chans, None if self.dynamic_image_size else self.image_size,
+                      "set dynamic_image_size=True or call set_image_size((H, W))")
+        grid = self._grid(*x.shape[-2:])
+        pos_embed = self.pos_embed if grid == self.pos_embed.shape[-2:] else _resize_map(self.pos_embed, grid)
+        spatial = self.pos_drop(self.patch_embed(x) + pos_embed)
+        tokens = self.cls_token.expand(len(x), -1, -1)          # class tokens have no position
+        checkpointing = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        for s, stage in enumerate(self.transformers):
+            if s:
+                spatial, tokens = self.pools[s - 1](_to_map(x[:, self.num_tokens:], grid), x[:, :self.num_tokens])
+                grid = spatial.shape[-2:]
+            last = s == len(self.transformers) - 1
+            x = torch.cat([tokens, spatial.flatten(2).transpose(1, 2)], dim=1)
+            x = stage(x, self.num_tokens if class_only and last else None, checkpointing)
+            yield x, grid
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Cells of the patch embedding; the remainder of the image at the right and bottom is not seen."""
+        if min(height, width) < self.patch_size:
+            raise ValueError(f"image of {height}x{width} is smaller than a patch of {self.patch_size}")
+        return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Grid (h, w) of every stage at `image_size`; pooling takes a side n to ceil(n/2)."""
+        sides = [self._grid(*self.image_size)]
+        for _ in self.pools:
+            sides.append(tuple((n + 1) // 2 for n in sides[-1]))
+        return sides
+
+    def set_image_size(self, size: int | tuple[int, int]) -> None:
+        """Adapts the model to images of `size`: the position map is resized bicubically."""
+        size = _pair("size", size)
+        self.pos_embed.data = _resize_map(self.pos_embed.data, self._grid(*size))
+        self.pos_embed.grad, self.image_size = None, size
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the head by a fresh one for `num_classes` (0: features); device and dtype stay."""
+        self.head = _head(self.widths[-1], num_classes).to(self.cls_token)
+        self.num_classes = num_classes
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """Accepts official and timm keys, `{"model": ...}` and similar wrappers, and a `module.` prefix."""
+        state_dict = convert_timm_state_dict(_unwrap(state_dict))
+        found = state_dict.get("pos_embed")
+        if found is not None and found.shape != self.pos_embed.shape:
+            raise ValueError(f"the checkpoint's pos_embed is {tuple(found.shape)}, this model's "
+                             f"{tuple(self.pos_embed.shape)}: another model or image size (for the latter load "
+                             "with resize_pos_embed=True, or load first and then call set_image_size)")
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+class DistilledPoolingTransformer(PoolingTransformer):
+    """PiT with a distillation token and head: (logits, logits_dist) in training, their mean in evaluation."""
+
+    num_tokens = 2
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_dist = _head(self.widths[-1], self.num_classes)
+        init_weights(self.head_dist, kwargs.get("init", "official"))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return _two_heads(self, self.forward_features(x))
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.head, self.head_dist
+
+    def reset_classifier(self, num_classes: int) -> None:
+        super().reset_classifier(num_classes)
+        self.head_dist = _head(self.widths[-1], num_classes).to(self.cls_token)
+
+
+# The baseline: ViT as DeiT trains it
+
+
+class VisionTransformer(nn.Module):
+    """ViT/DeiT with timm's `deit_*` keys: one grid and one width, position embeddings on class tokens too."""
+
+    def __init__(self, image_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 192,
+                 depth: int = 12, heads: int = 3, mlp_ratio: float = 4.0, num_classes: int = 1000, in_chans: int = 3,
+                 attn_drop_rate: float = 0.0, drop_rate: float = 0.0, drop_path_rate: float = 0.0, *,
+                 distilled: bool = False) -> None:
+        super().__init__()
+        if embed_dim % heads:
+            raise ValueError(f"embed_dim must be a multiple of heads, got {embed_dim} and {heads}")
+        self.image_size = _pair("image_size", image_size)
+        if min(self.image_size) < patch_size:
+            raise ValueError(f"image of {self.image_size} is smaller than a patch of {patch_size}")
+        drop, attn_drop = _rate("drop_rate", drop_rate), _rate("attn_drop_rate", attn_drop_rate)
+        self.grids = [tuple(side // patch_size for side in self.image_size)]
+        self.patch_size, self.in_chans, self.mlp_ratio = patch_size, in_chans, mlp_ratio
+        self.widths, self.depth, self.num_tokens = [embed_dim], (depth,), 2 if distilled else 1
+        self.num_classes = num_classes
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grids[0]) + self.num_tokens, embed_dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)})
+        self.pos_drop = nn.Dropout(drop)
+        rate = _rate("drop_path_rate", drop_path_rate) / max(depth - 1, 1)
+        self.blocks = nn.ModuleList(Block(embed_dim, heads, mlp_ratio, drop, attn_drop, rate * i) for i in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = _head(embed_dim, num_classes)
+        if distilled:
+            self.head_dist = _head(embed_dim, num_classes)
+        init_weights(self, "deit")
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        tokens = self.norm(self._encode(x, queries=self.num_tokens))
+        return self.head(tokens[:, 0]) if self.num_tokens == 1 else _two_heads(self, tokens)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The whole normalised sequence `(B, T + N, C)`, class tokens first."""
+        return self.norm(self._encode(x))
+
+    def _encode(self, x: Tensor, queries: int | None = None) -> Tensor:
+        _check_images(x, self.in_chans, self.image_size, "build the model with that image_size")
+        patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        tokens = [self.cls_token] if self.num_tokens == 1 else [self.cls_token, self.dist_token]
+        x = torch.cat([token.expand(len(x), -1, -1) for token in tokens] + [patches], dim=1)
+        x = self.pos_drop(x + self.pos_embed)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1](x, queries)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token", "dist_token"}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        return super().load_state_dict(_unwrap(state_dict), strict, assign)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, init: str = "official", generator: torch.Generator | None = None) -> None:
+    """Draws all parameters afresh, from `generator` if given: the way to a reproducible model.
+
+    "official": PyTorch's own uniform +-1/sqrt(fan_in) for linear layers and convolutions; "deit": linear weights from a
+    normal of std 0.02 and zero biases. Both: position map and class tokens from that normal, LayerNorm at (1, 0).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1)
+            module.bias.zero_()
+        elif isinstance(module, nn.Linear) and init == "deit":
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            module.bias.zero_()
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            bound = module.weight[0].numel() ** -0.5
+            module.weight.uniform_(-bound, bound, generator=generator)
+            module.bias.uniform_(-bound, bound, generator=generator)
+    for name in ("pos_embed", "cls_token", "dist_token"):
+        if hasattr(model, name):
+            nn.init.trunc_normal_(getattr(model, name), std=0.02, generator=generator)
+
+
+# The published models and their checkpoints
+
+
+def _factory(cls: type[nn.Module], name: str, **config) -> Callable[..., nn.Module]:
+    def build(pretrained: str | None = None, *, resize_pos_embed: bool = False, **kwargs) -> nn.Module:
+        model = cls(**{**config, **kwargs})
+        if pretrained is not None:
+            state_dict = load_pit_checkpoint(pretrained)
+            found = state_dict.get("pos_embed")
+            if resize_pos_embed and found is not None and found.ndim == 4 and found.shape != model.pos_embed.shape:
+                grid = model.pos_embed.shape[-2:]
+                warnings.warn(f"{pretrained}: position map resized from {tuple(found.shape[-2:])} to {tuple(grid)}")
+                state_dict["pos_embed"] = _resize_map(found, grid)
+            model.load_state_dict(state_dict)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{name}; `pretrained` is the path of a checkpoint, keywords go to `{cls.__name__}`."
+    return build
+
+
+_TI = {"base_dims": (32, 32, 32), "heads": (2, 4, 8)}
+_XS = {"base_dims": (48, 48, 48), "heads": (2, 4, 8)}
+_S = {"base_dims": (48, 48, 48), "heads": (3, 6, 12)}
+_B = {"base_dims": (64, 64, 64), "heads": (4, 8, 16), "depth": (3, 6, 4), "patch_size": 14, "stride": 7}
+pit_ti = pit_ti_224 = _factory(PoolingTransformer, "pit_ti", **_TI)
+pit_xs = pit_xs_224 = _factory(PoolingTransformer, "pit_xs", **_XS)
+pit_s = pit_s_224 = _factory(PoolingTransformer, "pit_s", **_S)
+pit_b = pit_b_224 = _factory(PoolingTransformer, "pit_b", **_B)
+pit_ti_distilled = pit_ti_distilled_224 = _factory(DistilledPoolingTransformer, "pit_ti_distilled", **_TI)
+pit_xs_distilled = pit_xs_distilled_224 = _factory(DistilledPoolingTransformer, "pit_xs_distilled", **_XS)
+pit_s_distilled = pit_s_distilled_224 = _factory(DistilledPoolingTransformer, "pit_s_distilled", **_S)
+pit_b_distilled = pit_b_distilled_224 = _factory(DistilledPoolingTransformer, "pit_b_distilled", **_B)
+
+
+def _deit(size: str, embed_dim: int, heads: int, distilled: bool = False) -> Callable[..., nn.Module]:
+    name = f"deit_{size}_{'distilled_' if distilled else ''}patch16_224"
+    return _factory(VisionTransformer, name, embed_dim=embed_dim, heads=heads, distilled=distilled)
+
+
+deit_tiny_patch16_224 = _deit("tiny", 192, 3)
+deit_small_patch16_224 = _deit("small", 384, 6)
+deit_base_patch16_224 = _deit("base", 768, 12)
+deit_tiny_distilled_patch16_224 = _deit("tiny", 192, 3, distilled=True)
+deit_small_distilled_patch16_224 = _deit("small", 384, 6, distilled=True)
+deit_base_distilled_patch16_224 = _deit("base", 768, 12, distilled=True)
+
+
+def convert_timm_state_dict(sd: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm keeps a pooling layer with the stage after it: `transformers.{s+1}.pool.X` is `pools.{s}.X` here."""
+    def rename(key: str) -> str:
+        parts = key.split(".")
+        if parts[0] == "transformers" and len(parts) > 3 and parts[2] == "pool" and parts[1].isdigit():
+            return ".".join(["pools", str(int(parts[1]) - 1), *parts[3:]])
+        return key
+
+    return {rename(key): value for key, value in sd.items()}
+
+
+def load_pit_checkpoint(path: str) -> dict[str, Tensor]:
+    """Reads a checkpoint file to a plain state_dict with official keys: wrappers and prefixes removed."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict")
+    return convert_timm_state_dict(_unwrap(content))
+
+
+def _unwrap(sd: dict) -> dict:
+    for wrapper in ("model", "state_dict", "model_ema"):
+        if isinstance(sd.get(wrapper), dict):
+            sd = sd[wrapper]
+            break
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in sd.items()}
+
+
+def count_macs(model: PoolingTransformer | VisionTransformer) -> dict[str, int | list[int]]:
+    """Multiply-accumulates for one image of `model.image_size`; the paper calls them FLOPs.
+
+    Counts both matrix products of attention, and the last block in full. Parameter-free pooling counts as the
+    convolution in its place (under 1 % either way).
+    """
+    T, widths = model.num_tokens, model.widths
+    cells = [math.prod(grid) for grid in model.grids]
+    stages = []
+    for width, blocks, n in zip(widths, model.depth, (cell + T for cell in cells)):
+        linear = 4 * width * width + 2 * width * int(width * model.mlp_ratio)
+        stages.append(blocks * (n * linear + 2 * n * n * width))
+    pools = [9 * n * b + T * a * b for a, b, n in zip(widths, widths[1:], cells[1:])]
+    embed = cells[0] * widths[0] * model.in_chans * model.patch_size**2
+    head = T * widths[-1] * model.num_classes
+    return {"total": embed + sum(stages) + sum(pools) + head, "embed": embed, "stages": stages, "pools": pools,
+            "head": head}
+
+
+# The DeiT training recipe: schedule and weight decay, augmentation of images, mixing of batches
+
+
+def cosine_lr(epoch: int, lr: float, epochs: int = 300, warmup_epochs: int = 5,
+              min_lr: float = 1e-5, warmup_lr: float = 1e-6, *, lag: bool = False) -> float:
+    """Learning rate of an epoch: linear warm-up, then a cosine that the warm-up does not shift.
+
+    With `lag`, that of the epoch before, as DeiT's loop has it (epochs 0 and 1 at `warmup_lr`).
+    """
+    t = max(epoch - 1, 0) if lag else epoch
+    if t < warmup_epochs:
+        return warmup_lr + t * (lr - warmup_lr) / warmup_epochs
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(t / epochs, 1)))
+
+
+def param_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict]:
+    """Two optimiser groups; biases, norms, position maps and class tokens do not decay."""
+    model = _bare(model)
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    groups: tuple[list, list] = ([], [])
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim > 1 and name not in exempt].append(p)
+    return [{"params": p, "weight_decay": decay} for p, decay in zip(groups, (0.0, weight_decay))]
+
+
+RANDAUGMENT_OPS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
+    "SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing",
+    "SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+_FILL = (124, 116, 104)                                          # the ImageNet mean
+
+
+def randaugment_argument(name: str, level: float, negative: bool = False) -> float | int | None:
+    """What `level` in [0, 10] means for an operation: degrees, bits, a threshold, a factor, ..."""
+    _option("name", name, RANDAUGMENT_OPS)
+    share, sign = level / 10, -1 if negative else 1
+    if name[:5] in ("Color", "Contr", "Brigh", "Sharp"):
+        return max(0.1, 1 + sign * share * 0.9)
+    return {"Rotate": sign * share * 30, "PosterizeIncreasing": 4 - int(share * 4),
+            "SolarizeIncreasing": 256 - min(256, int(share * 256)),
+            "SolarizeAdd": min(128, int(share * 110)),
+            "ShearX": sign * share * 0.3, "ShearY": sign * share * 0.3,
+            "TranslateXRel": sign * share * 0.45, "TranslateYRel": sign * share * 0.45}.get(name)
+
+
+def apply_randaugment_op(image: Image.Image, name: str, level: float,
+                         negative: bool = False) -> Image.Image:
+    """One RandAugment operation on an RGB image; geometry is bicubic, filled with the mean."""
+    arg = randaugment_argument(name, level, negative)
+    if name in ("AutoContrast", "Equalize", "Invert"):
+        return getattr(ImageOps, name.lower())(image)
+    if name[:5] in ("Color", "Contr", "Brigh", "Sharp"):
+        return getattr(ImageEnhance, name.removesuffix("Increasing"))(image).enhance(arg)
+    if name == "Rotate":
+        return image.rotate(arg, resample=Image.Resampling.BICUBIC, fillcolor=_FILL)
+    if name == "PosterizeIncreasing":
+        return image.point([v & -(1 << 8 - arg) for v in range(256)] * 3)
+    if name == "SolarizeIncreasing":
+        return ImageOps.solarize(image, arg)
+    if name == "SolarizeAdd":                                    # brightens the dark half
+        return image.point([min(255, v + arg) if v < 128 else v for v in range(256)] * 3)
+    affine = {"ShearX": (1, arg, 0, 0, 1, 0), "ShearY": (1, 0, 0, arg, 1, 0),
+              "TranslateXRel": (1, 0, arg * image.width, 0, 1, 0),
+              "TranslateYRel": (1, 0, 0, 0, 1, arg * image.height)}[name]
+    return image.transform(image.size, Image.Transform.AFFINE, affine,
+                           resample=Image.Resampling.BICUBIC, fillcolor=_FILL)
+
+
+class RandAugment:
+    """`num_ops` of the 15 operations, drawn with replacement, each applied with probability `prob`.
+
+    Cubuk et al., arXiv:1909.13719; the defaults are timm's `rand-m9-mstd0.5-inc1`.
+    """
+
+    def __init__(self, num_ops: int = 2, magnitude: float = 9, magnitude_std: float = 0.5,
+                 prob: float = 0.5, generator: torch.Generator | None = None) -> None:
+        self.num_ops, self.magnitude, self.magnitude_std = num_ops, magnitude, magnitude_std
+        self.prob, self.generator = prob, generator
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if image.mode != "RGB":
+            raise ValueError(f"image must be RGB, got mode {image.mode}: convert it first")
+        uniform = torch.rand(self.num_ops, 3, generator=self.generator).tolist()
+        normal = torch.randn(self.num_ops, generator=self.generator).tolist()
+        for (which, apply, sign), z in zip(uniform, normal):
+            level = min(max(self.magnitude + self.magnitude_std * z, 0.0), 10.0)
+            if apply < self.prob:
+                op = RANDAUGMENT_OPS[int(which * len(RANDAUGMENT_OPS))]
+                image = apply_randaugment_op(image, op, level, sign < 0.5)
+        return image
+
+
+def train_transform(image: Image.Image, size: int = 224,
+                    augment: Callable[[Image.Image], Image.Image] | None = None,
+                    generator: torch.Generator | None = None) -> Tensor:
+    """Random resized crop (area 0.08-1, ratio 3/4-4/3, bicubic), flip, `augment`, normalise."""
+    image, (width, height) = image.convert("RGB"), image.size
+    for area, ratio, x, y in torch.rand(10, 4, generator=generator).tolist():
+        area = width * height * (0.08 + 0.92 * area)
+        ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            break
+    else:                                   # an elongated image: its centre at an allowed ratio
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+    if torch.rand((), generator=generator) < 0.5:
+        image = ImageOps.mirror(image)
+    return _normalized(augment(image) if augment else image)
+
+
+def eval_transform(image: Image.Image, size: int = 224, crop: float = 0.9) -> Tensor:
+    """Short side to int(size / crop) (bicubic), centre crop, normalise. DeiT uses crop 0.875."""
+    image, short = image.convert("RGB"), int(size / crop)
+    scale = [int(short * side / min(image.size)) for side in image.size]
+    image = image.resize(scale, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return _normalized(image.crop((left, top, left + size, top + size)))
+
+
+def _normalized(image: Image.Image) -> Tensor:
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+    return (x - _channels(IMAGENET_MEAN, x)) / _channels(IMAGENET_STD, x)
+
+
+class RandomErasing:
+    """Fills a random rectangle of a normalised image with normal noise (Zhong et al., 1708.04896).
+
+    `(C, H, W)` or `(B, C, H, W)`; each image for itself, with probability `probability`. A
+    rectangle takes `min_area` to `max_area` of the image (shared by `count` rectangles); the
+    first of 10 draws that fits is taken.
+    """
+
+    def __init__(self, probability: float = 0.25, min_area: float = 0.02, max_area: float = 1 / 3,
+                 min_aspect: float = 0.3, count: int = 1,
+                 generator: torch.Generator | None = None) -> None:
+        self.probability, self.min_area, self.max_area = probability, min_area, max_area
+        self.min_aspect, self.count, self.generator = min_aspect, count, generator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.clone() if x.ndim == 4 else x[None].clone()
+        (batch, _, height, width), device = out.shape, x.device
+        erase = _uniform((batch, 1), self.generator, device) < self.probability
+        rows = torch.arange(height, device=device)[:, None]
+        columns = torch.arange(width, device=device)
+        for _ in range(self.count):
+            area, aspect, top, left = _uniform((4, batch, 10), self.generator, device)
+            area = self.min_area + (self.max_area - self.min_area) * area
+            area = area * (height * width / self.count)
+            aspect = ((1 - 2 * aspect) * math.log(self.min_aspect)).exp()
+            h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+            fits = (h < height) & (w < width) & erase
+            first = fits.float().argmax(1, keepdim=True)
+            top, left = (top * (height - h + 1)).floor(), (left * (width - w + 1)).floor()
+            fits, top, left, h, w = (v.gather(1, first)[:, :, None] for v in (fits, top, left, h, w))
+            inside = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
+            noise = torch.empty_like(out).normal_(generator=self.generator)
+            out = torch.where((inside & fits)[:, None], noise, out)
+        return out if x.ndim == 4 else out[0]
+
+
+class RepeatedAugSampler:
+    """Each image `num_repeats` times in a row, dealt out over the replicas (Hoffer et al., 1901.09335).
+
+    The replicas see differently augmented copies in the same step. An epoch keeps its usual length,
+    so that it sees a third of the images.
+    """
+
+    def __init__(self, data_source, num_replicas: int = 1, rank: int = 0, shuffle: bool = True,
+                 num_repeats: int = 3) -> None:
+        self.count = data_source if isinstance(data_source, int) else len(data_source)
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank must be in 0..{num_replicas - 1}, got {rank}")
+        self.num_replicas, self.rank, self.shuffle = num_replicas, rank, shuffle
+        self.num_repeats, self.epoch = num_repeats, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.epoch)
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=generator)
+        order = order.repeat_interleave(self.num_repeats)
+        order = torch.cat([order, order[:-len(order) % self.num_replicas]])
+        return iter(order[self.rank::self.num_replicas][:len(self)].tolist())
+
+    def __len__(self) -> int:
+        whole = self.count // 256 * 256 or self.count            # DeiT rounds down to 256
+        return whole // self.num_replicas
+
+
+def smooth_one_hot(y: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """`(B,) int64 -> (B, K)` targets: smoothing / K everywhere, 1 - smoothing more at the label."""
+    return F.one_hot(y, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+
+
+def mixup_batch(x: Tensor, lam: float) -> Tensor:
+    """Mixup (arXiv:1710.09412) of a batch with its own reverse."""
+    return lam * x + (1 - lam) * x.flip(0)
+
+
+def cutmix_batch(x: Tensor, lam: float, center: tuple[int, int] | None = None,
+                 generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """CutMix (arXiv:1905.04899) with the reversed batch: a box of area 1 - lam changes owner.
+
+    `center` (y, x), drawn if None; clipping at the border makes the box smaller, and the second
+    result is the share of the image that was kept.
+    """
+    sides = x.shape[-2:]
+    if center is None:
+        center = [int(torch.randint(side, (), generator=generator)) for side in sides]
+    boxes = []
+    for at, side in zip(center, sides):
+        cut = int(side * math.sqrt(1 - lam))
+        boxes.append((max(int(at) - cut // 2, 0), min(int(at) + (cut + 1) // 2, side)))
+    (y0, y1), (x0, x1) = boxes
+    mixed = x.clone()
+    mixed[..., y0:y1, x0:x1] = x.flip(0)[..., y0:y1, x0:x1]
+    return mixed, 1 - (y1 - y0) * (x1 - x0) / math.prod(sides)
+
+
+class Mixup:
+    """Mixup or CutMix of a whole batch with smoothed targets: `(x, y) -> (x', target (B, K))`.
+
+    lam ~ Beta(alpha, alpha); CutMix with probability `switch_prob` (an alpha of 0 disables one).
+    """
+
+    def __init__(self, mixup_alpha: float = 0.8, cutmix_alpha: float = 1.0, prob: float = 1.0,
+                 switch_prob: float = 0.5, label_smoothing: float = 0.1, num_classes: int = 1000,
+                 generator: torch.Generator | None = None) -> None:
+        if mixup_alpha < 0 or cutmix_alpha < 0 or mixup_alpha + cutmix_alpha == 0:
+            raise ValueError("mixup_alpha and cutmix_alpha must be >= 0 and not both 0, "
+                             f"got {mixup_alpha} and {cutmix_alpha}")
+        self.mixup_alpha, self.cutmix_alpha, self.prob = mixup_alpha, cutmix_alpha, prob
+        self.switch_prob = 0.0 if cutmix_alpha == 0 else 1.0 if mixup_alpha == 0 else switch_prob
+        self.label_smoothing, self.num_classes = label_smoothing, num_classes
+        self.generator = generator
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if len(x) % 2:
+            raise ValueError(f"mixing needs an even batch, got {len(x)} images: drop_last=True")
+        target = smooth_one_hot(y, self.num_classes, self.label_smoothing)
+        mix, switch = torch.rand(2, generator=self.generator).tolist()
+        if mix >= self.prob:
+            return x, target
+        cutmix = switch < self.switch_prob
+        alpha = self.cutmix_alpha if cutmix else self.mixup_alpha
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        lam = float(np.random.default_rng(seed).beta(alpha, alpha))
+        if cutmix:
+            x, lam = cutmix_batch(x, lam, generator=self.generator)
+        else:
+            x = mixup_batch(x, lam)
+        return x, lam * target + (1 - lam) * target.flip(0)
+
+
+# Losses, training and evaluation
+
+
+class SoftTargetCrossEntropy(nn.Module):
+    """mean_b sum_k -target log softmax(logits)."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(_one_tensor(logits), target)
+
+
+class LabelSmoothingCrossEntropy(nn.Module):
+    """(1 - smoothing) * cross entropy + smoothing * mean_k(-log softmax(logits))."""
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        super().__init__()
+        self.smoothing = _rate("smoothing", smoothing)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(_one_tensor(logits), labels, label_smoothing=self.smoothing)
+
+
+class DistillationLoss(nn.Module):
+    """(1 - alpha) * base(logits, targets) + alpha * distillation(logits_dist, teacher(inputs)).
+
+    DeiT, arXiv:2012.12877: "hard" is the cross entropy with the teacher's decision; "soft" is
+    tau^2 KL(student || teacher) at temperature tau, summed and divided by B * K.
+    """
+
+    def __init__(self, base_criterion: Callable, teacher: Callable, kind: str = "hard",
+                 alpha: float = 0.5, tau: float = 1.0) -> None:
+        super().__init__()
+        self.kind = _option("kind", kind, ("none", "soft", "hard"))
+        self.base_criterion, self.teacher, self.alpha, self.tau = base_criterion, teacher, alpha, tau
+
+    def forward(self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor],
+                targets: Tensor) -> Tensor:
+        pair = not isinstance(outputs, Tensor)
+        base = self.base_criterion(outputs[0] if pair else outputs, targets)
+        if self.kind == "none":
+            return base
+        if not pair:
+            raise ValueError("distillation needs (logits, logits_dist), got one tensor: use a "
+                             "distilled model in train mode")
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.eval()
+        with torch.no_grad():
+            wanted = self.teacher(inputs)
+        if self.kind == "hard":
+            loss = F.cross_entropy(outputs[1], wanted.argmax(1))
+        else:
+            log_p, log_q = ((z / self.tau).log_softmax(1) for z in (outputs[1], wanted))
+            loss = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+            loss = loss * self.tau**2 / log_p.numel()
+        return (1 - self.alpha) * base + self.alpha * loss
+
+
+class ModelEma:
+    """`module` follows a model: w <- decay * w + (1 - decay) * new. Short runs want 0.99."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.99996) -> None:
+        self.module = copy.deepcopy(_bare(model)).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        model = _bare(model)
+        mine, new = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_mul_(mine, self.decay)
+        torch._foreach_add_(mine, [p.to(q) for p, q in zip(new, mine)], alpha=1 - self.decay)
+        for buffer, value in zip(self.module.buffers(), model.buffers()):
+            buffer.copy_(value)
+
+
+def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | None = None,
+          weight_decay: float = 0.05, warmup_epochs: int = 5, min_lr: float = 1e-5,
+          warmup_lr: float = 1e-6, criterion: Callable | None = None, mixup: Mixup | None = None,
+          teacher: Callable | None = None, distillation: str = "hard", alpha: float = 0.5,
+          tau: float = 1.0, ema: ModelEma | None = None, lag: bool = False,
+          amp_dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+          generator: torch.Generator | None = None, resume: dict | None = None) -> Iterator[dict]:
+    """DeiT's training loop: AdamW, learning rate by epoch, mixing, distillation, EMA.
+
+    `loader` is re-iterable and yields (images, labels); one with `set_epoch(epoch, start_batch)`
+    is told where to begin. `lr` None: 5e-4 * batch / 512 over all processes. `generator` draws the
+    stochastic-depth masks. Yields {step, epoch, loss, lr, grad_norm, images_per_s} after every
+    step; `send("state")` yields a snapshot of all that moves (live tensors: save it before going
+    on), and `resume=snapshot` continues to the same numbers. FloatingPointError for a loss of NaN.
+    """
+    bare = _bare(model)
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    model.to(device).train()
+    criterion = criterion or (SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss())
+    if teacher is not None:
+        criterion = DistillationLoss(criterion, teacher, distillation, alpha, tau).to(device)
+    for module in bare.modules():
+        if isinstance(module, DropPath):
+            module.generator = generator
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay), lr=lr or 1e-3,
+                                  fused=device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    generators = {"drop_path": generator, "mixup": mixup.generator if mixup else None}
+    generators = {name: g for name, g in generators.items() if g is not None}
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    step = first_epoch = skip = 0
+    if resume is not None:
+        bare.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        scaler.load_state_dict(resume["scaler"])
+        if ema is not None:
+            ema.module.load_state_dict(resume["ema"])
+        for name, g in generators.items():
+            g.set_state(resume["generators"][name])
+        step, first_epoch, skip, lr = (resume[k] for k in ("step", "epoch", "batch", "lr"))
+
+    for epoch in range(first_epoch, epochs):
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch, skip)
+            batches = enumerate(loader, skip)
+        else:
+            batches = itertools.islice(enumerate(loader), skip, None)
+        skip, began = 0, time.perf_counter()
+        for batch, (images, labels) in batches:
+            lr = lr or 5e-4 * len(images) * world / 512
+            now = cosine_lr(epoch, lr, epochs, warmup_epochs, min_lr, warmup_lr, lag=lag)
+            for group in optimizer.param_groups:
+                group["lr"] = now
+            images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+            targets = labels
+            if mixup is not None:
+                images, targets = mixup(images, labels)
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                out = model(images)
+                inputs = () if teacher is None else (images,)
+                loss = criterion(*inputs, out if teacher is not None else _one_tensor(out), targets)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            gradients = [p.grad for p in bare.parameters() if p.grad is not None]
+            grad_norm = torch.stack(torch._foreach_norm(gradients)).norm()
+            scaler.step(optimizer)
+            scaler.update()
+            if ema is not None:
+                ema.update(model)
+            value, step, previous, began = loss.item(), step + 1, began, time.perf_counter()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at step {step}: lower lr={lr:g}")
+            if (yield {"step": step, "epoch": epoch, "loss": value, "lr": now,
+                       "grad_norm": grad_norm.item(),
+                       "images_per_s": len(images) / (began - previous)}) == "state":
+                yield {"model": bare.state_dict(), "optimizer": optimizer.state_dict(),
+                       "scaler": scaler.state_dict(), "step": step, "epoch": epoch,
+                       "batch": batch + 1, "lr": lr,
+                       "ema": ema.module.state_dict() if ema is not None else {},
+                       "generators": {name: g.get_state() for name, g in generators.items()}}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable, transform_logits: Callable | None = None,
+             device: torch.device | str | None = None) -> dict[str, float]:
+    """Top-1 and top-5 in percent, mean cross entropy and count, in eval mode.
+
+    `transform_logits` maps `(B, K)` to the logits that the labels mean (a subset of classes, say).
+    """
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    was_training, sums, count = model.training, torch.zeros(3, dtype=torch.float64), 0
+    model.to(device).eval()
+    try:
+        for images, labels in loader:
+            logits, labels = model(images.to(device, non_blocking=True)), labels.to(device)
+            logits = (transform_logits(logits) if transform_logits else logits).float()
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss]).double().cpu()
+            count += len(labels)
+    finally:
+        model.train(was_training)
+    if not count:
+        raise ValueError("the loader is empty: nothing to evaluate")
+    top1, top5, loss = (sums / count).tolist()
+    return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "count": count}
+
+
+# Robustness probes and attention statistics
+
+
+def occlude_center(x: Tensor, size: int = 112) -> Tensor:
+    """A copy of the normalised images with the central square zero, that is of the mean colour."""
+    height, width = x.shape[-2:]
+    if not 0 <= size <= min(height, width):
+        raise ValueError(f"size must be in 0..{min(height, width)}, got {size}")
+    top, left, x = (height - size) // 2, (width - size) // 2, x.clone()
+    x[..., top:top + size, left:left + size] = 0
+    return x
+
+
+def fgsm(model: nn.Module, x: Tensor, labels: Tensor, eps: float,
+         mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
+    """The fast gradient sign attack (arXiv:1412.6572) on images in [0, 1]:
+    clip(x + eps * sign(d CE(model((x - mean) / std), labels) / dx), 0, 1), in eval mode."""
+    mean = _channels(IMAGENET_MEAN if mean is None else mean, x)
+    std = _channels(IMAGENET_STD if std is None else std, x)
+    x, was_training = x.detach().requires_grad_(True), model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model((x - mean) / std), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+    finally:
+        model.train(was_training)
+    return (x + eps * gradient.sign()).clamp(0, 1).detach()
+
+
+def attention_entropy(attn: Tensor) -> Tensor:
+    """`(B, heads, N, N) -> (heads,)`: mean entropy of a query's attention, in nats (at most log N)."""
+    attn = attn.double()
+    return -torch.xlogy(attn, attn).sum(-1).mean((0, 2))
+
+
+def interaction_rate(attn: Tensor, tau: float = 0.01, num_tokens: int = 1) -> Tensor:
+    """Share of the spatial query-key pairs with attention above `tau`, per head."""
+    return (attn[:, :, num_tokens:, num_tokens:].double() > tau).double().mean((0, 2, 3))
+
+
+def interaction_distance(attn: Tensor, grid: int | tuple[int, int] | None = None,
+                         num_tokens: int = 1) -> Tensor:
+    """Expected distance from a query to what it attends to, per head, in cells of the stage.
+
+    Over spatial tokens, their attention renormalised; times stride * 2^s it is in pixels.
+    """
+    spatial = attn[:, :, num_tokens:, num_tokens:].double()
+    height, width = _pair("grid", math.isqrt(spatial.shape[-1]) if grid is None else grid)
+    if height * width != spatial.shape[-1]:
+        raise ValueError(f"{spatial.shape[-1]} spatial tokens are no grid of {height}x{width}: "
+                         "give grid=(H, W)")
+    cells = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(spatial)
+    spatial = spatial / spatial.sum(-1, keepdim=True)
+    return (spatial * torch.cdist(cells, cells)).sum(-1).mean((0, 2))
+
+
+# Small helpers
+
+
+def _rate(name: str, value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return float(value)
+
+
+def _option(name: str, value: str, accepted: Sequence[str]) -> str:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+    return value
+
+
+def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name} must be a positive int or (H, W), got {size}")
+    return pair
+
+
+def _check_images(x: Tensor, in_chans: int, size: tuple[int, int] | None, remedy: str) -> None:
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images must be (B, {in_chans}, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"images must be float and normalised, got {x.dtype}")
+    if size is not None and x.shape[-2:] != size:
+        raise ValueError(f"images are {tuple(x.shape[-2:])}, the model wants {size}: {remedy}")
+
+
+def _one_tensor(logits: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise TypeError("the loss takes one tensor of logits, got a tuple: a distilled model in "
+                        "train mode needs a teacher (DistillationLoss)")
+    return logits
+
+
+def _two_heads(model: nn.Module, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    logits, logits_dist = model.head(tokens[:, 0]), model.head_dist(tokens[:, 1])
+    return (logits, logits_dist) if model.training else (logits + logits_dist) / 2
+
+
+def _head(width: int, num_classes: int) -> nn.Module:
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be >= 0, got {num_classes}")
+    return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+
+def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, grid)             # a view, channels last in memory
+
+
+def _resize_map(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    return F.interpolate(pos_embed, grid, mode="bicubic", align_corners=False)
+
+
+def _channels(values: Sequence[float], x: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device) -> Tensor:
+    """Uniform numbers of the generator's device, brought to `device`."""
+    source = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile wrappers."""
+    for wrapper in ("module", "_orig_mod"):
+        model = getattr(model, wrapper, model)
+    return model
+
+
+def _demo() -> None:
+    with torch.device("meta"):
+        pairs = [(pit_ti(), deit_tiny_patch16_224()), (pit_s(), deit_small_patch16_224()),
+                 (pit_b(), deit_base_patch16_224())]
+    for pair in pairs:
+        for name, model in zip(("PiT", "DeiT"), pair):
+            print(f"{name:>4}: {sum(p.numel() for p in model.parameters()) / 1e6:5.1f} M parameters, "
+                  f"{count_macs(model)['total'] / 1e9:5.2f} GMACs, grids {model.grids}")
+    pit, deit = (count_macs(model)["total"] for model in pairs[1])
+    print(f"claim: PiT-S needs 38 % fewer MACs than DeiT-S; here {100 * (1 - pit / deit):.0f} %")
+
+    generator = torch.Generator().manual_seed(0)
+    model = PoolingTransformer(32, 8, 4, (16,) * 3, (1, 2, 1), (2, 4, 8), 2, num_classes=4)
+    init_weights(model, generator=generator)
+    y = torch.arange(64) % 4                    # which quarter of the image is bright
+    x = torch.rand(64, 3, 32, 32, generator=generator)
+    for image, quarter in zip(x, y.tolist()):
+        image[:, quarter // 2 * 16:][:, :16, quarter % 2 * 16:][:, :, :16] += 0.5
+    for log in train(model, [(x, y)], epochs=30, lr=2e-3):
+        if log["step"] % 10 == 0:
+            print(f"step {log['step']:2d}  loss {log['loss']:.3f}")
+    maps, tokens = model.eval().forward_intermediates(x)
+    full = model.head(model.norm(tokens[-1]))[:, 0]
+    print(f"last block on class tokens alone: logits differ by {(model(x) - full).abs().max():.1e}")
+    n = [a.shape[-1] for a in model.attention_maps(x)]
+    print(f"tokens seen by each block: {n}; top-1 {evaluate(model, [(x, y)])['top1']:.0f} %")
+
+
+if __name__ == "__main__":
+    _demo()
