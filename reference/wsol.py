@@ -1,0 +1,974 @@
+"""Weakly supervised object localization: CAM, HaS, ACoL, SPG, ADL, CutMix, and their baselines.
+
+Choe*, Oh*, Chun, Lee, Akata, Shim. "Evaluation for Weakly Supervised Object Localization: Protocol,
+Metrics, and Datasets", TPAMI 2022, arXiv:2007.04178 (CVPR 2020 version: arXiv:2001.07437).
+
+A classifier trained from image labels y also yields a score map s in [0, 1]^(H x W); thresholding it
+should find the object. Six ways to get the map, all with cross entropy (CE) on the class logits:
+
+    CAM     feature map f (C, h, w), logits = W mean_hw(f) + b;  s = sum_c W[y, c] f[c]
+    HaS     CAM, training images with random square cells hidden
+    ACoL    two heads A, B on f; B sees f with the pixels erased where A's map of y is >= a threshold;
+            CE(A) + CE(B);  s = max(A's map, B's map)
+    SPG     CAM with auxiliary maps B1, B2, C, each supervised by the confident pixels of the one before
+    ADL     CAM, feature maps multiplied by their own attention, or with their peak dropped (a coin)
+    CutMix  CAM, training images with a box pasted from another image and labels mixed by area
+
+The paper's finding: with the same few fully labelled images for tuning, none of the later five beats
+CAM, while a predictor *trained* on those images (`FewShotHead`) beats them all. Below stand the six
+methods on VGG16, ResNet50 and InceptionV3 under the published parameter names (`build_network`), as
+heads around any backbone (`CAMHead`, `ACoLHead`, `SPGHead`, `ADL`), the few-shot, centre and gradient
+baselines, and the training recipe (`train`). Each block can be copied without the others.
+
+    network = build_network("resnet50", "cam", num_classes=200, large_feature_map=True)
+    for row in train(network, loader, {"method": "has", "lr": 1e-3, "epochs": 10}):
+        print(row)                                        # {"step": 0., "epoch": 0., "loss": ...}
+    logits, maps = network.eval().predict(images, labels)   # one forward: (B, K) and (B, h, w)
+
+Maps are raw: resize them to the input (bicubic), then min-max normalise, in that order, to evaluate.
+`python wsol.py` trains CAM and the few-shot baseline on toy scenes and prints how well each localizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ARCHS = ("vgg16", "resnet50", "inception_v3")
+METHODS = ("cam", "has", "acol", "spg", "adl", "cutmix")
+SPG_THRESHOLDS = ((0.7, 0.01), (0.5, 0.05), (0.7, 0.1))  # (high, low) for the masks of B2, B1 and C
+
+
+def _check_unit(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be an integer tensor, got {labels.dtype}")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
+    # On a GPU the comparison would stall the queue at every step; the gather kernel asserts there.
+    if labels.device.type == "cpu" and batch and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.tolist()}")
+
+
+def _of_label(maps: Tensor, labels: Tensor) -> Tensor:
+    """The map of each image's label: (B, K, h, w), (B,) -> (B, 1, h, w)."""
+    return maps[torch.arange(len(maps), device=maps.device), labels.long()].unsqueeze(1)
+
+
+# ---- HaS and CutMix: input augmentations -----------------------------------------------------------
+
+
+def has(image: Tensor, grid_size: int, drop_rate: float,
+        generator: torch.Generator | None = None, draws: Tensor | None = None) -> Tensor:
+    """Hide-and-Seek (Singh and Lee, ICCV 2017): hides each `grid_size` x `grid_size` *pixel* cell of
+    `image` (B, C, H, W) with probability `drop_rate`; hidden pixels become 0, the data-set mean of
+    normalised images. `grid_size` 0 switches it off. `draws`: uniforms (B, ceil(H/g), ceil(W/g)) to
+    use instead of random ones; a cell is hidden where its draw is <= `drop_rate`.
+    """
+    if image.ndim != 4:
+        raise ValueError(f"image must be (B, C, H, W), got shape {tuple(image.shape)}")
+    if grid_size < 0 or int(grid_size) != grid_size:
+        raise ValueError(f"grid_size must be a whole number of pixels >= 0, got {grid_size}")
+    _check_unit("drop_rate", drop_rate)
+    if grid_size == 0:
+        return image
+    (batch, _, height, width), grid = image.shape, int(grid_size)
+    cells = (batch, -(-height // grid), -(-width // grid))
+    if draws is None:
+        draws = torch.rand(cells, generator=generator, device=_device_of(generator))
+    elif tuple(draws.shape) != cells:
+        raise ValueError(f"draws must have shape {cells}, got {tuple(draws.shape)}")
+    hidden = (draws <= drop_rate).to(image.device)
+    hidden = hidden.repeat_interleave(grid, 1).repeat_interleave(grid, 2)[:, :height, :width]
+    return image.masked_fill(hidden.unsqueeze(1), 0)
+
+
+def _device_of(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _randint(high: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(high, (), generator=generator, device=_device_of(generator)))
+
+
+def rand_bbox(size: Sequence[int], lam: float, cx: int | None = None, cy: int | None = None,
+              generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
+    """The CutMix box (x1, y1, x2, y2), exclusive ends, of relative area 1 - `lam` before clipping,
+    for images of `size` (B, C, size2, size3): x runs on axis 2, y on axis 3. Centre uniform unless
+    given."""
+    _check_unit("lam", lam)
+    ratio = math.sqrt(1.0 - lam)
+    cx = _randint(size[2], generator) if cx is None else int(cx)
+    cy = _randint(size[3], generator) if cy is None else int(cy)
+    half_x, half_y = int(size[2] * ratio) // 2, int(size[3] * ratio) // 2
+    return (max(cx - half_x, 0), max(cy - half_y, 0),
+            min(cx + half_x, size[2]), min(cy + half_y, size[3]))
+
+
+def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | None = None,
+           draws: tuple | None = None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """CutMix (Yun et al., ICCV 2019): pastes a box of a shuffled batch into `x` (B, C, H, W).
+
+    lam ~ Beta(beta, beta) sets the box area. Returns (mixed x, target_a, target_b, lam) with lam
+    recomputed from the clipped box; the loss is lam CE(., target_a) + (1 - lam) CE(., target_b).
+    `draws` = (lam, permutation, cx, cy) replaces the random numbers.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    if len(target) != len(x):
+        raise ValueError(f"target must hold {len(x)} labels, got {len(target)}")
+    if not beta > 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    if draws is None:
+        # torch's Beta takes no generator; numpy's does, seeded by one draw of ours.
+        lam = float(np.random.default_rng(_randint(2**63 - 1, generator)).beta(beta, beta))
+        order, cx, cy = torch.randperm(len(x), generator=generator, device=_device_of(generator)), None, None
+    else:
+        lam, order, cx, cy = draws
+    order = torch.as_tensor(order, device=x.device)
+    x1, y1, x2, y2 = rand_bbox(x.shape, float(lam), cx, cy, generator)
+    mixed = x.clone()
+    mixed[:, :, x1:x2, y1:y2] = x[order, :, x1:x2, y1:y2]
+    lam = 1.0 - (x2 - x1) * (y2 - y1) / (x.shape[2] * x.shape[3])
+    return mixed, target, target[order.to(target.device)], lam
+
+
+# ---- ADL: a layer ----------------------------------------------------------------------------------
+
+
+class ADL(nn.Module):
+    """Attention-based dropout layer (Choe and Shim, CVPR 2019), identity in eval mode.
+
+    With a = mean over channels of x (B, C, H, W): the importance map is sigmoid(a), the drop mask is 1
+    where a < `adl_drop_threshold` * max(a), else 0. One coin for the whole batch multiplies x by the
+    drop mask with probability `adl_drop_rate`, else by the importance map. Gradient flows through the
+    importance map; the mask has none.
+    """
+
+    def __init__(self, adl_drop_rate: float = 0.75, adl_drop_threshold: float = 0.9,
+                 generator: torch.Generator | None = None):
+        super().__init__()
+        _check_unit("adl_drop_rate", adl_drop_rate)
+        _check_unit("adl_drop_threshold", adl_drop_threshold)
+        self.adl_drop_rate, self.adl_drop_threshold = adl_drop_rate, adl_drop_threshold
+        self.generator = generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        attention = x.mean(1, keepdim=True)
+        coin = torch.rand((), generator=self.generator, device=_device_of(self.generator))
+        if coin + self.adl_drop_rate >= 1.0:  # floor(U + rate) of the public code
+            return x * (attention < self.adl_drop_threshold * attention.amax((1, 2, 3), keepdim=True))
+        return x * attention.sigmoid()
+
+    def extra_repr(self) -> str:
+        return f"adl_drop_rate={self.adl_drop_rate}, adl_drop_threshold={self.adl_drop_threshold}"
+
+
+# ---- ACoL: adversarial complementary learning (Zhang et al., CVPR 2018) ------------------------------
+
+
+def normalize_tensor(x: Tensor) -> Tensor:
+    """Min-max over the pixels of each (image, channel) of `x` (B, C, H, W).
+
+    A constant channel is 0/0 = NaN, as published: every comparison with it is false (nothing is
+    erased, nothing supervised), and the evaluation turns a NaN map into an empty one.
+    """
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return (x - low) / (high - low)
+
+
+def acol_attention(feat_map: Tensor, labels: Tensor) -> Tensor:
+    """Detached min-max map of the label, (B, 1, H, W), from class maps `feat_map` (B, K, H, W)."""
+    _check_labels(labels, *feat_map.shape[:2])
+    return normalize_tensor(_of_label(feat_map, labels)).detach()
+
+
+def erase_attention(feature: Tensor, attention: Tensor, threshold: float) -> Tensor:
+    """`feature` (B, C, H, W) with 0 where `attention` (B, 1, H, W) >= `threshold`."""
+    _check_unit("threshold", threshold)
+    return feature * ~(attention >= threshold)
+
+
+def acol_loss(out: dict, target: Tensor) -> Tensor:
+    """CE of both branches; `out` holds "logits" and "logit_b"."""
+    return F.cross_entropy(out["logits"], target) + F.cross_entropy(out["logit_b"], target)
+
+
+# ---- SPG: self-produced guidance (Zhang et al., ECCV 2018) -------------------------------------------
+
+
+def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def spg_attention(feat_map: Tensor, labels: Tensor, logits_b1: Tensor, logits_b2: Tensor,
+                  size: tuple[int, int] = (224, 224)) -> tuple[Tensor, Tensor]:
+    """(attention, fused), each detached (B, 1, h, w) at `size`: the label's class map upsampled and
+    min-max normalised, and the mean of the two sigmoid B maps upsampled."""
+    _check_labels(labels, *feat_map.shape[:2])
+    attention = normalize_tensor(_upsample(_of_label(feat_map, labels), size)).detach()
+    fused = (_upsample(logits_b1, size).sigmoid() + _upsample(logits_b2, size).sigmoid()) / 2
+    return attention, fused.detach()
+
+
+def spg_mask(attention: Tensor, high: float, low: float) -> Tensor:
+    """Pseudo-labels from a map (B, 1, h, w): 1 above `high`, 0 below `low` (which wins), 255 = ignore
+    between. An image with fewer than 30 pixels above `high` takes those above 0.7 of its maximum."""
+    _check_unit("high", high)
+    _check_unit("low", low)
+    foreground = attention > high
+    few = foreground.sum((1, 2, 3), keepdim=True) < 30
+    foreground = torch.where(few, attention > 0.7 * attention.amax((1, 2, 3), keepdim=True), foreground)
+    mask = torch.full_like(attention, 255).masked_fill(foreground, 1)
+    return mask.masked_fill(attention < low, 0)
+
+
+def _masked_bce(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean binary cross entropy over the pixels of the batch whose mask is not 255; 0 if there are none."""
+    logits, valid = _upsample(logits, mask.shape[2:]).float(), mask != 255
+    loss = F.binary_cross_entropy_with_logits(logits, mask.float().clamp(max=1), reduction="none")
+    return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+def spg_loss(out: dict, target: Tensor,
+             thresholds: Sequence[tuple[float, float]] = SPG_THRESHOLDS) -> Tensor:
+    """CE(logits) + BCE(B2, mask of the attention) + BCE(B1, mask of B2) + BCE(C, mask of the fused map).
+
+    `out` holds "logits", "logits_b1", "logits_b2", "logits_c" (B, 1, h, w before upsampling),
+    "attention", "fused_attention" (B, 1, H, W, the size of the masks); `thresholds` the three
+    (high, low) pairs in this order.
+    """
+    (high_1, low_1), (high_2, low_2), (high_3, low_3) = thresholds
+    size = out["attention"].shape[2:]
+    guide_b1 = _upsample(out["logits_b2"].detach(), size).sigmoid()
+    return (F.cross_entropy(out["logits"], target)
+            + _masked_bce(out["logits_b2"], spg_mask(out["attention"], high_1, low_1))
+            + _masked_bce(out["logits_b1"], spg_mask(guide_b1, high_2, low_2))
+            + _masked_bce(out["logits_c"], spg_mask(out["fused_attention"], high_3, low_3)))
+
+
+# ---- Networks: what all share, and heads around any backbone -----------------------------------------
+
+
+class Localizer(nn.Module):
+    """A subclass defines `taps(x)` -> (map for B1, map for B2, last map), each (B, C, h, w); the first
+    two matter to SPG alone. What classifies the last map is `fc` (CAM), `classifier_A` and `_B` (ACoL),
+    or a 1x1 convolution `SPG_A_4` / `SPG_A4` (SPG, and Inception's CAM).
+
+    forward(x (B, 3, H, W), labels (B,) or None) -> dict of training outputs, "logits" (B, K) among them;
+    with `return_cam=True` the map of the label, (B, h, w), unnormalised.
+    """
+
+    arch = ""
+
+    def outputs(self, x: Tensor, labels: Tensor | None) -> dict:
+        *guides, last = self.taps(x)
+        if hasattr(self, "fc"):
+            return {"logits": self.fc(last.mean((2, 3))), "feature": last}
+        if hasattr(self, "classifier_A"):
+            return self._acol_outputs(last, labels)
+        class_maps = (self.SPG_A_4 if hasattr(self, "SPG_A_4") else self.SPG_A4)(last)
+        out = {"logits": class_maps.mean((2, 3)), "class_maps": class_maps}
+        if hasattr(self, "SPG_C"):
+            out["logits_b1"] = self.SPG_B_shared(self.SPG_B_1a(guides[0]))
+            out["logits_b2"] = self.SPG_B_shared(self.SPG_B_2a(guides[1]))
+            out["logits_c"] = self.SPG_C(last)
+            if labels is not None:
+                out["attention"], out["fused_attention"] = spg_attention(
+                    class_maps, labels, out["logits_b1"], out["logits_b2"], x.shape[2:])
+        return out
+
+    def _acol_outputs(self, feature: Tensor, labels: Tensor | None) -> dict:
+        map_a = self.classifier_A(feature)
+        logits = map_a.mean((2, 3))
+        attention = acol_attention(map_a, logits.argmax(1) if labels is None else labels)
+        map_b = self.classifier_B(erase_attention(feature, attention, self.drop_threshold))
+        return {"logits": logits, "logit_b": map_b.mean((2, 3)),
+                "feat_map_a": map_a, "feat_map_b": map_b}
+
+    def label_map(self, out: dict, labels: Tensor) -> Tensor:
+        """The map (B, h, w) of each label, from `outputs`."""
+        _check_labels(labels, *out["logits"].shape)
+        if "feature" in out:  # mean, not sum, over channels and no bias, as published
+            weight = self.fc.weight[labels.long()] / self.fc.in_features
+            return torch.einsum("bc,bchw->bhw", weight, out["feature"])
+        if "feat_map_a" in out:
+            maps = (normalize_tensor(_of_label(out[f"feat_map_{k}"], labels)) for k in "ab")
+            return torch.maximum(*maps).squeeze(1)
+        return _of_label(out["class_maps"], labels).squeeze(1)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, return_cam: bool = False):
+        if return_cam and labels is None:
+            raise ValueError("return_cam=True needs labels: the map is that of a class")
+        out = self.outputs(x, labels)
+        if return_cam:
+            return self.label_map(out, labels)
+        return {key: out[key] for key in out if key not in ("feature", "class_maps")}
+
+    @torch.inference_mode()
+    def predict(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits (B, K), map of the label (B, h, w)): one forward, no graph. Call in eval mode."""
+        out = self.outputs(x, labels)
+        return out["logits"], self.label_map(out, labels)
+
+
+def _convs(*widths: int) -> nn.Sequential:
+    """3x3 convolutions widths[0] -> widths[1] -> ..., each with ReLU."""
+    pairs = zip(widths, widths[1:])
+    return nn.Sequential(*(layer for i, o in pairs for layer in
+                           (nn.Conv2d(i, o, 3, padding=1), nn.ReLU(inplace=True))))
+
+
+def _add_acol(net: nn.Module, channels: int, num_classes: int, width: int = 1024) -> None:
+    for branch in "AB":
+        layers = (*_convs(channels, width, width), nn.Conv2d(width, num_classes, 1))
+        net.add_module(f"classifier_{branch}", nn.Sequential(*layers))
+
+
+def _add_spg(net: nn.Module, b1: int, b2: int, last: int, shared: int = 512, width: int = 512) -> None:
+    """The branches; `b1`, `b2`, `last`: channels of the three `taps`."""
+    net.SPG_B_1a, net.SPG_B_2a = _convs(b1, shared), _convs(b2, shared)
+    net.SPG_B_shared = nn.Sequential(*_convs(shared, shared), nn.Conv2d(shared, 1, 1))
+    net.SPG_C = nn.Sequential(*_convs(last, width), nn.Conv2d(width, 1, 1))
+
+
+class CAMHead(Localizer):
+    """Class activation maps (Zhou et al., CVPR 2016) on `features`, a module that maps images to
+    (B, channels, h, w), or None: the input is that map. Published names: `fc`."""
+
+    def __init__(self, features: nn.Module | None, channels: int, num_classes: int):
+        super().__init__()
+        self.features = nn.Identity() if features is None else features
+        self.fc = nn.Linear(channels, num_classes)
+
+    def taps(self, x: Tensor) -> tuple:
+        return None, None, self.features(x)
+
+
+class ACoLHead(Localizer):
+    """Two branches of three convolutions; B sees the feature map with A's attention erased."""
+
+    def __init__(self, features: nn.Module | None, channels: int, num_classes: int,
+                 drop_threshold: float = 0.7, width: int = 1024):
+        super().__init__()
+        _check_unit("drop_threshold", drop_threshold)
+        self.features = nn.Identity() if features is None else features
+        self.drop_threshold = drop_threshold
+        _add_acol(self, channels, num_classes, width)
+
+    def taps(self, x: Tensor) -> tuple:
+        return None, None, self.features(x)
+
+
+class SPGHead(Localizer):
+    """SPG on one feature map, which feeds A, B1 and B2; C reads the last layer of A."""
+
+    def __init__(self, features: nn.Module | None, channels: int, num_classes: int, width: int = 512):
+        super().__init__()
+        self.features = nn.Identity() if features is None else features
+        self.SPG_A_3 = _convs(channels, width, width)
+        self.SPG_A_4 = nn.Conv2d(width, num_classes, 1)
+        _add_spg(self, channels, channels, width, width, width)
+
+    def taps(self, x: Tensor) -> tuple:
+        feature = self.features(x)
+        return feature, feature, self.SPG_A_3(feature)
+
+
+# ---- The published networks --------------------------------------------------------------------------
+# "14" and "28" are the sides of the last feature map for 224-pixel input (large_feature_map False, True).
+
+# Numbers: 3x3 convolution + ReLU. M: 2x2 max-pool, P: 3x3 max-pool of stride 2, S: of stride 1, A: ADL.
+_VGG_PLANS = {
+    ("cam", False): "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512",
+    ("cam", True): "64 64 M 128 128 M 256 256 256 M 512 512 512 512 512 512",
+    ("acol", False): "64 64 P 128 128 P 256 256 256 P 512 512 512 P 512 512 512 S",
+    ("acol", True): "64 64 P 128 128 P 256 256 256 P 512 512 512 S 512 512 512 S",
+    ("spg", False): "64 64 M 128 128 M 256 256 256 M",
+    ("spg", True): "64 64 M 128 128 M 256 256 256 M",
+    ("adl", False): "64 64 M 128 128 M 256 256 256 M A 512 512 512 A M 512 512 512 A",
+    ("adl", True): "64 64 M 128 128 M 256 256 256 M A 512 512 512 A 512 512 512 A",
+}
+
+
+class VGG16(Localizer):
+    arch, channels = "vgg16", 1024
+
+    def __init__(self, method: str, num_classes: int, large: bool, adl: Callable[[], ADL]):
+        super().__init__()
+        self.method, layers, inputs = method, [], 3
+        for token in _VGG_PLANS[method, large].split():
+            if token.isdigit():
+                layers += _convs(inputs, int(token))
+                inputs = int(token)
+            else:
+                layers.append(adl() if token == "A" else nn.MaxPool2d(2) if token == "M" else
+                              nn.MaxPool2d(3, stride=2 if token == "P" else 1, padding=1))
+        self.features = nn.Sequential(*layers)
+        if method == "acol":
+            _add_acol(self, 512, num_classes)
+        elif method == "spg":
+            self.SPG_A_1 = _convs(256, 512, 512, 512)
+            self.pool = nn.Identity() if large else nn.MaxPool2d(3, stride=2, padding=1)
+            self.SPG_A_2 = _convs(512, 512, 512, 512)
+            self.SPG_A_3 = _convs(512, 512, 512)
+            self.SPG_A_4 = nn.Conv2d(512, num_classes, 1)
+            _add_spg(self, 512, 512, 512)
+        else:
+            self.conv6 = nn.Conv2d(512, 1024, 3, padding=1)
+            self.fc = nn.Linear(1024, num_classes)
+
+    def taps(self, x: Tensor) -> tuple:
+        feature = self.features(x)
+        if self.method == "acol":
+            return None, None, F.avg_pool2d(feature, 3, stride=1, padding=1)
+        if self.method == "spg":
+            first = self.pool(self.SPG_A_1(feature))
+            second = self.SPG_A_2(first)
+            return first, second, self.SPG_A_3(second)
+        return None, None, F.relu(self.conv6(feature))
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.downsample = None if stride == 1 and inputs == 4 * planes else nn.Sequential(
+            nn.Conv2d(inputs, 4 * planes, 1, stride, bias=False), nn.BatchNorm2d(4 * planes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)), inplace=True)))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class ResNet50(Localizer):
+    """layer4 always keeps stride 1; the large map gives layer3 stride 1 as well."""
+
+    arch, channels = "resnet50", 2048
+
+    def __init__(self, method: str, num_classes: int, large: bool, adl: Callable[[], ADL]):
+        super().__init__()
+
+        def stage(inputs: int, planes: int, blocks: int, stride: int) -> list[nn.Module]:
+            return [_Bottleneck(4 * planes if i else inputs, planes, 1 if i else stride)
+                    for i in range(blocks)]
+
+        self.method = method
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = nn.Sequential(*stage(64, 64, 3, 1))
+        self.layer2 = nn.Sequential(*stage(256, 128, 4, 2))
+        third, fourth = stage(512, 256, 6, 1 if large else 2), stage(1024, 512, 3, 1)
+        if method == "adl":  # as entries of the stages, so later blocks move up by one
+            third.insert(1, adl())
+            fourth = [fourth[0], adl(), *fourth[1:], adl()]
+        if method == "spg":
+            self.SPG_A1, self.SPG_A2 = nn.Sequential(third[0]), nn.Sequential(*third[1:])
+        else:
+            self.layer3 = nn.Sequential(*third)
+        self.layer4 = nn.Sequential(*fourth)
+        if method == "acol":
+            _add_acol(self, 2048, num_classes)
+        elif method == "spg":
+            self.SPG_A4 = nn.Conv2d(2048, num_classes, 1)
+            _add_spg(self, 1024, 1024, 2048, shared=1024)
+        else:
+            self.fc = nn.Linear(2048, num_classes)
+
+    def taps(self, x: Tensor) -> tuple:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.layer2(self.layer1(F.max_pool2d(x, 3, stride=2, padding=1)))
+        if self.method == "spg":
+            first = self.SPG_A1(x)
+            second = self.SPG_A2(first)
+            return first, second, self.layer4(second)
+        return None, None, self.layer4(self.layer3(x))
+
+
+class _ConvBN(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel, stride: int = 1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class _Mixed(nn.Module):
+    """An inception block: parallel chains of `_ConvBN`, concatenated. `branches`: {name: [(outputs,
+    kernel), ...]}, padded to keep the size; layers of a longer chain are named name_1, name_2, ..."""
+
+    def __init__(self, inputs: int, branches: dict):
+        super().__init__()
+        self.chains = []
+        for name, layers in branches.items():
+            widths = [inputs] + [outputs for outputs, _ in layers]
+            names = [name] if len(layers) == 1 else [f"{name}_{i + 1}" for i in range(len(layers))]
+            for i, (outputs, kernel) in enumerate(layers):
+                padding = (kernel[0] // 2, kernel[1] // 2) if isinstance(kernel, tuple) else kernel // 2
+                self.add_module(names[i], _ConvBN(widths[i], outputs, kernel, padding=padding))
+            self.chains.append(names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for names in self.chains:
+            out = x
+            if names == ["branch_pool"]:
+                out = F.avg_pool2d(x, 3, stride=1, padding=1)
+            for name in names:
+                out = getattr(self, name)(out)
+            outputs.append(out)
+        if len(self.chains) == 2:  # Mixed_6a, whose pooled branch has no convolution
+            outputs.append(F.max_pool2d(x, 3, stride=1, padding=1))
+        return torch.cat(outputs, 1)
+
+
+_DOUBLE_3X3 = [(64, 1), (96, 3), (96, 3)]
+
+
+def _inception_a(inputs: int, pool: int) -> _Mixed:
+    return _Mixed(inputs, {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
+                           "branch3x3dbl": _DOUBLE_3X3, "branch_pool": [(pool, 1)]})
+
+
+def _inception_c(c7: int) -> _Mixed:
+    row, column = (1, 7), (7, 1)
+    return _Mixed(768, {
+        "branch1x1": [(192, 1)], "branch7x7": [(c7, 1), (c7, row), (192, column)],
+        "branch7x7dbl": [(c7, 1), (c7, column), (c7, row), (c7, column), (192, row)],
+        "branch_pool": [(192, 1)]})
+
+
+class _Dropout(nn.Module):
+    """Dropout with a generator of its own, so that `train` resumes to the same numbers."""
+
+    rate, generator = 0.5, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class InceptionV3(Localizer):
+    """InceptionV3 up to Mixed_6e; Mixed_6a keeps stride 1. CAM and SPG drop out, ADL does not."""
+
+    arch, channels = "inception_v3", 1024
+
+    def __init__(self, method: str, num_classes: int, large: bool, adl: Callable[[], ADL]):
+        super().__init__()
+        self.method, self.large = method, large
+        self.Conv2d_1a_3x3 = _ConvBN(3, 32, 3, stride=2, padding=1)
+        self.Conv2d_2a_3x3 = _ConvBN(32, 32, 3)
+        self.Conv2d_2b_3x3 = _ConvBN(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = _ConvBN(64, 80, 1)
+        self.Conv2d_4a_3x3 = _ConvBN(80, 192, 3)
+        self.Mixed_5b, self.Mixed_5c = _inception_a(192, 32), _inception_a(256, 64)
+        self.Mixed_5d = _inception_a(288, 64)
+        self.Mixed_6a = _Mixed(288, {"branch3x3": [(384, 3)], "branch3x3dbl": _DOUBLE_3X3})
+        self.Mixed_6b, self.Mixed_6c = _inception_c(128), _inception_c(160)
+        self.Mixed_6d, self.Mixed_6e = _inception_c(160), _inception_c(192)
+        self.adl_5d, self.adl_6e, self.adl_a3 = (
+            adl() if method == "adl" else nn.Identity() for _ in range(3))
+        self.dropout = nn.Identity() if method == "adl" else _Dropout()
+        if method == "acol":
+            _add_acol(self, 768, num_classes)
+            return
+        self.SPG_A3_1b, self.SPG_A3_2b = _convs(768, 1024), _convs(1024, 1024)
+        self.SPG_A4 = nn.Conv2d(1024, num_classes, 1)
+        if method == "spg":
+            _add_spg(self, 288, 768, 1024)
+
+    def taps(self, x: Tensor) -> tuple:
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
+        first = self.adl_5d(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
+        if not self.large:
+            first = F.max_pool2d(first, 3, stride=2, ceil_mode=True)
+        second = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(first))))
+        x = self.adl_6e(self.Mixed_6e(second))  # B2 reads 6d, not 6e, as published
+        if self.method != "acol":
+            x = self.SPG_A3_2b(self.dropout(self.SPG_A3_1b(self.dropout(x))))
+            x = self.dropout(self.adl_a3(x))
+        return first, second, x
+
+
+def build_network(arch: str, method: str, num_classes: int = 1000, large_feature_map: bool = False,
+                  adl_drop_rate: float = 0.75, adl_drop_threshold: float = 0.9,
+                  acol_drop_threshold: float = 0.7,
+                  generator: torch.Generator | None = None) -> Localizer:
+    """A published network, freshly initialised; released checkpoints (`state_dict`) load unchanged.
+
+    `arch`: "vgg16", "resnet50" or "inception_v3"; `method`: "cam" ("has" and "cutmix" are the same
+    network), "acol", "spg" or "adl". `large_feature_map`: 28 x 28 maps instead of 14 x 14.
+    `load_torchvision` fills in ImageNet weights.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"arch must be one of {ARCHS}, got {arch!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be >= 1, got {num_classes}")
+    _check_unit("acol_drop_threshold", acol_drop_threshold)
+    ADL(adl_drop_rate, adl_drop_threshold)  # bad values are an error whatever the method
+    method = "cam" if method in ("has", "cutmix") else method
+    network = {"vgg16": VGG16, "resnet50": ResNet50, "inception_v3": InceptionV3}[arch](
+        method, num_classes, large_feature_map, lambda: ADL(adl_drop_rate, adl_drop_threshold))
+    network.drop_threshold = acol_drop_threshold
+    he = (arch, method) in (("vgg16", "cam"), ("vgg16", "adl"), ("resnet50", "acol"))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and he:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
+                                    generator=generator)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01, generator=generator)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def load_torchvision(network: Localizer, state: dict[str, Tensor]) -> list[str]:
+    """Copies torchvision's ImageNet weights into a network of `build_network`; returns the names of
+    the tensors that keep their initialisation (the new layers).
+
+    Layers that moved are found: VGG's convolutions by their order, ResNet's blocks behind an ADL or
+    inside SPG by theirs. A classifier is taken over only where its shape fits.
+    """
+    own = network.state_dict()
+    moved = {}  # torchvision prefix -> prefix here
+    if network.arch == "vgg16":
+        ours = [name.removesuffix("weight") for name in own if name.endswith("weight")]
+        theirs = [name.removesuffix("weight") for name in state
+                  if name.startswith("features.") and name.endswith("weight")]
+        moved = dict(zip(theirs, ours))
+    elif network.arch == "resnet50":
+        stages = {n: getattr(network, f"layer{n}", ()) for n in (3, 4)}
+        for n, stage in stages.items():
+            kept = [i for i, block in enumerate(stage) if not isinstance(block, ADL)]
+            moved |= {f"layer{n}.{i}.": f"layer{n}.{j}." for i, j in enumerate(kept)}
+        if network.method == "spg":
+            moved |= {f"layer3.{i}.": f"SPG_A2.{i - 1}." if i else "SPG_A1.0." for i in range(6)}
+    renamed = {}
+    for name, value in state.items():
+        prefix = next((p for p in moved if name.startswith(p)), "")
+        renamed[moved.get(prefix, "") + name.removeprefix(prefix)] = value
+    taken = {name: value for name, value in renamed.items()
+             if name in own and own[name].shape == value.shape}
+    if not taken:
+        raise ValueError(f"state holds no weight of {network.arch}; it begins with {list(state)[:3]}")
+    network.load_state_dict(taken, strict=False)
+    return [name for name in own if name not in taken]
+
+
+# ---- Baselines: few-shot, centre, gradients ----------------------------------------------------------
+
+
+class FewShotHead(nn.Module):
+    """The paper's few-shot baseline: the last layer replaced by a 1x1 convolution to one class-agnostic
+    saliency map, trained by per-pixel BCE (`few_shot_loss`) on the images the others use for tuning.
+
+    forward(x) -> logits (B, 1, h, w). `features` as in `CAMHead`, or a network of
+    `build_network(arch, "cam")` with `channels=network.channels`: its classifier is left out.
+    """
+
+    def __init__(self, features: nn.Module | None, channels: int):
+        super().__init__()
+        self.features = nn.Identity() if features is None else features
+        self.saliency = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.features, Localizer):
+            return self.saliency(self.features.taps(x)[-1])
+        return self.saliency(self.features(x))
+
+    @torch.inference_mode()
+    def predict(self, x: Tensor) -> Tensor:
+        """Saliency maps (B, h, w) in (0, 1). Call in eval mode."""
+        return self(x).sigmoid().squeeze(1)
+
+
+def few_shot_targets(size: int, boxes=None, masks=None) -> Tensor:
+    """A float32 target (size, size), 1 on objects: the union of the filled `boxes` [k, 4] (x0, y0, x1,
+    y1 inclusive, already scaled to `size`), or of the instance `masks`, a list of 2-d arrays
+    (foreground > 0.5) of any size."""
+    if (boxes is None) == (masks is None):
+        raise ValueError("give either boxes or masks")
+    target = torch.zeros(size, size)
+    for x0, y0, x1, y1 in [] if boxes is None else np.asarray(boxes).reshape(-1, 4).tolist():
+        if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
+            raise ValueError(f"boxes must have 0 <= x0 <= x1 and 0 <= y0 <= y1, got {(x0, y0, x1, y1)}")
+        target[int(y0):int(y1) + 1, int(x0):int(x1) + 1] = 1
+    for mask in [] if masks is None else [masks] if np.ndim(masks) == 2 else masks:
+        # the nearest neighbour of the evaluation: floor(dst * scale), the scale rounded like OpenCV's
+        rows, columns = (np.minimum((np.arange(size) * (1.0 / (size / n))).astype(int), n - 1)
+                         for n in np.shape(mask))
+        target[torch.from_numpy(np.asarray(mask)[rows][:, columns] > 0.5)] = 1
+    return target
+
+
+def few_shot_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """BCE of logits (B, 1, h, w), upsampled bilinearly, to the target (B, H, W); 255 is ignored."""
+    return _masked_bce(logits, target.unsqueeze(1))
+
+
+def center_gaussian(size: int | tuple[int, int], sigma: float = 1.0) -> np.ndarray:
+    """A gaussian at the centre, float64 (h, w), min-max normalised; `sigma` in half image sides."""
+    if not sigma > 0:
+        raise ValueError(f"sigma must be > 0, got {sigma}")
+    height, width = (size, size) if np.ndim(size) == 0 else size
+    y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
+    scores = np.exp(-(x**2 + y**2) / (2 * sigma**2))
+    span = np.ptp(scores)
+    return (scores - scores.min()) / span if span > 0 else np.zeros_like(scores)
+
+
+def _input_gradient(model: Callable, x: Tensor, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        logits = logits["logits"] if isinstance(logits, dict) else logits
+        _check_labels(y, *logits.shape)
+        return torch.autograd.grad(logits.gather(1, y.long()[:, None]).sum(), x)[0]
+
+
+def _reduce(attribution: Tensor, reduce: str | None) -> Tensor:
+    if reduce not in ("max", "mean", None):
+        raise ValueError(f"reduce must be 'max', 'mean' or None, got {reduce!r}")
+    if reduce is None:
+        return attribution
+    return attribution.abs().amax(1) if reduce == "max" else attribution.abs().mean(1)
+
+
+def vanilla_gradient(model: Callable, x: Tensor, y: Tensor, reduce: str | None = "max") -> Tensor:
+    """d logit_y / dx (Simonyan et al. 2014). `model(x)`, in eval mode, returns logits (B, K) or a dict
+    with "logits". `reduce` "max" | "mean" of the absolute values over channels -> (B, H, W); None:
+    the signed (B, C, H, W)."""
+    return _reduce(_input_gradient(model, x, y), reduce)
+
+
+def integrated_gradients(model: Callable, x: Tensor, y: Tensor, steps: int = 50,
+                         baseline: Tensor | None = None, reduce: str | None = "max") -> Tensor:
+    """(x - x0) times the mean gradient on the line from x0 to x (Sundararajan et al. 2017), midpoint
+    rule: the signed values sum to logit(x) - logit(x0). x0 = `baseline`, default 0 (the mean image)."""
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    start = torch.zeros_like(x) if baseline is None else torch.as_tensor(baseline).to(x)
+    total = torch.zeros_like(x)
+    for k in range(steps):
+        total += _input_gradient(model, start + (k + 0.5) / steps * (x - start), y)
+    return _reduce((x - start) * total / steps, reduce)
+
+
+def smooth_grad(model: Callable, x: Tensor, y: Tensor, n: int = 50, sigma: float = 0.15,
+                reduce: str | None = "max", generator: torch.Generator | None = None) -> Tensor:
+    """Mean gradient of `n` noisy copies (Smilkov et al. 2017); noise `sigma` * (max - min) per image."""
+    if n < 1 or sigma < 0:
+        raise ValueError(f"n must be >= 1 and sigma >= 0, got {n} and {sigma}")
+    scale = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
+    total = torch.zeros_like(x)
+    for _ in range(n):
+        noise = torch.randn(x.shape, generator=generator, device=_device_of(generator), dtype=x.dtype)
+        total += _input_gradient(model, x + scale * noise.to(x.device), y)
+    return _reduce(total / n, reduce)
+
+
+# ---- Training ----------------------------------------------------------------------------------------
+
+CONFIG = {  # what `train` reads, with the published defaults; a trial of the random search fits in
+    "method": "cam", "lr": 0.01, "epochs": 10, "decay_frequency": 3, "momentum": 0.9,
+    "weight_decay": 5e-4, "lr_classifier_ratio": 10.0, "official_groups": True, "amp": False, "seed": 0,
+    "has_grid_size": 4, "has_drop_rate": 0.5, "cutmix_beta": 1.0, "cutmix_prob": 1.0,
+    "spg_threshold_1h": 0.7, "spg_threshold_1l": 0.01, "spg_threshold_2h": 0.5,
+    "spg_threshold_2l": 0.05, "spg_threshold_3h": 0.7, "spg_threshold_3l": 0.1,
+}
+NETWORK_KEYS = ("large_feature_map", "acol_drop_threshold", "adl_drop_rate", "adl_drop_threshold")
+_NEW_LAYERS = ("conv6", "fc.", "classifier_", "SPG_A_3", "SPG_A_4", "SPG_A3", "SPG_A4", "SPG_B", "SPG_C")
+
+
+def parameter_groups(model: nn.Module, lr: float, lr_classifier_ratio: float = 10.0,
+                     official_groups: bool = True) -> list[dict]:
+    """Two groups: the backbone at `lr`, the classifier at `lr_classifier_ratio` * `lr`.
+
+    `official_groups` sorts the networks of `build_network` by the published substrings of the names:
+    VGG-SPG's pretrained conv4/5 get the high rate, ResNet's layer4 too, its new ACoL and SPG heads the
+    low one. False gives the high rate to what is new. Heads around a backbone: all but `features`.
+    """
+    model = getattr(model, "module", model)  # DistributedDataParallel
+    nested = isinstance(model, FewShotHead) and isinstance(model.features, Localizer)
+    arch = model.features.arch if nested else getattr(model, "arch", "")
+
+    def is_high(name: str) -> bool:
+        name = name.removeprefix("features.") if nested else name
+        if not arch or name.startswith("saliency"):
+            return not name.startswith("features.")
+        if not official_groups:
+            return name.startswith(_NEW_LAYERS)
+        return {"vgg16": "features." not in name, "resnet50": "layer4." in name or "fc." in name,
+                "inception_v3": not name.startswith(("Mixed", "Conv2d_"))}[arch]
+
+    groups = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        groups[is_high(name)].append(parameter)
+    return [{"params": groups[False], "lr": lr}, {"params": groups[True], "lr": lr * lr_classifier_ratio}]
+
+
+def _step_loss(model: nn.Module, x: Tensor, y: Tensor, cfg: dict, generator: torch.Generator) -> Tensor:
+    method = cfg["method"]
+    if method == "fewshot":
+        return few_shot_loss(model(x), y)
+    if method == "has":
+        x = has(x, cfg["has_grid_size"], cfg["has_drop_rate"], generator)
+    if method == "cutmix" and float(torch.rand((), generator=generator)) < cfg["cutmix_prob"]:
+        x, target_a, target_b, lam = cutmix(x, y, cfg["cutmix_beta"], generator)
+        logits = model(x)["logits"]
+        return lam * F.cross_entropy(logits, target_a) + (1 - lam) * F.cross_entropy(logits, target_b)
+    out = model(x, y)
+    if method == "acol":
+        return acol_loss(out, y)
+    if method == "spg":
+        return spg_loss(out, y, [(cfg[f"spg_threshold_{i}h"], cfg[f"spg_threshold_{i}l"]) for i in (1, 2, 3)])
+    return F.cross_entropy(out["logits"], y)
+
+
+def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
+          resume: dict | None = None) -> Iterator[dict]:
+    """The published recipe, one dict of floats per step: SGD with Nesterov momentum, two learning rates
+    (`parameter_groups`), both divided by 10 at the *start* of every epoch, counted from 1, that is a
+    multiple of `decay_frequency`.
+
+    `loader` yields (images (B, 3, H, W), labels (B,)), for the method "fewshot" (images, targets
+    (B, H, W)); further entries are ignored. `cfg` overrides `CONFIG`; the keys in `NETWORK_KEYS`, which
+    belong to `build_network`, may be in it. `amp` computes in bfloat16. Published: batches of 32;
+    epochs / decay_frequency 10 / 3 on ImageNet and OpenImages, 50 / 15 on CUB; weight decay 5e-4, for
+    ResNet 1e-4. `send("state")` returns a snapshot; `resume=snapshot` continues to the same numbers.
+    """
+    if unknown := set(cfg or {}) - set(CONFIG) - set(NETWORK_KEYS):
+        raise ValueError(f"cfg has unknown keys {sorted(unknown)}; accepted are {sorted(CONFIG)}")
+    cfg = CONFIG | (cfg or {})
+    if cfg["method"] not in (*METHODS, "fewshot"):
+        raise ValueError(f"method must be one of {(*METHODS, 'fewshot')}, got {cfg['method']!r}")
+    return _train_steps(model, loader, cfg, resume)
+
+
+def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | None) -> Iterator[dict]:
+    device = next(model.parameters()).device
+    generators = {"host": torch.Generator().manual_seed(cfg["seed"]),
+                  "device": torch.Generator(device).manual_seed(cfg["seed"])}
+    for module in model.modules():
+        if isinstance(module, (ADL, _Dropout)):
+            module.generator = generators["host" if isinstance(module, ADL) else "device"]
+    groups = parameter_groups(model, cfg["lr"], cfg["lr_classifier_ratio"], cfg["official_groups"])
+    base_lrs = [group["lr"] for group in groups]
+    optimizer = torch.optim.SGD(groups, lr=cfg["lr"], momentum=cfg["momentum"],
+                                weight_decay=cfg["weight_decay"], nesterov=True)
+    step = first_epoch = skip = 0
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        step, first_epoch, skip = resume["step"], resume["epoch"], resume["batch"]
+        for name, generator in generators.items():
+            generator.set_state(resume[name].cpu())
+    model.train()
+    for epoch in range(first_epoch, cfg["epochs"]):
+        if seeks := hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch, skip)
+        decay = 0.1 ** ((epoch + 1) // cfg["decay_frequency"])
+        for group, lr in zip(optimizer.param_groups, base_lrs):
+            group["lr"] = lr * decay
+        for batch, (x, y, *_) in enumerate(loader, skip if seeks else 0):
+            if batch < skip:
+                continue
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg["amp"]):
+                loss = _step_loss(model, x, y, cfg, generators["host"])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            row = {"step": float(step), "epoch": float(epoch), "loss": loss.item(), "lr": cfg["lr"] * decay}
+            step += 1
+            if (yield row) == "state":
+                yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                       "step": step, "epoch": epoch, "batch": batch + 1,
+                       **{name: generator.get_state() for name, generator in generators.items()}}
+        skip = 0
+
+
+# ---- Demonstration -----------------------------------------------------------------------------------
+
+
+def _toy_scenes(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (N, 3, 32, 32), labels, masks: a grey square with one corner in the colour of its class, so
+    that what tells the class is smaller than the object."""
+    rng = np.random.default_rng(seed)
+    labels, masks = rng.integers(0, 3, count), np.zeros((count, 32, 32), bool)
+    images = rng.normal(0, 0.3, (count, 3, 32, 32))
+    for image, mask, label in zip(images, masks, labels):
+        x, y, side = *rng.integers(1, 15, 2), rng.integers(12, 16)
+        mask[y:y + side, x:x + side] = True
+        image[:, mask] += 1.5
+        image[label, y:y + side // 2, x:x + side // 2] += 2.0
+    return torch.tensor(images, dtype=torch.float32), torch.tensor(labels), torch.tensor(masks)
+
+
+def _best_iou(maps: Tensor, masks: Tensor) -> float:
+    """The best pixel IoU (percent, all images pooled) over the thresholds: a stand-in for the metrics."""
+    scores = F.interpolate(maps[:, None].double(), size=masks.shape[1:], mode="bicubic")
+    scores = normalize_tensor(scores)[:, 0]
+    ious = [((scores >= t) & masks).sum() / ((scores >= t) | masks).sum() for t in np.arange(0.02, 1, 0.02)]
+    return 100 * float(max(ious))
+
+
+def main() -> None:
+    images, labels, masks = _toy_scenes(400, seed=0)
+    test_images, test_labels, test_masks = _toy_scenes(100, seed=1)
+    recipe = {"lr": 0.01, "epochs": 4, "decay_frequency": 3}
+    batches = list(zip(images.split(32), labels.split(32)))
+    backbone = nn.Sequential(*_convs(3, 16), nn.MaxPool2d(2), *_convs(16, 32, 32))
+    generator = torch.Generator().manual_seed(0)
+    for convolution in (backbone[0], backbone[3], backbone[5]):
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu", generator=generator)
+    print("100 test images        best pixel IoU")
+    for method in ("cam", "has", "cutmix"):
+        head = CAMHead(copy.deepcopy(backbone), 32, 3)
+        nn.init.normal_(head.fc.weight, 0, 0.01, generator=generator)
+        for _ in train(head, batches, recipe | {"method": method, "has_grid_size": 8, "has_drop_rate": 0.3}):
+            pass
+        logits, maps = head.eval().predict(test_images, test_labels)
+        accuracy = 100 * float((logits.argmax(1) == test_labels).float().mean())
+        print(f"{method:8s} 400 labels        {_best_iou(maps, test_masks):5.1f} %   (accuracy {accuracy:.0f} %)")
+    few = FewShotHead(backbone, 32)
+    nn.init.normal_(few.saliency.weight, 0, 0.01, generator=generator)
+    for _ in train(few, [(images[:15], masks[:15].float())] * 13, recipe | {"method": "fewshot"}):
+        pass
+    print(f"few-shot  15 masks         {_best_iou(few.eval().predict(test_images), test_masks):5.1f} %")
+    center = torch.from_numpy(center_gaussian(32)).expand(len(test_masks), 32, 32)
+    print(f"centre   nothing           {_best_iou(center, test_masks):5.1f} %")
+    print("Image labels find the part that tells the class; a few masks find the object.")
+
+
+if __name__ == "__main__":
+    main()
