@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent / "golden" / "regularization"
 
 def golden(name):
     data = np.load(GOLDEN / f"{name}.npz")
-    return {key: torch.from_numpy(np.ascontiguousarray(data[key])) for key in data.files}
+    return {key: torch.tensor(data[key]) for key in data.files}
 
 
 def gen(seed=0):
