@@ -34,6 +34,16 @@ def test_shapes_have_their_areas():
     assert torch.allclose(turned.flatten(1).float().sum(1) / 80**2, expected, rtol=0.03)
 
 
+def test_two_objects_are_apart_and_of_different_classes():
+    data, again = synthetic.two_objects(50, seed=1), synthetic.two_objects(50, seed=1)
+    assert all(torch.equal(data[key], again[key]) for key in data)
+    assert data["images"].shape == (50, 3, 64, 64) and (data["classes"][:, 0] != data["classes"][:, 1]).all()
+    assert (data["labels"].unsqueeze(1) == data["classes"]).any(1).all()
+    assert not (data["masks"][:, 0] & data["masks"][:, 1]).any() and data["masks"].flatten(2).any(2).all()
+    assert torch.equal(data["boxes"][:, 1], mask_boxes(data["masks"][:, 1]))
+    assert synthetic.two_objects(3, size=32)["images"].shape == (3, 3, 32, 32)
+
+
 def test_bad_arguments():
     for arguments in ({"count": -1}, {"count": 3, "size": 4}, {"count": 2, "labels": torch.tensor([0, 10])},
                       {"count": 3, "labels": torch.tensor([0])}):
