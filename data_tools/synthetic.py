@@ -196,6 +196,48 @@ class Batches:
             yield (self.transform(images) if self.transform else images, *rest)
 
 
+# ---------------------------------------------------------------- localization: objects on backgrounds that tell the class
+
+def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise: float = 0.04,
+           labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """One object of CLASSES on one of ten striped backgrounds; with probability `rho` the background is the class's own.
+
+    Otherwise it is drawn uniformly, so rho = 0 leaves no cue outside the object and rho = 1 makes the background
+    tell the class as surely as the object does. A background has a hue and a stripe direction; the object's colours,
+    place, size and angle are random. Returns the keys of `shapes` and "backgrounds" (N,) int64.
+    """
+    if count < 0 or size < 8:
+        raise ValueError(f"count must be >= 0 and size >= 8, not {count} and {size}")
+    if not 0 <= rho <= 1:
+        raise ValueError(f"rho must be in [0, 1], not {rho}")
+    generator = torch.Generator().manual_seed(seed)
+    if labels is None:
+        labels = torch.randint(len(CLASSES), (count,), generator=generator)
+    own = torch.rand(count, generator=generator) < rho
+    backgrounds = torch.where(own, labels, torch.randint(len(CLASSES), (count,), generator=generator))
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    masks = torch.empty(count, size, size, dtype=torch.bool)
+    scale = size / 64
+    thirds = torch.arange(3).view(1, 3, 1, 1) / 3             # red, green, blue on the circle of hues
+    for start in range(0, count, CHUNK):
+        part = slice(start, min(start + CHUNK, count))
+        label, cue = labels[part], backgrounds[part]
+        n = len(label)
+        cx, cy = uniform(generator, 21 * scale, 43 * scale, 2, n)
+        radius, angle = uniform(generator, 13 * scale, 21 * scale, n), uniform(generator, 0, 2 * math.pi, n)
+        stripe_angle, phase, back_phase = uniform(generator, 0, 2 * math.pi, 3, n)
+        hue = (cue / len(CLASSES)).view(-1, 1, 1, 1)
+        back = 0.5 + 0.12 * torch.cos(2 * math.pi * (hue + thirds)) + uniform(generator, -0.08, 0.08, n, 1, 1, 1)
+        bands = stripes(size, cue * (math.pi / len(CLASSES)), back_phase, 0.6 / scale).unsqueeze(1)
+        mask = shape_mask(label // 2, size, cx, cy, radius, angle)
+        light = (label % 2 == 0).view(-1, 1, 1) | stripes(size, stripe_angle, phase, 1.2 / scale)
+        one, two = uniform(generator, 0, 1, 2, n, 3, 1, 1)
+        image = torch.where(mask.unsqueeze(1), torch.where(light.unsqueeze(1), one, two), back + 0.16 * (bands.float() - 0.5))
+        image += noise * torch.randn(image.shape, generator=generator)
+        images[part], masks[part] = to_uint8(image), mask
+    return {"images": images, "labels": labels, "masks": masks, "boxes": mask_boxes(masks), "backgrounds": backgrounds}
+
+
 if __name__ == "__main__":
     began = time.perf_counter()
     data = shapes(20_000)
