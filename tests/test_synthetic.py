@@ -34,14 +34,21 @@ def test_shapes_have_their_areas():
     assert torch.allclose(turned.flatten(1).float().sum(1) / 80**2, expected, rtol=0.03)
 
 
-def test_two_objects_are_apart_and_of_different_classes():
-    data, again = synthetic.two_objects(50, seed=1), synthetic.two_objects(50, seed=1)
+def test_colored_objects_are_apart_and_of_different_classes():
+    data, again = synthetic.colored_objects(50, seed=1), synthetic.colored_objects(50, seed=1)
     assert all(torch.equal(data[key], again[key]) for key in data)
     assert data["images"].shape == (50, 3, 64, 64) and (data["classes"][:, 0] != data["classes"][:, 1]).all()
     assert (data["labels"].unsqueeze(1) == data["classes"]).any(1).all()
     assert not (data["masks"][:, 0] & data["masks"][:, 1]).any() and data["masks"].flatten(2).any(2).all()
     assert torch.equal(data["boxes"][:, 1], mask_boxes(data["masks"][:, 1]))
-    assert synthetic.two_objects(3, size=32)["images"].shape == (3, 3, 32, 32)
+    single = synthetic.colored_objects(9, objects=1, size=32)
+    assert single["images"].shape == (9, 3, 32, 32) and torch.equal(single["labels"], single["classes"][:, 0])
+    mask = single["masks"][0, 0]
+    strongest = single["images"][0].float()[:, mask].mean(1)
+    expected = torch.tensor(list(synthetic.PALETTE.values())[int(single["labels"][0]) % 4]) * 255
+    assert (strongest - expected).abs().max() < 50
+    with pytest.raises(ValueError, match="objects must be 1 or 2"):
+        synthetic.colored_objects(3, objects=3)
 
 
 def test_bad_arguments():
