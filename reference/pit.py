@@ -768,7 +768,7 @@ def cutmix_batch(x: Tensor, lam: float, center: tuple[int, int] | None = None,
     """
     sides = x.shape[-2:]
     if center is None:
-        center = [int(torch.randint(side, (), generator=generator)) for side in sides]
+        center = [int(u * side) for u, side in zip(_uniform((2,), generator, "cpu").tolist(), sides)]
     boxes = []
     for at, side in zip(center, sides):
         cut = int(side * math.sqrt(1 - lam))
@@ -800,13 +800,12 @@ class Mixup:
         if len(x) % 2:
             raise ValueError(f"mixing needs an even batch, got {len(x)} images: drop_last=True")
         target = smooth_one_hot(y, self.num_classes, self.label_smoothing)
-        mix, switch = torch.rand(2, generator=self.generator).tolist()
+        mix, switch, seed = _uniform((3,), self.generator, "cpu").tolist()
         if mix >= self.prob:
             return x, target
         cutmix = switch < self.switch_prob
         alpha = self.cutmix_alpha if cutmix else self.mixup_alpha
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        lam = float(np.random.default_rng(seed).beta(alpha, alpha))
+        lam = float(np.random.default_rng(int(seed * 2**24)).beta(alpha, alpha))
         if cutmix:
             x, lam = cutmix_batch(x, lam, generator=self.generator)
         else:
