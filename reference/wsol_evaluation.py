@@ -796,7 +796,9 @@ class MaskEvaluator(_Evaluator):
             return
         truth = torch.from_numpy(np.stack([np.asarray(self.known[i]).astype(np.uint8) for i in image_ids])).to(maps.device)
         bins = len(self._edges) - 1
-        cell = self._bin(maps) + truth.clamp(max=2).long() * bins             # 255, ignored, becomes 2
+        index = self._bin(maps)
+        counted = (truth != 255) & (index >= 0)
+        cell = torch.where(counted, index + truth.long() * bins, 2 * bins)
         cell += torch.arange(len(maps), device=maps.device).view(-1, 1, 1) * (3 * bins)
         hist = torch.bincount(cell.flatten(), minlength=len(maps) * 3 * bins)
         hist = hist.view(len(maps), 3, bins)[:, :2].cpu().numpy().astype(np.int32)
@@ -806,17 +808,14 @@ class MaskEvaluator(_Evaluator):
         self._record(list(image_ids))
 
     def _bin(self, maps: Tensor) -> Tensor:
-        """Index of the bin [edge, next edge) of each score; the guess from the spacing is set right with the edges themselves."""
+        """Index of each score's bin [edge, next edge): a guess from the spacing, set right by the edges themselves."""
         edges = torch.from_numpy(self._edges).to(maps.device)
-        thresholds = self.cam_threshold_list
-        if thresholds[0] != 0:
-            raise ValueError("cam_threshold_list must begin with 0, else low scores fall into no bin")
-        count = len(thresholds)
-        if not np.allclose(thresholds, np.arange(count) * thresholds[-1] / max(count - 1, 1), rtol=0, atol=1e-9):
-            return torch.searchsorted(edges, maps, right=True) - 1
-        guess = (maps * ((count - 1) / thresholds[-1] if count > 1 else 0.0)).long().clamp_(max=count)
-        guess += (maps >= edges[guess + 1]).long()
-        return guess - (maps < edges[guess]).long()
+        count, last = len(self.cam_threshold_list), self.cam_threshold_list[-1]
+        if last == 0 or not np.allclose(self.cam_threshold_list, np.linspace(0, last, count), rtol=0, atol=1e-9):
+            return torch.searchsorted(edges, maps, right=True) - 1             # -1 below the first edge: not counted
+        guess = (maps * ((count - 1) / last)).long().clamp_(max=count)
+        guess += maps >= edges[guess + 1]
+        return guess.sub_(maps < edges[guess])
 
     def compute(self, strict: bool = False) -> float:
         """PxAP in percent; strict: every image must have been seen."""
