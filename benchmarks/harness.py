@@ -177,7 +177,7 @@ class Run:
         if self.is_main:
             self._open_folder()
         self.barrier()
-        sys.excepthook = self._explain_interrupt
+        sys.excepthook = self._explain
         if args.resume and (self.out / "recorded.json").exists():
             saved = json.loads((self.out / "recorded.json").read_text())
             self._recorded, self._wall_before = saved["results"], saved["wall_seconds"]
@@ -347,11 +347,15 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _explain_interrupt(self, kind, error, trace):
-        if not issubclass(kind, KeyboardInterrupt):
+    def _explain(self, kind, error, trace):
+        """Ctrl-C outside a training loop, and bad input (ValueError, OSError), end in a line and not in a traceback."""
+        if issubclass(kind, KeyboardInterrupt):
+            self.log(f"\nstopped. To go on from the last checkpoint:\n  {self.resume_command()}")
+        elif issubclass(kind, (ValueError, OSError)) and not os.environ.get("TRACEBACK"):
+            print(f"error: {error}\n(TRACEBACK=1 in the environment shows where)", file=sys.stderr, flush=True)
+        else:
             return sys.__excepthook__(kind, error, trace)
-        self.log(f"\nstopped. To go on from the last checkpoint:\n  {self.resume_command()}")
-        os._exit(130)                                         # loader workers and peers must not hold the exit
+        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)      # loader workers and peers must not hold the exit
 
     def resume_command(self) -> str:
         prefix = ["torchrun", f"--nproc_per_node={self.world_size}"] if self.world_size > 1 else ["python"]

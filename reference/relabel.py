@@ -226,21 +226,29 @@ def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: s
         top, left, height, width = left, top, width, height
     a = axis_weights(top * rows - 0.5, (top + height) * rows - 0.5, rows)[:, 0]
     b = axis_weights(left * columns - 0.5, (left + width) * columns - 0.5, columns)[:, 0]
-    values = topk[:, 0].double() * (a.unsqueeze(2) * b.unsqueeze(1)).unsqueeze(1)                  # (B, k, h, w)
-    place = topk[:, 1].long() + num_classes * torch.arange(len(topk), device=topk.device).view(-1, 1, 1, 1)
-    pooled = values.new_zeros(len(topk) * num_classes)       # one axis: deterministic on a GPU too, when torch is told so
-    pooled = pooled.scatter_add_(0, place.flatten(), values.flatten()).view(len(topk), num_classes)
-    return (pooled.softmax(1) if softmax else pooled).to(topk.dtype)
+    out = topk.new_empty(len(topk), num_classes)
+    block = 16 if topk.device.type == "cpu" else 4096        # images at a time: what is added up stays in the cache
+    for part in (slice(start, start + block) for start in range(0, len(topk), block)):
+        values = topk[part, 0].double() * (a[part].unsqueeze(2) * b[part].unsqueeze(1)).unsqueeze(1)      # (n, k, h, w)
+        place = topk[part, 1].long()
+        place += num_classes * torch.arange(len(place), device=topk.device).view(-1, 1, 1, 1)
+        pooled = values.new_zeros(len(place) * num_classes)  # one axis: deterministic on a GPU too, when torch is told so
+        pooled = pooled.scatter_add_(0, place.flatten(), values.flatten()).view(-1, num_classes).to(topk.dtype)
+        out[part] = pooled.softmax(1) if softmax else pooled
+    return out
 
 
 def _check_topk(topk: Tensor, num_classes: int) -> None:
     if topk.ndim != 5 or topk.shape[1] != 2 or not topk.is_floating_point():
         raise ValueError(f"topk must be floating-point (B, 2, k, h, w), not {topk.dtype} {tuple(topk.shape)}")
+    if not topk.numel():
+        return
     scores, classes = topk[:, 0], topk[:, 1]
-    if not (scores.isfinite() & (classes >= 0) & (classes < num_classes) & (classes == classes.floor())).all():
-        if not scores.isfinite().all():
-            raise ValueError("topk[:, 0] holds scores that are not finite")
-        wrong = classes[~((classes >= 0) & (classes < num_classes) & (classes == classes.floor()))][0]
+    if not scores.abs().amax().isfinite():
+        raise ValueError("topk[:, 0] holds scores that are not finite")
+    low, high = torch.aminmax(classes)
+    if not (0 <= low and high < num_classes) or classes.frac().any():
+        wrong = classes[~((classes >= 0) & (classes < num_classes) & (classes.frac() == 0))][0]
         raise ValueError(f"topk[:, 1] must hold integral classes in 0..{num_classes - 1}, found {float(wrong)}")
 
 

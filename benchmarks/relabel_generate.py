@@ -1,0 +1,185 @@
+"""Label maps for your own data: a trained classifier in, a packed store of dense label maps out.
+
+    python benchmarks/relabel_generate.py                            # embedded data, a teacher trained on the spot
+    python benchmarks/relabel_generate.py --data /data/imagenet --arch resnet50 --teacher resnet50.pth --store maps
+    torchrun --nproc_per_node=8 benchmarks/relabel_generate.py --data ... # every process writes its own shards
+
+The teacher's pooling is removed, its linear layer is asked at every cell, and the 5 best classes of each cell are kept.
+Every image is squashed to a square of --size pixels (475 in the paper, 15 x 15 cells). A killed run goes on with
+the shards that are missing: give the same command again. Takes one forward pass per image; the closing table shows how
+much of the time went to anything else than the teacher (below 10 % unless the images come from a slow disk), and that
+the mean over the cells of a map is the teacher's own prediction.
+"""
+
+import time
+
+import harness
+import numpy as np
+import torch
+from PIL import Image
+
+from data_tools import imagenet, synthetic
+from data_tools.label_maps import LabelMaps, StoreWriter, generate
+from reference import relabel, resnet
+
+MEAN_STD = (imagenet.IMAGENET_MEAN, imagenet.IMAGENET_STD)
+
+
+class SquashTransform:
+    """The whole image resized to size x size, aspect ratio not kept: map and image coordinates are proportional."""
+
+    takes_encoded = True
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, image) -> torch.Tensor:
+        width, height = imagenet.image_size(image)
+        if (width, height) == (self.size, self.size) and isinstance(image, np.ndarray):
+            return imagenet.to_tensor(image)
+        picture = imagenet.decode(image, (self.size, self.size)) if isinstance(image, Image.Image) else Image.fromarray(image)
+        return imagenet.to_tensor(picture.resize((self.size, self.size), Image.BILINEAR))
+
+
+def build_model(arch: str, num_classes: int, seed: int = 0) -> resnet.ResNet:
+    """resnet18 .. resnet152, or "small-W": one block per stage, width W, 3x3 stem, for images of 32 to 64 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    if arch.startswith("small-"):
+        return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), num_classes=num_classes, width=int(arch[6:]), small_stem=True,
+                             generator=generator)
+    if arch not in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        raise SystemExit(f"--arch must be resnet18/34/50/101/152 or small-WIDTH, not {arch}")
+    return getattr(resnet, arch)(num_classes, generator=generator)
+
+
+def load_weights(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """A checkpoint of the model: a plain state dict or one under "model" or "state_dict"."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapper in ("model", "state_dict"):
+            state = state.get(wrapper, state)
+        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise SystemExit(f"checkpoint {path} does not fit this model: {error}") from None
+    return model
+
+
+def annotate(run: harness.Run, dataset, model: resnet.ResNet, folder, *, size: int, num_classes: int, k: int = 5,
+             batch_size: int = 128, shard_size: int = 8192, note: str = "") -> tuple[LabelMaps, dict]:
+    """Write (or finish) the store of a data set; returns it and {"images", "seconds", "teacher seconds"}."""
+    annotator = relabel.to_dense_classifier(model.forward_features, model.fc).to(run.device).eval()
+    with torch.no_grad():
+        height, width = annotator(torch.zeros(1, 3, size, size, device=run.device)).shape[2:]
+    names = [dataset.name(i) if hasattr(dataset, "root") else f"embedded/{i}" for i in range(len(dataset))]
+    writer = StoreWriter(folder, names, k=k, height=height, width=width, num_classes=num_classes, shard_size=shard_size,
+                         annotator=note)
+    todo = list(writer.missing(run.rank, run.world_size))
+    rows = [row for start, stop in todo for row in range(start, stop)]
+    spent = {"images": len(rows), "seconds": 0.0, "teacher seconds": 0.0}
+    if rows:
+        loader = imagenet.Loader(dataset, batch_size, transform=SquashTransform(size), sampler=rows,
+                                 workers=run.args.workers, device=run.device, normalize=MEAN_STD)
+        spare: list[torch.Tensor] = []                        # maps that the loader's batches have given in advance
+        batches = iter(loader)
+
+        def maps_of(wanted: list[int]) -> torch.Tensor:
+            while sum(map(len, spare)) < len(wanted):
+                images, *_ = next(batches)
+                began = time.perf_counter()
+                with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+                    maps = relabel.generate_label_maps(annotator, images, k).cpu()
+                spent["teacher seconds"] += time.perf_counter() - began
+                spare.append(maps)
+            ready = torch.cat(spare)
+            spare[:] = [ready[len(wanted):]]
+            return ready[:len(wanted)]
+
+        began = time.perf_counter()
+        steps = generate(maps_of, writer, batch_size=batch_size, rank=run.rank, world_size=run.world_size)
+        for _ in run.progress(steps, -(-len(rows) // batch_size), "label maps"):
+            pass
+        spent["seconds"] = time.perf_counter() - began
+    run.barrier()
+    return LabelMaps(folder), spent
+
+
+def train_teacher(run: harness.Run, name: str, dataset, num_classes: int, *, arch: str, size: int, epochs: int, seed: int,
+                  batch_size: int = 64, lr: float = 0.1, scale: tuple[float, float] = (0.25, 1.0)) -> resnet.ResNet:
+    """A classifier trained on single labels; kept in the run's folder, so that a resumed run finds it."""
+    model = run.wrap(build_model(arch, num_classes, seed))
+    path = run.out / f"{name}.pt"
+    if run.recorded(name) is not None and path.exists():
+        return load_weights(model, path)
+    loader = OneHot(imagenet.Loader(dataset, batch_size, transform=imagenet.TrainTransform(size, scale=scale, interpolation="bilinear"),
+                                    shuffle=True, seed=seed, drop_last=True, workers=run.args.workers, device=run.device,
+                                    normalize=MEAN_STD), num_classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = relabel.train(model, loader, optimizer, epochs, warmup_epochs=1, num_classes=num_classes, resume=run.resumed(name))
+    last = run.drive(name, steps, epochs * len(loader))
+    run.save(name, model.state_dict())
+    run.record(name, {"loss": last.get("loss")})
+    return model
+
+
+class OneHot:
+    """A loader's (images, labels, ...) batches as (images, one-hot targets)."""
+
+    def __init__(self, loader: imagenet.Loader, num_classes: int):
+        self.loader, self.num_classes = loader, num_classes
+        self.set_epoch = loader.set_epoch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, labels, *_ in self.loader:
+            labels = labels if labels.ndim == 1 else labels[:, 0]
+            yield images, torch.nn.functional.one_hot(labels, self.num_classes).float()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.parser(__doc__, presets=("default", "tiny"))
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--teacher", help="checkpoint of the teacher (a state dict)")
+    parser.add_argument("--store", help="folder of the label maps (default: OUT/store)")
+    parser.add_argument("--size", type=int, default=475, help="side of the squashed images")
+    parser.add_argument("--top", type=int, default=5, help="classes kept per cell")
+    parser.add_argument("--batch", type=int, default=128)
+    run = harness.start(parser, argv)
+    args, tiny = run.args, run.args.preset == "tiny"
+    store = args.store or run.out / "store"
+    if args.data is None:
+        count = 64 if tiny else 2000
+        single, num_classes, size = synthetic.colored_objects(200 if tiny else 3000, 1, seed=1), 8, 64
+        model = train_teacher(run, "teacher", imagenet.ArrayImages(single["images"], single["labels"]), num_classes,
+                              arch="small-16", size=32, epochs=1 if tiny else 5, seed=run.seeds[0])
+        pair = synthetic.colored_objects(count, seed=2)
+        dataset = imagenet.ArrayImages(pair["images"], pair["labels"])
+    else:
+        if args.teacher is None:
+            parser.error("--data needs --teacher CHECKPOINT: the classifier that annotates")
+        dataset, size = imagenet.imagenet(args.data, "train"), args.size
+        num_classes = len(dataset.classes)
+        model = load_weights(build_model(args.arch, num_classes), args.teacher).to(run.device)
+    maps, spent = annotate(run, dataset, model, store, size=size, num_classes=num_classes, k=args.top, batch_size=args.batch,
+                           note=f"{args.arch}, {size} px")
+
+    rows = list(range(0, len(maps), max(1, len(maps) // 64)))
+    images = torch.stack([SquashTransform(size)(dataset.open(row)) for row in rows]).to(run.device)
+    dense = relabel.to_dense_classifier(model.forward_features, model.fc).to(run.device).eval()
+    with torch.no_grad():
+        pixels = imagenet.normalize(images, *MEAN_STD)
+        gap = float((dense(pixels).mean((2, 3)) - model.eval()(pixels)).abs().max())
+    bytes_per_image = sum(path.stat().st_size for path in maps.folder.iterdir()) / len(maps)
+    other = 1 - spent["teacher seconds"] / spent["seconds"] if spent["seconds"] else None
+    table = [{"images": len(maps), "cells": f"{maps.meta['height']} x {maps.meta['width']}", "top": maps.meta["k"],
+              "bytes per image": round(bytes_per_image), "images/s": spent["images"] / spent["seconds"] if spent["seconds"] else None,
+              "time outside the teacher": other}]
+    run.finish([
+        {"claim": "largest |mean of the dense scores - teacher's logits|", "paper": 0.0, "this run": gap, "holds": gap < 1e-3},
+        {"claim": "share of time outside the teacher below 10 %", "paper": None, "this run": other,
+         "holds": None if other is None or args.data is None else other < 0.1}], {"store": table})
+
+
+if __name__ == "__main__":
+    main()
