@@ -722,7 +722,8 @@ def few_shot_targets(size: int, boxes=None, masks=None) -> Tensor:
         if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
             raise ValueError(f"boxes must have 0 <= x0 <= x1 and 0 <= y0 <= y1, got {(x0, y0, x1, y1)}")
         target[int(y0):int(y1) + 1, int(x0):int(x1) + 1] = 1
-    for mask in [] if masks is None else [masks] if np.ndim(masks) == 2 else masks:
+    single = isinstance(masks, (np.ndarray, Tensor)) and masks.ndim == 2
+    for mask in [] if masks is None else [masks] if single else masks:
         # the nearest neighbour of the evaluation: floor(dst * scale), the scale rounded like OpenCV's
         rows, columns = (np.minimum((np.arange(size) * (1.0 / (size / n))).astype(int), n - 1)
                          for n in np.shape(mask))

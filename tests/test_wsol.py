@@ -239,3 +239,300 @@ def test_networks_equal_the_published_ones(arch, method):
         close_to_fixture(maps, f"{key}_cam")
 
 
+@pytest.mark.parametrize("arch, method, classes, count", [
+    ("vgg16", "cam", 200, 19_639_304), ("vgg16", "spg", 1000, 29_387_562), ("resnet50", "acol", 100, 80_340_232),
+    ("resnet50", "spg", 200, 61_671_690), ("inception_v3", "adl", 1000, 26_507_976),
+    ("inception_v3", "acol", 200, 42_410_096)])
+def test_parameter_counts(arch, method, classes, count):
+    with torch.device("meta"):
+        network = wsol.build_network(arch, method, classes)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.mark.parametrize("arch", wsol.ARCHS)
+@pytest.mark.parametrize("large, side", [(False, 14), (True, 28)])
+def test_maps_at_224_pixels(arch, large, side):
+    with torch.device("meta"):
+        network = wsol.build_network(arch, "cutmix", 5, large_feature_map=large).eval()
+        assert network.taps(torch.empty(1, 3, 224, 224))[-1].shape[2:] == (side, side)
+
+
+def test_build_network_is_reproducible_and_accepts_any_memory_format():
+    one, two = (wsol.build_network("resnet50", "adl", 3, generator=generator(4)).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    network = wsol.build_network("resnet50", "cam", 3, generator=generator(4)).eval()
+    x, labels = randn(1, 3, 64, 64), torch.tensor([2])
+    maps = network(x, labels, return_cam=True)
+    last = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), labels, return_cam=True)
+    torch.testing.assert_close(maps, last, rtol=1e-3, atol=1e-5)
+    assert network.double()(x.double(), labels, return_cam=True).dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", ("cam", "adl", "spg", "acol"))
+@pytest.mark.parametrize("arch", ("vgg16", "resnet50"))
+def test_load_torchvision_finds_the_layers_that_moved(arch, method):
+    """The weights of plain torchvision networks land in the same order of layers."""
+    with torch.device("meta"):
+        plain = wsol.build_network(arch, "cam", 1000)
+        network = wsol.build_network(arch, method, 1000)
+    source = {}
+    for number, (name, value) in enumerate(plain.state_dict().items()):
+        if not name.startswith("conv6"):  # torchvision's VGG has none
+            source[name] = torch.full((), float(number)).expand(value.shape)
+    if arch == "vgg16":
+        source = {name: value for name, value in source.items() if name.startswith("features.")}
+        source["classifier.0.weight"] = torch.zeros(2, 2)
+    network.load_state_dict({name: torch.zeros(()).expand(value.shape) - 1 for name, value in network.state_dict().items()},
+                            assign=True)
+    for parameter in itertools.chain(network.parameters(), network.buffers()):
+        parameter.data = parameter.data.clone()
+    kept = wsol.load_torchvision(network, source)
+    state = network.state_dict()
+    loaded = [float(state[name].flatten()[0]) for name in state if name not in kept]
+    expected = [float(value.flatten()[0]) for name, value in source.items()
+                if not name.startswith(("classifier", "fc") if method in ("spg", "acol") else "classifier")]
+    assert loaded == expected
+    assert all((state[name] == -1).all() for name in kept)
+    assert all(name.startswith(wsol._NEW_LAYERS) for name in kept)
+
+
+def test_load_torchvision_rejects_a_foreign_checkpoint():
+    with torch.device("meta"):
+        network = wsol.build_network("resnet50", "cam", 2)
+    with pytest.raises(ValueError, match="resnet50"):
+        wsol.load_torchvision(network, {"blocks.0.weight": torch.zeros(2)})
+
+
+# ---- Heads -------------------------------------------------------------------------------------------
+
+
+def heads() -> dict:
+    trunk = lambda: torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)                               # noqa: E731
+    return {"cam": wsol.CAMHead(trunk(), 6, 4), "acol": wsol.ACoLHead(trunk(), 6, 4, 0.6, width=8),
+            "spg": wsol.SPGHead(trunk(), 6, 4, width=8)}
+
+
+@pytest.mark.parametrize("name", ("cam", "acol", "spg"))
+def test_heads_give_logits_and_maps(name):
+    head, x, labels = heads()[name].eval(), randn(3, 3, 10, 12), torch.tensor([0, 3, 1])
+    out = head(x, labels)
+    maps = head(x, labels, return_cam=True)
+    assert out["logits"].shape == (3, 4) and maps.shape == (3, 5, 6)
+    logits, predicted = head.predict(x, labels)
+    assert torch.equal(logits, out["logits"]) and torch.equal(predicted, maps) and predicted.is_inference()
+    assert head(x)["logits"].shape == (3, 4)
+    one = head.predict(x[1:2], labels[1:2])[1]
+    torch.testing.assert_close(one, maps[1:2].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_cam_is_the_logit_before_pooling():
+    head, x = wsol.CAMHead(None, 6, 4), randn(2, 6, 5, 7)
+    labels = torch.tensor([2, 0])
+    maps, logits = head(x, labels, return_cam=True), head(x)["logits"]
+    pooled = 6 * maps.mean((1, 2)) + head.fc.bias[labels]
+    torch.testing.assert_close(pooled, logits[torch.arange(2), labels])
+
+
+def test_acol_head_without_labels_erases_the_predicted_class():
+    head, x = heads()["acol"], randn(3, 3, 10, 12)
+    predicted = head(x)["logits"].argmax(1)
+    assert torch.equal(head(x)["logit_b"], head(x, predicted)["logit_b"])
+
+
+# ---- Baselines ---------------------------------------------------------------------------------------
+
+
+def test_center_gaussian():
+    scores = wsol.center_gaussian((5, 8), 0.7)
+    assert scores.dtype == np.float64 and scores.min() == 0 and scores.max() == 1
+    assert np.allclose(scores, scores[::-1]) and np.allclose(scores, scores[:, ::-1])
+    raw = np.exp(-(np.linspace(-1, 1, 9)[:, None]**2 + np.linspace(-1, 1, 9)**2) / 2)
+    assert np.allclose(wsol.center_gaussian(9), (raw - raw.min()) / (raw.max() - raw.min()))
+    assert not wsol.center_gaussian(1).any()
+
+
+def nonlinear(x: torch.Tensor) -> torch.Tensor:
+    weight = randn(5, x[0].numel(), seed=3, dtype=x.dtype)
+    return (x.flatten(1) @ weight.T).tanh() + 0.1 * x.flatten(1).square().mean(1, keepdim=True)
+
+
+def test_gradient_maps():
+    x, y = randn(2, 3, 6, 7, dtype=torch.float64), torch.tensor([4, 1])
+    signed = wsol.vanilla_gradient(nonlinear, x, y, reduce=None)
+    step = 1e-6 * torch.eye(3 * 6 * 7, dtype=x.dtype).view(-1, 3, 6, 7)
+    numeric = (nonlinear(x[:1] + step)[:, 4] - nonlinear(x[:1] - step)[:, 4]) / 2e-6
+    torch.testing.assert_close(signed[0], numeric.view(3, 6, 7), rtol=1e-5, atol=1e-8)
+    assert torch.equal(wsol.vanilla_gradient(nonlinear, x, y), signed.abs().amax(1))
+    assert torch.equal(wsol.vanilla_gradient(lambda z: {"logits": nonlinear(z)}, x, y, "mean"), signed.abs().mean(1))
+    torch.testing.assert_close(wsol.smooth_grad(nonlinear, x, y, n=3, sigma=0.0), signed.abs().amax(1))
+    one, two = (wsol.smooth_grad(nonlinear, x, y, n=2, generator=generator(1)) for _ in range(2))
+    assert torch.equal(one, two) and not torch.equal(one, signed.abs().amax(1))
+
+
+@pytest.mark.parametrize("baseline", (None, 0.3))
+def test_integrated_gradients_sum_to_the_change_of_the_logit(baseline):
+    x, y = 0.05 * randn(2, 3, 6, 7, dtype=torch.float64), torch.tensor([4, 1])
+    start = torch.zeros_like(x) if baseline is None else baseline * randn(1, 3, 6, 7, seed=5, dtype=x.dtype) / 6
+    signed = wsol.integrated_gradients(nonlinear, x, y, 200, None if baseline is None else start, reduce=None)
+    change = nonlinear(x) - nonlinear(start.expand_as(x))
+    torch.testing.assert_close(signed.sum((1, 2, 3)), change[torch.arange(2), y], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_work_where_gradients_are_off():
+    x, y = randn(1, 3, 6, 7), torch.tensor([0])
+    with torch.no_grad():
+        assert wsol.vanilla_gradient(nonlinear, x, y).abs().sum() > 0
+    assert not x.requires_grad
+
+
+def test_few_shot_targets_and_loss():
+    target = wsol.few_shot_targets(6, boxes=[[1, 2, 3, 2], [4, 4, 9, 9]])
+    expected = torch.zeros(6, 6)
+    expected[2, 1:4] = expected[4:, 4:] = 1
+    assert torch.equal(target, expected) and target.dtype == torch.float32
+    assert wsol.few_shot_targets(6, boxes=[]).sum() == 0
+    mask = np.zeros((3, 12))
+    mask[1, 4:8] = 255
+    resized = wsol.few_shot_targets(6, masks=[mask, np.zeros((5, 5))])
+    assert torch.equal(resized.nonzero(), torch.tensor([[2, 2], [2, 3], [3, 2], [3, 3]]))
+    assert torch.equal(resized, wsol.few_shot_targets(6, masks=mask))
+    logits = randn(2, 1, 3, 3)
+    target = torch.stack([expected, resized])
+    upsampled = F.interpolate(logits, size=6, mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(wsol.few_shot_loss(logits, target), F.binary_cross_entropy_with_logits(upsampled, target))
+    target[1] = 255
+    torch.testing.assert_close(wsol.few_shot_loss(logits, target),
+                               F.binary_cross_entropy_with_logits(upsampled[:1], target[:1]))
+
+
+def test_few_shot_head_on_a_published_network():
+    network = wsol.build_network("resnet50", "cam", 3, generator=generator())
+    head = wsol.FewShotHead(network, network.channels).eval()
+    assert head(randn(1, 3, 64, 64)).shape == (1, 1, 4, 4)
+    assert head.predict(randn(1, 3, 64, 64)).shape == (1, 4, 4)
+    low, high = wsol.parameter_groups(head, 0.1)
+    fast = {id(p) for p in high["params"]}
+    names = {name for name, p in head.named_parameters() if id(p) in fast}
+    assert "saliency.weight" in names and "features.layer4.0.conv1.weight" in names and "features.conv1.weight" not in names
+    plain = wsol.FewShotHead(None, 6)
+    assert plain(randn(2, 6, 4, 5)).shape == (2, 1, 4, 5)
+
+
+# ---- Training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch, method, high, low", [
+    ("vgg16", "cam", ("conv6.weight", "fc.bias"), ("features.0.weight", "features.28.bias")),
+    ("vgg16", "spg", ("SPG_A_1.0.weight", "SPG_C.0.bias"), ("features.0.weight",)),
+    ("resnet50", "cam", ("layer4.0.conv1.weight", "fc.weight"), ("layer3.5.conv1.weight", "conv1.weight")),
+    ("resnet50", "acol", ("layer4.2.bn1.bias",), ("classifier_A.0.weight", "layer1.0.conv1.weight")),
+    ("inception_v3", "cam", ("SPG_A3_1b.0.weight", "SPG_A4.bias"), ("Mixed_6e.branch1x1.conv.weight", "Conv2d_4a_3x3.bn.bias"))])
+def test_published_parameter_groups(arch, method, high, low):
+    with torch.device("meta"):
+        network = wsol.build_network(arch, method, 7)
+    names = {id(p): name for name, p in network.named_parameters()}
+    slow, fast = wsol.parameter_groups(network, 0.01)
+    assert (slow["lr"], fast["lr"]) == (0.01, 0.1)
+    assert set(high) <= {names[id(p)] for p in fast["params"]} and set(low) <= {names[id(p)] for p in slow["params"]}
+    assert len(slow["params"]) + len(fast["params"]) == len(names)
+    slow, fast = wsol.parameter_groups(network, 0.01, official_groups=False)
+    assert all(names[id(p)].startswith(wsol._NEW_LAYERS) for p in fast["params"])
+    assert not any(names[id(p)].startswith(wsol._NEW_LAYERS) for p in slow["params"])
+
+
+def test_learning_rate_falls_at_the_start_of_every_third_epoch():
+    head = wsol.CAMHead(torch.nn.Conv2d(3, 4, 3), 4, 2)
+    rows = list(wsol.train(head, [(randn(2, 3, 6, 6), torch.tensor([0, 1]))], {"lr": 0.1, "epochs": 10}))
+    decays = [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1 * 0.1**d for d in decays])
+    assert [row["step"] for row in rows] == list(range(10)) and all(type(v) is float for v in rows[0].values())
+
+
+def tiny_network(method: str) -> torch.nn.Module:
+    layers = [torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
+    layers += {"adl": [wsol.ADL(0.5, 0.8)], "cam": [wsol._Dropout()]}.get(method, [])
+    trunk = torch.nn.Sequential(*layers)
+    if method == "fewshot":
+        network = wsol.FewShotHead(trunk, 8)
+    elif method in ("acol", "spg"):
+        network = {"acol": wsol.ACoLHead, "spg": wsol.SPGHead}[method](trunk, 8, 3, width=8)
+    else:
+        network = wsol.CAMHead(trunk, 8, 3)
+    for number, parameter in enumerate(network.parameters()):
+        parameter.data = 0.3 * randn(*parameter.shape, seed=number)
+    return network
+
+
+@pytest.mark.parametrize("method", (*wsol.METHODS, "fewshot"))
+def test_training_resumes_to_the_same_numbers(method):
+    images = randn(6, 4, 3, 8, 8)
+    targets = (randn(6, 4, 8, 8, seed=2) > 0).float() if method == "fewshot" else torch.arange(24).view(6, 4) % 3
+    loader = list(zip(images, targets))
+    cfg = {"method": method, "epochs": 2, "decay_frequency": 2, "cutmix_prob": 0.5, "large_feature_map": True}
+    rows = list(wsol.train(tiny_network(method), loader, cfg))
+    assert len(rows) == 12 and all(np.isfinite(row["loss"]) for row in rows)
+    steps = wsol.train(tiny_network(method), loader, cfg)
+    first = [next(steps) for _ in range(8)]
+    file = io.BytesIO()
+    torch.save(steps.send("state"), file)
+    file.seek(0)
+    snapshot = torch.load(file, weights_only=True)
+    assert first + list(wsol.train(tiny_network(method), loader, cfg, resume=snapshot)) == rows
+
+
+def test_training_in_bfloat16_runs():
+    row, = wsol.train(tiny_network("spg"), [(randn(2, 3, 8, 8), torch.tensor([0, 2]))],
+                      {"method": "spg", "epochs": 1, "amp": True})
+    assert np.isfinite(row["loss"])
+
+
+# ---- Errors ------------------------------------------------------------------------------------------
+
+X, Y, MAPS = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.zeros(2, 4, 5, 5)
+BAD_CALLS = {
+    "has: grid": (ValueError, "grid_size", lambda: wsol.has(X, -1, 0.5)),
+    "has: fraction of a pixel": (ValueError, "grid_size", lambda: wsol.has(X, 2.5, 0.5)),
+    "has: rate": (ValueError, "drop_rate", lambda: wsol.has(X, 4, 1.5)),
+    "has: one image": (ValueError, "image", lambda: wsol.has(X[0], 4, 0.5)),
+    "has: draws": (ValueError, "draws", lambda: wsol.has(X, 4, 0.5, draws=torch.zeros(2, 3, 3))),
+    "cutmix: beta": (ValueError, "beta", lambda: wsol.cutmix(X, Y, 0.0)),
+    "cutmix: nan": (ValueError, "beta", lambda: wsol.cutmix(X, Y, float("nan"))),
+    "cutmix: labels": (ValueError, "target", lambda: wsol.cutmix(X, Y[:1], 1.0)),
+    "cutmix: one image": (ValueError, "x must", lambda: wsol.cutmix(X[0], Y, 1.0)),
+    "rand_bbox: lam": (ValueError, "lam", lambda: wsol.rand_bbox((1, 3, 4, 4), 1.2)),
+    "adl: rate": (ValueError, "adl_drop_rate", lambda: wsol.ADL(-0.1)),
+    "adl: threshold": (ValueError, "adl_drop_threshold", lambda: wsol.ADL(0.5, 1.1)),
+    "erase: threshold": (ValueError, "threshold", lambda: wsol.erase_attention(X, X[:, :1], 2.0)),
+    "acol: float labels": (TypeError, "labels", lambda: wsol.acol_attention(MAPS, Y.float())),
+    "acol: label range": (ValueError, "labels", lambda: wsol.acol_attention(MAPS, Y + 3)),
+    "acol: label shape": (ValueError, "labels", lambda: wsol.acol_attention(MAPS, Y[:1])),
+    "acol head: threshold": (ValueError, "drop_threshold", lambda: wsol.ACoLHead(None, 4, 2, 1.5)),
+    "spg: negative label": (ValueError, "labels", lambda: wsol.spg_attention(MAPS, Y - 1, MAPS[:, :1], MAPS[:, :1])),
+    "spg: high": (ValueError, "high", lambda: wsol.spg_mask(MAPS[:, :1], 1.1, 0.1)),
+    "spg: low": (ValueError, "low", lambda: wsol.spg_mask(MAPS[:, :1], 0.9, -0.1)),
+    "cam without labels": (ValueError, "labels", lambda: wsol.CAMHead(None, 3, 2)(X, return_cam=True)),
+    "cam: label range": (ValueError, "labels", lambda: wsol.CAMHead(None, 3, 2)(X, Y + 1, return_cam=True)),
+    "build: arch": (ValueError, "arch", lambda: wsol.build_network("resnet18", "cam")),
+    "build: method": (ValueError, "method", lambda: wsol.build_network("vgg16", "gradcam")),
+    "build: classes": (ValueError, "num_classes", lambda: wsol.build_network("vgg16", "cam", 0)),
+    "build: adl": (ValueError, "adl_drop_rate", lambda: wsol.build_network("vgg16", "cam", 2, adl_drop_rate=2.0)),
+    "build: acol": (ValueError, "acol_drop_threshold", lambda: wsol.build_network("vgg16", "cam", 2, acol_drop_threshold=2.0)),
+    "targets: neither": (ValueError, "boxes or masks", lambda: wsol.few_shot_targets(4)),
+    "targets: both": (ValueError, "boxes or masks", lambda: wsol.few_shot_targets(4, [[0, 0, 1, 1]], [np.ones((4, 4))])),
+    "targets: box": (ValueError, "boxes", lambda: wsol.few_shot_targets(4, [[2, 0, 1, 1]])),
+    "centre: sigma": (ValueError, "sigma", lambda: wsol.center_gaussian(4, 0.0)),
+    "gradient: reduce": (ValueError, "reduce", lambda: wsol.vanilla_gradient(nonlinear, X, Y, "sum")),
+    "gradient: labels": (TypeError, "labels", lambda: wsol.vanilla_gradient(nonlinear, X, Y.float())),
+    "ig: steps": (ValueError, "steps", lambda: wsol.integrated_gradients(nonlinear, X, Y, 0)),
+    "smooth: n": (ValueError, "n must", lambda: wsol.smooth_grad(nonlinear, X, Y, 0)),
+    "smooth: sigma": (ValueError, "sigma", lambda: wsol.smooth_grad(nonlinear, X, Y, sigma=-1.0)),
+    "train: key": (ValueError, "learning_rate", lambda: wsol.train(wsol.CAMHead(None, 3, 2), [], {"learning_rate": 1})),
+    "train: method": (ValueError, "method", lambda: wsol.train(wsol.CAMHead(None, 3, 2), [], {"method": "gradcam"})),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_arguments_are_named(name):
+    error, match, call = BAD_CALLS[name]
+    with pytest.raises(error, match=match):
+        call()
