@@ -815,7 +815,7 @@ class MaskEvaluator(_Evaluator):
             return torch.searchsorted(edges, maps, right=True) - 1             # -1 below the first edge: not counted
         guess = (maps * ((count - 1) / last)).long().clamp_(max=count)
         guess += maps >= edges[guess + 1]
-        return guess.sub_(maps < edges[guess])
+        return guess.sub_((maps < edges[guess]).long())
 
     def compute(self, strict: bool = False) -> float:
         """PxAP in percent; strict: every image must have been seen."""
