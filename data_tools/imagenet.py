@@ -94,7 +94,7 @@ class ImageFolder:
         self.labels = np.repeat(np.array([label_of[c] for c in self.classes], np.int64), counts)
         # Names are kept as one byte string: a million str objects would be copied into every worker.
         encoded = [os.fsencode(name) for c in self.classes for name in names[c]]
-        self._names = b"".join(encoded)
+        self.names_blob = b"".join(encoded)
         self._name_ends = np.cumsum([len(name) for name in encoded])
         self._class_ends = np.cumsum(counts)
 
@@ -105,7 +105,7 @@ class ImageFolder:
         """Path of a sample below root: `<class>/<file>`."""
         start = self._name_ends[index - 1] if index else 0
         folder = self.classes[bisect.bisect_right(self._class_ends, index)]
-        return f"{folder}/{os.fsdecode(self._names[start:self._name_ends[index]])}"
+        return f"{folder}/{os.fsdecode(self.names_blob[start:self._name_ends[index]])}"
 
     def open(self, index: int) -> Image.Image:
         """The image, header read and pixels not decoded. Raises BadImage."""

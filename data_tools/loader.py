@@ -44,10 +44,10 @@ def image_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
     """(width, height) as the picture is meant to be seen, without decoding it."""
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
-    return image.size[::-1] if _orientation(image) >= 5 else image.size
+    return image.size[::-1] if orientation(image) >= 5 else image.size
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; parsing EXIF is slow, and most images have none."""
     if "exif" not in image.info and image.format != "TIFF":
         return 1
@@ -68,7 +68,7 @@ def decode(image: Image.Image | np.ndarray, at_least: tuple[int, int] | None = N
     if isinstance(image, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(image))
     try:
-        turned = _orientation(image)
+        turned = orientation(image)
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft("RGB", at_least[::-1] if turned >= 5 else at_least)
         image.load()
@@ -187,7 +187,7 @@ def crop_resize(
     left, top, w, h = box
     if isinstance(image, np.ndarray):
         x0, y0 = round(left), round(top)
-        part = torch.from_numpy(np.ascontiguousarray(image[y0 : y0 + round(h), x0 : x0 + round(w)]))
+        part = torch.from_numpy(np.array(image[y0 : y0 + round(h), x0 : x0 + round(w)]))
     else:
         wanted = math.ceil(width * draft * columns / w), math.ceil(height * draft * rows / h)
         image = decode(image, wanted if min(w / columns, h / rows) >= 2 * draft else None)

@@ -1,0 +1,330 @@
+"""Fetches a file over HTTP and unpacks archives, without trusting the network or the archive.
+
+    python -m data_tools.download URL DST [--sha256 HEX] [--size BYTES] [--unpack DIR]
+
+`download` writes to DST.part, continues there after an interruption (HTTP Range, guarded by the server's
+ETag or date, so that two versions are never mixed), retries with growing pauses, compares size and SHA-256,
+and only then renames the file to DST. `unpack` writes tar and zip archives into a staging folder and
+moves the files to their place when all of them are good; it refuses, by the member's name, whatever
+leaves the folder, is a link or a device, or grows out of proportion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import stat
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import IO, Iterator, Sequence
+
+BLOCK = 1 << 20
+FREE_BYTES = 64 << 20  # archives may grow to this size at any ratio
+
+
+class DownloadError(RuntimeError):
+    """A download that failed for good; the message says why and what to do."""
+
+
+class UnsafeArchive(ValueError):
+    """An archive that was refused; the message names the member."""
+
+
+# ------------------------------------------------------------------------------------- download
+
+
+def download(
+    url: str,
+    dst: str | Path,
+    *,
+    sha256: str | None = None,
+    size: int | None = None,
+    retries: int = 5,
+    timeout: float = 30.0,
+    backoff: float = 1.0,
+    progress: bool = True,
+) -> Path:
+    """Fetches url to the file dst (or into the folder dst, under the URL's last name) and returns its path.
+
+    A file that is there already is kept if it has the given sha256 and size, and is an error if it has not.
+    retries: failed tries in a row that bring less than 1 MB each; pauses are backoff * 1, 2, 4, ... seconds,
+    30 at most. timeout: seconds without a byte. Raises DownloadError; what has arrived stays in `dst.part`.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"url must start with http:// or https://, got {url!r}")
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
+    dst = Path(dst)
+    if dst.is_dir():
+        name = PurePosixPath(urllib.parse.unquote(parts.path)).name
+        if not name:
+            raise ValueError(f"{url} has no file name; give dst as a file")
+        dst = dst / name
+    if dst.exists():
+        if problem := _mismatch(dst, sha256, size):
+            raise DownloadError(f"{dst} is there already, but {problem}; remove it to fetch it again")
+        return dst
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    part = dst.with_name(dst.name + ".part")
+    failures, restarted = 0, False
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            _fetch(url, part, size, timeout, progress)
+            problem = _mismatch(part, sha256, size)
+            if problem is None:
+                break
+            _discard(part)
+            if before and not restarted:  # the old beginning may be to blame: once more from zero
+                restarted = True
+                continue
+            raise DownloadError(f"{url}: {problem}; the server has another file, or the expected value is wrong")
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                if error.code < 500 and error.code not in (408, 416, 429):
+                    raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
+            elif isinstance(error, OSError) and error.filename is not None:
+                raise  # the local file, not the network
+            gained = (part.stat().st_size if part.exists() else 0) - before
+            failures = 0 if gained >= BLOCK else failures + 1
+            if failures > retries:
+                kept = part.stat().st_size if part.exists() else 0
+                raise DownloadError(
+                    f"{url}: {_reason(error)} ({failures} tries in a row; {kept} bytes are kept in {part},"
+                    " the same command goes on from there)"
+                ) from error
+            time.sleep(min(30.0, backoff * 2 ** max(0, failures - 1)))
+    os.replace(part, dst)
+    _validator_path(part).unlink(missing_ok=True)
+    return dst
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or error
+    return f"{reason}" if str(reason) else type(error).__name__
+
+
+def _validator_path(part: Path) -> Path:
+    return part.with_name(part.name + ".etag")
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _validator_path(part).unlink(missing_ok=True)
+
+
+def _mismatch(path: Path, sha256: str | None, size: int | None) -> str | None:
+    """What is wrong with the file, or None."""
+    if size is not None and path.stat().st_size != size:
+        return f"it has {path.stat().st_size} bytes instead of {size}"
+    if sha256 is not None:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != sha256.lower():
+            return f"its SHA-256 is {digest.hexdigest()} instead of {sha256.lower()}"
+    return None
+
+
+def _fetch(url: str, part: Path, size: int | None, timeout: float, progress: bool) -> None:
+    """One try: continues part, or starts it afresh if the server does not continue the same file."""
+    have = part.stat().st_size if part.exists() else 0
+    validator = _validator_path(part)
+    headers = {"Accept-Encoding": "identity", "User-Agent": "data_tools"}
+    if have and validator.exists():
+        headers |= {"Range": f"bytes={have}-", "If-Range": validator.read_text()}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+        error.close()
+        if total and int(total[1]) == have:
+            return  # everything had arrived before the interruption
+        _discard(part)
+        raise
+    with response:
+        start = 0
+        if response.status == 206:
+            span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
+            if not span or int(span[1]) != have:
+                _discard(part)
+                raise http.client.HTTPException("the server continued at another place")
+            start = have
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length and length.isdecimal() else size
+        if size is not None and total != size:
+            _discard(part)
+            raise DownloadError(f"{url}: the server's file has {total} bytes instead of {size}")
+        tag = response.headers.get("ETag", "")
+        tag = response.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
+        with open(part, "ab" if start else "wb") as file:
+            validator.write_text(tag) if tag else validator.unlink(missing_ok=True)
+            meter = _Meter(part.name.removesuffix(".part"), start, total, progress)
+            received = start
+            while block := response.read1(BLOCK):
+                received += len(block)
+                if total is not None and received > total:
+                    raise DownloadError(f"{url}: the server sent more than the {total} bytes expected")
+                file.write(block)
+                meter.update(received)
+            file.flush()
+            os.fsync(file.fileno())
+            meter.close(received)
+        if total is not None and received < total:
+            raise http.client.HTTPException(f"the connection ended after {received} of {total} bytes")
+
+
+class _Meter:
+    """Bytes, rate and time left on stderr: in place on a terminal, every ten seconds elsewhere."""
+
+    def __init__(self, name: str, start: int, total: int | None, enabled: bool):
+        self.name, self.start, self.total, self.enabled = name, start, total, enabled
+        self.terminal = sys.stderr.isatty()
+        self.began = self.shown = time.monotonic()
+
+    def update(self, received: int, last: bool = False) -> None:
+        now = time.monotonic()
+        if not self.enabled or not last and now - self.shown < (0.5 if self.terminal else 10.0):
+            return
+        self.shown = now
+        rate = (received - self.start) / max(now - self.began, 1e-9)
+        text = f"{self.name}: {received / 1e6:.1f} MB"
+        if self.total:
+            left = (self.total - received) / max(rate, 1e-9)
+            text += f" of {self.total / 1e6:.1f} ({100 * received / self.total:.0f}%), {left:.0f} s left"
+        text += f", {rate / 1e6:.1f} MB/s"
+        print(f"\r{text}\033[K" if self.terminal else text, file=sys.stderr, flush=True,
+              end="\n" if last or not self.terminal else "")
+
+    def close(self, received: int) -> None:
+        self.update(received, last=True)
+
+
+# --------------------------------------------------------------------------------------- unpack
+
+
+def unpack(
+    archive: str | Path, dst: str | Path, *, max_bytes: int | None = None, max_ratio: float = 200.0
+) -> int:
+    """Unpacks a tar (also .gz, .bz2, .xz) or zip archive below the folder dst; returns the number of files.
+
+    Refused with UnsafeArchive, and then nothing is added to dst: absolute names, names with "..", links,
+    devices, sparse or encrypted members, and contents above max_bytes or above max_ratio times the size of the
+    archive (64 MB are always allowed). Permissions and owners in the archive are ignored. A
+    damaged archive raises ValueError.
+    """
+    archive, dst = Path(archive), Path(dst)
+    packed = archive.stat().st_size
+    limit = max(FREE_BYTES, int(max_ratio * packed))
+    limit = limit if max_bytes is None else min(limit, max_bytes)
+    dst.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".unpack-", dir=dst))
+    written = count = 0
+    name = ""
+    try:
+        for name, source in _members(archive):
+            target = staging / _safe_name(archive, name)
+            if source is None:
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as file:
+                while block := source.read(BLOCK):
+                    written += len(block)
+                    if written > limit:
+                        raise UnsafeArchive(
+                            f"{archive}: {name!r} takes the contents above {limit} bytes (the archive has {packed});"
+                            " raise max_bytes and max_ratio if it can be trusted"
+                        )
+                    file.write(block)
+            count += 1
+        for folder, _, files in os.walk(staging):
+            place = dst / Path(folder).relative_to(staging)
+            place.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                os.replace(Path(folder) / file, place / file)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise UnsafeArchive(f"{archive}: {name!r} is both a file and a folder") from error
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+        raise ValueError(f"{archive}: damaged at {name!r} ({error}); fetch it again") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return count
+
+
+def _safe_name(archive: Path, name: str) -> str:
+    """The relative name of a member, or UnsafeArchive."""
+    parts = name.replace("\\", "/").split("/")
+    absolute = parts[0] == "" or re.match("[A-Za-z]:", name)
+    if absolute or ".." in parts or "\0" in name or not name:
+        raise UnsafeArchive(f"{archive}: {name!r} leads out of the folder")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
+    """(name, open file or None for a folder) of each member; refuses what is neither."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as bundle:
+            for info in bundle.infolist():
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise UnsafeArchive(f"{archive}: {info.filename!r} is a link or a device")
+                if info.flag_bits & 1:
+                    raise UnsafeArchive(f"{archive}: {info.filename!r} is encrypted")
+                if info.is_dir():
+                    yield info.filename, None
+                else:
+                    with bundle.open(info) as file:
+                        yield info.filename, file
+        return
+    try:
+        bundle = tarfile.open(archive, "r:*")
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive} is neither a tar nor a zip archive, or is damaged ({error})") from error
+    with bundle:
+        for info in bundle:
+            if info.isdir():
+                yield info.name, None
+            elif info.isreg() and not info.issparse():
+                yield info.name, bundle.extractfile(info)
+            else:
+                raise UnsafeArchive(f"{archive}: {info.name!r} is a link, a device or a sparse file")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.download", description="Fetch and unpack.")
+    parser.add_argument("url")
+    parser.add_argument("dst", type=Path, help="file, or an existing folder")
+    parser.add_argument("--sha256")
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--unpack", type=Path, metavar="DIR", help="unpack the tar or zip archive there")
+    args = parser.parse_args(argv)
+    try:
+        path = download(args.url, args.dst, sha256=args.sha256, size=args.size)
+        print(path)
+        if args.unpack is not None:
+            print(f"{unpack(path, args.unpack)} files in {args.unpack}")
+    except (DownloadError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
