@@ -40,7 +40,7 @@ from reference.resnet import BasicBlock
 
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 PAPER = {"cam": 61.2, "has": 60.2, "acol": 59.2, "spg": 59.6, "adl": 59.9, "cutmix": 60.9, "fewshot": 71.9, "centre": 52.3}
-EMBEDDED = {"default": dict(size=64, train=1000, test=500, epochs=6, trials=3, width=16, shots=5),
+EMBEDDED = {"default": dict(size=64, train=1000, test=500, epochs=5, trials=3, width=16, shots=5),
             "tiny": dict(size=32, train=64, test=24, epochs=1, trials=1, width=4, shots=2)}
 
 

@@ -212,8 +212,9 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
     """One object of CLASSES on one of ten striped backgrounds; with probability `rho` the background is the class's own.
 
     Otherwise it is drawn uniformly, so rho = 0 leaves no cue outside the object and rho = 1 makes the background
-    tell the class as surely as the object does. A background has a hue and a stripe direction; the object's colours,
-    place, size and angle are random. Returns the keys of `shapes` and "backgrounds" (N,) int64.
+    tell the class as surely as the object does. A background has a hue and a stripe direction; an object has, besides its
+    shape and texture, the strong hue of its class (opposite to that background's) on all of it or on its stripes; the
+    colour between the stripes, place, size and angle are random. Returns the keys of `shapes` and "backgrounds" (N,) int64.
     """
     if count < 0 or size < 8:
         raise ValueError(f"count must be >= 0 and size >= 8, not {count} and {size}")
@@ -222,8 +223,8 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
         labels = torch.randint(len(CLASSES), (count,), generator=generator)
-    own = torch.rand(count, generator=generator) < rho
-    backgrounds = torch.where(own, labels, torch.randint(len(CLASSES), (count,), generator=generator))
+    telling = torch.rand(count, generator=generator) < rho
+    backgrounds = torch.where(telling, labels, torch.randint(len(CLASSES), (count,), generator=generator))
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     masks = torch.empty(count, size, size, dtype=torch.bool)
     scale = size / 64
@@ -240,8 +241,10 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
         bands = stripes(size, cue * (math.pi / len(CLASSES)), back_phase, 0.6 / scale).unsqueeze(1)
         mask = shape_mask(label // 2, size, cx, cy, radius, angle)
         light = (label % 2 == 0).view(-1, 1, 1) | stripes(size, stripe_angle, phase, 1.2 / scale)
-        one, two = uniform(generator, 0, 1, 2, n, 3, 1, 1)
-        image = torch.where(mask.unsqueeze(1), torch.where(light.unsqueeze(1), one, two), back + 0.16 * (bands.float() - 0.5))
+        own = 0.5 + 0.4 * torch.cos(2 * math.pi * (label.view(-1, 1, 1, 1) / len(CLASSES) + 0.5 + thirds))
+        own = own + uniform(generator, -0.15, 0.15, n, 3, 1, 1)
+        other = uniform(generator, 0, 1, n, 3, 1, 1)
+        image = torch.where(mask.unsqueeze(1), torch.where(light.unsqueeze(1), own, other), back + 0.16 * (bands.float() - 0.5))
         image += noise * torch.randn(image.shape, generator=generator)
         images[part], masks[part] = to_uint8(image), mask
     return {"images": images, "labels": labels, "masks": masks, "boxes": mask_boxes(masks), "backgrounds": backgrounds}
