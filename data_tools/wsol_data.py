@@ -1,0 +1,476 @@
+"""Images with labels and boxes or masks for weakly supervised localization: metadata files, CUB, ILSVRC, OpenImages30k, yours.
+
+    split = read_split("metadata/CUB/val", image_root="dataset/CUB")     # checked line by line
+    images = SplitImages(split, "dataset/CUB")
+    loader = Loader(images, 32, transform=TrainResizeCrop(), shuffle=True, normalize=(IMAGENET_MEAN, IMAGENET_STD))
+    evaluator = BoxEvaluator(split.boxes, split.sizes)                   # of reference.wsol_evaluation
+
+A split is a folder of text files, the format published with clovaai/wsolevaluation (which also ships these files for the three
+data sets, below `metadata/<CUB|ILSVRC|OpenImages>/<train|val|test>`; train has image labels, val the small full supervision):
+
+    image_ids.txt       path                      image_ids_proxy.txt, optional: a part of it for fast search
+    class_labels.txt    path,label                0 .. classes - 1
+    image_sizes.txt     path,width,height         may be empty
+    localization.txt    path,x0,y0,x1,y1          one line per box, pixels of the original image; or
+                        path,mask,ignore          one line per instance mask, ignore only on the first of an image; may be empty
+
+Images: CUB-200-2011 and CUBV2 under one folder of classes; ILSVRC `train/<wnid>/*.JPEG`, `val/*.JPEG` (the test split) and
+ImageNetV2 `val2/<class>/<n>.jpeg`; OpenImages30k `<split>/<class>/<id>.jpg` with `<id>_m<class>_<hash>.png` masks and
+`<id>_ignore.png` beside it. Where the metadata are not at hand, most of them follow from the original annotations:
+
+    python -m data_tools.wsol_data cub CUB_200_2011 metadata/CUB                   train and test
+    python -m data_tools.wsol_data ilsvrc ILSVRC XML_FOLDER metadata/ILSVRC        train, test; val with val2 and ImageNetV2_boxes.txt
+    python -m data_tools.wsol_data openimages OpenImages metadata/OpenImages       all splits
+    python -m data_tools.wsol_data own IMAGES annotations.csv metadata/mine/test   path,class,x0,y0,x1,y1 or path,class,mask
+    python -m data_tools.wsol_data check metadata/CUB/val [--images dataset/CUB]
+
+The boxes of CUBV2 only come as metadata: the released CUBV2_boxes.txt holds width and height in its last two columns
+and internal numbers for images.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Iterable, Iterator
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader, decode, to_tensor  # noqa: F401
+
+IMAGES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass
+class Split:
+    """image_ids in order; labels {id: int}; sizes {id: (width, height)}; boxes {id: int64 [k, 4]}; masks {id: paths};
+    ignore {id: path of the ignore mask}. What a split does not have is empty."""
+    image_ids: list[str]
+    labels: dict[str, int]
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    boxes: dict[str, np.ndarray] = field(default_factory=dict)
+    masks: dict[str, list[str]] = field(default_factory=dict)
+    ignore: dict[str, str] = field(default_factory=dict)
+
+    def subset(self, image_ids: Iterable[str]) -> "Split":
+        """The split of these images."""
+        ids = list(image_ids)
+        if unknown := [i for i in ids if i not in self.labels]:
+            raise ValueError(f"{len(unknown)} image ids are not in the split, first {unknown[0]!r}")
+        parts = {name: {i: getattr(self, name)[i] for i in ids if i in getattr(self, name)}
+                 for name in ("labels", "sizes", "boxes", "masks", "ignore")}
+        return replace(self, image_ids=ids, **parts)
+
+    def per_class(self, count: int, seed: int = 0, short: str = "raise") -> "Split":
+        """`count` random images of each class, 0: all. A class with fewer is an error, or with short="take" taken whole
+        (CUBV2 has classes of three and four images)."""
+        if count < 0 or short not in ("raise", "take"):
+            raise ValueError(f'count must be >= 0 and short "raise" or "take", got {count} and {short!r}')
+        if count == 0:
+            return self
+        rng, groups = np.random.default_rng(seed), {}
+        for image_id in self.image_ids:
+            groups.setdefault(self.labels[image_id], []).append(image_id)
+        few = {label: len(ids) for label, ids in groups.items() if len(ids) < count}
+        if few and short == "raise":
+            label, have = min(few.items())
+            raise ValueError(f'{len(few)} classes have fewer than {count} images (class {label}: {have}); '
+                             'use fewer, 0 for all, or short="take"')
+        chosen = set()
+        for _, ids in sorted(groups.items()):
+            chosen.update(ids[k] for k in rng.permutation(len(ids))[:count])
+        return self.subset(i for i in self.image_ids if i in chosen)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+class _Lines:
+    """Rows of a metadata file; `fail` names the file and the line of the current row."""
+
+    def __init__(self, path: Path, fields: tuple[int, ...], known: set[str] | None = None):
+        self.path, self.fields, self.known, self.number = path, fields, known, 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path}: no such file; a split needs image_ids.txt, class_labels.txt, "
+                                    "image_sizes.txt and localization.txt") from None
+        for self.number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            row = [part.strip() for part in line.split(",")]
+            if len(row) not in self.fields:
+                self.fail(f"{' or '.join(map(str, self.fields))} fields separated by commas expected, got {line!r}")
+            if self.known is not None and row[0] not in self.known:
+                self.fail(f"image {row[0]!r} is not in image_ids.txt")
+            yield row
+
+    def fail(self, message: str) -> None:
+        raise ValueError(f"{self.path}:{self.number}: {message}")
+
+    def integers(self, values: list[str], name: str) -> list[int]:
+        try:
+            return [int(float(value)) for value in values]
+        except (ValueError, OverflowError):
+            self.fail(f"{name} must be numbers, got {','.join(values)!r}")
+
+
+def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path | None = None,
+               mask_root: str | Path | None = None, outside: str = "raise") -> Split:
+    """Read and check a folder of metadata; ValueError with file and line for the first thing wrong.
+
+    proxy: the images of image_ids_proxy.txt only. image_root, mask_root: check that every image (mask) is there.
+    outside: what to do with a box that leaves its image, "raise" or "clip".
+    """
+    folder = Path(folder)
+    if outside not in ("raise", "clip"):
+        raise ValueError(f'outside must be "raise" or "clip", got {outside!r}')
+    image_ids = _read_ids(folder / "image_ids.txt", image_root)
+    known = set(image_ids)
+    labels = {}
+    for row in (lines := _Lines(folder / "class_labels.txt", (2,), known)):
+        if row[0] in labels:
+            lines.fail(f"image {row[0]!r} has two labels")
+        if not row[1].isdigit():
+            lines.fail(f"label must be an integer >= 0, got {row[1]!r}")
+        labels[row[0]] = int(row[1])
+    if missing := [i for i in image_ids if i not in labels]:
+        raise ValueError(f"{folder / 'class_labels.txt'}: no label for {len(missing)} images, first {missing[0]!r}")
+    sizes = {}
+    for row in (lines := _Lines(folder / "image_sizes.txt", (3,), known)):
+        if row[0] in sizes:
+            lines.fail(f"image {row[0]!r} has two sizes")
+        width, height = lines.integers(row[1:], "width and height")
+        if width < 1 or height < 1:
+            lines.fail(f"width and height must be positive, got {width},{height}")
+        sizes[row[0]] = (width, height)
+    split = Split(image_ids, labels, sizes)
+    _read_localization(split, folder / "localization.txt", mask_root, outside)
+    if proxy:
+        return split.subset(_read_ids(folder / "image_ids_proxy.txt", None, known))
+    return split
+
+
+def _read_ids(path: Path, image_root: str | Path | None, known: set[str] | None = None) -> list[str]:
+    ids = {}
+    for (image_id,) in (lines := _Lines(path, (1,), known)):
+        if image_id in ids:
+            lines.fail(f"image {image_id!r} stands twice, first on line {ids[image_id]}")
+        if image_root is not None and not (Path(image_root) / image_id).is_file():
+            lines.fail(f"no image {Path(image_root) / image_id}")
+        ids[image_id] = lines.number
+    if not ids:
+        raise ValueError(f"{path}: holds no image")
+    return list(ids)
+
+
+def _read_localization(split: Split, path: Path, mask_root: str | Path | None, outside: str) -> None:
+    boxes: dict[str, list] = {}
+    for row in (lines := _Lines(path, (3, 5), set(split.image_ids))):
+        image_id = row[0]
+        if len(row) == 3 if boxes else len(row) == 5 and bool(split.masks):
+            lines.fail("boxes and masks in one file")
+        if len(row) == 3:
+            if image_id in split.masks and row[2]:
+                lines.fail(f"only the first line of image {image_id!r} may name an ignore mask")
+            for mask in filter(None, row[1:]):
+                if mask_root is not None and not (Path(mask_root) / mask).is_file():
+                    lines.fail(f"no mask {Path(mask_root) / mask}")
+            if not row[1]:
+                lines.fail("the name of the mask is empty")
+            split.masks.setdefault(image_id, []).append(row[1])
+            if row[2]:
+                split.ignore[image_id] = row[2]
+            continue
+        x0, y0, x1, y1 = lines.integers(row[1:], "box")
+        if x1 < x0 or y1 < y0:
+            lines.fail(f"box must have x0 <= x1 and y0 <= y1, got {x0},{y0},{x1},{y1} (x0,y0,width,height?)")
+        if image_id not in split.sizes:
+            lines.fail(f"image {image_id!r} has a box and no line in image_sizes.txt")
+        width, height = split.sizes[image_id]
+        if min(x0, y0) < 0 or x1 > width or y1 > height:
+            if outside == "raise":
+                lines.fail(f"box {x0},{y0},{x1},{y1} leaves the image of {width} x {height}")
+            x0, x1 = np.clip((x0, x1), 0, width).tolist()
+            y0, y1 = np.clip((y0, y1), 0, height).tolist()
+        boxes.setdefault(image_id, []).append((x0, y0, x1, y1))
+    split.boxes.update((image_id, np.array(rows, dtype=np.int64)) for image_id, rows in boxes.items())
+
+
+def write_split(folder: str | Path, split: Split) -> None:
+    """Write the files that `read_split` reads; images with commas in their names are refused."""
+    folder = Path(folder)
+    if bad := [i for i in split.image_ids if "," in i or i != i.strip() or "\n" in i]:
+        raise ValueError(f"image ids must not hold commas or surrounding blanks, got {bad[0]!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(i, *box) for i in split.image_ids for box in np.asarray(split.boxes.get(i, ())).tolist()]
+    rows += [(i, mask, split.ignore.get(i, "") if k == 0 else "")
+             for i in split.image_ids for k, mask in enumerate(split.masks.get(i, ()))]
+    for name, lines in (("image_ids", [(i,) for i in split.image_ids]),
+                        ("class_labels", [(i, split.labels[i]) for i in split.image_ids]),
+                        ("image_sizes", [(i, *split.sizes[i]) for i in split.image_ids if i in split.sizes]),
+                        ("localization", rows)):
+        text = "".join(",".join(map(str, row)) + "\n" for row in lines)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------- images
+
+class SplitImages:
+    """The images of a split, as `data_tools.loader.Loader` wants them."""
+
+    def __init__(self, split: Split, root: str | Path):
+        self.split, self.root = split, Path(root)
+        self.labels = np.array([split.labels[i] for i in split.image_ids], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.split.image_ids)
+
+    def name(self, index: int) -> str:
+        return self.split.image_ids[index]
+
+    def open(self, index: int) -> Image.Image:
+        path = self.root / self.name(index)
+        try:
+            return Image.open(path)
+        except OSError as error:
+            raise BadImage(f"{path}: {error.strerror or 'not an image'}") from error
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return decode(self.open(index)), int(self.labels[index])
+
+    def masks(self, index: int, mask_root: str | Path) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """(instance masks, ignore mask or None) as uint8 arrays of their own sizes, the arguments of `get_mask`."""
+        image_id = self.name(index)
+        ignore = self.split.ignore.get(image_id)
+        return ([_read_grey(Path(mask_root) / mask) for mask in self.split.masks.get(image_id, ())],
+                None if ignore is None else _read_grey(Path(mask_root) / ignore))
+
+
+def _read_grey(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L"))
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror or 'not an image'}") from error
+
+
+class Resize:
+    """Both sides to `size`, aspect ratio given up, so that the score map covers the whole image: (3, size, size) uint8."""
+
+    def __init__(self, size: int = 224):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return to_tensor(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR))
+
+
+class TrainResizeCrop(Resize):
+    """`Resize` to `resize`, random crop of `size`, horizontal flip: (3, size, size) uint8."""
+
+    def __init__(self, size: int = 224, resize: int = 256, flip: float = 0.5):
+        if resize < size:
+            raise ValueError(f"resize must be at least size, got {resize} < {size}")
+        super().__init__(resize)
+        self.crop, self.flip = size, flip
+
+    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
+        x, y, flip = torch.rand(3, generator=generator).tolist()
+        room = self.size - self.crop + 1
+        top, left = int(y * room), int(x * room)
+        out = super().__call__(image)[:, top:top + self.crop, left:left + self.crop]
+        return out.flip(2) if flip < self.flip else out
+
+
+# ------------------------------------------------------------------------------------- making metadata
+
+def _image_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or 'not an image'}") from error
+
+
+def _inside(box: Iterable[float], size: tuple[int, int]) -> tuple[int, ...]:
+    x0, y0, x1, y1 = map(int, box)
+    return max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
+
+
+def cub_splits(root: str | Path) -> dict[str, Split]:
+    """{"train", "test"} from CUB_200_2011 as it is distributed; train without boxes."""
+    root = Path(root)
+
+    def column(name: str, fields: int) -> dict[str, list[str]]:
+        table = {}
+        for number, line in enumerate((root / name).read_text().splitlines(), 1):
+            row = line.split()
+            if len(row) != fields:
+                raise ValueError(f"{root / name}:{number}: {fields} fields expected, got {line!r}")
+            table[row[0]] = row[1:]
+        return table
+
+    names, labels = column("images.txt", 2), column("image_class_labels.txt", 2)
+    boxes, part = column("bounding_boxes.txt", 5), column("train_test_split.txt", 2)
+    splits = {"train": Split([], {}), "test": Split([], {})}
+    for number, (name,) in names.items():
+        split = splits["train" if part[number][0] == "1" else "test"]
+        split.image_ids.append(name)
+        split.labels[name] = int(labels[number][0]) - 1
+        split.sizes[name] = _image_size(root / "images" / name)
+        if split is splits["test"]:
+            x, y, width, height = map(float, boxes[number])
+            split.boxes[name] = np.array([_inside((x, y, x + width, y + height), split.sizes[name])])
+    return splits
+
+
+def ilsvrc_splits(root: str | Path, annotations: str | Path, v2_boxes: str | Path | None = None) -> dict[str, Split]:
+    """{"train", "test"[, "val"]}: class folders `train`, images `val` with the XML boxes of `annotations`; with v2_boxes
+    (ImageNetV2_boxes.txt) also ImageNetV2 in `val2/<class>/`. Classes in the order of the sorted wnids."""
+    root = Path(root)
+    wnids = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    train = Split([], {})
+    for wnid in wnids:
+        for path in sorted((root / "train" / wnid).iterdir()):
+            if path.suffix.lower() in IMAGES:
+                train.image_ids.append(f"train/{wnid}/{path.name}")
+                train.labels[train.image_ids[-1]] = label_of[wnid]
+    test = Split([], {})
+    for path in sorted((root / "val").iterdir()):
+        if path.suffix.lower() not in IMAGES:
+            continue
+        xml, name = Path(annotations) / f"{path.stem}.xml", f"val/{path.name}"
+        try:
+            tree = ElementTree.parse(xml).getroot()
+            classes = {item.findtext("name") for item in tree.iter("object")}
+            size = tuple(int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+            boxes = [_inside([float(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], size)
+                     for item in tree.iter("object")]
+        except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+            raise ValueError(f"{xml}: {error}") from error
+        if len(classes) != 1 or not classes <= label_of.keys():
+            raise ValueError(f"{xml}: one class of {root / 'train'} expected, got {sorted(map(str, classes))}")
+        test.image_ids.append(name)
+        test.labels[name], test.sizes[name], test.boxes[name] = label_of[classes.pop()], size, np.array(boxes)
+    splits = {"train": train, "test": test}
+    if v2_boxes is not None:
+        val, boxes = Split([], {}), {}
+        for row in (lines := _Lines(Path(v2_boxes), (5,))):
+            if row[0] == "image_id":
+                continue
+            name = row[0] if row[0].startswith("val2/") else f"val2/{row[0]}"
+            if name not in val.labels:
+                if not (root / name).is_file():
+                    lines.fail(f"no image {root / name}")
+                val.image_ids.append(name)
+                label = name.split("/")[1]
+                if not label.isdigit():
+                    lines.fail(f"image must be <class>/<n>.jpeg, got {row[0]!r}")
+                val.labels[name], val.sizes[name] = int(label), _image_size(root / name)
+            boxes.setdefault(name, []).append(_inside(lines.integers(row[1:], "box"), val.sizes[name]))
+        val.boxes.update((name, np.array(rows)) for name, rows in boxes.items())
+        splits["val"] = val
+    return splits
+
+
+def openimages_splits(root: str | Path) -> dict[str, Split]:
+    """{"train", "val", "test"} as far as the folders are there; masks are the PNGs beside an image; train without."""
+    root, splits = Path(root), {}
+    for name in ("train", "val", "test"):
+        if not (root / name).is_dir():
+            continue
+        splits[name] = split = Split([], {})
+        for label, folder in enumerate(sorted(path for path in (root / name).iterdir() if path.is_dir())):
+            masks: dict[str, list[str]] = {}
+            for path in sorted(folder.glob("*_m*.png")):
+                masks.setdefault(path.name.split("_m")[0], []).append(f"{name}/{folder.name}/{path.name}")
+            for path in sorted(folder.glob("*.jpg")):
+                image_id = f"{name}/{folder.name}/{path.name}"
+                split.image_ids.append(image_id)
+                split.labels[image_id] = label
+                if name == "train":
+                    continue
+                if path.stem not in masks:
+                    raise ValueError(f"{path}: no mask {path.stem}_m*.png beside it")
+                split.masks[image_id] = masks[path.stem]
+                if (ignore := folder / f"{path.stem}_ignore.png").is_file():
+                    split.ignore[image_id] = f"{name}/{folder.name}/{ignore.name}"
+    if not splits:
+        raise ValueError(f"{root}: none of the folders train, val, test")
+    return splits
+
+
+def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[str]]:
+    """(split, class names) from a CSV of your own: lines `path,class,x0,y0,x1,y1` or `path,class,mask`, several per image."""
+    images, names, rows = Path(images), {}, []
+    for row in (lines := _Lines(Path(annotations), (3, 6))):
+        if not (images / row[0]).is_file():
+            lines.fail(f"no image {images / row[0]}")
+        if names.setdefault(row[0], row[1]) != row[1]:
+            lines.fail(f"image {row[0]!r} was given the class {names[row[0]]!r} before")
+        if rows and len(rows[0]) != len(row):
+            lines.fail("boxes and masks in one file")
+        if len(row) == 3 and not (images / row[2]).is_file():
+            lines.fail(f"no mask {images / row[2]}")
+        rows.append(row if len(row) == 3 else [*row[:2], *lines.integers(row[2:], "box")])
+        if len(row) == 6:
+            x0, y0, x1, y1 = rows[-1][2:]
+            width, height = _image_size(images / row[0])
+            if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
+                lines.fail(f"box {x0},{y0},{x1},{y1} does not fit the image of {width} x {height}")
+    if not rows:
+        raise ValueError(f"{annotations}: holds no annotation")
+    classes = sorted(set(names.values()))
+    split = Split(list(names), {i: classes.index(name) for i, name in names.items()},
+                  {i: _image_size(images / i) for i in names})
+    for image_id, _, *rest in rows:
+        (split.masks if len(rest) == 1 else split.boxes).setdefault(image_id, []).append(rest[0] if len(rest) == 1 else rest)
+    split.boxes = {i: np.array(boxes, dtype=np.int64) for i, boxes in split.boxes.items()}
+    return split, classes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, places in (("cub", ["root"]), ("ilsvrc", ["root", "annotations"]), ("openimages", ["root"]),
+                         ("own", ["images", "annotations"]), ("check", [])):
+        command = commands.add_parser(name)
+        for place in (*places, "metadata"):
+            command.add_argument(place, type=Path)
+        if name == "ilsvrc":
+            command.add_argument("--v2-boxes", type=Path, help="ImageNetV2_boxes.txt; the images lie in val2/")
+        if name == "check":
+            command.add_argument("--images", type=Path)
+            command.add_argument("--masks", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "own":
+            split, classes = own_split(args.images, args.annotations)
+            splits = {"": split}
+        elif args.command == "check":
+            splits = {"": read_split(args.metadata, image_root=args.images, mask_root=args.masks)}
+        else:
+            splits = {"cub": lambda: cub_splits(args.root), "openimages": lambda: openimages_splits(args.root),
+                      "ilsvrc": lambda: ilsvrc_splits(args.root, args.annotations, args.v2_boxes)}[args.command]()
+        for name, split in splits.items():
+            if args.command != "check":
+                write_split(args.metadata / name, split)
+            print(f"{args.metadata / name}: {len(split.image_ids)} images, {len(set(split.labels.values()))} classes, "
+                  f"{sum(map(len, split.boxes.values()))} boxes, {sum(map(len, split.masks.values()))} masks")
+        if args.command == "own":
+            (args.metadata / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
