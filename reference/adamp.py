@@ -674,7 +674,7 @@ class SGDP(_ProjectedOptimizer):
 def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int = 1, *,
           loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
           schedule: Callable[[float], float] | None = None, measure_every: int = 10,
-          resume: dict | None = None) -> Iterator[dict[str, float]]:
+          autocast: torch.dtype | None = None, resume: dict | None = None) -> Iterator[dict[str, float]]:
     """A training loop that watches what the paper is about. Yields one dict of floats per step.
 
     Args:
@@ -684,6 +684,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
         measure_every: every so many steps the dict also has `weight_norm` (mean Frobenius norm),
             `effective_step` (mean distance the direction moved) over all convolutions (all matrices
             if there are none) and, for AdamP and SGDP, `projected` (share of the tensors tested).
+        autocast: dtype of mixed precision (torch.bfloat16) or None.
         resume: a snapshot from `steps.send("state")`; training goes on from it to the same numbers.
     """
     if measure_every < 1:
@@ -715,7 +716,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
                 group["lr"] = rate * factor
             model.train()
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_fn(model(x), target)
+            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                loss = loss_fn(model(x), target)
             loss.backward()
             measure = step % measure_every == 0
             before = [p.detach().clone() for p in watched] if measure else []
