@@ -1,14 +1,13 @@
 """PiT: parity with the public implementation, the identities of the method, the recipe, errors, long runs."""
 
 import copy
+import json
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from pathlib import Path
 
@@ -19,7 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from reference import pit
+import pit_ablation
+import pit_imagenet
+import speed_pit
+from reference import pit, resnet
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "pit"
@@ -892,3 +894,122 @@ def test_gpu_agrees_with_cpu():
         logs = list(pit.train(model, loader, epochs=2, amp_dtype=dtype, generator=rng(),
                               mixup=pit.Mixup(num_classes=10, generator=rng())))
         assert math.isfinite(logs[-1]["loss"])
+
+
+# The scripts
+
+
+def read_results(folder, script="pit_imagenet"):
+    return json.loads((folder / f"{script}.json").read_text())
+
+
+def start_script(out, *arguments, launcher=(sys.executable,)):
+    command = [*launcher, str(ROOT / "benchmarks" / "pit_imagenet.py"), "--preset", "tiny", "--out", str(out),
+               "--checkpoint-seconds", "0", "--device", "cpu", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_benchmark_killed_at_any_step_resumes_to_the_same_numbers(tmp_path):
+    arguments = ("--models", "PiT", "ViT", "--drop-path", "0.2", "--recipe", "deit")
+    whole = start_script(tmp_path / "whole", *arguments)
+    killed = start_script(tmp_path / "killed", *arguments)
+    log = tmp_path / "killed" / "ViT-seed0.jsonl"
+    step = 1 + time.time_ns() % 9
+    while killed.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= step):
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert whole.wait() == 0, whole.stdout.read()
+    resumed = start_script(tmp_path / "killed", *arguments, "--resume")
+    text = resumed.communicate()[0]
+    assert resumed.returncode == 0 and "PiT-seed0 12/12" not in text, text
+    a, b = (read_results(tmp_path / name) for name in ("whole", "killed"))
+    assert a["results"] == b["results"] and set(a["results"]) == {"PiT-seed0", "ViT-seed0"}
+    weights = [torch.load(tmp_path / name / "ViT-seed0.pt", weights_only=True)["model"] for name in ("whole", "killed")]
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_two_processes_train_the_same_model_as_one(tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    two = start_script(tmp_path / "two", "--models", "PiT", launcher=launcher)
+    one = start_script(tmp_path / "one", "--models", "PiT")
+    assert two.wait(120) == 0, two.stdout.read()
+    assert one.wait(120) == 0, one.stdout.read()
+    a, b = (read_results(tmp_path / name)["results"]["PiT-seed0"] for name in ("one", "two"))
+    assert b["count"] == a["count"] == 50
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["top1"] == pytest.approx(a["top1"], abs=2)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder in ImageNet's layout: two classes that differ in colour, and ImageNet-A with one of them."""
+    for split, count in (("train", 6), ("val", 3)):
+        for label, wnid in enumerate(("n01", "n02")):
+            folder = tmp_path / "data" / split / wnid
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(100, (40, 36, 3), generator=rng(10 * i + label), dtype=torch.uint8)
+                pixels[..., 2 * label] += 120
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.JPEG")
+    (tmp_path / "a" / "n02").mkdir(parents=True)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "a" / "n02" / "x.jpg")
+    (tmp_path / "background" / "00_dog").mkdir(parents=True)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "background" / "00_dog" / "x.jpg")
+    (tmp_path / "in9.json").write_text(json.dumps({"0": -1, "1": 0}))
+    return tmp_path
+
+
+def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pit_imagenet.py"])
+    common = ["--data", str(tree / "data"), "--preset", "small32", "--device", "cpu"]
+    pit_imagenet.main([*common, "--epochs", "8", "--batch-size", "4", "--models", "PiT", "--out", str(tree / "o"),
+                       "--figures", str(tree / "figures")])
+    trained = read_results(tree / "o")["results"]["PiT-seed0"]
+    assert trained["count"] == 6 and trained["top1"] >= 50 and list((tree / "figures").iterdir())
+    pit_imagenet.main([*common, "--models", "PiT", "--checkpoint", str(tree / "o" / "PiT-seed0.pt"), "--out", str(tree / "e"),
+                       "--imagenet-a", str(tree / "a"), "--background", str(tree / "background"),
+                       "--in9-map", str(tree / "in9.json")])
+    found = {row["set"]: row["value"] for row in read_results(tree / "e")["tables"]["evaluation"]}
+    assert found["top1"] == trained["top1"] and found["FGSM 8/255"] == trained["FGSM 8/255"]
+    assert found["ImageNet-A"] == 100 and found["background"] in (0, 100)
+
+    with pytest.raises(SystemExit, match="does not fit pit_ti"):
+        pit_imagenet.main([*common, "--models", "pit_ti", "--checkpoint", str(tree / "o" / "PiT-seed0.pt"), "--out", str(tree / "f")])
+    with pytest.raises(SystemExit, match="no model 'resnet'.*PiT, ViT"):
+        pit_imagenet.main([*common, "--models", "resnet", "--out", str(tree / "f")])
+    with pytest.raises(SystemExit, match="distill needs --teacher"):
+        pit_imagenet.main([*common, "--models", "pit_ti", "--recipe", "distill", "--batch-size", "4", "--out", str(tree / "f")])
+    with pytest.raises(SystemExit, match="whole batch"):
+        pit_imagenet.main([*common, "--models", "PiT", "--out", str(tree / "f")])
+    (tree / "data" / "val" / "n03").mkdir()
+    with pytest.raises(SystemExit, match="different class folders"):
+        pit_imagenet.main([*common, "--out", str(tree / "f")])
+    with pytest.raises(SystemExit):
+        pit_imagenet.main(["--preset", "small32", "--out", str(tree / "f")])
+    assert "--preset small32 needs --data" in capsys.readouterr().err
+
+
+def test_distillation_recipe_with_a_teacher(tree, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pit_imagenet.py"])
+    teacher = resnet.resnet18(num_classes=2)
+    torch.save(teacher.state_dict(), tree / "teacher.pth")
+    pit_imagenet.main(["--data", str(tree / "data"), "--preset", "paper", "--image-size", "32", "--models", "pit_ti",
+                       "--recipe", "distill", "--teacher", "resnet18", str(tree / "teacher.pth"), "--epochs", "1",
+                       "--batch-size", "4", "--device", "cpu", "--out", str(tree / "o")])
+    assert read_results(tree / "o")["results"]["pit_ti_distilled-seed0"]["count"] == 6
+
+
+def test_ablation_and_speed_scripts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pit_ablation.py"])
+    pit_ablation.main(["--preset", "tiny", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "a"),
+                       "--figures", str(tmp_path / "f")])
+    tables = read_results(tmp_path / "a", "pit_ablation")["tables"]
+    assert [len(tables[name]) for name in ("pooling", "dimensions", "attention")] == [6, 4, 8]
+    assert len(list((tmp_path / "f").glob("*.png"))) == 6
+    for row in tables["attention"]:
+        assert 0.9 < row["entropy / log N"] <= 1 and 0 < row["distance, px"] < 45
+    monkeypatch.setattr(sys, "argv", ["speed_pit.py"])
+    speed_pit.main(["--preset", "tiny", "--threads", "1", "--device", "cpu", "--out", str(tmp_path / "s")])
+    tables = read_results(tmp_path / "s", "speed_pit")["tables"]
+    assert {row["pass"] for row in tables["time"]} == {"forward", "training step"}
+    assert 0 < tables["memory"][0]["ours / unfused"] < 1
