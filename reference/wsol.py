@@ -3,30 +3,30 @@
 Choe*, Oh*, Chun, Lee, Akata, Shim. "Evaluation for Weakly Supervised Object Localization: Protocol,
 Metrics, and Datasets", TPAMI 2022, arXiv:2007.04178 (CVPR 2020 version: arXiv:2001.07437).
 
-A classifier trained from image labels y also yields a score map s in [0, 1]^(H x W); thresholding it
-should find the object. Six ways to get the map, all with cross entropy (CE) on the class logits:
+A classifier trained from image labels y also yields a score map s in [0, 1]^(H x W); thresholded,
+it should show the object. Six ways to the map, all with cross entropy (CE) on the class logits:
 
     CAM     feature map f (C, h, w), logits = W mean_hw(f) + b;  s = sum_c W[y, c] f[c]
     HaS     CAM, training images with random square cells hidden
-    ACoL    two heads A, B on f; B sees f with the pixels erased where A's map of y is >= a threshold;
+    ACoL    heads A and B on f; B sees f erased where A's map of y is >= a threshold;
             CE(A) + CE(B);  s = max(A's map, B's map)
-    SPG     CAM with auxiliary maps B1, B2, C, each supervised by the confident pixels of the one before
+    SPG     CAM with auxiliary maps B1, B2, C, each taught by the confident pixels of another map
     ADL     CAM, feature maps multiplied by their own attention, or with their peak dropped (a coin)
     CutMix  CAM, training images with a box pasted from another image and labels mixed by area
 
-The paper's finding: with the same few fully labelled images for tuning, none of the later five beats
-CAM, while a predictor *trained* on those images (`FewShotHead`) beats them all. Below stand the six
-methods on VGG16, ResNet50 and InceptionV3 under the published parameter names (`build_network`), as
-heads around any backbone (`CAMHead`, `ACoLHead`, `SPGHead`, `ADL`), the few-shot, centre and gradient
-baselines, and the training recipe (`train`). Each block can be copied without the others.
+The paper's finding: with the same few fully labelled images for tuning, none of the later five
+beats CAM, while a predictor *trained* on those images (`FewShotHead`) beats them all. Below stand
+the six methods on VGG16, ResNet50 and InceptionV3 under the published parameter names
+(`build_network`), as heads around any backbone (`CAMHead`, `ACoLHead`, `SPGHead`, `ADL`), the
+few-shot, centre and gradient baselines, and the training recipe (`train`).
 
     network = build_network("resnet50", "cam", num_classes=200, large_feature_map=True)
     for row in train(network, loader, {"method": "has", "lr": 1e-3, "epochs": 10}):
         print(row)                                        # {"step": 0., "epoch": 0., "loss": ...}
     logits, maps = network.eval().predict(images, labels)   # one forward: (B, K) and (B, h, w)
 
-Maps are raw: resize them to the input (bicubic), then min-max normalise, in that order, to evaluate.
-`python wsol.py` trains CAM and the few-shot baseline on toy scenes and prints how well each localizes.
+Maps are raw: to evaluate, resize them to the input (bicubic), then min-max normalise, in that order.
+`python wsol.py` trains CAM and the few-shot baseline on toy scenes and prints how they localize.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     if labels.shape != (batch,):
         raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
     # On a GPU the comparison would stall the queue at every step; the gather kernel asserts there.
-    if labels.device.type == "cpu" and batch and not 0 <= labels.min() <= labels.max() < num_classes:
+    if labels.device.type == "cpu" and ((labels < 0) | (labels >= num_classes)).any():
         raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.tolist()}")
 
 
@@ -65,16 +65,14 @@ def _of_label(maps: Tensor, labels: Tensor) -> Tensor:
     return maps[torch.arange(len(maps), device=maps.device), labels.long()].unsqueeze(1)
 
 
-# ---- HaS and CutMix: input augmentations -----------------------------------------------------------
-
+# ---- HaS and CutMix: input augmentations ----
 
 def has(image: Tensor, grid_size: int, drop_rate: float,
         generator: torch.Generator | None = None, draws: Tensor | None = None) -> Tensor:
-    """Hide-and-Seek (Singh and Lee, ICCV 2017): hides each `grid_size` x `grid_size` *pixel* cell of
-    `image` (B, C, H, W) with probability `drop_rate`; hidden pixels become 0, the data-set mean of
-    normalised images. `grid_size` 0 switches it off. `draws`: uniforms (B, ceil(H/g), ceil(W/g)) to
-    use instead of random ones; a cell is hidden where its draw is <= `drop_rate`.
-    """
+    """Hide-and-Seek (Singh and Lee, ICCV 2017): hides each cell of `grid_size` x `grid_size` *pixels*
+    of `image` (B, C, H, W) with probability `drop_rate`; hidden pixels become 0, the data-set mean of
+    normalised images. `grid_size` 0 switches it off. `draws`: uniforms (B, ceil(H/g), ceil(W/g)) in
+    the place of random ones; a cell is hidden where its draw is <= `drop_rate`."""
     if image.ndim != 4:
         raise ValueError(f"image must be (B, C, H, W), got shape {tuple(image.shape)}")
     if grid_size < 0 or int(grid_size) != grid_size:
@@ -132,7 +130,8 @@ def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | 
     if draws is None:
         # torch's Beta takes no generator; numpy's does, seeded by one draw of ours.
         lam = float(np.random.default_rng(_randint(2**63 - 1, generator)).beta(beta, beta))
-        order, cx, cy = torch.randperm(len(x), generator=generator, device=_device_of(generator)), None, None
+        order = torch.randperm(len(x), generator=generator, device=_device_of(generator))
+        cx = cy = None
     else:
         lam, order, cx, cy = draws
     order = torch.as_tensor(order, device=x.device)
@@ -143,17 +142,14 @@ def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | 
     return mixed, target, target[order.to(target.device)], lam
 
 
-# ---- ADL: a layer ----------------------------------------------------------------------------------
-
+# ---- ADL: a layer ----
 
 class ADL(nn.Module):
     """Attention-based dropout layer (Choe and Shim, CVPR 2019), identity in eval mode.
 
-    With a = mean over channels of x (B, C, H, W): the importance map is sigmoid(a), the drop mask is 1
+    With a = mean over channels of x (B, C, H, W): the importance map is sigmoid(a), the drop mask 1
     where a < `adl_drop_threshold` * max(a), else 0. One coin for the whole batch multiplies x by the
-    drop mask with probability `adl_drop_rate`, else by the importance map. Gradient flows through the
-    importance map; the mask has none.
-    """
+    drop mask with probability `adl_drop_rate`, else by the importance map, which has a gradient."""
 
     def __init__(self, adl_drop_rate: float = 0.75, adl_drop_threshold: float = 0.9,
                  generator: torch.Generator | None = None):
@@ -169,15 +165,12 @@ class ADL(nn.Module):
         attention = x.mean(1, keepdim=True)
         coin = torch.rand((), generator=self.generator, device=_device_of(self.generator))
         if coin + self.adl_drop_rate >= 1.0:  # floor(U + rate) of the public code
-            return x * (attention < self.adl_drop_threshold * attention.amax((1, 2, 3), keepdim=True))
+            peak = attention.amax((1, 2, 3), keepdim=True)
+            return x * (attention < self.adl_drop_threshold * peak)
         return x * attention.sigmoid()
 
-    def extra_repr(self) -> str:
-        return f"adl_drop_rate={self.adl_drop_rate}, adl_drop_threshold={self.adl_drop_threshold}"
 
-
-# ---- ACoL: adversarial complementary learning (Zhang et al., CVPR 2018) ------------------------------
-
+# ---- ACoL: adversarial complementary learning (Zhang et al., CVPR 2018) ----
 
 def normalize_tensor(x: Tensor) -> Tensor:
     """Min-max over the pixels of each (image, channel) of `x` (B, C, H, W).
@@ -206,8 +199,7 @@ def acol_loss(out: dict, target: Tensor) -> Tensor:
     return F.cross_entropy(out["logits"], target) + F.cross_entropy(out["logit_b"], target)
 
 
-# ---- SPG: self-produced guidance (Zhang et al., ECCV 2018) -------------------------------------------
-
+# ---- SPG: self-produced guidance (Zhang et al., ECCV 2018) ----
 
 def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
@@ -224,19 +216,20 @@ def spg_attention(feat_map: Tensor, labels: Tensor, logits_b1: Tensor, logits_b2
 
 
 def spg_mask(attention: Tensor, high: float, low: float) -> Tensor:
-    """Pseudo-labels from a map (B, 1, h, w): 1 above `high`, 0 below `low` (which wins), 255 = ignore
+    """Labels from a map (B, 1, h, w): 1 above `high`, 0 below `low` (which wins), 255 (ignore)
     between. An image with fewer than 30 pixels above `high` takes those above 0.7 of its maximum."""
     _check_unit("high", high)
     _check_unit("low", low)
     foreground = attention > high
     few = foreground.sum((1, 2, 3), keepdim=True) < 30
-    foreground = torch.where(few, attention > 0.7 * attention.amax((1, 2, 3), keepdim=True), foreground)
+    peak = attention.amax((1, 2, 3), keepdim=True)
+    foreground = torch.where(few, attention > 0.7 * peak, foreground)
     mask = torch.full_like(attention, 255).masked_fill(foreground, 1)
     return mask.masked_fill(attention < low, 0)
 
 
 def _masked_bce(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean binary cross entropy over the pixels of the batch whose mask is not 255; 0 if there are none."""
+    """Mean BCE over the pixels of the batch whose mask is not 255; 0 if there are none."""
     logits, valid = _upsample(logits, mask.shape[2:]).float(), mask != 255
     loss = F.binary_cross_entropy_with_logits(logits, mask.float().clamp(max=1), reduction="none")
     return (loss * valid).sum() / valid.sum().clamp(min=1)
@@ -244,12 +237,11 @@ def _masked_bce(logits: Tensor, mask: Tensor) -> Tensor:
 
 def spg_loss(out: dict, target: Tensor,
              thresholds: Sequence[tuple[float, float]] = SPG_THRESHOLDS) -> Tensor:
-    """CE(logits) + BCE(B2, mask of the attention) + BCE(B1, mask of B2) + BCE(C, mask of the fused map).
+    """CE(logits) + BCE(B2, mask of attention) + BCE(B1, mask of B2) + BCE(C, mask of fused map).
 
     `out` holds "logits", "logits_b1", "logits_b2", "logits_c" (B, 1, h, w before upsampling),
     "attention", "fused_attention" (B, 1, H, W, the size of the masks); `thresholds` the three
-    (high, low) pairs in this order.
-    """
+    (high, low) pairs in this order."""
     (high_1, low_1), (high_2, low_2), (high_3, low_3) = thresholds
     size = out["attention"].shape[2:]
     guide_b1 = _upsample(out["logits_b2"].detach(), size).sigmoid()
@@ -259,17 +251,15 @@ def spg_loss(out: dict, target: Tensor,
             + _masked_bce(out["logits_c"], spg_mask(out["fused_attention"], high_3, low_3)))
 
 
-# ---- Networks: what all share, and heads around any backbone -----------------------------------------
-
+# ---- Networks: what all share, and heads around any backbone ----
 
 class Localizer(nn.Module):
     """A subclass defines `taps(x)` -> (map for B1, map for B2, last map), each (B, C, h, w); the first
-    two matter to SPG alone. What classifies the last map is `fc` (CAM), `classifier_A` and `_B` (ACoL),
+    two matter to SPG alone. The last map is classified by `fc` (CAM), `classifier_A` and `_B` (ACoL),
     or a 1x1 convolution `SPG_A_4` / `SPG_A4` (SPG, and Inception's CAM).
 
-    forward(x (B, 3, H, W), labels (B,) or None) -> dict of training outputs, "logits" (B, K) among them;
-    with `return_cam=True` the map of the label, (B, h, w), unnormalised.
-    """
+    forward(x (B, 3, H, W), labels (B,) or None) -> dict of training outputs, with "logits" (B, K);
+    with `return_cam=True` the map of the label, (B, h, w), unnormalised."""
 
     arch = ""
 
@@ -337,47 +327,49 @@ def _add_acol(net: nn.Module, channels: int, num_classes: int, width: int = 1024
         net.add_module(f"classifier_{branch}", nn.Sequential(*layers))
 
 
-def _add_spg(net: nn.Module, b1: int, b2: int, last: int, shared: int = 512, width: int = 512) -> None:
+def _add_spg(net: nn.Module, b1: int, b2: int, last: int, shared: int = 512, width: int = 512):
     """The branches; `b1`, `b2`, `last`: channels of the three `taps`."""
     net.SPG_B_1a, net.SPG_B_2a = _convs(b1, shared), _convs(b2, shared)
     net.SPG_B_shared = nn.Sequential(*_convs(shared, shared), nn.Conv2d(shared, 1, 1))
     net.SPG_C = nn.Sequential(*_convs(last, width), nn.Conv2d(width, 1, 1))
 
 
-class CAMHead(Localizer):
-    """Class activation maps (Zhou et al., CVPR 2016) on `features`, a module that maps images to
-    (B, channels, h, w), or None: the input is that map. Published names: `fc`."""
+class _Head(Localizer):
+    """`features`: a module from images to (B, channels, h, w), or None: the input is that map."""
 
-    def __init__(self, features: nn.Module | None, channels: int, num_classes: int):
+    def __init__(self, features: nn.Module | None):
         super().__init__()
         self.features = nn.Identity() if features is None else features
-        self.fc = nn.Linear(channels, num_classes)
 
     def taps(self, x: Tensor) -> tuple:
         return None, None, self.features(x)
 
 
-class ACoLHead(Localizer):
+class CAMHead(_Head):
+    """Class activation maps (Zhou et al., CVPR 2016)."""
+
+    def __init__(self, features: nn.Module | None, channels: int, num_classes: int):
+        super().__init__(features)
+        self.fc = nn.Linear(channels, num_classes)
+
+
+class ACoLHead(_Head):
     """Two branches of three convolutions; B sees the feature map with A's attention erased."""
 
     def __init__(self, features: nn.Module | None, channels: int, num_classes: int,
                  drop_threshold: float = 0.7, width: int = 1024):
-        super().__init__()
+        super().__init__(features)
         _check_unit("drop_threshold", drop_threshold)
-        self.features = nn.Identity() if features is None else features
         self.drop_threshold = drop_threshold
         _add_acol(self, channels, num_classes, width)
 
-    def taps(self, x: Tensor) -> tuple:
-        return None, None, self.features(x)
 
-
-class SPGHead(Localizer):
+class SPGHead(_Head):
     """SPG on one feature map, which feeds A, B1 and B2; C reads the last layer of A."""
 
-    def __init__(self, features: nn.Module | None, channels: int, num_classes: int, width: int = 512):
-        super().__init__()
-        self.features = nn.Identity() if features is None else features
+    def __init__(self, features: nn.Module | None, channels: int, num_classes: int,
+                 width: int = 512):
+        super().__init__(features)
         self.SPG_A_3 = _convs(channels, width, width)
         self.SPG_A_4 = nn.Conv2d(width, num_classes, 1)
         _add_spg(self, channels, channels, width, width, width)
@@ -387,19 +379,17 @@ class SPGHead(Localizer):
         return feature, feature, self.SPG_A_3(feature)
 
 
-# ---- The published networks --------------------------------------------------------------------------
-# "14" and "28" are the sides of the last feature map for 224-pixel input (large_feature_map False, True).
+# ---- The published networks ----
 
-# Numbers: 3x3 convolution + ReLU. M: 2x2 max-pool, P: 3x3 max-pool of stride 2, S: of stride 1, A: ADL.
+_NEW_LAYERS = ("conv6", "fc.", "SPG_A3", "SPG_A4", "SPG_A_3", "SPG_A_4", "SPG_B", "SPG_C", "classifier_")
+
+# Numbers: 3x3 convolution + ReLU. M: 2x2 max-pool, m: the same, left out for the large map.
+# P: 3x3 max-pool with stride 2, p: with 1 for the large map, S: with 1. A: ADL.
 _VGG_PLANS = {
-    ("cam", False): "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512",
-    ("cam", True): "64 64 M 128 128 M 256 256 256 M 512 512 512 512 512 512",
-    ("acol", False): "64 64 P 128 128 P 256 256 256 P 512 512 512 P 512 512 512 S",
-    ("acol", True): "64 64 P 128 128 P 256 256 256 P 512 512 512 S 512 512 512 S",
-    ("spg", False): "64 64 M 128 128 M 256 256 256 M",
-    ("spg", True): "64 64 M 128 128 M 256 256 256 M",
-    ("adl", False): "64 64 M 128 128 M 256 256 256 M A 512 512 512 A M 512 512 512 A",
-    ("adl", True): "64 64 M 128 128 M 256 256 256 M A 512 512 512 A 512 512 512 A",
+    "cam": "64 64 M 128 128 M 256 256 256 M 512 512 512 m 512 512 512",
+    "acol": "64 64 P 128 128 P 256 256 256 P 512 512 512 p 512 512 512 S",
+    "spg": "64 64 M 128 128 M 256 256 256 M",
+    "adl": "64 64 M 128 128 M 256 256 256 M A 512 512 512 A m 512 512 512 A",
 }
 
 
@@ -409,13 +399,15 @@ class VGG16(Localizer):
     def __init__(self, method: str, num_classes: int, large: bool, adl: Callable[[], ADL]):
         super().__init__()
         self.method, layers, inputs = method, [], 3
-        for token in _VGG_PLANS[method, large].split():
+        for token in _VGG_PLANS[method].split():
             if token.isdigit():
                 layers += _convs(inputs, int(token))
                 inputs = int(token)
-            else:
-                layers.append(adl() if token == "A" else nn.MaxPool2d(2) if token == "M" else
-                              nn.MaxPool2d(3, stride=2 if token == "P" else 1, padding=1))
+            elif token in "PpS":
+                stride = 1 if token == "S" or (token == "p" and large) else 2
+                layers.append(nn.MaxPool2d(3, stride=stride, padding=1))
+            elif token == "A" or token == "M" or not large:
+                layers.append(adl() if token == "A" else nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         if method == "acol":
             _add_acol(self, 512, num_classes)
@@ -515,7 +507,7 @@ class _ConvBN(nn.Module):
 
 class _Mixed(nn.Module):
     """An inception block: parallel chains of `_ConvBN`, concatenated. `branches`: {name: [(outputs,
-    kernel), ...]}, padded to keep the size; layers of a longer chain are named name_1, name_2, ..."""
+    kernel), ...]}, padded to keep the size; a longer chain's layers are named name_1, name_2, ..."""
 
     def __init__(self, inputs: int, branches: dict):
         super().__init__()
@@ -524,7 +516,7 @@ class _Mixed(nn.Module):
             widths = [inputs] + [outputs for outputs, _ in layers]
             names = [name] if len(layers) == 1 else [f"{name}_{i + 1}" for i in range(len(layers))]
             for i, (outputs, kernel) in enumerate(layers):
-                padding = (kernel[0] // 2, kernel[1] // 2) if isinstance(kernel, tuple) else kernel // 2
+                padding = kernel // 2 if isinstance(kernel, int) else tuple(k // 2 for k in kernel)
                 self.add_module(names[i], _ConvBN(widths[i], outputs, kernel, padding=padding))
             self.chains.append(names)
 
@@ -542,12 +534,12 @@ class _Mixed(nn.Module):
         return torch.cat(outputs, 1)
 
 
-_DOUBLE_3X3 = [(64, 1), (96, 3), (96, 3)]
+_TWO_3X3 = [(64, 1), (96, 3), (96, 3)]
 
 
 def _inception_a(inputs: int, pool: int) -> _Mixed:
     return _Mixed(inputs, {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-                           "branch3x3dbl": _DOUBLE_3X3, "branch_pool": [(pool, 1)]})
+                           "branch3x3dbl": _TWO_3X3, "branch_pool": [(pool, 1)]})
 
 
 def _inception_c(c7: int) -> _Mixed:
@@ -585,7 +577,7 @@ class InceptionV3(Localizer):
         self.Conv2d_4a_3x3 = _ConvBN(80, 192, 3)
         self.Mixed_5b, self.Mixed_5c = _inception_a(192, 32), _inception_a(256, 64)
         self.Mixed_5d = _inception_a(288, 64)
-        self.Mixed_6a = _Mixed(288, {"branch3x3": [(384, 3)], "branch3x3dbl": _DOUBLE_3X3})
+        self.Mixed_6a = _Mixed(288, {"branch3x3": [(384, 3)], "branch3x3dbl": _TWO_3X3})
         self.Mixed_6b, self.Mixed_6c = _inception_c(128), _inception_c(160)
         self.Mixed_6d, self.Mixed_6e = _inception_c(160), _inception_c(192)
         self.adl_5d, self.adl_6e, self.adl_a3 = (
@@ -622,9 +614,8 @@ def build_network(arch: str, method: str, num_classes: int = 1000, large_feature
     """A published network, freshly initialised; released checkpoints (`state_dict`) load unchanged.
 
     `arch`: "vgg16", "resnet50" or "inception_v3"; `method`: "cam" ("has" and "cutmix" are the same
-    network), "acol", "spg" or "adl". `large_feature_map`: 28 x 28 maps instead of 14 x 14.
-    `load_torchvision` fills in ImageNet weights.
-    """
+    network), "acol", "spg" or "adl". `large_feature_map`: maps of 28 x 28 instead of 14 x 14 for 224
+    pixels. `load_torchvision` fills in ImageNet weights."""
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {ARCHS}, got {arch!r}")
     if method not in METHODS:
@@ -652,48 +643,29 @@ def build_network(arch: str, method: str, num_classes: int = 1000, large_feature
 
 
 def load_torchvision(network: Localizer, state: dict[str, Tensor]) -> list[str]:
-    """Copies torchvision's ImageNet weights into a network of `build_network`; returns the names of
-    the tensors that keep their initialisation (the new layers).
-
-    Layers that moved are found: VGG's convolutions by their order, ResNet's blocks behind an ADL or
-    inside SPG by theirs. A classifier is taken over only where its shape fits.
-    """
-    own = network.state_dict()
-    moved = {}  # torchvision prefix -> prefix here
-    if network.arch == "vgg16":
-        ours = [name.removesuffix("weight") for name in own if name.endswith("weight")]
-        theirs = [name.removesuffix("weight") for name in state
-                  if name.startswith("features.") and name.endswith("weight")]
-        moved = dict(zip(theirs, ours))
-    elif network.arch == "resnet50":
-        stages = {n: getattr(network, f"layer{n}", ()) for n in (3, 4)}
-        for n, stage in stages.items():
-            kept = [i for i, block in enumerate(stage) if not isinstance(block, ADL)]
-            moved |= {f"layer{n}.{i}.": f"layer{n}.{j}." for i, j in enumerate(kept)}
-        if network.method == "spg":
-            moved |= {f"layer3.{i}.": f"SPG_A2.{i - 1}." if i else "SPG_A1.0." for i in range(6)}
-    renamed = {}
-    for name, value in state.items():
-        prefix = next((p for p in moved if name.startswith(p)), "")
-        renamed[moved.get(prefix, "") + name.removeprefix(prefix)] = value
-    taken = {name: value for name, value in renamed.items()
-             if name in own and own[name].shape == value.shape}
-    if not taken:
-        raise ValueError(f"state holds no weight of {network.arch}; it begins with {list(state)[:3]}")
-    network.load_state_dict(taken, strict=False)
-    return [name for name in own if name not in taken]
+    """Copies torchvision's ImageNet weights into a network of `build_network`, layer by layer in order
+    because the indices differ; returns the names that keep their initialisation (the new layers). A
+    classifier is taken over only where its shape fits."""
+    own = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+    ours = [name for name in own if not name.startswith(_NEW_LAYERS)]
+    left_out = ("classifier.", "fc.", "Mixed_7", "AuxLogits")
+    theirs = [name for name in state if not name.startswith(left_out) and "num_batches" not in name]
+    pairs = dict(zip(ours, theirs))
+    pairs |= {n: n for n in ("fc.weight", "fc.bias") if n in own and n in state and own[n].shape == state[n].shape}
+    if len(ours) != len(theirs) or any(own[a].shape != state[b].shape for a, b in pairs.items()):
+        raise ValueError(f"state is not that of torchvision's {network.arch}: {list(state)[:2]}, ...")
+    network.load_state_dict({a: state[b] for a, b in pairs.items()}, strict=False)
+    return [name for name in own if name not in pairs]
 
 
-# ---- Baselines: few-shot, centre, gradients ----------------------------------------------------------
-
+# ---- Baselines: few-shot, centre, gradients ----
 
 class FewShotHead(nn.Module):
     """The paper's few-shot baseline: the last layer replaced by a 1x1 convolution to one class-agnostic
-    saliency map, trained by per-pixel BCE (`few_shot_loss`) on the images the others use for tuning.
+    saliency map, trained by per-pixel BCE on the images that the other methods use for tuning.
 
     forward(x) -> logits (B, 1, h, w). `features` as in `CAMHead`, or a network of
-    `build_network(arch, "cam")` with `channels=network.channels`: its classifier is left out.
-    """
+    `build_network(arch, "cam")` with `channels=network.channels`: its classifier is left out."""
 
     def __init__(self, features: nn.Module | None, channels: int):
         super().__init__()
@@ -712,19 +684,19 @@ class FewShotHead(nn.Module):
 
 
 def few_shot_targets(size: int, boxes=None, masks=None) -> Tensor:
-    """A float32 target (size, size), 1 on objects: the union of the filled `boxes` [k, 4] (x0, y0, x1,
-    y1 inclusive, already scaled to `size`), or of the instance `masks`, a list of 2-d arrays
+    """A float32 target (size, size), 1 on objects: the union of the filled `boxes` [k, 4] (x0, y0,
+    x1, y1 inclusive, already scaled to `size`), or of the instance `masks`, a list of 2-d arrays
     (foreground > 0.5) of any size."""
     if (boxes is None) == (masks is None):
         raise ValueError("give either boxes or masks")
     target = torch.zeros(size, size)
     for x0, y0, x1, y1 in [] if boxes is None else np.asarray(boxes).reshape(-1, 4).tolist():
         if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-            raise ValueError(f"boxes must have 0 <= x0 <= x1 and 0 <= y0 <= y1, got {(x0, y0, x1, y1)}")
+            raise ValueError(f"boxes need 0 <= x0 <= x1 and 0 <= y0 <= y1, got {(x0, y0, x1, y1)}")
         target[int(y0):int(y1) + 1, int(x0):int(x1) + 1] = 1
     single = isinstance(masks, (np.ndarray, Tensor)) and masks.ndim == 2
     for mask in [] if masks is None else [masks] if single else masks:
-        # the nearest neighbour of the evaluation: floor(dst * scale), the scale rounded like OpenCV's
+        # the evaluation's nearest neighbour: floor(dst * scale), the scale rounded like OpenCV's
         rows, columns = (np.minimum((np.arange(size) * (1.0 / (size / n))).astype(int), n - 1)
                          for n in np.shape(mask))
         target[torch.from_numpy(np.asarray(mask)[rows][:, columns] > 0.5)] = 1
@@ -765,16 +737,16 @@ def _reduce(attribution: Tensor, reduce: str | None) -> Tensor:
 
 
 def vanilla_gradient(model: Callable, x: Tensor, y: Tensor, reduce: str | None = "max") -> Tensor:
-    """d logit_y / dx (Simonyan et al. 2014). `model(x)`, in eval mode, returns logits (B, K) or a dict
-    with "logits". `reduce` "max" | "mean" of the absolute values over channels -> (B, H, W); None:
-    the signed (B, C, H, W)."""
+    """d logit_y / dx (Simonyan et al. 2014). `model(x)`, in eval mode, returns logits (B, K) or a
+    dict with "logits". `reduce` "max" | "mean": of the absolute values over channels, (B, H, W);
+    None: signed, (B, C, H, W)."""
     return _reduce(_input_gradient(model, x, y), reduce)
 
 
 def integrated_gradients(model: Callable, x: Tensor, y: Tensor, steps: int = 50,
                          baseline: Tensor | None = None, reduce: str | None = "max") -> Tensor:
-    """(x - x0) times the mean gradient on the line from x0 to x (Sundararajan et al. 2017), midpoint
-    rule: the signed values sum to logit(x) - logit(x0). x0 = `baseline`, default 0 (the mean image)."""
+    """(x - x0) times the mean gradient on the line from x0 to x (Sundararajan et al. 2017; midpoint
+    rule): the signed values sum to logit(x) - logit(x0). x0 = `baseline`, default 0, the mean image."""
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
     start = torch.zeros_like(x) if baseline is None else torch.as_tensor(baseline).to(x)
@@ -786,38 +758,36 @@ def integrated_gradients(model: Callable, x: Tensor, y: Tensor, steps: int = 50,
 
 def smooth_grad(model: Callable, x: Tensor, y: Tensor, n: int = 50, sigma: float = 0.15,
                 reduce: str | None = "max", generator: torch.Generator | None = None) -> Tensor:
-    """Mean gradient of `n` noisy copies (Smilkov et al. 2017); noise `sigma` * (max - min) per image."""
+    """Mean gradient of `n` noisy copies (Smilkov et al. 2017), noise `sigma` * (max - min) of x."""
     if n < 1 or sigma < 0:
         raise ValueError(f"n must be >= 1 and sigma >= 0, got {n} and {sigma}")
     scale = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
     total = torch.zeros_like(x)
     for _ in range(n):
-        noise = torch.randn(x.shape, generator=generator, device=_device_of(generator), dtype=x.dtype)
-        total += _input_gradient(model, x + scale * noise.to(x.device), y)
+        noise = torch.randn(x.shape, generator=generator, device=_device_of(generator)).to(x)
+        total += _input_gradient(model, x + scale * noise, y)
     return _reduce(total / n, reduce)
 
 
-# ---- Training ----------------------------------------------------------------------------------------
+# ---- Training ----
 
 CONFIG = {  # what `train` reads, with the published defaults; a trial of the random search fits in
-    "method": "cam", "lr": 0.01, "epochs": 10, "decay_frequency": 3, "momentum": 0.9,
-    "weight_decay": 5e-4, "lr_classifier_ratio": 10.0, "official_groups": True, "amp": False, "seed": 0,
+    "method": "cam", "lr": 0.01, "epochs": 10, "decay_frequency": 3, "momentum": 0.9, "amp": False,
+    "weight_decay": 5e-4, "lr_classifier_ratio": 10.0, "official_groups": True, "seed": 0,
     "has_grid_size": 4, "has_drop_rate": 0.5, "cutmix_beta": 1.0, "cutmix_prob": 1.0,
     "spg_threshold_1h": 0.7, "spg_threshold_1l": 0.01, "spg_threshold_2h": 0.5,
     "spg_threshold_2l": 0.05, "spg_threshold_3h": 0.7, "spg_threshold_3l": 0.1,
 }
 NETWORK_KEYS = ("large_feature_map", "acol_drop_threshold", "adl_drop_rate", "adl_drop_threshold")
-_NEW_LAYERS = ("conv6", "fc.", "classifier_", "SPG_A_3", "SPG_A_4", "SPG_A3", "SPG_A4", "SPG_B", "SPG_C")
 
 
 def parameter_groups(model: nn.Module, lr: float, lr_classifier_ratio: float = 10.0,
                      official_groups: bool = True) -> list[dict]:
     """Two groups: the backbone at `lr`, the classifier at `lr_classifier_ratio` * `lr`.
 
-    `official_groups` sorts the networks of `build_network` by the published substrings of the names:
-    VGG-SPG's pretrained conv4/5 get the high rate, ResNet's layer4 too, its new ACoL and SPG heads the
-    low one. False gives the high rate to what is new. Heads around a backbone: all but `features`.
-    """
+    `official_groups` sorts the networks of `build_network` by the published substrings: VGG-SPG's
+    pretrained conv4/5 and ResNet's layer4 get the high rate, ResNet's new ACoL and SPG heads the low
+    one. False gives the high rate to what is new. Heads around a backbone: to all but `features`."""
     model = getattr(model, "module", model)  # DistributedDataParallel
     nested = isinstance(model, FewShotHead) and isinstance(model.features, Localizer)
     arch = model.features.arch if nested else getattr(model, "arch", "")
@@ -831,14 +801,13 @@ def parameter_groups(model: nn.Module, lr: float, lr_classifier_ratio: float = 1
         return {"vgg16": "features." not in name, "resnet50": "layer4." in name or "fc." in name,
                 "inception_v3": not name.startswith(("Mixed", "Conv2d_"))}[arch]
 
-    groups = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        groups[is_high(name)].append(parameter)
-    return [{"params": groups[False], "lr": lr}, {"params": groups[True], "lr": lr * lr_classifier_ratio}]
+    names = dict(model.named_parameters())
+    return [{"params": [p for name, p in names.items() if is_high(name) == high],
+             "lr": lr * lr_classifier_ratio if high else lr} for high in (False, True)]
 
 
-def _step_loss(model: nn.Module, x: Tensor, y: Tensor, cfg: dict, generator: torch.Generator) -> Tensor:
-    method = cfg["method"]
+def _step_loss(model, x: Tensor, y: Tensor, cfg: dict, generator: torch.Generator) -> Tensor:
+    method, ce = cfg["method"], F.cross_entropy
     if method == "fewshot":
         return few_shot_loss(model(x), y)
     if method == "has":
@@ -846,27 +815,27 @@ def _step_loss(model: nn.Module, x: Tensor, y: Tensor, cfg: dict, generator: tor
     if method == "cutmix" and float(torch.rand((), generator=generator)) < cfg["cutmix_prob"]:
         x, target_a, target_b, lam = cutmix(x, y, cfg["cutmix_beta"], generator)
         logits = model(x)["logits"]
-        return lam * F.cross_entropy(logits, target_a) + (1 - lam) * F.cross_entropy(logits, target_b)
+        return lam * ce(logits, target_a) + (1 - lam) * ce(logits, target_b)
     out = model(x, y)
     if method == "acol":
         return acol_loss(out, y)
     if method == "spg":
-        return spg_loss(out, y, [(cfg[f"spg_threshold_{i}h"], cfg[f"spg_threshold_{i}l"]) for i in (1, 2, 3)])
-    return F.cross_entropy(out["logits"], y)
+        return spg_loss(out, y, [[cfg[f"spg_threshold_{i}{end}"] for end in "hl"] for i in (1, 2, 3)])
+    return ce(out["logits"], y)
 
 
 def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
           resume: dict | None = None) -> Iterator[dict]:
-    """The published recipe, one dict of floats per step: SGD with Nesterov momentum, two learning rates
-    (`parameter_groups`), both divided by 10 at the *start* of every epoch, counted from 1, that is a
-    multiple of `decay_frequency`.
+    """The published recipe, one dict of floats per step: SGD with Nesterov momentum, two learning
+    rates (`parameter_groups`), both divided by 10 at the *start* of every epoch, counted from 1, that
+    is a multiple of `decay_frequency`.
 
     `loader` yields (images (B, 3, H, W), labels (B,)), for the method "fewshot" (images, targets
-    (B, H, W)); further entries are ignored. `cfg` overrides `CONFIG`; the keys in `NETWORK_KEYS`, which
-    belong to `build_network`, may be in it. `amp` computes in bfloat16. Published: batches of 32;
-    epochs / decay_frequency 10 / 3 on ImageNet and OpenImages, 50 / 15 on CUB; weight decay 5e-4, for
-    ResNet 1e-4. `send("state")` returns a snapshot; `resume=snapshot` continues to the same numbers.
-    """
+    (B, H, W)); further entries are ignored. `cfg` overrides `CONFIG`; the keys in `NETWORK_KEYS`,
+    which belong to `build_network`, may be in it. `amp` computes in bfloat16. Published: batches of
+    32; epochs / decay_frequency 10 / 3 on ImageNet and OpenImages, 50 / 15 on CUB; weight decay 5e-4,
+    for ResNet 1e-4. `send("state")` returns a snapshot; `resume=snapshot` goes on from it to the same
+    numbers."""
     if unknown := set(cfg or {}) - set(CONFIG) - set(NETWORK_KEYS):
         raise ValueError(f"cfg has unknown keys {sorted(unknown)}; accepted are {sorted(CONFIG)}")
     cfg = CONFIG | (cfg or {})
@@ -875,7 +844,7 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
     return _train_steps(model, loader, cfg, resume)
 
 
-def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | None) -> Iterator[dict]:
+def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | None):
     device = next(model.parameters()).device
     generators = {"host": torch.Generator().manual_seed(cfg["seed"]),
                   "device": torch.Generator(device).manual_seed(cfg["seed"])}
@@ -909,7 +878,8 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            row = {"step": float(step), "epoch": float(epoch), "loss": loss.item(), "lr": cfg["lr"] * decay}
+            row = {"step": float(step), "epoch": float(epoch), "loss": loss.item(),
+                   "lr": cfg["lr"] * decay}
             step += 1
             if (yield row) == "state":
                 yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -918,12 +888,10 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
         skip = 0
 
 
-# ---- Demonstration -----------------------------------------------------------------------------------
-
+# ---- Demonstration ----
 
 def _toy_scenes(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (N, 3, 32, 32), labels, masks: a grey square with one corner in the colour of its class, so
-    that what tells the class is smaller than the object."""
+    """Images (N, 3, 32, 32), labels, masks: a grey square with one corner in its class's colour."""
     rng = np.random.default_rng(seed)
     labels, masks = rng.integers(0, 3, count), np.zeros((count, 32, 32), bool)
     images = rng.normal(0, 0.3, (count, 3, 32, 32))
@@ -936,38 +904,30 @@ def _toy_scenes(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _best_iou(maps: Tensor, masks: Tensor) -> float:
-    """The best pixel IoU (percent, all images pooled) over the thresholds: a stand-in for the metrics."""
+    """The best pixel IoU of all images together over the thresholds, a stand-in for the metrics."""
     scores = F.interpolate(maps[:, None].double(), size=masks.shape[1:], mode="bicubic")
-    scores = normalize_tensor(scores)[:, 0]
-    ious = [((scores >= t) & masks).sum() / ((scores >= t) | masks).sum() for t in np.arange(0.02, 1, 0.02)]
-    return 100 * float(max(ious))
+    found = [normalize_tensor(scores)[:, 0] >= t for t in np.arange(0.02, 1, 0.02)]
+    return 100 * max(float((f & masks).sum() / (f | masks).sum()) for f in found)
 
 
 def main() -> None:
-    images, labels, masks = _toy_scenes(400, seed=0)
-    test_images, test_labels, test_masks = _toy_scenes(100, seed=1)
-    recipe = {"lr": 0.01, "epochs": 4, "decay_frequency": 3}
-    batches = list(zip(images.split(32), labels.split(32)))
+    images, labels, masks = _toy_scenes(500, seed=0)
     backbone = nn.Sequential(*_convs(3, 16), nn.MaxPool2d(2), *_convs(16, 32, 32))
+    cam, few = CAMHead(backbone, 32, 3), FewShotHead(copy.deepcopy(backbone), 32)
     generator = torch.Generator().manual_seed(0)
-    for convolution in (backbone[0], backbone[3], backbone[5]):
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu", generator=generator)
-    print("100 test images        best pixel IoU")
-    for method in ("cam", "has", "cutmix"):
-        head = CAMHead(copy.deepcopy(backbone), 32, 3)
-        nn.init.normal_(head.fc.weight, 0, 0.01, generator=generator)
-        for _ in train(head, batches, recipe | {"method": method, "has_grid_size": 8, "has_drop_rate": 0.3}):
-            pass
-        logits, maps = head.eval().predict(test_images, test_labels)
-        accuracy = 100 * float((logits.argmax(1) == test_labels).float().mean())
-        print(f"{method:8s} 400 labels        {_best_iou(maps, test_masks):5.1f} %   (accuracy {accuracy:.0f} %)")
-    few = FewShotHead(backbone, 32)
-    nn.init.normal_(few.saliency.weight, 0, 0.01, generator=generator)
-    for _ in train(few, [(images[:15], masks[:15].float())] * 13, recipe | {"method": "fewshot"}):
-        pass
-    print(f"few-shot  15 masks         {_best_iou(few.eval().predict(test_images), test_masks):5.1f} %")
-    center = torch.from_numpy(center_gaussian(32)).expand(len(test_masks), 32, 32)
-    print(f"centre   nothing           {_best_iou(center, test_masks):5.1f} %")
+    for parameter in (*cam.parameters(), *few.parameters()):
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
+    recipe, shots = {"lr": 0.01, "epochs": 4, "lr_classifier_ratio": 1.0}, (images[:15], masks[:15].float())
+    list(train(cam, list(zip(images[:400].split(32), labels[:400].split(32))), recipe))
+    list(train(few, [shots] * 13, recipe | {"method": "fewshot"}))
+    logits, maps = cam.eval().predict(images[400:], labels[400:])
+    right = int((logits.argmax(1) == labels[400:]).sum())
+    center = torch.from_numpy(center_gaussian(32)).expand(100, 32, 32)
+    print(f"CAM classifies {right} of 100 test images right. Best pixel IoU of")
+    for name, scores in {"CAM from 400 labels": maps, "few-shot from 15 masks": few.eval().predict(images[400:]),
+                         "centre, no training": center}.items():
+        print(f"  {name:24s}{_best_iou(scores, masks[400:]):5.1f} %")
     print("Image labels find the part that tells the class; a few masks find the object.")
 
 

@@ -29,7 +29,7 @@ def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=generator(seed), dtype=dtype)
 
 
-# ---- HaS, CutMix, ADL --------------------------------------------------------------------------------
+# ---- HaS, CutMix, ADL ----
 
 
 @pytest.mark.parametrize("grid, rate", [(4, 50), (10, 30), (16, 100), (0, 50)])
@@ -103,13 +103,13 @@ def test_adl_gradients(name, rate):
     assert torch.allclose(x.grad, tensor(f"adl_grad_{name}"), atol=1e-6)
 
 
-def test_adl_is_the_identity_in_eval_mode_and_prints_its_settings():
+def test_adl_is_the_identity_in_eval_mode():
     layer = wsol.ADL(0.4, 0.8).eval()
     x = randn(2, 3, 4, 4)
-    assert layer(x) is x and "adl_drop_rate=0.4" in repr(layer)
+    assert layer(x) is x
 
 
-# ---- ACoL and SPG ------------------------------------------------------------------------------------
+# ---- ACoL and SPG ----
 
 
 def test_acol_pieces_equal_the_published_ones():
@@ -159,7 +159,7 @@ def test_spg_without_a_confident_pixel_is_plain_cross_entropy():
     torch.testing.assert_close(loss, expected)
 
 
-# ---- Networks ----------------------------------------------------------------------------------------
+# ---- Networks ----
 
 INDEX = np.arange(65521, dtype=np.uint64)
 TABLE = ((INDEX + np.uint64(1)) * np.uint64(2654435761)) % np.uint64(2**32)
@@ -287,10 +287,11 @@ def test_load_torchvision_finds_the_layers_that_moved(arch, method):
     for parameter in itertools.chain(network.parameters(), network.buffers()):
         parameter.data = parameter.data.clone()
     kept = wsol.load_torchvision(network, source)
-    state = network.state_dict()
+    state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
     loaded = [float(state[name].flatten()[0]) for name in state if name not in kept]
     expected = [float(value.flatten()[0]) for name, value in source.items()
-                if not name.startswith(("classifier", "fc") if method in ("spg", "acol") else "classifier")]
+                if not name.startswith(("classifier", "fc") if method in ("spg", "acol") else "classifier")
+                and "num_batches" not in name]
     assert loaded == expected
     assert all((state[name] == -1).all() for name in kept)
     assert all(name.startswith(wsol._NEW_LAYERS) for name in kept)
@@ -303,7 +304,7 @@ def test_load_torchvision_rejects_a_foreign_checkpoint():
         wsol.load_torchvision(network, {"blocks.0.weight": torch.zeros(2)})
 
 
-# ---- Heads -------------------------------------------------------------------------------------------
+# ---- Heads ----
 
 
 def heads() -> dict:
@@ -339,7 +340,7 @@ def test_acol_head_without_labels_erases_the_predicted_class():
     assert torch.equal(head(x)["logit_b"], head(x, predicted)["logit_b"])
 
 
-# ---- Baselines ---------------------------------------------------------------------------------------
+# ---- Baselines ----
 
 
 def test_center_gaussian():
@@ -418,7 +419,7 @@ def test_few_shot_head_on_a_published_network():
     assert plain(randn(2, 6, 4, 5)).shape == (2, 1, 4, 5)
 
 
-# ---- Training ----------------------------------------------------------------------------------------
+# ---- Training ----
 
 
 @pytest.mark.parametrize("arch, method, high, low", [
@@ -486,7 +487,7 @@ def test_training_in_bfloat16_runs():
     assert np.isfinite(row["loss"])
 
 
-# ---- Errors ------------------------------------------------------------------------------------------
+# ---- Errors ----
 
 X, Y, MAPS = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.zeros(2, 4, 5, 5)
 BAD_CALLS = {
