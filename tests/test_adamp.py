@@ -1,0 +1,574 @@
+"""AdamP and SGDP: recorded trajectories, agreement of the paths, identities, arguments, state, scripts."""
+
+import copy
+import doctest
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reference import adamp
+from reference.adamp import SGDP, AdamP
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden" / "adamp"
+ADAMP_PATHS = {"readable": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True},
+               "capturable": {"capturable": True}, "default": {}}
+SGDP_PATHS = {"readable": {"foreach": False}, "foreach": {"foreach": True}, "default": {}}
+SHAPES = [(6, 3, 3, 3), (7, 12), (1, 10), (5, 1, 1, 1), (4, 3, 5), (6,), ()]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def orthogonal(w, g):
+    """g without its part along w, row by row."""
+    rows, grads = w.reshape(len(w), -1), g.reshape(len(w), -1)
+    return (grads - rows * ((rows * grads).sum(1) / (rows * rows).sum(1))[:, None]).reshape(w.shape)
+
+
+def replay(make, steps=10, dtype=torch.float64, shapes=SHAPES, seed=0, layout=None, **options):
+    """Weights after `steps` gradients, half of the matrices' orthogonal to a common trajectory of weights."""
+    generator = rng(seed)
+    params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+    if layout:
+        params = [nn.Parameter(p.data.to(memory_format=layout)) if p.ndim == 4 else p for p in params]
+    optimizer = make(params, **options)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if p.ndim > 1 and (i + step) % 2:
+                g = orthogonal(p.detach().double(), g)
+            p.grad = torch.empty_like(p).copy_(g)
+        optimizer.step()
+    return params, optimizer
+
+
+def assert_same(a, b, **tolerance):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.detach(), y.detach(), **tolerance)
+
+
+# ---------------------------------------------------------------- recorded trajectories
+
+def golden_cases():
+    for file in sorted(GOLDEN.glob("*.npz")):
+        paths = ADAMP_PATHS if file.stem.startswith("adamp") else SGDP_PATHS
+        for path in paths:
+            yield pytest.param(file.name, path, id=f"{file.stem}-{path}")
+
+
+@pytest.mark.parametrize("name, path", list(golden_cases()))
+def test_recorded_trajectory(name, path):
+    data = np.load(GOLDEN / name)
+    is_adamp = str(data["optimizer"]) == "adamp"
+    options = {key[3:]: data[key].tolist() for key in data.files if key.startswith("hp_")}
+    names, kept = data["names"].tolist(), data["traj_steps"].tolist()
+    exact = data[f"{names[0]}__w0"].dtype == np.float64
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if exact else {"rtol": 0, "atol": 2e-5}
+    runs = [{}] if is_adamp else [{"project_buffer": True}, {"project_buffer": False}]
+    for run in runs:
+        params = [nn.Parameter(torch.from_numpy(data[f"{n}__w0"]).clone()) for n in names]
+        optimizer = (AdamP if is_adamp else SGDP)(
+            params, **options, **run, **(ADAMP_PATHS if is_adamp else SGDP_PATHS)[path])
+        official = run.get("project_buffer", True)
+        source = "official" if official else "timm"
+        for step in range(1, 51):
+            for n, p in zip(names, params):
+                p.grad = torch.from_numpy(data[f"{n}__grads"][step - 1]).clone()
+            optimizer.step()
+            if official:
+                for n, p in zip(names, params):
+                    assert p.norm().item() == pytest.approx(
+                        data[f"{n}__official_norm"][step].item(), rel=1e-11 if exact else 2e-5, abs=1e-12)
+                    if step in kept:
+                        np.testing.assert_allclose(
+                            p.detach().numpy(), data[f"{n}__official_traj"][kept.index(step)], **tolerance)
+        for n, p in zip(names, params):
+            if not official:
+                np.testing.assert_allclose(p.detach().numpy(), data[f"{n}__timm_final"], **tolerance)
+            for key, value in optimizer.state[p].items():
+                np.testing.assert_allclose(np.asarray(value), data[f"{n}__{source}_state_{key}"],
+                                           **tolerance)
+
+
+def test_the_two_buffers_differ_where_the_packages_do():
+    data = np.load(GOLDEN / "sgdp_momentum.npz")
+    gap = max(np.abs(data[f"{n}__timm_final"] - data[f"{n}__official_traj"][-1]).max() for n in data["names"])
+    assert gap > 0.1
+
+
+# ---------------------------------------------------------------- paths agree
+
+@pytest.mark.parametrize("path", ["foreach", "fused", "capturable", "default"])
+@pytest.mark.parametrize("options", [
+    {}, {"weight_decay": 0.3, "lr": 0.02}, {"nesterov": True, "weight_decay": 0.1}, {"maximize": True},
+    {"delta": 0.0}, {"delta": 3.0, "wd_ratio": 0.0, "weight_decay": 0.1}, {"betas": (0.0, 0.0), "wd_ratio": 1.0},
+    {"lr": 0.0, "weight_decay": 0.1}, {"eps": 1e-3}], ids=str)
+def test_adamp_paths_agree(path, options):
+    expected, reference = replay(AdamP, **options, **ADAMP_PATHS["readable"])
+    for layout in (None, torch.channels_last):
+        actual, optimizer = replay(AdamP, layout=layout, **options, **ADAMP_PATHS[path])
+        assert_same(actual, expected, rtol=1e-9, atol=1e-12)
+        assert optimizer.stats == reference.stats
+
+
+@pytest.mark.parametrize("path", ["foreach", "default"])
+@pytest.mark.parametrize("project_buffer", [False, True])
+@pytest.mark.parametrize("options", [
+    {}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    {"momentum": 0.5, "dampening": 0.3, "maximize": True}, {"momentum": 0.9, "delta": 3.0, "weight_decay": 0.1},
+    {"momentum": 1.0}, {"momentum": 0.9, "delta": 0}], ids=str)
+def test_sgdp_paths_agree(path, project_buffer, options):
+    options = {"lr": 0.05, "project_buffer": project_buffer} | options
+    expected, reference = replay(SGDP, **options, **SGDP_PATHS["readable"])
+    for layout in (None, torch.channels_last):
+        actual, optimizer = replay(SGDP, layout=layout, **options, **SGDP_PATHS[path])
+        assert_same(actual, expected, rtol=1e-9, atol=1e-12)
+        assert optimizer.stats == reference.stats
+        assert_same([optimizer.state[p]["momentum"] for p in actual],
+                    [reference.state[p]["momentum"] for p in expected], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make, path", [(AdamP, {"fused": True}), (SGDP, {"lr": 0.1, "momentum": 0.9})])
+@pytest.mark.parametrize("view", ["channel", "layer"])
+def test_blocks_smaller_than_the_tensor(monkeypatch, make, path, view):
+    monkeypatch.setattr(adamp, "BLOCK", 30)
+    results = []
+    for options in (path, {**path, "foreach": False, **({"fused": False} if make is AdamP else {})}):
+        generator = rng(3)
+        w = nn.Parameter(torch.randn(11, 9, generator=generator, dtype=torch.float64))
+        optimizer = make([w], weight_decay=0.1, **options)
+        for _ in range(6):
+            g = torch.randn(11, 9, generator=generator, dtype=torch.float64)
+            w.grad = orthogonal(w.detach() if view == "channel" else w.detach()[None],
+                                g if view == "channel" else g[None]).view(11, 9)
+            optimizer.step()
+            assert optimizer.stats[view] == 1
+        results.append(w)
+    assert_same(results[:1], results[1:], rtol=1e-10, atol=1e-13)
+
+
+def test_unusual_memory_layouts():
+    for make, path in itertools.chain(((AdamP, p) for p in ADAMP_PATHS.values()),
+                                      ((SGDP, {"lr": 0.1, **p}) for p in SGDP_PATHS.values())):
+        generator = rng(1)
+        base = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        grad = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        plain = nn.Parameter(base.clone())
+        odd = nn.Parameter(base.T.contiguous().T)                 # transposed storage
+        strided = nn.Parameter(torch.stack([base, base], -1)[..., 0])
+        optimizer = make([plain, odd, strided], **path)
+        for p in (plain, odd, strided):
+            p.grad = grad.clone()                                 # its layout is not the parameter's
+        optimizer.step()
+        assert_same([odd, strided], [plain, plain], rtol=1e-12, atol=1e-14)
+
+
+# ---------------------------------------------------------------- identities
+
+@pytest.mark.parametrize("path", ADAMP_PATHS)
+def test_delta_zero_is_adamw(path):
+    options = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}
+    expected, _ = replay(torch.optim.AdamW, foreach=False, **options)
+    actual, optimizer = replay(AdamP, delta=0, **options, **ADAMP_PATHS[path])
+    assert_same(actual, expected, rtol=1e-11, atol=1e-12)
+    assert optimizer.stats == {"tested": 5, "channel": 0, "layer": 0, "projected": 0}
+
+
+def test_delta_zero_is_sgd():
+    for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}):
+        expected, _ = replay(torch.optim.SGD, lr=0.1, **options)
+        actual, _ = replay(SGDP, lr=0.1, delta=0, **options)
+        assert_same(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_decoupled_decay_of_sgdp_settles_like_coupled_decay():
+    w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = SGDP([w], lr=0.1, momentum=0.9, weight_decay=0.01)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.full((3,), 1 - 0.1 * 0.01 / 0.1, dtype=torch.float64))
+
+
+def test_norm_after_projected_steps_grows_by_pythagoras():
+    w = nn.Parameter(torch.randn(5, 8, generator=rng(), dtype=torch.float64))
+    optimizer = SGDP([w], lr=0.1, momentum=0.9, eps=0)
+    for step in range(20):
+        before = w.detach().clone()
+        w.grad = orthogonal(before, torch.randn(5, 8, generator=rng(step), dtype=torch.float64))
+        optimizer.step()
+        move = w.detach() - before
+        torch.testing.assert_close((w.detach() ** 2).sum(1), (before ** 2).sum(1) + (move ** 2).sum(1),
+                                   rtol=1e-12, atol=0)
+        plane = torch.stack([before[0], optimizer.state[w]["momentum"][0], w.detach()[0]])
+        assert torch.linalg.svdvals(plane)[-1] < 1e-12              # Proposition 3.1: the same great circle
+
+
+def test_gradient_of_a_scale_invariant_function_passes_the_test():
+    conv, norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+    x, weight = torch.randn(8, 3, 6, 6, generator=rng()), torch.randn(4, 1, 1, generator=rng(1))
+    (norm(conv(x)).tanh() * weight).square().sum().backward()
+    assert adamp.scale_invariance(conv.weight, conv.weight.grad) == "channel"
+    assert adamp.scale_invariance(norm.weight, norm.weight.grad) is None
+
+
+def test_projection_views_and_purity():
+    generator = rng(2)
+    w, u = (torch.randn(4, 5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    g = torch.randn(4, 5, 3, generator=generator, dtype=torch.float64)
+    by_channel, by_layer, along = orthogonal(w, g), orthogonal(w[None], g[None])[0], g + 5 * w
+    copies = [x.clone() for x in (w, u, by_channel)]
+    result, factor = adamp.projection(w, by_channel, u, 0.1, 0.3, 1e-8)
+    assert factor == 0.3 and result is not u
+    torch.testing.assert_close(result, orthogonal(w, u), rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip((w, u, by_channel), copies))
+    result, factor = adamp.projection(w, by_layer, u, 0.1, 0.3, 1e-8)
+    assert adamp.scale_invariance(w, by_layer) == "layer" and factor == 0.3
+    torch.testing.assert_close(result, orthogonal(w[None], u[None])[0], rtol=1e-6, atol=1e-7)
+    assert adamp.projection(w, along, u, 0.1, 0.3, 1e-8) == (u, 1)
+
+
+def test_threshold_uses_the_row_length_and_is_strict():
+    w = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    cosine = 0.6
+    g = torch.tensor([[cosine, 0.8], [1.0, 0.0]], dtype=torch.float64)
+    for delta, expected in ((cosine * math.sqrt(2) + 1e-9, "channel"), (cosine * math.sqrt(2) - 1e-9, None)):
+        g_layer = g.clone()
+        g_layer[1] = torch.tensor([0.0, 10.0]) if expected is None else g[1]   # spoils the layer view
+        assert adamp.scale_invariance(w, g_layer, delta) == expected
+    assert adamp.scale_invariance(w, w.flip(1), 0.0) is None                 # 0 < 0 is false
+
+
+def test_small_weights_add_eps_in_the_projection_only():
+    w, u = torch.tensor([[1e-7, 0.0]], dtype=torch.float64), torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    result, _ = adamp.projection(w, torch.tensor([[0.0, 1.0]], dtype=torch.float64), u, 0.1, 0.1, 1e-8)
+    assert result[0, 0].item() == pytest.approx(1 - (1e-7 / 1.1e-7) ** 2, rel=1e-9)
+
+
+def test_vectors_scalars_and_empty_tensors_never_hit():
+    for shape in ((4,), (), (0, 3)):
+        x = torch.zeros(shape)
+        assert adamp.scale_invariance(x, x) is None
+        assert adamp.projection(x, x, x, 0.1, 0.1, 1e-8) == (x, 1)
+
+
+def test_zero_weight_or_gradient_counts_as_a_hit():
+    for path in ADAMP_PATHS.values():
+        w = nn.Parameter(torch.zeros(3, 4))
+        optimizer = AdamP([w], lr=0.1, **path)
+        w.grad = torch.ones(3, 4)
+        optimizer.step()
+        assert optimizer.stats["channel"] == 1
+        torch.testing.assert_close(w.detach(), torch.full((3, 4), -0.1))
+
+
+def test_effective_step():
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    assert adamp.effective_step(a, b) == pytest.approx(math.sqrt(2))
+    assert adamp.effective_step(a, 7 * a) == 0
+    assert math.isnan(adamp.effective_step(a, 0 * a))
+    with pytest.raises(ValueError, match=r"one shape.*\(1, 2\).*\(2,\)"):
+        adamp.effective_step(a, b[0])
+
+
+# ---------------------------------------------------------------- groups, closures, dtypes, state
+
+@pytest.mark.parametrize("path", ["readable", "foreach", "default"])
+def test_scale_invariant_override_and_per_group_options(path):
+    generator = rng(4)
+    start = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    grad = orthogonal(start, torch.randn(5, 6, generator=generator, dtype=torch.float64))
+    spoiled = grad + start
+    for make, options in ((AdamP, ADAMP_PATHS[path]), (SGDP, {"lr": 0.1, **SGDP_PATHS[path]})):
+        always, never, tested, off = (nn.Parameter(start.clone()) for _ in range(4))
+        optimizer = make([{"params": [always], "scale_invariant": True}, {"params": [never], "scale_invariant": False},
+                          {"params": [tested]}, {"params": [off], "delta": 0.0}], **options)
+        for p, g in ((always, spoiled), (never, grad), (tested, grad), (off, grad)):
+            p.grad = g.clone()
+        optimizer.step()
+        assert optimizer.stats == {"tested": 4, "channel": 2, "layer": 0, "projected": 2}
+        assert torch.equal(never, off)
+        radial = ((always.detach() - start) * start).sum(1)
+        assert radial.abs().max() < 1e-7
+    with pytest.raises(ValueError, match="scale_invariant.*'yes'"):
+        AdamP([{"params": [nn.Parameter(start)], "scale_invariant": "yes"}])
+
+
+def test_closure_runs_with_gradients_and_its_loss_is_returned():
+    w = nn.Parameter(torch.ones(2, 2))
+    for optimizer in (AdamP([w]), SGDP([w], 0.1)):
+        def closure():
+            optimizer.zero_grad()
+            loss = (w ** 2).sum()
+            loss.backward()
+            return loss
+        with torch.no_grad():
+            before = (w ** 2).sum().item()
+            assert optimizer.step(closure).item() == pytest.approx(before)
+        assert optimizer.step() is None
+        assert not w.grad.requires_grad and w.grad_fn is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("path", ADAMP_PATHS)
+def test_half_precision_keeps_float32_state(dtype, path):
+    w = nn.Parameter(torch.ones(4, 3, dtype=dtype))
+    optimizer = AdamP([w], lr=0.01, **ADAMP_PATHS[path])
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert torch.equal(w, torch.ones_like(w))
+    w.grad = torch.full_like(w, 1e-4)
+    optimizer.step()
+    assert optimizer.state[w]["exp_avg_sq"].dtype == torch.float32 and w.dtype == dtype
+    again = AdamP([w], lr=0.01, **ADAMP_PATHS[path])
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again.state[w]["exp_avg_sq"].dtype == torch.float32
+    assert torch.equal(again.state[w]["exp_avg_sq"], optimizer.state[w]["exp_avg_sq"])
+    again.step()
+    assert torch.isfinite(w).all()
+
+
+def test_half_precision_follows_float32():
+    for make, options in ((AdamP, {"lr": 0.01}), (SGDP, {"lr": 0.01, "momentum": 0.9})):
+        exact, _ = replay(make, dtype=torch.float32, **options)
+        for extra in ({}, {"foreach": False}):
+            half, _ = replay(make, dtype=torch.bfloat16, **options, **extra)
+            assert_same([p.float() for p in half], exact, rtol=0.05, atol=0.05)
+
+
+def test_mixed_dtypes_in_one_group():
+    params = [nn.Parameter(torch.ones(2, 3, dtype=d)) for d in (torch.float32, torch.float64, torch.bfloat16)]
+    for options in ADAMP_PATHS.values():
+        optimizer = AdamP(params, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert optimizer.stats["tested"] == 3
+
+
+def test_parameters_without_gradient_and_empty_ones_are_skipped():
+    lazy, empty, used = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(0, 3)), nn.Parameter(torch.ones(2, 2))
+    empty.grad, used.grad = torch.ones(0, 3), torch.ones(2, 2)
+    for optimizer in (AdamP([lazy, empty, used]), SGDP([lazy, empty, used], 0.1)):
+        optimizer.step()
+        assert optimizer.stats["tested"] == 1
+        assert torch.equal(lazy, torch.ones(2, 2)) and len(optimizer.state) == 1
+
+
+@pytest.mark.parametrize("make, options, keys", [
+    (AdamP, {"lr": 0.01, "weight_decay": 0.1}, ("lr", "betas", "eps", "weight_decay", "delta", "wd_ratio", "nesterov")),
+    (SGDP, {"lr": 0.01, "momentum": 0.9},
+     ("lr", "momentum", "dampening", "weight_decay", "nesterov", "eps", "delta", "wd_ratio"))])
+def test_official_state_dict_loads_and_continues(make, options, keys):
+    params, optimizer = replay(make, **options)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert tuple(state["param_groups"][0])[:len(keys)] == keys
+    for group in state["param_groups"]:                     # what the official package saves
+        for key in set(group) - set(keys) - {"params"}:
+            del group[key]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    loaded = make(twins, lr=0.5)
+    loaded.load_state_dict(state)
+    for p, q in zip(params, twins):
+        p.grad = q.grad = torch.randn(p.shape, generator=rng(), dtype=p.dtype)
+    optimizer.step()
+    loaded.step()
+    for p, q in zip(params, twins):
+        assert torch.equal(p, q)
+
+
+def test_step_may_be_a_tensor_and_capturable_may_change():
+    params, optimizer = replay(AdamP, capturable=True)
+    assert isinstance(optimizer.state[params[0]]["step"], torch.Tensor)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    plain = AdamP(twins)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group["capturable"] = False
+    plain.load_state_dict(state)
+    for p, q in zip(params, twins):
+        p.grad = q.grad = torch.ones_like(p)
+    optimizer.step()
+    plain.step()
+    assert plain.state[twins[0]]["step"] == 11
+    assert_same(twins, params, rtol=1e-9, atol=1e-12)
+
+
+def test_deepcopy_and_tensor_learning_rate():
+    params, optimizer = replay(AdamP, lr=torch.tensor(0.01, dtype=torch.float64))
+    expected, _ = replay(AdamP, lr=0.01)
+    assert_same(params, expected, rtol=1e-9, atol=1e-12)
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    twin.step()
+    assert twin.stats["tested"] == 5
+
+
+def test_compiled_step_gives_the_same_numbers():
+    results = []
+    for compiled in (False, True):
+        w = nn.Parameter(torch.randn(4, 5, generator=rng(), dtype=torch.float64))
+        optimizer = AdamP([w], lr=0.01, weight_decay=0.1, capturable=True)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for seed in range(3):
+            w.grad = orthogonal(w.detach(), torch.randn(4, 5, generator=rng(seed), dtype=torch.float64))
+            step()
+        assert optimizer.stats["channel"] == 1
+        results.append(w)
+    assert_same(results[:1], results[1:], rtol=1e-12, atol=1e-14)
+
+
+def test_nan_gradients_give_nan_weights():
+    for path in ADAMP_PATHS.values():
+        w = nn.Parameter(torch.ones(2, 3))
+        w.grad = torch.full((2, 3), float("nan"))
+        optimizer = AdamP([w], **path)
+        optimizer.step()
+        assert w.isnan().all() and optimizer.stats["projected"] == 0
+
+
+# ---------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("options, words", [
+    ({"lr": -1}, "lr.*-1"), ({"lr": float("nan")}, "lr.*nan"), ({"eps": -1e-8}, "eps.*-1e-08"),
+    ({"betas": (1.0, 0.9)}, r"betas.*1\.0"), ({"betas": (0.9, -0.1)}, r"betas.*-0\.1"), ({"betas": (0.9,)}, "betas.*two"),
+    ({"weight_decay": -0.1}, r"weight_decay.*-0\.1"), ({"delta": -1}, "delta.*-1"),
+    ({"wd_ratio": 1.5}, r"wd_ratio.*1\.5"), ({"wd_ratio": -0.5}, r"wd_ratio.*-0\.5")], ids=str)
+def test_adamp_arguments_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        AdamP([nn.Parameter(torch.ones(2))], **options)
+    optimizer = AdamP([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"lr": -1}, "lr.*-1"), ({"momentum": -0.1}, r"momentum.*-0\.1"),
+    ({"momentum": 1, "weight_decay": 0.1}, "momentum.*below 1.*got 1"), ({"nesterov": True}, "nesterov.*momentum 0"),
+    ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"nesterov.*dampening 0\.1"), ({"wd_ratio": 2}, "wd_ratio.*2"),
+    ({"weight_decay": -1}, "weight_decay.*-1"), ({"eps": -1}, "eps.*-1"), ({"delta": -1}, "delta.*-1")], ids=str)
+def test_sgdp_arguments_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        SGDP([nn.Parameter(torch.ones(2))], **({"lr": 0.1} | options))
+
+
+def test_sparse_complex_and_flat_parameters():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    for optimizer in (AdamP(embedding.parameters()), SGDP(embedding.parameters(), 0.1)):
+        with pytest.raises(RuntimeError, match=r"sparse gradients.*\(5, 3\)"):
+            optimizer.step()
+    with pytest.raises(ValueError, match="real.*complex64"):
+        AdamP([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    flat = nn.Parameter(torch.ones(8))
+    flat._is_flat_param = True
+    with pytest.raises(ValueError, match="flat sharded"):
+        SGDP([flat], 0.1)
+
+
+# ---------------------------------------------------------------- training loop
+
+def tiny_problem():
+    generator = rng(7)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    loader = [(torch.randn(8, 1, 6, 6, generator=generator), torch.randint(3, (8,), generator=generator))
+              for _ in range(5)]
+    return model, loader
+
+
+@pytest.mark.parametrize("make", [lambda p: AdamP(p, 0.01), lambda p: SGDP(p, 0.1, momentum=0.9),
+                                  lambda p: torch.optim.SGD(p, 0.1)])
+def test_training_resumes_to_the_same_numbers(make, tmp_path):
+    model, loader = tiny_problem()
+    whole = list(adamp.train(model, loader, make(model.parameters()), epochs=3, measure_every=2))
+    assert [v["step"] for v in whole] == list(range(15)) and ("weight_norm" in whole[2]) > ("weight_norm" in whole[1])
+    other, loader = tiny_problem()
+    steps = adamp.train(other, loader, make(other.parameters()), epochs=3, measure_every=2)
+    first = [next(steps) for _ in range(7)]
+    torch.save(steps.send("state"), tmp_path / "state.pt")
+    third, loader = tiny_problem()
+    rest = list(adamp.train(third, loader, make(third.parameters()), epochs=3, measure_every=2,
+                            resume=torch.load(tmp_path / "state.pt", weights_only=True)))
+    assert first + rest == whole
+    for p, q in zip(model.parameters(), third.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_training_measures_the_projection():
+    model, loader = tiny_problem()
+    last = list(adamp.train(model, loader, AdamP(model.parameters(), 0.01), measure_every=1))[-1]
+    assert last["projected"] >= 0.5 and last["effective_step"] > 0
+    with pytest.raises(ValueError, match="measure_every.*0"):
+        next(adamp.train(model, loader, AdamP(model.parameters()), measure_every=0))
+
+
+def test_docstring_example():
+    assert doctest.testmod(adamp).failed == 0
+
+
+# ---------------------------------------------------------------- GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("make", [lambda p: AdamP(p, 0.01, weight_decay=0.1),
+                                  lambda p: SGDP(p, 0.01, momentum=0.9, weight_decay=0.1)])
+def test_no_synchronisation_in_a_step(make):
+    params = [nn.Parameter(torch.randn(s, device="cuda")) for s in SHAPES]
+    optimizer = make(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.stats["tested"] == 5
+
+
+@needs_gpu
+def test_gpu_equals_cpu_and_a_graph_equals_both():
+    results = []
+    for device, capture in (("cpu", False), ("cuda", False), ("cuda", True)):
+        params = [nn.Parameter(torch.randn(s, generator=rng(1), dtype=torch.float64).to(device)) for s in SHAPES]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = AdamP(params, 0.01, capturable=capture)
+        for _ in range(3):
+            optimizer.step()
+        if capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            graph.replay()
+        else:
+            optimizer.step()
+        results.append([p.detach().cpu() for p in params])
+    assert_same(results[1], results[0], rtol=1e-9, atol=1e-12)
+    assert_same(results[2], results[0], rtol=1e-9, atol=1e-12)
+
+
+# ---------------------------------------------------------------- scripts
+
+def script(name, *arguments, check=True):
+    return subprocess.run([sys.executable, str(ROOT / "benchmarks" / name), "--threads", "1", *map(str, arguments)],
+                          check=check, capture_output=True, text=True)
