@@ -36,6 +36,18 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
 
+def initialise(net: nn.Module, generator: torch.Generator | None) -> None:
+    """Convolutions N(0, 2 / (k k outputs)), linear layers uniform as torch has them; drawn from `generator`."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out), generator=generator)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            for parameter in (module.weight, module.bias):
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
 class ShakeDrop(nn.Module):
     """Branch x b + alpha - b alpha forward, b + beta - b beta backward: b is one gate per pass, 1 with
     probability 1 - p_drop, alpha ~ U[-1, 1] and beta ~ U[0, 1] per "image", "batch", "channel" or "pixel".
@@ -117,12 +129,14 @@ class PyramidNet(nn.Module):
 
     depth: 9 n + 2 with bottlenecks, 6 n + 2 without (CIFAR), or a ResNet depth (ImageNet).
     shakedrop: drop probability of the last block, linear from the first; level: see ShakeDrop.
+    generator: source of the initial weights.
     recompute (attribute, False): keep only the input of each block for the backward pass and compute
     the branch again there: the same gradients and statistics from far less memory, a third slower.
     """
 
     def __init__(self, depth: int, alpha: float, num_classes: int, bottleneck: bool = True,
-                 dataset: str = "cifar", shakedrop: float = 0.0, level: str = "image"):
+                 dataset: str = "cifar", shakedrop: float = 0.0, level: str = "image",
+                 generator: torch.Generator | None = None):
         super().__init__()
         if dataset not in ("cifar", "imagenet"):
             raise ValueError(f'dataset must be "cifar" or "imagenet", got {dataset!r}')
@@ -156,10 +170,7 @@ class PyramidNet(nn.Module):
         self.stages = [f"layer{stage + 1}" for stage in range(len(layers))]
         self.bn_final = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        initialise(self, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x))  # CIFAR: no ReLU here
@@ -196,7 +207,8 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-widen for 32-pixel images, pre-activated. depth = 6 n + 4; dropout inside the blocks."""
 
-    def __init__(self, depth: int, widen: int, num_classes: int, dropout: float = 0.0):
+    def __init__(self, depth: int, widen: int, num_classes: int, dropout: float = 0.0,
+                 generator: torch.Generator | None = None):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4, got {depth}")
@@ -213,9 +225,7 @@ class WideResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", layer)
         self.bn_final = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))

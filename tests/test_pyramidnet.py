@@ -172,6 +172,15 @@ def test_wide_resnet_block_structure():
     assert not any(m.bias is not None for m in net.modules() if isinstance(m, nn.Conv2d))
 
 
+def test_initial_weights_come_from_the_generator():
+    for build in (lambda g: PyramidNet(8, 12, 5, False, generator=g), lambda g: WideResNet(10, 2, 5, generator=g)):
+        one, two, other = build(gen(1)), build(gen(1)), build(gen(2))
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+        assert not torch.equal(one.fc.weight, other.fc.weight)
+    weight = one.layer3[0].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.05)
+
+
 def test_bad_arguments():
     for bad in ({"depth": 30}, {"depth": 2}, {"depth": 26, "bottleneck": False, "alpha": -1}, {"num_classes": 0},
                 {"dataset": "mnist"}, {"dataset": "imagenet", "depth": 29}, {"shakedrop": 1.5},
