@@ -1,0 +1,422 @@
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reference import prdc
+from reference.prdc import METRICS, PRDC, compute_prdc
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden" / "prdc"
+FILES = sorted(path.name for path in GOLDEN.glob("*.npz"))
+COUNTS = ("count_per_fake", "count_per_real", "real_in_fake_manifold")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def load(name):
+    with np.load(GOLDEN / name) as file:
+        return {key: file[key] for key in file.files}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
+
+
+def brute_force(real, fake, k, ties="strict"):
+    """Everything from the full matrices of float64 differences."""
+    real, fake = real.double(), fake.double()
+    square = lambda a, b: torch.stack([(p - b).square().sum(1) for p in a])      # noqa: E731
+    def radii(z):
+        d = square(z, z).fill_diagonal_(math.inf)
+        return d.sort(1).values[:, k - 1]
+    d, rr, rf = square(real, fake), radii(real), radii(fake)
+    inside = d < rr[:, None] if ties == "strict" else d <= rr[:, None]
+    recalled = d < rf if ties == "strict" else d <= rf
+    return {"count_per_fake": inside.sum(0), "count_per_real": inside.sum(1), "real_in_fake_manifold": recalled.any(1),
+            "real_radii": rr.sqrt(), "fake_radii": rf.sqrt(), "precision": inside.any(0).double().mean().item(),
+            "recall": recalled.any(1).double().mean().item(), "density": inside.sum().item() / (k * len(fake)),
+            "coverage": inside.any(1).double().mean().item()}
+
+
+def assert_equal(result, expected):
+    for name in COUNTS:
+        assert torch.equal(result[name], expected[name]), name
+    for name in METRICS:
+        assert result[name] == pytest.approx(expected[name], abs=1e-13), name
+    for name in ("real_radii", "fake_radii"):
+        assert torch.allclose(result[name], expected[name], rtol=1e-12, atol=1e-13 * float(expected[name].max()) + 1e-300), name
+
+
+# ---------------------------------------------------------------- values of the official package
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("options", [{}, {"precision": "float64"}, {"precision": "screened", "memory_budget": 1}],
+                         ids=["default", "float64", "tiny blocks"])
+def test_equal_to_the_official_package_and_to_brute_force(name, options):
+    g = load(name)
+    k, scale = int(g["nearest_k"]), float(np.abs(g["real"]).max())
+    result = compute_prdc(g["real"], g["fake"], k, details=True, **options)
+    for metric in METRICS:
+        assert result[metric] == pytest.approx(float(g[f"official_{metric}"]), abs=1e-12)
+        assert result[metric] == pytest.approx(float(g[f"exact_lt_{metric}"]), abs=1e-12)
+    for key in COUNTS:
+        np.testing.assert_array_equal(result[key].numpy(), g[f"exact_{key}"])
+        np.testing.assert_array_equal(result[key].numpy(), g[f"official_{key}"])
+    for side in ("real", "fake"):
+        np.testing.assert_allclose(result[f"{side}_radii"].numpy(), g[f"exact_{side}_radii"], rtol=1e-12, atol=1e-12 * scale)
+        rtol = 2e-6 if g["real"].dtype == np.float32 else 1e-9
+        np.testing.assert_allclose(result[f"{side}_radii"].numpy(), g[f"official_{side}_radii"], rtol=rtol, atol=2e-6 * scale)
+    closed = compute_prdc(g["real"], g["fake"], k, ties="inclusive", **options)
+    for metric in METRICS:
+        assert closed[metric] == pytest.approx(float(g[f"exact_le_{metric}"]), abs=1e-12)
+    for metric in ("precision", "recall"):
+        assert closed[metric] == pytest.approx(float(g[f"le_peer_{metric}"]), abs=1e-12)
+
+
+# ---------------------------------------------------------------- exact, whatever the data and the blocks
+
+def cases():
+    a, b = normal(150, 6, seed=1), normal(130, 6, seed=2)
+    grid = torch.randint(0, 4, (160, 3), generator=seeded(3)).float()
+    clusters = normal(8, 20, seed=4, dtype=torch.float64) * 1e3
+    tight = torch.cat([clusters.repeat_interleave(20, 0) + 1e-4 * normal(160, 20, seed=5, dtype=torch.float64)])
+    doubled = torch.cat([a[:60], a[:60], a[:20]])
+    return {
+        "duplicates": (doubled, torch.cat([a[:40], b[:50]])),
+        "many equal": (torch.cat([a[:1].repeat(90, 1), a[:50]]), torch.cat([a[:1].repeat(70, 1), b[:30]])),
+        "offset of 1e4 deviations": (a + 1e4, b + 1e4),
+        "float64 offset of 1e8": (a.double() + 1e8, b.double() + 1e8),
+        "integers": (grid.to(torch.int64), grid[:90].to(torch.int64) + 1),
+        "bytes": (grid.to(torch.uint8) * 60, grid[:100].to(torch.uint8) * 60),
+        "tiny": (a.double() * 1e-12, b.double() * 1e-12), "tiny float32": (a * 1e-20, b * 1e-20),
+        "huge": (a * 1e30, b * 1e30), "vanishing squares": (a.double() * 1e-200, b.double() * 1e-200),
+        "tight groups far apart": (tight, tight[torch.randperm(160, generator=seeded(6))] + 1e-5),
+        "one column": (a[:, :1], b[:, :1]), "half precision": (a.half(), b.half()),
+        "wide": (normal(60, 700, seed=7), normal(50, 700, seed=8) * 0.97),
+        "copy": (a, a.clone()), "not contiguous": (a.T.contiguous().T, b[:, [5, 4, 3, 2, 1, 0]][:, ::1]),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("ties", ["strict", "inclusive"])
+def test_exact_on_difficult_data(name, ties):
+    real, fake = cases()[name]
+    scale = 1e-200 if name == "vanishing squares" else 1.0    # brute force on numbers whose squares exist
+    for k in (1, 4, 9):
+        expected = brute_force(real.double() / scale, fake.double() / scale, k, ties)
+        expected["real_radii"] *= scale
+        expected["fake_radii"] *= scale
+        for options in ({}, {"memory_budget": 20_000}, {"precision": "float64", "memory_budget": 1}):
+            assert_equal(compute_prdc(real, fake, k, ties=ties, details=True, **options), expected)
+
+
+def test_several_k_equal_separate_calls():
+    real, fake = normal(120, 5), normal(90, 5, seed=1)
+    for options in ({}, {"ties": "inclusive", "memory_budget": 3000}):
+        together = compute_prdc(real, fake, [3, 1, 20], details=True, **options)
+        for position, k in enumerate((3, 1, 20)):
+            single = compute_prdc(real, fake, k, details=True, **options)
+            for name, value in single.items():
+                assert torch.equal(together[name][position], value) if isinstance(value, torch.Tensor) else together[name][position] == value
+    assert list(compute_prdc(real, fake, np.array([2]))) == list(METRICS)
+
+
+def test_blocks_row_order_scale_rotation_and_swap():
+    real, fake = normal(400, 7), normal(300, 7, seed=1) * 0.9
+    whole = compute_prdc(real, fake, 4, details=True)
+    for budget in (1, 10_000, 300_000):
+        assert_equal(compute_prdc(real, fake, 4, details=True, memory_budget=budget), whole)
+    p, q = torch.randperm(400, generator=seeded()), torch.randperm(300, generator=seeded())
+    mixed = compute_prdc(real[p], fake[q], 4, details=True)
+    assert torch.equal(mixed["count_per_real"], whole["count_per_real"][p])
+    assert torch.equal(mixed["count_per_fake"], whole["count_per_fake"][q])
+    assert torch.equal(mixed["real_radii"], whole["real_radii"][p])
+    doubled = compute_prdc(2 * real, 2 * fake, 4, details=True)
+    assert torch.equal(doubled["real_radii"], 2 * whole["real_radii"]) and torch.equal(doubled["count_per_real"], whole["count_per_real"])
+    rotation = torch.linalg.qr(normal(7, 7, seed=9, dtype=torch.float64)).Q
+    turned = compute_prdc(real.double() @ rotation, fake.double() @ rotation, 4, details=True)
+    assert (turned["count_per_fake"] - whole["count_per_fake"]).abs().sum() <= 2
+    swapped = compute_prdc(fake, real, 4)
+    assert swapped["precision"] == whole["recall"] and swapped["recall"] == whole["precision"]
+
+
+def test_screening_of_a_larger_set_against_float64():
+    real, fake = normal(3000, 12), normal(2500, 12, seed=1) + 0.1
+    a, b = (compute_prdc(real, fake, [3, 10], details=True, precision=p, memory_budget=m)
+            for p, m in (("screened", 2_000_000), ("float64", None)))
+    assert all(torch.equal(a[name], b[name]) for name in (*COUNTS, "real_radii", "fake_radii"))
+
+
+def test_a_collapsed_generator_is_quick_and_right():
+    real = normal(1500, 16)
+    fake = real[:1].repeat(2000, 1)
+    result = compute_prdc(real, fake, 5, details=True, memory_budget=3_000_000)
+    inside = (real.double() - real[0].double()).norm(dim=1) < result["real_radii"]
+    assert torch.equal(result["count_per_real"], 2000 * inside.long()) and not result["fake_radii"].any()
+    assert compute_prdc(real, fake, 5, ties="inclusive")["recall"] == 1 / 1500
+
+
+def test_evenly_spaced_points_by_hand():
+    real = torch.arange(10.0)[:, None]
+    result = compute_prdc(real, real + 0.25, 2, details=True)
+    assert result["real_radii"].tolist() == [2] + [1] * 8 + [2]
+    # the fake at j + 0.25 lies within 1 of the reals j and j + 1; those at 1.25 and 7.25 also within 2 of an end
+    assert result["count_per_fake"].tolist() == [2, 3, 2, 2, 2, 2, 2, 3, 2, 1]
+    assert compute_prdc(real[:3], real[:3] + 0.25, 2)["coverage"] == 1.0        # N = k + 1
+
+
+def test_realism():
+    real, fake = normal(80, 4), torch.cat([normal(50, 4, seed=1), normal(3, 4)])
+    for budget in (None, 2000):
+        result = compute_prdc(real, fake, 3, realism=True, details=True, memory_budget=budget)
+        radii = result["real_radii"]
+        keep = radii <= (radii.sort().values[39] + radii.sort().values[40]) / 2
+        d = prdc.compute_pairwise_distance(real, fake)
+        expected = (radii[:, None] / d)[keep].amax(0)
+        assert torch.allclose(result["realism"], expected, rtol=1e-12)
+    same = compute_prdc(real, real[:5].clone(), 3, metrics=["density"], realism=True)["realism"]
+    assert same.isinf().sum() == keep[:5].sum()
+    constant = compute_prdc(torch.ones(9, 2), torch.ones(4, 2), 3, metrics=["density"], realism=True)
+    assert not constant["realism"].any()
+
+
+def test_float32_rounding_and_approximate_mode():
+    generator = np.random.default_rng(0)
+    real, fake = (generator.standard_normal((400, 64)).astype(np.float32) for _ in range(2))
+    square = lambda a, b: np.stack([np.square(p - b.astype(np.float64)).sum(1) for p in a]).astype(np.float32)    # noqa: E731
+    d = np.sqrt(square(real, fake))
+    radii = np.sort(np.sqrt(square(real, real)), 1)[:, 5]
+    rounded = compute_prdc(real, fake, 5, rounding="float32", details=True)
+    np.testing.assert_array_equal(rounded["count_per_real"].numpy(), (d < radii[:, None]).sum(1))
+    np.testing.assert_array_equal(rounded["real_radii"].numpy(), radii.astype(np.float64))
+    rough, exact = (compute_prdc(real, fake, 5, precision=p) for p in ("float32", "auto"))
+    assert all(abs(rough[m] - exact[m]) < 0.02 for m in METRICS)
+
+
+# ---------------------------------------------------------------- expectations
+
+def test_expected_coverage_and_the_law_of_counts():
+    assert prdc.expected_density() == 1.0
+    assert prdc.expected_coverage(5, 10_000, 10_000) == pytest.approx(0.9687734, abs=5e-8)
+    assert prdc.expected_coverage(5, 2000, 2000) == pytest.approx(0.9688671, abs=5e-8)
+    assert prdc.expected_coverage(3, 7, 4) == pytest.approx(1 - math.comb(6, 3) / math.comb(10, 3), rel=1e-13)
+    assert prdc.select_k(10_000, 10_000) == 5 and prdc.select_k(10_000, 5_000) == 8
+    for k, n, m in ((5, 50, 80), (1, 3, 2), (7, 900, 300)):
+        law = prdc.ball_count_pmf(k, n, m)
+        c = torch.arange(m + 1, dtype=torch.float64)
+        assert law.sum().item() == pytest.approx(1, abs=1e-10) and (law @ c).item() == pytest.approx(k * m / n, rel=1e-9)
+        assert law[0].item() == pytest.approx(1 - prdc.expected_coverage(k, n, m), rel=1e-9)
+    for arguments in ((0, 5, 5), (5, 5, 5), (1, 5, 0)):
+        with pytest.raises(ValueError, match="nearest_k"):
+            prdc.expected_coverage(*arguments)
+    with pytest.raises(ValueError, match="no nearest_k"):
+        prdc.select_k(3, 1)
+
+
+def test_equal_distributions_meet_the_expectations():
+    runs = [compute_prdc(normal(200, 3, seed=2 * s), normal(150, 3, seed=2 * s + 1), 5) for s in range(40)]
+    for metric, expected in (("density", 1.0), ("coverage", prdc.expected_coverage(5, 200, 150))):
+        values = np.array([r[metric] for r in runs])
+        assert abs(values.mean() - expected) < 4 * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def test_outliers_fool_precision_and_recall_only():
+    real, fake = normal(500, 64), normal(500, 64, seed=1)
+    outlier = real.clone()
+    outlier[0] = 3.0
+    shifted = compute_prdc(outlier, fake + 1, 5)
+    assert shifted["precision"] > 0.99 and 0.2 <= shifted["density"] < 0.21 and shifted["coverage"] < 0.02
+    away = fake - 1
+    away[0] = 3.0
+    other = compute_prdc(real, away, 5)
+    assert other["recall"] > 0.99 and other["coverage"] < 0.02
+
+
+# ---------------------------------------------------------------- the object, subsets, progress, files
+
+def test_batches_reset_cache_and_state(tmp_path):
+    real, fake, other = normal(150, 4), normal(120, 4, seed=1), normal(90, 4, seed=2)
+    expected, expected_other = compute_prdc(real, fake, [2, 5]), compute_prdc(real, other, [2, 5])
+    metric = PRDC(nearest_k=[2, 5])
+    for part in real.split(40):
+        metric.update(part, True)
+    for part in fake.numpy()[:50], fake[50:]:
+        metric.update(part, real=False)
+    assert metric.compute() == expected and (metric.num_real, metric.num_fake) == (150, 120)
+    metric.reset(keep_real=True)
+    metric.update(other, False)
+    assert metric.compute() == expected_other
+    metric.cache_real(tmp_path / "real.npz")
+    fresh = PRDC(nearest_k=[5])
+    fresh.cache_real(tmp_path / "real.npz")
+    fresh.update(other, False)
+    assert fresh.compute() == {name: value[1:] for name, value in expected_other.items()} and fresh.num_real == 150
+    again = PRDC(nearest_k=[2, 5])
+    again.load_state_dict(metric.state_dict())
+    assert again.compute() == expected_other
+    with pytest.raises(ValueError, match="not for \\[4\\]"):
+        PRDC(nearest_k=4).cache_real(tmp_path / "real.npz")
+    new = PRDC(nearest_k=3)
+    new.update(real, True)
+    new.cache_real(tmp_path / "new.npz")
+    new.update(fake, False)
+    assert new.compute() == compute_prdc(real, fake, 3) and sorted(os.listdir(tmp_path)) == ["new.npz", "real.npz"]
+    metric.reset()
+    assert metric.num_real == 0
+    with pytest.raises(ValueError, match="0 real and 0 fake"):
+        metric.compute()
+    with pytest.raises(ValueError, match="needs real rows"):
+        metric.cache_real(tmp_path / "none.npz")
+    metric.update(real, True)
+    with pytest.raises(ValueError, match="3 columns"):
+        metric.update(torch.zeros(2, 3), False)
+
+
+def test_inputs_are_left_alone_and_may_be_of_any_kind():
+    real, fake = normal(60, 3, dtype=torch.float64), normal(50, 3, seed=1, dtype=torch.float64)
+    kept = real.clone(), fake.clone()
+    expected = compute_prdc(real, fake, 4)
+    assert torch.equal(real, kept[0]) and torch.equal(fake, kept[1])
+    assert compute_prdc(real_features=real.numpy(), fake_features=fake.tolist(), nearest_k=4) == expected
+    assert compute_prdc(real.requires_grad_(), fake, 4) == expected
+    half = compute_prdc(kept[0].half(), kept[1].half(), 4)
+    assert half == compute_prdc(kept[0].half().float(), kept[1].half().float(), 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compute_prdc(kept[0].float(), kept[1].float(), 4) == compute_prdc(kept[0].float(), kept[1].float(), 4)
+    read_only = kept[0].numpy()
+    read_only.flags.writeable = False
+    assert compute_prdc(read_only, kept[1], 4) == expected
+
+
+def test_metrics_chosen_and_official_names():
+    real, fake = normal(60, 3), normal(50, 3, seed=1)
+    every = compute_prdc(real, fake, 4)
+    assert list(every) == list(METRICS) and all(type(v) is float for v in every.values())
+    assert compute_prdc(real, fake, 4, metrics=["coverage", "density"]) == {m: every[m] for m in ("density", "coverage")}
+    f = compute_prdc(real, fake, 4, metrics=["f_score"])
+    assert f == {"f_score": pytest.approx(2 * every["precision"] * every["recall"] / (every["precision"] + every["recall"]))}
+    details = compute_prdc(real, fake, 4, metrics=["density"], details=True)
+    assert "fake_radii" not in details and details["density_clipped"] == pytest.approx(
+        (details["count_per_fake"] / 4).clamp(max=1).mean().item())
+    radii = prdc.compute_nearest_neighbour_distances(real.numpy(), 4)
+    assert isinstance(radii, np.ndarray) and radii.dtype == np.float64
+    assert torch.equal(torch.from_numpy(radii), details["real_radii"])
+    distances = prdc.compute_pairwise_distance(real)
+    assert isinstance(distances, torch.Tensor) and not distances.diagonal().any() and torch.equal(distances, distances.T)
+    assert torch.allclose(distances.sort(1).values[:, 4], details["real_radii"])
+
+
+def test_subsets_and_progress():
+    real, fake = normal(300, 4), normal(200, 4, seed=1)
+    mean, std = prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=1)
+    assert list(mean) == list(std) == list(METRICS) and 0 < std["density"] < 0.5 and abs(mean["density"] - 1) < 0.3
+    assert prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=1) == (mean, std) != prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=2)
+    whole = prdc.bootstrap_prdc(real[:200], fake, 3, num_subsets=2, subset_size=200)[1]
+    assert all(value == pytest.approx(0, abs=1e-15) for value in whole.values())
+    steps = list(prdc.iter_prdc(real, fake, 3, memory_budget=1))
+    assert {s["stage"] for s in steps} == {"real radii", "fake radii", "counting", "done"}
+    assert all(1 <= s["done"] <= s["total"] for s in steps) and steps[-1]["result"] == compute_prdc(real, fake, 3)
+    for arguments, words in [({"num_subsets": 1}, "num_subsets"), ({"subset_size": 500}, "subset_size")]:
+        with pytest.raises(ValueError, match=words):
+            prdc.bootstrap_prdc(real, fake, 3, **arguments)
+
+
+DISTRIBUTED = '''
+import sys, torch, torch.distributed as dist, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+from reference.prdc import PRDC, compute_prdc
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+g = torch.Generator().manual_seed(0)
+real, fake = torch.randn(203, 5, generator=g), torch.randn(150, 5, generator=g).round(decimals=1)
+mine = slice(0, 203) if rank == 0 else slice(203, 203)
+cut = 90
+part = slice(0, cut) if rank == 0 else slice(cut, 150)
+alone = compute_prdc(real, fake, [2, 5], details=True, realism=True)
+shared = compute_prdc(real[mine], fake[part], [2, 5], details=True, realism=True, group=dist.group.WORLD, memory_budget=5000)
+for name, value in alone.items():
+    assert torch.equal(shared[name], value) if torch.is_tensor(value) else shared[name] == value, name
+metric = PRDC(5, group=dist.group.WORLD)
+metric.update(real[mine], True); metric.update(fake[part], False)
+assert metric.compute() == compute_prdc(real, fake, 5)
+print("equal")
+dist.destroy_process_group()
+'''
+
+
+def test_processes_share_the_work_and_agree(tmp_path):
+    (tmp_path / "shared.py").write_text(DISTRIBUTED)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                           "--rdzv_endpoint=localhost:0", str(tmp_path / "shared.py"), str(ROOT)],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
+
+
+def test_memory_is_bounded():
+    code = ("import sys, torch, resource, warnings; warnings.simplefilter('ignore'); sys.path.insert(0, sys.argv[1]); "
+            "from reference.prdc import compute_prdc; g = torch.Generator().manual_seed(0); "
+            "a, b = torch.randn(20000, 8, generator=g), torch.randn(20000, 8, generator=g); compute_prdc(a[:500], b[:500]); "
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; compute_prdc(a, b, metrics=['density', 'coverage']); "
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 300
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_errors_name_the_numbers():
+    good = torch.zeros(8, 3) + torch.arange(8.0)[:, None]
+    bad = good.clone()
+    bad[2:4, 1] = float("nan")
+    for arguments, options, words in [
+        ((good, torch.zeros(8, 4), 2), {}, "3 columns.*4"), ((good[:0], good, 2), {}, "real_features has no rows"),
+        ((good, good[:0], 2), {}, "fake_features has no rows"), ((good, good, 0), {}, "positive integer"),
+        ((good, good, 2.0), {}, "positive integer"), ((good, good, True), {}, "positive integer"),
+        ((good, good, []), {}, "must not be empty"), ((good, good, [3, -1]), {}, "positive integer"),
+        ((good, good, 8), {}, "more than 8 real rows, there are 8"), ((good, good[:3], 3), {}, "more than 3 fake rows"),
+        ((bad, good, 2), {}, "real_features has 2 rows"), ((good, bad * math.inf, 2), {}, "fake_features has 8 rows"),
+        ((good.to(torch.complex64), good, 2), {}, "real numbers"), ((good[0], good, 2), {}, "flatten"),
+        ((good[None], good, 2), {}, "flatten"), ((good.numpy().astype("<U3"), good, 2), {}, "real numbers"),
+        ((good, good, 2), {"metrics": ["fid"]}, "metrics must be"), ((good, good, 2), {"ties": "open"}, "ties must be"),
+        ((good, good, 2), {"precision": "half"}, "precision must be"), ((good, good, 2), {"rounding": "up"}, "rounding must be"),
+        ((good, good, 2), {"memory_budget": 0}, "memory_budget"), ((good[:, :0], good[:, :0], 2), {}, "no columns"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            compute_prdc(*arguments, **options)
+    assert compute_prdc(good, good[:3] + 0.1, 3, metrics=["density"])["density"] > 0      # M <= k is fine without recall
+    with pytest.raises(ValueError, match="positive integer"):
+        PRDC(nearest_k=0)
+    with pytest.raises(ValueError, match="columns|features per row"):
+        prdc.compute_pairwise_distance(good, good[:, :2])
+
+
+def test_warnings_tell_what_to_expect():
+    def texts(*arguments, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compute_prdc(*arguments, **options)
+        return " ".join(str(w.message) for w in caught)
+    real = normal(50, 3)
+    assert "expect a coverage of 0.9" in texts(real, normal(50, 3, seed=1), 5)
+    assert "same tensor" in texts(real, real, 5)
+    assert 'ties="inclusive"' in texts(torch.ones(20, 2), torch.ones(30, 2), 5)
+    assert texts(normal(1000, 2), normal(1000, 2, seed=1), 5) == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_integers():
+    real, fake = normal(3000, 40), normal(2500, 40, seed=1)
+    a, b = compute_prdc(real, fake, [1, 5], details=True), compute_prdc(real, fake, [1, 5], details=True, device="cuda")
+    assert all(torch.equal(a[name], b[name]) for name in COUNTS)
