@@ -206,7 +206,7 @@ def fit(run: harness.Run, config: dict, name: str, seed: int) -> dict:
         device=run.device, generator=None if args.compile else generator, resume=run.resumed(key))
     last = run.drive(key, steps, total=config["epochs"] * len(loader))
     row = measure(run, model, val, config["size"], args.eps)
-    row.update(model=name, seed=seed, train_loss=last.get("loss", math.nan), macs=pit.count_macs(model)["total"],
+    row.update(model=name, seed=seed, classes=num_classes, train_loss=last.get("loss", math.nan), macs=pit.count_macs(model)["total"],
                parameters=sum(p.numel() for p in model.parameters()))
     run.save(key, {"model": model.state_dict()})
     run.log(f"{key}: top-1 {row['top1']:.2f} % of {row['count']:.0f} images")
@@ -284,8 +284,8 @@ def evaluate_checkpoint(run: harness.Run, config: dict) -> None:
     row = measure(run, model, loader, config["size"], run.args.eps)
     row.update(robustness(run, config, model, len(head)))
     table = [{"set": key, "value": value} for key, value in row.items()]
-    run.finish([{"claim": f"{name} top-1, crop {config['crop']:g}", "paper": published(name), "this run": row["top1"],
-                 "holds": None}], {"evaluation": table})
+    run.finish([{"claim": f"{name} top-1, crop {config['crop']:g}", "paper": published(name) if len(head) == 1000 else None,
+                 "this run": row["top1"], "holds": None}], {"evaluation": table})
 
 
 def published(name: str, recipe: str = "deit") -> float | None:
@@ -333,8 +333,9 @@ def main(argv: list[str] | None = None) -> None:
                        "this run": f"{gap:+.1f}" + (f" +- {error:.1f}" if error else " (one seed)"),
                        "holds": gap > 0 if sure else None})
     else:
-        claims += [{"claim": f"{name} top-1, {run.args.recipe}", "paper": published(name, run.args.recipe),
-                    "this run": mean_and_error([row["top1"] for row in results])[0], "holds": None}
+        imagenet1k = {row["classes"] for row in rows[config["names"][0]]} == {1000}
+        claims += [{"claim": f"{name} top-1, {run.args.recipe}",
+                    "paper": published(name, run.args.recipe) if imagenet1k else None, "this run": mean_and_error([row["top1"] for row in results])[0], "holds": None}
                    for name, results in rows.items()]
     if run.figures and run.is_main:
         import figures
