@@ -1620,13 +1620,21 @@ class NHA(nn.Module):
             for step in tau.diff(dim=1).unbind(1):
                 ys.append(_fixed_step(f, t[:, 0], step, ys[-1], METHODS["rk4"]))
             return torch.stack(ys, 1)
+        return self._exact(x0, q, tau)
+
+    def _exact(self, x0: Tensor, q: Tensor, tau: Tensor, row: Tensor | None = None) -> Tensor:
+        """The closed form at times tau (S, L), or at times tau (N,) of pieces row (N,)."""
         driver = range(self.decoder.state_dim)[self.decoder.inputs]
         if self.decoder.hidden is not None or len(driver) != 1:
             raise ValueError("solver 'exact' needs affine modes (hidden=None) driven by one coordinate")
         c, d = torch.einsum("sm,mn->sn", q, self.decoder.weight[..., 0]), q @ self.decoder.bias
-        u0, (a, b) = x0[:, driver], (v[:, driver] for v in (c, d))
-        bend = tau.square() * _phi2(a * tau) * (a * u0 + b)
-        return x0[:, None] + (c * u0 + d)[:, None] * tau[..., None] + c[:, None] * bend[..., None]
+        u0, a, b = (v[:, driver] for v in (x0, c, d))
+        per_piece = torch.cat([x0, c, c * u0 + d, a, a * u0 + b], 1)
+        per_piece = per_piece[:, None] if row is None else per_piece[row]
+        n = x0.shape[1]
+        x0, c, slope, a, rise = per_piece.split((n, n, n, 1, 1), -1)
+        bend = tau.square() * _phi2(a[..., 0] * tau) * rise[..., 0]
+        return x0 + slope * tau[..., None] + c * bend[..., None]
 
     def reconstruct(self, pieces: PaddedPieces, *, mode: str | None = None, solver: str = "rk4",
                     generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -1738,25 +1746,33 @@ def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000,
     """Full-batch training of encoder and decoder; yields {"epoch", "loss", "smape", "n_used"} and, with
     `true_modes`, "v" (of the labels the epoch used). `send("state")` hands out a snapshot for `resume`.
     Dropout and sampled modes draw from `generator`."""
-    optimizers = [torch.optim.AdamW(model.encoder.parameters(), lr=enc_lr),
-                  torch.optim.AdamW(model.decoder.parameters(), lr=dec_lr)]
-    first = _restore(model, optimizers, generator, resume)
+    groups = [{"params": model.encoder.parameters(), "lr": enc_lr}, {"params": model.decoder.parameters(), "lr": dec_lr}]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    first = _restore(model, optimizer, generator, resume)
+    row, column = pieces.mask.nonzero(as_tuple=True)
+    x0, target, lengths = pieces.x[:, 0], pieces.x[row, column], pieces.lengths.to(pieces.x.dtype)
+    tau = (pieces.t[row, column] - pieces.t[row, 0]).to(x0.dtype)
+    weight = (1 / (lengths * len(lengths)))[row, None]
     model.train()
     for epoch in range(first, epochs):
-        xhat, q = model.reconstruct(pieces, solver=solver, generator=generator)
-        loss = reconstruction_loss(xhat, pieces.x, pieces.mask)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        q = model.encode(pieces.features, generator=generator)
+        if solver == "exact":                                  # only the samples that exist, no padding
+            xhat = model._exact(x0, q, tau, row)
+        else:
+            xhat = model.decode(x0, q, pieces.t, solver=solver)[row, column]
+        error = xhat - target
+        loss = (error.square() * weight).sum()
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
+        with torch.no_grad():
+            percent = 50 * (error.abs() / (xhat.abs() + target.abs() + 0.01) * weight).sum()
         labels = q.detach().argmax(-1)
-        row = {"epoch": epoch, "loss": loss.item(), "smape": smape(xhat.detach(), pieces.x, pieces.mask).item(),
-               "n_used": float(len(labels.unique()))}
+        out = {"epoch": epoch, "loss": loss.item(), "smape": percent.item(), "n_used": float(len(labels.unique()))}
         if true_modes is not None:
-            row["v"] = v_measure(true_modes, labels)[2]
-        if (yield row) == "state":
-            yield _snapshot(model, optimizers, generator, epoch + 1)
+            out["v"] = v_measure(true_modes, labels)[2]
+        if (yield out) == "state":
+            yield _snapshot(model, optimizer, generator, epoch + 1)
 
 
 def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, *, context=None, censored=None,
@@ -1765,29 +1781,28 @@ def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, 
     """Maximum likelihood, full batch; yields {"epoch", "nll"}. Calls `initialize` first."""
     if resume is None:
         module.initialize(tau, z, z2, context=context, censored=censored)
-    optimizers = [torch.optim.Adam(module.parameters(), lr=lr)]
-    for epoch in range(_restore(module, optimizers, generator, resume), epochs):
-        for group in optimizers[0].param_groups:
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr, fused=True)
+    for epoch in range(_restore(module, optimizer, generator, resume), epochs):
+        for group in optimizer.param_groups:
             group["lr"] = lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
         nll = -module.log_prob(tau, z, z2, context=context, censored=censored).mean()
-        optimizers[0].zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         nll.backward()
-        optimizers[0].step()
+        optimizer.step()
         if (yield {"epoch": epoch, "nll": nll.item()}) == "state":
-            yield _snapshot(module, optimizers, generator, epoch + 1)
+            yield _snapshot(module, optimizer, generator, epoch + 1)
 
 
-def _snapshot(model: nn.Module, optimizers: list, generator: torch.Generator | None, epoch: int) -> dict:
-    return {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "epoch": epoch,
+def _snapshot(model: nn.Module, optimizer, generator: torch.Generator | None, epoch: int) -> dict:
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
             "generator": None if generator is None else generator.get_state()}
 
 
-def _restore(model: nn.Module, optimizers: list, generator: torch.Generator | None, state: dict | None) -> int:
+def _restore(model: nn.Module, optimizer, generator: torch.Generator | None, state: dict | None) -> int:
     if state is None:
         return 0
     model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(state["optimizer"])
     if generator is not None:
         generator.set_state(state["generator"])
     return state["epoch"]
