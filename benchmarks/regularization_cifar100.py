@@ -47,13 +47,12 @@ METHODS = {
 }
 PAPER = {"baseline": 16.45, "cutmix": 14.23, "shakedrop+cutmix": 13.81, "mixup": 15.63, "manifold-mixup": 16.14,
          "cutout": 16.53, "dropblock": 15.73, "cutout+ls": 15.61, "dropblock+ls": 15.16, "cutout+mixup": 15.46}
-SHORT = ("baseline", "cutout", "mixup", "cutmix", "manifold-mixup", "label-smoothing", "shakedrop", "cutout+ls",
-         "cutout+mixup", "fgsm-training")
+SHORT = ("baseline", "cutout", "mixup", "cutmix", "manifold-mixup", "label-smoothing", "cutout+ls", "fgsm-training")
 # network, epochs, batch, lr, weight decay, methods, test images of the corruptions and of PGD, severities
 PRESETS = {
-    "default": ("pyramid-8", 16, 50, 0.1, 5e-4, SHORT, 150, (1, 3, 5)),
+    "default": ("pyramid-8", 12, 50, 0.1, 5e-4, SHORT, 100, (1, 3, 5)),
     "tiny": ("pyramid-8", 1, 50, 0.1, 5e-4, ("baseline", "cutmix"), 20, (1, 5)),
-    "small": ("wide-10-1", 8, 64, 0.1, 5e-4, ("baseline", "cutout", "mixup", "cutmix", "label-smoothing",
+    "small": ("wide-10-1", 6, 64, 0.1, 5e-4, ("baseline", "cutout", "mixup", "cutmix", "label-smoothing",
                                             "fgsm-training"), 200, (1, 3, 5)),
     "paper": ("pyramid-200", 300, 64, 0.25, 1e-4, tuple(PAPER), 10_000, (1, 2, 3, 4, 5)),
 }

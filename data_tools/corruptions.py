@@ -217,14 +217,24 @@ def _fog(x, c, rngs, variant, severity, textures):
     return _scaled((x + strength * field[:, :height, :width, None]) * largest / (largest + strength))
 
 
+_PREPARED: dict[tuple, tuple] = {}
+
+
+def _prepared(texture: np.ndarray, variant: str, height: int, width: int) -> np.ndarray:
+    """prepare_frost, remembered for the last ten textures and sizes."""
+    key = id(texture), variant, height, width
+    if key not in _PREPARED:
+        while len(_PREPARED) >= 10:
+            _PREPARED.pop(next(iter(_PREPARED)))
+        _PREPARED[key] = texture, prepare_frost(texture, variant, height, width)  # holds it: its id stays taken
+    return _PREPARED[key][1]
+
+
 def _frost(x, c, rngs, variant, severity, textures):
     height, width = x.shape[1:3]
-    prepared, crops = {}, []
+    crops = []
     for rng in rngs:
-        index = rng.randint(5) % len(textures)
-        if index not in prepared:
-            prepared[index] = prepare_frost(textures[index], variant, height, width)
-        texture = prepared[index]
+        texture = _prepared(textures[rng.randint(5) % len(textures)], variant, height, width)
         top, left = (rng.randint(0, side - need) for side, need in zip(texture.shape, (height, width)))
         crops.append(texture[top:top + height, left:left + width])
     return np.clip(c[0] * x + c[1] * np.stack(crops), 0, 255)
@@ -599,11 +609,11 @@ def make_imagenet_c(src: str | Path, dst: str | Path, *, names: Sequence[str] = 
             missing = [target for target in targets if not target[2].exists()]
             yield file, relative.as_posix(), missing, size, quality, variant, seed, textures
 
+    present = sum(1 for task in tasks() if not task[2])
     wanted = (task for task in tasks() if task[2])
-    count = sum(1 for task in tasks() if task[2])
-    for done, _ in enumerate(_in_processes(_write_image, wanted, workers), 1):
+    for done, _ in enumerate(_in_processes(_write_image, wanted, workers), present + 1):
         if progress is not None:
-            progress(done + len(files) - count, len(files))
+            progress(done, len(files))
 
 
 def contact_sheet(image: np.ndarray, path: str | Path, names: Sequence[str] = CORRUPTIONS,
@@ -627,12 +637,12 @@ def contact_sheet(image: np.ndarray, path: str | Path, names: Sequence[str] = CO
 # ---------------------------------------------------------------- command line
 
 def _progress_line(label: str) -> Callable[[int, int], None]:
-    began, first = time.monotonic(), []
+    began, seen = time.monotonic(), []
 
     def show(done: int, total: int) -> None:
-        first.append(done - 1) if not first else None
+        seen.append(done)
         elapsed = time.monotonic() - began
-        left = elapsed / max(done - first[0], 1) * (total - done)
+        left = elapsed / len(seen) * (total - done)
         ending = "\n" if done == total else "\r" if sys.stderr.isatty() else "\n"
         print(f"{label} {done}/{total}, {elapsed:.0f} s, {left:.0f} s left   ", end=ending, file=sys.stderr, flush=True)
 
@@ -640,7 +650,7 @@ def _progress_line(label: str) -> Callable[[int, int], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.corruptions", description=__doc__,
+    parser = argparse.ArgumentParser("python -m data_tools.corruptions", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("src", type=Path, help="folder of images, .npy of uint8 (N, H, W, 3), or the CIFAR pickles' folder")
