@@ -12,8 +12,10 @@ leaves the folder, is a link or a device, or grows out of proportion.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import http.client
+import lzma
 import os
 import re
 import shutil
@@ -31,6 +33,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Iterator, Sequence
 
 BLOCK = 1 << 20
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
+LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 FREE_BYTES = 64 << 20  # archives may grow to this size at any ratio
 
 
@@ -96,8 +100,8 @@ def download(
             if isinstance(error, urllib.error.HTTPError):
                 if error.code < 500 and error.code not in (408, 416, 429):
                     raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
-            elif isinstance(error, OSError) and error.filename is not None:
-                raise  # the local file, not the network
+            elif getattr(error, "filename", None) is not None or getattr(error, "errno", None) in LOCAL:
+                raise  # the local file or disk, not the network
             gained = (part.stat().st_size if part.exists() else 0) - before
             failures = 0 if gained >= BLOCK else failures + 1
             if failures > retries:
@@ -261,7 +265,9 @@ def unpack(
                 os.replace(Path(folder) / file, place / file)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise UnsafeArchive(f"{archive}: {name!r} is both a file and a folder") from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+    except (*DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk; errors of the gzip and bz2 readers carry no number
         raise ValueError(f"{archive}: damaged at {name!r} ({error}); fetch it again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -18,6 +18,7 @@ needs can be imported from here.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import io
 import json
@@ -199,7 +200,8 @@ def _list_images(root: Path, folders: list[str], cache: bool) -> dict[str, list[
                 os.replace(temporary, place)
                 break
             except OSError:  # read-only or full: the index is a convenience
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
     return names
 
 
