@@ -311,6 +311,8 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
                 yield info.name, bundle.extractfile(info)
             else:
                 raise UnsafeArchive(f"{archive}: {info.name!r} is a link, a device or a sparse file")
+        while bundle.fileobj.read(BLOCK):  # the checksum of gzip and xz comes after the last member
+            pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
