@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.imagenet import ImageFolder, choose_classes, class_folders, imagenet
-from data_tools.loader import BadImage, decode, image_size, open_and, orientation
+from data_tools.loader import BadImage, EncodedJpeg, decode, image_size, open_and, orientation
 
 VERSION = 1
 IMAGES_PER_SHARD = 16384
@@ -47,7 +47,7 @@ COLUMNS = ("offset", "length", "width", "height", "label", "crc")
 class PackedImages:
     """One split of a pack, with the interface of ImageFolder.
 
-    classes: as for ImageFolder. `open` returns an undecoded JPEG, or for raw packs the pixels themselves,
+    classes: as for ImageFolder. `open` returns an EncodedJpeg, or for raw packs the pixels themselves,
     (H, W, 3) uint8, as a view of the mapped file.
     """
 
@@ -97,16 +97,12 @@ class PackedImages:
         start = int(self._table["offset"][index])
         return self._maps[shard][start : start + int(self._table["length"][index])]
 
-    def open(self, index: int) -> Image.Image | np.ndarray:
+    def open(self, index: int) -> EncodedJpeg | np.ndarray:
         data = self.record(index)
         width, height = int(self._table["width"][index]), int(self._table["height"][index])
         if self.raw:
             return np.asarray(data).reshape(height, width, 3)
-        try:
-            image = Image.open(io.BytesIO(data), formats=("JPEG",))
-        except Exception as error:
-            raise BadImage(f"{self.root / self.name(index)}: damaged record; run verify") from error
-        return image
+        return EncodedJpeg(data.tobytes(), (width, height))
 
     def _batch(self, indices: Sequence[int]) -> Tensor:
         """(B, 3, H, W) uint8, for packs whose images all have one size."""

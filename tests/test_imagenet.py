@@ -1,5 +1,6 @@
 """Folders, robustness sets, CIFAR pickles, transforms, the loader and packs, on trees written here."""
 
+import io
 import json
 import os
 import pickle
@@ -397,6 +398,17 @@ def test_draft_decoding_is_close_and_smaller(tmp_path, orientation):
     assert (fast.int() - full.int()).abs().float().mean() < 1.5
 
 
+def test_encoded_jpeg_decodes_as_pillow_does(tmp_path):
+    photo(8, 203, 101).save(tmp_path / "x.jpg", quality=90)
+    encoded = loading.EncodedJpeg((tmp_path / "x.jpg").read_bytes(), (203, 101))
+    for at_least in (None, (203, 101), (101, 50), (60, 30), (40, 25), (3, 3)):
+        expected = loading.decode(Image.open(tmp_path / "x.jpg"), at_least)
+        assert np.array_equal(np.asarray(loading.decode(encoded, at_least)), np.asarray(expected))
+    for damaged in (encoded.data[:500], b"", b"x" * 500):
+        with pytest.raises(data.BadImage):
+            loading.decode(loading.EncodedJpeg(damaged, (203, 101)))
+
+
 def test_train_transform_returns_its_crop(tmp_path):
     image = np.zeros((100, 200, 3), np.uint8)
     image[..., 0], image[..., 1] = np.arange(100)[:, None], np.arange(200)[None]
@@ -652,8 +664,8 @@ def test_pack_converts_what_is_not_a_plain_jpeg(tmp_path):
     packed = data.imagenet(tmp_path / "pack", "val")
     assert [packed.open(i).size for i in range(5)] == [(40, 48), (48, 40), (48, 40), (80, 40), (48, 40)]
     for index, (image, _) in enumerate(data.ImageFolder(tmp_path / "set")):
-        stored = packed.open(index)
-        assert stored.mode == "RGB" and "progressive" not in stored.info
+        stored = Image.open(io.BytesIO(packed.record(index)))
+        assert stored.format == "JPEG" and stored.mode == "RGB" and "progressive" not in stored.info
         image = image.resize(stored.size, Image.Resampling.BICUBIC)
         difference = np.abs(np.asarray(image, int) - np.asarray(packed[index][0], int))
         assert difference.mean() < 3
