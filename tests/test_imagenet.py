@@ -404,6 +404,13 @@ def test_encoded_jpeg_decodes_as_pillow_does(tmp_path):
     for at_least in (None, (203, 101), (101, 50), (60, 30), (40, 25), (3, 3)):
         expected = loading.decode(Image.open(tmp_path / "x.jpg"), at_least)
         assert np.array_equal(np.asarray(loading.decode(encoded, at_least)), np.asarray(expected))
+    whole = np.asarray(loading.decode(encoded))
+    for row in (0, 1, 37, 80, 84, 85, 100, 101):
+        top = encoded.above(row)
+        assert top.size == (203, min(101, row + 16)) or row + 16 >= 101
+        assert np.array_equal(np.asarray(top.decode())[:row], whole[:row])
+    box = (150, 3, 50, 40)
+    assert torch.equal(loading.crop_resize(encoded, box, 20), loading.crop_resize(Image.fromarray(whole), box, 20))
     for damaged in (encoded.data[:500], b"", b"x" * 500):
         with pytest.raises(data.BadImage):
             loading.decode(loading.EncodedJpeg(damaged, (203, 101)))
