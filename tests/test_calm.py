@@ -1,0 +1,394 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reference import calm
+from reference.calm import CALM, CALMHead, CALMOutput, CAMHead, CAMOutput, PixelAP, calm_loss
+
+GOLDEN = Path(__file__).parent / "golden" / "calm"
+HEADS = ("head_small.npz", "head_mid.npz", "head_float64.npz", "head_dead_locations.npz")
+
+
+def load(name):
+    with np.load(GOLDEN / name) as file:
+        return {key: file[key] for key in file.files}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def close(a, b, rtol=1e-5, atol=1e-6):
+    np.testing.assert_allclose(a.detach().numpy() if isinstance(a, torch.Tensor) else a, b, rtol=rtol, atol=atol)
+
+
+def head_of(g, kind, dtype):
+    channels, classes = g["feat"].shape[1], g["cls_weight"].shape[0]
+    head = {"cam": CAMHead, "official": CALMHead.official, "paper": CALMHead}[kind](channels, classes).to(dtype)
+    state = {"cls.weight": g["cls_weight"][:, :, None, None], "cls.bias": g["cls_bias"]}
+    if kind != "cam":
+        state |= {"att.weight": g["att_weight"][:, :, None, None], "att.bias": g["att_bias"]}
+    head.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    return head
+
+
+def random_output(seed=0, batch=3, classes=5, size=(4, 6), dtype=torch.float64, **options):
+    g = seeded(seed)
+    return CALMOutput(torch.randn(batch, classes, *size, generator=g, dtype=dtype),
+                      torch.randn(batch, 1, *size, generator=g, dtype=dtype), **options)
+
+
+# ---------------------------------------------------------------- values of the released code and of the formulas
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("method", ["cam", "em", "ml"])
+def test_losses_probabilities_and_gradients_of_the_released_code(name, method):
+    g = load(name)
+    dtype = torch.float64 if g["feat"].dtype == np.float64 else torch.float32
+    head, labels = head_of(g, "cam" if method == "cam" else "official", dtype), torch.from_numpy(g["labels"])
+    features = torch.from_numpy(g["feat"]).requires_grad_()
+    output = head(features)
+    close(output.probs(), g[f"{method}_probs"])
+    loss = calm_loss(output, labels, method)
+    close(loss, g[f"{method}_loss"])
+    loss.backward()
+    for key, value in {"feat": features, "cls_weight": head.cls.weight, "cls_bias": head.cls.bias,
+                       **({} if method == "cam" else {"att_weight": head.att.weight, "att_bias": head.att.bias})}.items():
+        expected = g[f"{method}_grad_{key}"]
+        close(value.grad.reshape(expected.shape), expected, 1e-4, 1e-6)
+    if method != "cam":
+        everything = torch.arange(head.cls.out_channels).expand(len(labels), -1)
+        inputs = (output.posterior(everything) * output.log_joint()).sum((2, 3)) if method == "em" else output.log_probs()
+        close(inputs, g[f"{method}_inputs"], 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_maps_of_the_released_code(name):
+    g = load(name)
+    dtype = torch.float64 if g["feat"].dtype == np.float64 else torch.float32
+    features, labels = torch.from_numpy(g["feat"]), torch.from_numpy(g["labels"])
+    output, cam = head_of(g, "official", dtype)(features), head_of(g, "cam", dtype)(features)
+    close(output.logits, g["location_logits"])
+    close(calm.attribution_map(output, None, "prior"), g["map_saliency"])
+    close(calm.attribution_map(output, labels, "posterior"), g["map_gtcond"])
+    close(calm.attribution_map(output, labels), g["map_jointll"])
+    close(calm.attribution_map(cam, labels, "cam"), g["map_vanilla"])
+    rows = {c: row.tolist() for c, row in enumerate(g["superclass"])}
+    for kind, key in (("joint", "jointll"), ("posterior", "gtcond")):
+        close(calm.superclass_map(output, rows, kind, labels=labels), g[f"map_{key}_superclass"])
+        close(calm.superclass_map(output, torch.from_numpy(g["superclass"])[labels], kind, "mean"), g[f"map_{key}_superclass_mean"])
+    close(calm.superclass_map(cam, rows, "cam", labels=labels), g["map_vanilla_superclass"], 1e-4, 1e-5)
+    if np.isfinite(g["map_vanilla_saliency"]).all():
+        everything = [list(range(g["cls_weight"].shape[0]))] * len(labels)
+        close(calm.superclass_map(cam, everything, "cam"), g["map_vanilla_saliency"], 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("method", ["em", "ml"])
+def test_the_papers_formulas_in_float64(name, method):
+    g = load(name)
+    head, labels = head_of(g, "paper", torch.float64), torch.from_numpy(g["labels"])
+    features = torch.from_numpy(g["feat"]).double().requires_grad_()
+    output = head(features)
+    close(output.joint(), g["paper_joint"], 1e-9, 1e-14)
+    close(output.probs(), g["paper_probs"], 1e-9, 1e-14)
+    close(output.prior(), g["paper_prior"][:, 0], 1e-9, 1e-14)
+    loss = calm_loss(output, labels, method)
+    close(loss, g[f"paper_{method}_loss"], 1e-9)
+    loss.backward()
+    for key, value in {"feat": features, "cls_weight": head.cls.weight, "cls_bias": head.cls.bias,
+                       "att_weight": head.att.weight, "att_bias": head.att.bias}.items():
+        expected = g[f"paper_{method}_grad_{key}"]
+        close(value.grad.reshape(expected.shape), expected, 1e-8, 1e-13)
+
+
+@pytest.mark.parametrize("method", ["cam", "em", "ml"])
+def test_training_steps_of_the_released_code(method):
+    g = load(f"train_{method}.npz")
+    back = nn.Conv2d(3, g["back_weight0"].shape[0], 3, padding=1)
+    head = (CAMHead if method == "cam" else CALMHead.official)(g["cls_weight0"].shape[1], g["cls_weight0"].shape[0])
+    model = CALM(nn.Sequential(back, nn.ReLU()), head)
+    parts = {"back": back, "cls": head.cls, **({} if method == "cam" else {"att": head.att})}
+    for name, part in parts.items():
+        part.load_state_dict({key: torch.from_numpy(g[f"{name}_{key}0"]) for key in ("weight", "bias")})
+    loader = list(zip(torch.from_numpy(g["images"]), torch.from_numpy(g["labels"])))
+    steps = list(calm.train(model, loader, 1, method=method, lr=float(g["lr"]), head_ratio=float(g["ratio"])))
+    close([s["loss"] for s in steps], g["losses"], 1e-4, 1e-5)
+    assert [round(6 * s["accuracy"]) for s in steps] == g["correct"].tolist()
+    for name, part in parts.items():
+        for key in ("weight", "bias"):
+            close(getattr(part, key), g[f"{name}_{key}1"], 1e-3, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["pxap_even.npz", "pxap_even_coarse_edges.npz", "pxap_log.npz"])
+def test_pixel_ap_of_the_released_code(name):
+    g = load(name)
+    kind, interval = str(g["threshold_type"]), float(g["interval"])
+    np.testing.assert_array_equal(calm.thresholds(kind, interval), g["thresholds"])
+    metric = PixelAP(kind, interval)
+    for m, mask in zip(g["maps"], g["gt"]):
+        metric.update(m, mask)
+    result = metric.compute()
+    np.testing.assert_array_equal(metric.histogram.numpy(), np.stack([g["hist_false"], g["hist_true"]]))
+    assert result["ap"] == pytest.approx(float(g["pxap_percent"]), rel=1e-10)
+    np.testing.assert_allclose(result["precision"], g["precision"], rtol=1e-12)
+    np.testing.assert_allclose(result["recall"], g["recall"], rtol=1e-12)
+
+
+def test_thresholds_normalisation_and_resizing_of_the_released_code():
+    g = load("thresholds.npz")
+    for key in ("even", "log"):
+        np.testing.assert_array_equal(calm.thresholds(key), g[key])
+        np.testing.assert_array_equal(calm.thresholds(key, 0.05), g[f"{key}_05"])
+    g = load("normalize.npz")
+    for case in ("signed", "positive", "constant", "nan"):
+        for mode, key in (("max", "max"), ("minmax", "minmax"), ("clip", "clipping")):
+            close(calm.normalize_map(torch.from_numpy(g[f"in_{case}"]), mode), g[f"out_{key}_{case}"], 1e-12)
+    assert not calm.normalize_map(torch.from_numpy(g["in_allneg"]), "max").any()
+    g = load("resize.npz")
+    for key in ("7x7", "28x28"):
+        close(calm.resize_map(torch.from_numpy(g[f"in_{key}"]), 224), g[f"out_{key}"], 1e-5, 1e-5)
+
+
+def test_erasing_of_the_released_code():
+    g = load("erase.npz")
+    percents = (10, 30, 50, 70, 90)
+    fractions = [p / 100 for p in percents]
+    masks = calm.erase_masks(torch.from_numpy(g["scoremap"])[:, 0], fractions)
+    for row, p in enumerate(percents):
+        np.testing.assert_array_equal(masks[row].numpy(), g[f"mask_topk_{p}"][:, 0].astype(bool))
+    images = torch.from_numpy(g["images"])
+    close(calm.fill_baseline(images, "mean"), g["baseline_mean"])
+    close(calm.fill_baseline(images, "blur"), g["baseline_blur"], 1e-4, 1e-5)
+    weight = torch.from_numpy(g["rc_weight"])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4, bias=False))
+    model[1].weight.data.copy_(weight)
+    scores, labels = torch.from_numpy(g["rc_scoremap"])[:, 0], torch.from_numpy(g["rc_labels"])
+    random = torch.stack([torch.from_numpy(g[f"rc_mask_random_{p}"][:, 0].astype(bool)) for p in percents])
+    seen = iter(scores.split(7))
+    result = calm.remove_and_classify(model, list(zip(images.split(7), labels.split(7))), lambda *_: next(seen), fractions, random_masks=random)
+    np.testing.assert_allclose(result["accuracy_erased"], g["rc_correct_topk"].mean(1), rtol=1e-12)
+    np.testing.assert_allclose(result["accuracy_random"], g["rc_correct_random"].mean(1), rtol=1e-12)
+    assert result["accuracy"] == pytest.approx(g["rc_correct_none"].mean())
+    np.testing.assert_allclose(result["ratio"], g["rc_ratio"], rtol=1e-12)
+
+
+def test_bird_parts_of_the_released_code():
+    g = load("cub_trait.npz")
+    names = [str(n) for n in g["attribute_names"]]
+    groups = {}
+    for row, (a, b) in enumerate(g["pairs"]):
+        groups[row] = calm.differing_part_groups(g["class_attribute_continuous"][a - 1], g["class_attribute_continuous"][b - 1], names)
+        assert groups[row] == (np.flatnonzero(g["pair_part_membership"][row]) + 1).tolist() and len(groups[row]) == g["pair_num_diff"][row]
+    label_maps = []
+    for image, (w, h) in enumerate(g["image_sizes_wh"]):
+        rows = g["part_locs"][g["part_locs"][:, 0] == image + 1]
+        points, ids = calm.merge_cub_parts(rows[rows[:, 1].argsort()][:, 2:], w, h)
+        np.testing.assert_array_equal(points.numpy(), g[f"union_coords_{image}"])
+        np.testing.assert_array_equal(ids.numpy(), g[f"union_ids_{image}"])
+        label_maps.append((calm.part_label_map(points, ids), ids))
+    for (pair, image), none, mask in zip(g["mask_pair_image"], g["mask_is_none"], g["masks"]):
+        labels, ids = label_maps[image]
+        assert none == (not set(ids.tolist()) & set(groups[pair]))
+        if not none:
+            w, h = g["image_sizes_wh"][image]
+            cue = calm.cue_mask(labels, g["segmentations_padded"][image][:h, :w], groups[pair])
+            np.testing.assert_array_equal(cue.numpy(), mask.astype(bool))
+
+
+# ---------------------------------------------------------------- identities
+
+@pytest.mark.parametrize("options", [{}, {"prior_activation": "relu"}, {"prior_activation": "exp"},
+                                     {"prior_activation": "relu", "detach_normalizer": True, "epsilons": True}])
+def test_probabilities_add_up(options):
+    output = random_output(**options)
+    joint = output.joint()
+    one = torch.ones(3, dtype=torch.float64)
+    assert torch.allclose(joint.sum((1, 2, 3)), one) and torch.allclose(joint.sum(1), output.prior())
+    assert torch.allclose(joint.sum((2, 3)), output.probs()) and torch.allclose(output.log_probs().exp(), output.probs())
+    assert torch.allclose(output.posterior(2).sum((1, 2)), one) and torch.allclose(output.prior().sum((1, 2)), one)
+    pairs = torch.tensor([[0, 1], [2, 3], [4, 4]])
+    assert torch.allclose(output.joint(pairs)[1, 1], joint[1, 3]) and output.posterior(pairs).shape == (3, 2, 4, 6)
+    difference = calm.counterfactual_map(output, 0, torch.tensor([1, 2, 3]))
+    assert torch.equal(difference, -calm.counterfactual_map(output, torch.tensor([1, 2, 3]), 0))
+    assert torch.equal(calm.counterfactual_map(output, 0, 1, mode="abs"), calm.counterfactual_map(output, 0, 1).abs())
+    assert (calm.counterfactual_map(output, 0, 1, mode="positive") >= 0).all()
+    both = calm.superclass_map(output, [[0, 1, 2, 3, 4]] * 3)
+    assert torch.allclose(both, output.prior())
+    assert torch.allclose(calm.superclass_map(output, [[0], [1, 2], [3]])[1], joint[1, 1] + joint[1, 2])
+
+
+def test_em_and_ml_have_the_same_gradient_and_differ_by_the_entropy():
+    labels = torch.tensor([0, 3, 2])
+    for options in ({}, {"prior_activation": "relu", "detach_normalizer": True}, {"prior_activation": "exp"}):
+        gradients, values = [], []
+        for method in ("em", "ml"):
+            output = random_output(**options)
+            logits, attention = output.logits.requires_grad_(), output.attention.requires_grad_()
+            loss = calm_loss(CALMOutput(logits, attention, **options), labels, method, reduction="sum")
+            gradients.append(torch.autograd.grad(loss, [logits, attention]))
+            values.append(loss)
+        for a, b in zip(*gradients):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+        entropy = torch.special.entr(random_output(**options).posterior(labels)).sum()
+        assert values[0].item() == pytest.approx((values[1] + entropy).item(), rel=1e-6)
+
+
+def test_gradients_in_closed_form():
+    output, labels = random_output(), torch.tensor([1, 0, 4])
+    logits, attention = output.logits.requires_grad_(), output.attention.requires_grad_()
+    output = CALMOutput(logits, attention)
+    df, du = torch.autograd.grad(calm_loss(output, labels, "ml", reduction="sum"), [logits, attention])
+    q, g = output.posterior(labels), logits.softmax(1)
+    onehot = nn.functional.one_hot(labels, 5).double()[:, :, None, None]
+    assert torch.allclose(df, q.unsqueeze(1) * (g - onehot))
+    a = nn.functional.softplus(attention)
+    assert torch.allclose(du[:, 0], (output.prior() - q) * (attention.sigmoid() / a)[:, 0])
+    official = CALMOutput(logits, attention, "relu", True, True)
+    _, du = torch.autograd.grad(calm_loss(official, labels, "ml", reduction="sum"), [logits, attention])
+    assert torch.allclose((attention * du).sum((1, 2, 3)), -torch.ones(3).double())
+    assert torch.autograd.gradcheck(lambda f, u: CALMOutput(f, u).log_joint(torch.tensor([[0, 1], [2, 2], [4, 0]])), (logits, attention))
+
+
+def test_constants_do_not_change_maps_and_extremes_stay_finite():
+    output = random_output()
+    shifted = CALMOutput(output.logits + torch.randn(3, 1, 4, 6, generator=seeded(5), dtype=torch.float64), output.attention)
+    assert torch.allclose(shifted.joint(), output.joint())
+    low = torch.full((2, 1, 3, 3), -200.0, requires_grad=True)
+    low.data[0, 0, 1, 1] = -100
+    extreme = CALMOutput(1e4 * torch.randn(2, 4, 3, 3, generator=seeded()), low)
+    loss = calm_loss(extreme, torch.tensor([0, 1]))
+    assert loss.isfinite() and torch.autograd.grad(loss, low)[0].isfinite().all() and extreme.prior()[0, 1, 1] == 1
+    for head in (CALMHead.official(2, 3), CALMHead(2, 3, "relu")):
+        dead = head(torch.zeros(2, 2, 4, 4))
+        dead.attention.data.sub_(1)
+        dead = CALMOutput(dead.logits.detach().requires_grad_(), dead.attention.detach().requires_grad_(), "relu", head.detach_normalizer, head.epsilons)
+        loss = calm_loss(dead, torch.tensor([0, 2]))
+        grads = torch.autograd.grad(loss, [dead.logits, dead.attention])
+        assert torch.allclose(dead.prior(), torch.full((2, 4, 4), 1 / 16)) and grads[0].isfinite().all() and not grads[1].any()
+
+
+def test_half_precision_is_computed_in_float32():
+    output = random_output(dtype=torch.float32)
+    half = CALMOutput(output.logits.bfloat16(), output.attention.bfloat16())
+    assert half.joint().dtype == torch.float32 and (half.probs() - output.probs()).abs().max() < 0.02
+
+
+def test_e_steps_from_elsewhere():
+    labels = torch.tensor([0, 3, 2])
+    output, older = random_output(), random_output(seed=9)
+    frozen = calm_loss(output, labels, posterior=older.posterior(labels))
+    assert frozen.item() == pytest.approx(-(older.posterior(labels) * output.log_joint(labels)).sum((1, 2)).mean().item())
+    best = -output.log_joint(labels).flatten(1).amax(1)
+    assert torch.allclose(calm_loss(output, labels, hard=True, reduction="none"), best)
+    assert torch.allclose(calm_loss(output, labels, temperature=1e-6, reduction="none"), best)
+    assert torch.allclose(calm_loss(output, labels, temperature=1.0), calm_loss(output, labels))
+    flat = calm_loss(output, labels, temperature=1e6, reduction="none")
+    assert torch.allclose(flat, -output.log_joint(labels).mean((1, 2)), rtol=1e-4)
+
+
+def test_exact_pixel_ap_by_hand_and_underflow():
+    metric = PixelAP(thresholds=None)
+    metric.update(torch.tensor([[0.9, 0.8, 0.8, 0.1]]), torch.tensor([[1, 1, 0, 1]]))
+    metric.update(torch.tensor([[0.7, 0.2]]), torch.tensor([[0, 255]]))
+    assert metric.compute()["ap"] == pytest.approx(100 / 3 * (1 + 2 / 3 + 3 / 5))
+    for count, expected in ((False, 1.0), (True, 0.5)):
+        log = PixelAP("log", count_underflow=count)
+        log.update(torch.tensor([[0.5, 1e-9, 0.1]]), torch.tensor([[1, 1, 0]]))
+        assert log.compute()["recall"][-1] == expected
+
+
+def test_erasing_orders_ties_and_fills():
+    maps = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
+    assert calm.erase_masks(maps, [0.5])[0, 0].tolist() == [[False, False], [True, True]]
+    assert calm.erase_masks(maps, [0.5], "least")[0, 0].tolist() == [[False, True], [False, True]]
+    assert not calm.fill_baseline(torch.ones(1, 3, 4, 4), "zero").any()
+
+
+def net(seed=0, head=CALMHead):
+    g = seeded(seed)
+    model = CALM(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()), head(6, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=g))
+    return model
+
+
+def test_training_resumes_exactly_and_groups_parameters():
+    g = seeded(3)
+    loader = [(torch.randn(4, 3, 6, 6, generator=g), torch.randint(3, (4,), generator=g)) for _ in range(5)]
+    whole = list(calm.train(net(), loader, 3, lr_decay_epochs=2))
+    assert [round(s["lr"], 6) for s in whole[::5]] == [0.01, 0.001, 0.001] and whole[-1]["loss"] < whole[0]["loss"]
+    steps = calm.train(net(), loader, 3, lr_decay_epochs=2)
+    for _ in range(7):
+        next(steps)
+    buffer = io.BytesIO()
+    torch.save(steps.send("state"), buffer)
+    buffer.seek(0)
+    rest = list(calm.train(net(5), loader, 3, lr_decay_epochs=2, resume=torch.load(buffer, weights_only=True)))
+    assert rest == whole[7:]
+    cam = list(calm.train(net(head=CAMHead), loader, 1, method="cam"))
+    assert all(np.isnan(s["prior_entropy"]) for s in cam)
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer3, self.layer4 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+    model = CALM(Body(), CALMHead(4, 2))
+    base, rest = calm.param_groups(model, 0.1)
+    assert [p.shape for p in base["params"]] == [(4, 3, 1, 1), (4,)] and len(rest["params"]) == 6 and rest["lr"] == pytest.approx(1.0)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_remove_and_classify_restores_the_mode_and_warns():
+    model = net().train()
+    loader = [(torch.randn(2, 3, 16, 16, generator=seeded()), torch.tensor([0, 1]))]
+    result = calm.remove_and_classify(model, loader, lambda x, y: calm.attribution_map(model(x), y), [0.0, 0.5, 1.0], generator=seeded())
+    assert model.training and result["accuracy_erased"][0] == result["accuracy"] == result["accuracy_random"][0]
+    assert result["accuracy_erased"][2] == result["accuracy_random"][2]
+    never = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+    nn.init.zeros_(never[1].weight), nn.init.constant_(never[1].bias, 0.0)
+    never[1].bias.data[2] = 1
+    with pytest.warns(UserWarning, match="NaN"):
+        assert calm.remove_and_classify(never, loader, lambda x, y: x[:, 0], [0.5], generator=seeded())["ratio"].isnan().all()
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_bad_input():
+    output, labels = random_output(), torch.tensor([0, 3, 2])
+    cam = CAMOutput(output.logits)
+    bad = random_output()
+    bad.logits[0, 0, 0, 0] = float("nan")
+    for call, error, words in [
+        (lambda: calm_loss(output, labels + 3), ValueError, "0..4"), (lambda: calm_loss(output, labels[:2]), ValueError, "labels must be"),
+        (lambda: calm_loss(output, labels.int()), TypeError, "int64"), (lambda: calm_loss(output, labels, "map"), ValueError, "method"),
+        (lambda: calm_loss(cam, labels, "em"), ValueError, "CAMOutput"), (lambda: calm_loss(output, labels, "cam"), ValueError, "CALMOutput"),
+        (lambda: calm_loss(output, labels, reduction="max"), ValueError, "reduction"), (lambda: calm_loss(output, labels, temperature=0), ValueError, "temperature"),
+        (lambda: calm_loss(output, labels, posterior=torch.zeros(3, 4)), ValueError, "posterior"),
+        (lambda: calm_loss(CALMOutput(bad.logits, bad.attention), labels), ValueError, "not finite"),
+        (lambda: CALMHead(4, 3)(torch.zeros(2, 5, 3, 3)), ValueError, r"\(B, 4, H, W\)"), (lambda: CAMHead(4, 3)(torch.zeros(4, 3, 3)), ValueError, "features"),
+        (lambda: CALMHead(4, 3, "sigmoid"), ValueError, "prior_activation"), (lambda: CALMHead(0, 3), ValueError, "positive"),
+        (lambda: CALMOutput(output.logits, output.attention[:, :, :2]), ValueError, "attention"),
+        (lambda: calm.attribution_map(output, 5), ValueError, "0..4"), (lambda: calm.attribution_map(output, 1, "gradient"), ValueError, "kind"),
+        (lambda: calm.attribution_map(cam, 1), ValueError, "CALM head"), (lambda: calm.attribution_map(output, labels.float()), TypeError, "integers"),
+        (lambda: calm.counterfactual_map(output, 0, 1, mode="both"), ValueError, "mode"),
+        (lambda: calm.superclass_map(output, [[0], [], [1]]), ValueError, "non-empty"), (lambda: calm.superclass_map(output, {0: [1]}), ValueError, "needs labels"),
+        (lambda: calm.superclass_map(output, [[0]] * 3, "prior"), ValueError, "kind"), (lambda: calm.normalize_map(output.prior(), "l1"), ValueError, "mode"),
+        (lambda: calm.thresholds("linear"), ValueError, "kind"), (lambda: PixelAP([0.5, 0.1]), ValueError, "ascending"),
+        (lambda: PixelAP().update(torch.zeros(2, 3), torch.zeros(3, 2)), ValueError, "one shape"),
+        (lambda: PixelAP().update(torch.full((2, 2), 1.5), torch.zeros(2, 2)), ValueError, r"\[0, 1\]"),
+        (lambda: PixelAP().update(torch.full((2, 2), float("nan")), torch.zeros(2, 2)), ValueError, "NaN"),
+        (lambda: PixelAP().update(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)), TypeError, "floating"),
+        (lambda: calm.erase_masks(torch.zeros(2, 3, 3), [1.5]), ValueError, "fractions"), (lambda: calm.erase_masks(torch.zeros(3, 3), [0.5]), ValueError, "maps"),
+        (lambda: calm.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"), (lambda: calm.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
+        (lambda: calm.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"), (lambda: calm.merge_cub_parts(np.zeros((3, 3)), 10, 10), ValueError, "15, 3"),
+        (lambda: calm.part_label_map(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), ValueError, "empty"),
+        (lambda: calm.differing_part_groups([1], [1, 2], ["a"]), ValueError, "one length"),
+    ]:
+        with pytest.raises(error, match=words):
+            call()
