@@ -870,7 +870,7 @@ def cub_metrics(sim, q_labels, g_labels, percent: bool = False) -> dict[str, flo
     hits = torch.zeros(4, dtype=torch.float64)
     for row in range(0, len(sim), ROWS):
         top = _ranked(sim[row:row + ROWS], positives[row:row + ROWS])
-        hits += torch.stack([top[:, :k].sum() / k for k in (5, 10, 50, 100)]).double().cpu()
+        hits += torch.stack([top[:, :k].sum().double() / k for k in (5, 10, 50, 100)]).cpu()
     precision, average = _precision_at_r(sim, positives, False)
     result |= {f"precision_{k}": scale * float(h) / len(sim) for k, h in zip((5, 10, 50, 100), hits)}
     return {**result, "r_precision": scale * float(precision.mean()), "map_r": scale * float(average.mean())}
@@ -1016,7 +1016,7 @@ def word_drop_curve(model: PCME, tokens: Tensor, lengths: Tensor, ratios: Sequen
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratios must be in [0, 1], got {ratio}")
         gone = word & (turn < (word.sum(1, keepdim=True) * ratio).round())
-        order = (gone | (position >= lengths.unsqueeze(1))).to(torch.uint8).sort(1, stable=True).indices
+        order = (gone | (position >= lengths.unsqueeze(1))).to(torch.uint8).sort(dim=1, stable=True).indices
         kept = lengths - gone.sum(1)
         shorter = tokens.gather(1, order).masked_fill(position >= kept.unsqueeze(1), 0)
         out = model.encode_text(shorter, kept, num_samples=0)
