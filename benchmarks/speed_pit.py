@@ -8,7 +8,8 @@ Runs are interleaved (ours, peer, ours, peer, ...) with the same weights, input 
 peer / ours (above 1: ours is faster). The floor is the time of the MACs at the speed of a large matrix product.
 Expected on a CPU: forward 1.05-1.25x timm (the last block computes class tokens only), training step about 1x. timm is
 compared if installed. "unfused" is this project's own model with attention written out, as in 2021.
-Memory is what autograd keeps for the backward pass (every tensor counted once); on a GPU the peak is measured.
+Memory is what autograd keeps for the backward pass (every tensor counted once); on a GPU it is the measured peak,
+which there also holds the attention matrices' short-lived copies.
 """
 
 import os
@@ -198,10 +199,10 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             target = (1.05 if row["pass"] == "forward" else 1.0) if peer == "timm" else None
             claims.append({"claim": f"{row['model']} {row['pass']}, {row['threads'] or 'GPU'} thread(s): {peer} / ours",
-                           "paper": f">= {target}" if target else None, "this run": ratio,
+                           "target": f">= {target}" if target else None, "this run": ratio,
                            "holds": ratio >= target if target and not tiny else None})
-    claims += [{"claim": f"{m['model']} activations of a training step, ours / unfused", "paper": "<= 0.5",
-                "this run": m["ours / unfused"], "holds": None if tiny else m["ours / unfused"] <= 0.5}
+    claims += [{"claim": f"{m['model']} memory of a training step, ours / unfused", "target": "<= 0.5" if on_gpu else None,
+                "this run": m["ours / unfused"], "holds": m["ours / unfused"] <= 0.5 if on_gpu and not tiny else None}
                for m in memory if m["ours / unfused"] is not None]
     run.finish(claims, tables)
 

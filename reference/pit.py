@@ -10,7 +10,7 @@ matrices, quadratic in the number of tokens, shrink 16-fold per stage:
 
     stage s    N_s = g_s^2 + T tokens (T class tokens first),  width C_s = base_dims[s] * heads[s]
     block      x = x + Attention(LN(x));  x = x + MLP(LN(x))    12 N C^2 + 2 N^2 C MACs
-    pooling    grid (g, g, C_s) -> (g/2, g/2, C_{s+1}), sides rounded up;  token Linear(C_s, C_{s+1})
+    pooling    (g, g, C_s) -> (g/2, g/2, C_{s+1}), sides rounded up; token Linear(C_s, C_{s+1})
 
 To copy: `PoolingTransformer` with the blocks above it is the whole model. The second half of the
 file is the DeiT training recipe (RandAugment, mixing, erasing, schedule, distillation), then
@@ -217,8 +217,8 @@ class PoolingTransformer(nn.Module):
     """The pooling-based vision transformer: `(B, in_chans, H, W) float -> (B, num_classes)` logits.
 
     Stage s has `depth[s]` blocks of `heads[s]` heads, each `base_dims[s]` wide. One stage
-    (`depth=[12]`) is a ViT whose class token has no position. `pool` is "conv", "avg", "max" or (one
-    stage) "none"; `init` is "official" (PyTorch's defaults for linear layers and convolutions) or
+    (`depth=[12]`) is a ViT whose class token has no position. `pool` is "conv", "avg", "max" or
+    (one stage) "none"; `init` is "official" (PyTorch's defaults for linear layers and convolutions) or
     "deit"; `drop_path_rule` raises the rate linearly over the blocks, to just below
     `drop_path_rate` ("official") or to it ("timm"); `attention` is fused ("sdpa") or written out
     ("math"). `dynamic_image_size` accepts any image of at least one patch and resizes the position
@@ -290,7 +290,7 @@ class PoolingTransformer(nn.Module):
         return self.norm(tokens)
 
     def forward_intermediates(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Per stage the map `(B, C_s, h_s, w_s)` and class tokens `(B, T, C_s)`, before any norm."""
+        """Per stage the map `(B, C_s, h, w)` and class tokens `(B, T, C_s)`, before any norm."""
         maps, tokens = zip(*(self._split(x, grid) for x, grid in self._stages(x)))
         return list(maps), list(tokens)
 
@@ -538,7 +538,7 @@ deit_base_distilled_patch16_224 = _deit("base", 768, 12, distilled=True)
 
 
 def convert_timm_state_dict(sd: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm keeps pooling with the stage after it: its `transformers.{s+1}.pool.` is `pools.{s}.`."""
+    """timm keeps pooling in the stage after it: `transformers.{s+1}.pool.X` is `pools.{s}.X`."""
     def rename(found: re.Match) -> str:
         return f"pools.{int(found[1]) - 1}."
 
@@ -740,7 +740,7 @@ class RandomErasing:
             fits, top, left, h, w = (v.gather(1, first)[:, :, None]
                                      for v in (fits, top, left, h, w))
             inside = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
-            noise = torch.empty_like(out).normal_(generator=self.generator)
+            noise = _draw(torch.randn, out.shape, self.generator, device).to(out.dtype)
             out = torch.where((inside & fits)[:, None], noise, out)
         return out if x.ndim == 4 else out[0]
 
@@ -965,7 +965,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
             batches = itertools.islice(enumerate(loader), skip, None)
         skip, began = 0, time.perf_counter()
         for batch, (images, labels) in batches:
-            lr = lr or 5e-4 * len(images) * world / 512
+            lr = 5e-4 * len(images) * world / 512 if lr is None else lr
             now = cosine_lr(epoch, lr, epochs, warmup_epochs, min_lr, warmup_lr, lag=lag)
             for group in optimizer.param_groups:
                 group["lr"] = now
@@ -1015,7 +1015,7 @@ def evaluate(model: nn.Module, loader: Iterable, transform_logits: Callable | No
             logits = (transform_logits(logits) if transform_logits else logits).float()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss]).double().cpu()
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss]).cpu().double()
             count += len(labels)
     finally:
         model.train(was_training)
@@ -1139,10 +1139,15 @@ def _channels(values: Sequence[float], x: Tensor) -> Tensor:
     return torch.tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
 
 
-def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device) -> Tensor:
-    """Uniform numbers of the generator's device, brought to `device`."""
+def _draw(kind: Callable, shape: Sequence[int], generator: torch.Generator | None,
+          device: torch.device | str) -> Tensor:
+    """torch.rand or torch.randn on the generator's device, brought to `device`."""
     source = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=source).to(device)
+    return kind(shape, generator=generator, device=source).to(device)
+
+
+def _uniform(shape: Sequence[int], generator: torch.Generator | None, device) -> Tensor:
+    return _draw(torch.rand, shape, generator, device)
 
 
 def _bare(model: nn.Module) -> nn.Module:
