@@ -771,7 +771,8 @@ def _on_rows(mask: Tensor, function: Callable, t: Tensor, x: Tensor, otherwise: 
 
 
 class HybridSolution(NamedTuple):
-    """After a terminal event, or max_events, states are NaN and modes -1."""
+    """States are NaN and modes -1 after a terminal event, after max_events, and where events pile up
+    (Zeno: less than 1e-12 apart)."""
     ys: Tensor          # (T, B, n)
     modes: Tensor       # (T, B) int64
     event_times: Tensor  # (B, K) NaN padded
@@ -869,6 +870,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *, generator: torch.G
         at, row = inside.nonzero(as_tuple=True)
         outputs.append((at, rows[row], _interpolate(steps, row, t[at] - start[row], s, tab)[:, :n], z[row]))
         keep = fired.nonzero()[:, 0]
+        zeno = (t_event - start)[keep] <= 1e-12 * t_event[keep].abs().clamp(min=1)
         rows, start, which, z_pre = rows[keep], t_event[keep], which[keep], z[keep]
         x_pre, thresholds = found.y_event[keep, :n], thresholds[keep]
         x, z = x_pre, z_pre.clone()
@@ -883,7 +885,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *, generator: torch.G
             fresh = torch.where(which[:, None] == torch.tensor(clocks, device=device), fresh, thresholds)
         last = (start >= t[-1]) & ~terminal[which]              # the event falls on the last output
         outputs.append((torch.full_like(rows[last], len(t) - 1), rows[last], x[last], z[last]))
-        go = ~terminal[which] & (start < t[-1])
+        go = ~terminal[which] & ~zeno & (start < t[-1])
         rows, start, x, z, thresholds = rows[go], start[go], x[go], z[go], fresh[go]
         if len(columns) >= max_events:
             break

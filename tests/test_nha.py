@@ -434,6 +434,8 @@ def test_output_at_an_event_is_after_the_jump_terminal_and_zeno():
     zeno = nha.odeint_hybrid(nha.BouncingBall(e=0.5), torch.tensor([[1.0, 0.0]], dtype=F64), 0, [0.0, 3.0],
                              max_events=12)
     assert zeno.n_events[0] == 12 and zeno.ys[-1].isnan().all()
+    rest = nha.odeint_hybrid(nha.BouncingBall(e=0.2), torch.tensor([[1.0, 0.0]], dtype=F64), 0, [0.0, 3.0])
+    assert 5 < rest.n_events[0] < 60 and rest.ys[-1].isnan().all()
     none = nha.odeint_hybrid(nha.WheeledRobot(), torch.zeros(2, 3, dtype=F64), torch.tensor([0, 4]), [0.0, 15.0])
     close(none.ys[-1, :, :2], [[-1.0, 2.0], [1.0, 2.0]], 1e-3)
     assert none.event_times.shape == (2, 0) and none.n_events.tolist() == [0, 0]
