@@ -95,7 +95,7 @@ def ours(maps: torch.Tensor, truth: np.ndarray, taus: np.ndarray, multi: bool) -
 def main(argv=None):
     run = harness.start(harness.parser(__doc__), argv)
     tiny = run.args.preset == "tiny"
-    count, repeats = (2, 1) if tiny else (8, 7)
+    count, repeats = (2, 1) if tiny else (5, 5)
     if cv2 is None:
         run.log("OpenCV is not installed: this project alone is timed")
     truth, table = np.array([[30, 40, 150, 190], [100, 20, 215, 120]]), []

@@ -163,6 +163,12 @@ def _segment_max(values: Tensor, starts: Tensor) -> Tensor:
     return torch.segment_reduce(values.float(), "max", offsets=ends, unsafe=True).to(torch.uint8)
 
 
+def _bincount(values: Tensor, length: int) -> np.ndarray:
+    if values.is_cuda:
+        return torch.bincount(values.flatten(), minlength=length).cpu().numpy()
+    return np.bincount(values.flatten().numpy(), minlength=length)
+
+
 def _pixel_keys(maps: Tensor) -> tuple[Tensor, int]:
     """Distinct int64 keys [B, H, W] whose order refines that of the grey levels, and the number of bits of the pixel index.
 
@@ -361,10 +367,8 @@ def _doubled_areas(forest: _Forest, levels: Tensor, components: _Components) -> 
     lowest = torch.minimum(low, low2)
     second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
     labels = forest.labels[:, :-1]
-    cell = torch.where(a >= b, labels[..., :-1], labels[..., 1:]).long() * _GREYS   # one of a, b is in whenever three are
-    cells = torch.stack([cell + lowest, cell + second]).flatten()
-    counts = torch.bincount(cells, minlength=len(forest.peak) * _GREYS).cpu().numpy() if cells.is_cuda \
-        else np.bincount(cells.numpy(), minlength=len(forest.peak) * _GREYS)
+    cell = torch.where(a >= b, labels[..., :-1], labels[..., 1:]) * _GREYS     # one of a, b is in whenever three are
+    counts = sum(_bincount(cell + level, len(forest.peak) * _GREYS) for level in (lowest, second))
     used = np.flatnonzero(counts)
     for item, node, level in forest.climb(*np.divmod(used, _GREYS)):
         np.add.at(area, components.base[node] - level, counts[used[item]])
