@@ -75,7 +75,7 @@ def data(run, side, batch):
     """(function of a seed that gives the training loader, validation loader, number of classes)."""
     if run.args.data is None:
         tiny = run.args.preset == "tiny"
-        train, val = textures(256 if tiny else 5000, 100), textures(200 if tiny else 2000, 101)
+        train, val = textures(256 if tiny else 3000, 100), textures(200 if tiny else 2000, 101)
         share = {"rank": run.rank, "world_size": run.world_size}
         return (lambda seed: synthetic.Batches(*(t.to(run.device) for t in train), batch_size=batch, seed=seed,
                                                drop_last=True, **share),

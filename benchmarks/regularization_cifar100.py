@@ -188,7 +188,7 @@ def load(run, per_class):
             extra["other classes"] = arrays("val", every[classes:2 * classes])[0]
     loader = lambda seed: imagenet.Loader(                    # noqa: E731
         train, batch // run.world_size, transform=imagenet.PadCropTransform(), shuffle=True, seed=seed,
-        workers=args.workers, drop_last=not kind, device=run.device, normalize=(CIFAR_MEAN, CIFAR_STD), **share)
+        workers=args.workers, drop_last=not kind, device=run.device, normalize=(CIFAR_MEAN.tolist(), CIFAR_STD.tolist()), **share)
     return loader, test_images, test_labels, classes, CIFAR_MEAN, CIFAR_STD, extra
 
 
@@ -213,10 +213,10 @@ def regularizer_of(method, size, mean, std):
     """The Regularizer of a row, for normalised images; network settings are left out."""
     settings = {k: v for k, v in METHODS[method].items() if k not in ("shakedrop", "dropblock", "fgsm")}
     if METHODS[method].get("fgsm"):
-        mean, std = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+        shift, scale = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
 
         def adversary(model, x, y):
-            m, s = mean.to(x.device), std.to(x.device)
+            m, s = shift.to(x.device), scale.to(x.device)
             return (robustness.fgsm(model, x * s + m, y, 8 / 255, mean=m, std=s) - m) / s
 
         settings["adversary"] = adversary

@@ -44,7 +44,7 @@ METHODS = {
 }
 # arch, side of the crops, side of the squashed images, epochs, batch, lr, weight decay, warm-up and CutMix-free epochs
 PRESETS = {
-    "default": ("small-16", 32, 64, 7, 64, 0.1, 5e-4, 1, 1),
+    "default": ("small-16", 32, 64, 4, 64, 0.1, 5e-4, 1, 1),
     "tiny": ("small-4", 32, 64, 1, 32, 0.1, 5e-4, 0, 0),
     "small": ("small-16", 32, 64, 10, 64, 0.1, 5e-4, 1, 2),
     "paper": ("resnet50", 224, 475, 300, 1024, 0.1, 1e-4, 5, 5),

@@ -33,7 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Iterator, Sequence
 
 BLOCK = 1 << 20
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError)
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 FREE_BYTES = 64 << 20  # archives may grow to this size at any ratio
 

@@ -194,7 +194,7 @@ class _ProjectedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._views = []
+        self._views.clear()
         for group in self.param_groups:
             paths = defaultdict(list)
             for p in group["params"]:
@@ -332,7 +332,7 @@ class _ProjectedOptimizer(Optimizer):
             layer_w = layer_along = norm_w.new_zeros(len(w))
             layer = torch.zeros_like(layer_w, dtype=torch.bool)
             channel = torch.full_like(layer, group["scale_invariant"])
-        self._views += list(torch.stack([channel, layer], 1).unbind())
+        self._views.extend(torch.stack([channel, layer], 1).unbind())
 
         layer_part = torch.where(layer, layer_along / (layer_w + eps) ** 2, 0)
         factor = 1 + (channel | layer).to(norm_w.dtype) * (group["wd_ratio"] - 1)

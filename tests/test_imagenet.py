@@ -407,7 +407,7 @@ def test_encoded_jpeg_decodes_as_pillow_does(tmp_path):
     whole = np.asarray(loading.decode(encoded))
     for row in (0, 1, 37, 80, 84, 85, 100, 101):
         top = encoded.above(row)
-        assert top.size == (203, min(101, row + 16)) or row + 16 >= 101
+        assert top.size == (203, min(101, row + 4))
         assert np.array_equal(np.asarray(top.decode())[:row], whole[:row])
     box = (150, 3, 50, 40)
     assert torch.equal(loading.crop_resize(encoded, box, 20), loading.crop_resize(Image.fromarray(whole), box, 20))
