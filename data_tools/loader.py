@@ -182,12 +182,12 @@ def normalize(
     """(..., 3, H, W) uint8 to float32 with the given channel statistics (of values in [0, 1]), on its device."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}; are they normalised already?")
+    mean = torch.tensor(mean, device=images.device).mul_(255)[:, None, None]
     scale = torch.tensor(std, device=images.device).mul_(255).reciprocal_()[:, None, None]
-    shift = torch.tensor(mean, device=images.device)[:, None, None] * -255 * scale
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     one_by_one = images.ndim == 4 and images.device.type == "cpu"  # an image fits into the cache
     for target, source in zip(out, images) if one_by_one else [(out, images)]:
-        torch.addcmul(shift, target.copy_(source), scale, out=target)
+        target.copy_(source).sub_(mean).mul_(scale)
     return out
 
 
