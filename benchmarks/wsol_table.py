@@ -552,7 +552,7 @@ def finish(run: harness.Run, task: Task, results: dict, tables: dict) -> None:
         row = {"method": method, metric: round(mean(method, metric), 1), "to CAM": round(mean(method, metric) - cam, 1)}
         classifies = method not in ("fewshot", "centre")
         row |= {key: round(mean(method, key), 1) if key != "accuracy" or classifies else None
-                for key in ("v2", "v1", "accuracy") if key != metric}
+                for key in ("v2", "v1", "accuracy") if key != metric and key in next(iter(results.values()))["cam"]}
         trials = [s for rows in results.values() for s in rows[method].get("trials", [])]
         row["trials, tuning split"] = f"{min(trials):.1f} .. {max(trials):.1f}" if trials else ""
         row["paper"] = published[method]
