@@ -218,7 +218,7 @@ class PoolingTransformer(nn.Module):
 
     Stage s has `depth[s]` blocks of `heads[s]` heads, each `base_dims[s]` wide. One stage
     (`depth=[12]`) is a ViT whose class token has no position. `pool` is "conv", "avg", "max" or
-    (one stage) "none"; `init` is "official" (PyTorch's defaults for linear layers and convolutions) or
+    (one stage) "none"; `init` is "official" (PyTorch's defaults for linear and convolution) or
     "deit"; `drop_path_rule` raises the rate linearly over the blocks, to just below
     `drop_path_rate` ("official") or to it ("timm"); `attention` is fused ("sdpa") or written out
     ("math"). `dynamic_image_size` accepts any image of at least one patch and resizes the position
