@@ -14,12 +14,12 @@ the mean over the cells of a map is the teacher's own prediction.
 import time
 
 import harness
-import numpy as np
 import torch
 from PIL import Image
 
 from data_tools import imagenet, synthetic
 from data_tools.label_maps import LabelMaps, StoreWriter, generate
+from data_tools.loader import decode, normalize, to_tensor
 from reference import relabel, resnet
 
 MEAN_STD = (imagenet.IMAGENET_MEAN, imagenet.IMAGENET_STD)
@@ -34,11 +34,8 @@ class SquashTransform:
         self.size = size
 
     def __call__(self, image) -> torch.Tensor:
-        width, height = imagenet.image_size(image)
-        if (width, height) == (self.size, self.size) and isinstance(image, np.ndarray):
-            return imagenet.to_tensor(image)
-        picture = imagenet.decode(image, (self.size, self.size)) if isinstance(image, Image.Image) else Image.fromarray(image)
-        return imagenet.to_tensor(picture.resize((self.size, self.size), Image.BILINEAR))
+        picture = decode(image, (self.size, self.size))
+        return to_tensor(picture if picture.size == (self.size, self.size) else picture.resize((self.size, self.size), Image.BILINEAR))
 
 
 def build_model(arch: str, num_classes: int, seed: int = 0) -> resnet.ResNet:
@@ -168,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     images = torch.stack([SquashTransform(size)(dataset.open(row)) for row in rows]).to(run.device)
     dense = relabel.to_dense_classifier(model.forward_features, model.fc).to(run.device).eval()
     with torch.no_grad():
-        pixels = imagenet.normalize(images, *MEAN_STD)
+        pixels = normalize(images, *MEAN_STD)
         gap = float((dense(pixels).mean((2, 3)) - model.eval()(pixels)).abs().max())
     bytes_per_image = sum(path.stat().st_size for path in maps.folder.iterdir()) / len(maps)
     other = 1 - spent["teacher seconds"] / spent["seconds"] if spent["seconds"] else None

@@ -1026,6 +1026,9 @@ def word_drop_curve(model: PCME, tokens: Tensor, lengths: Tensor, ratios: Sequen
 
 # ---------------------------------------------------------------- tokens
 
+# The rules are those of NLTK's word_tokenize (Apache License 2.0, https://www.nltk.org, S. Bird, E. Loper, E. Klein and
+# the NLTK project), merged and reordered: the published vocabularies were made with it.
+
 def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
