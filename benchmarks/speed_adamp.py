@@ -5,7 +5,8 @@
     python benchmarks/speed_adamp.py --device cuda
 
 All optimisers take turns in every round; the figure is the median over rounds of the process's CPU time (several threads
-or a GPU: wall time). Gradients are orthogonal to the weights, so that every convolution is projected. Floor: a step reads
+or a GPU: wall time). Gradients are orthogonal to the weights and the
+learning rate is tiny, so that every matrix stays projected in every round. Floor: a step reads
 w, g, m, v and writes w, m, v, 7 float32 streams; the test reads w and g once more. Expected on one thread: AdamP at
 most 3 times torch's fused AdamW, 5 times faster than the official package or more; SGDP 5 times faster as well.
 """
@@ -28,8 +29,8 @@ FAMILIES = {
 
 def optimizers(family):
     """{name: function of the parameters}; public packages only where they are installed."""
-    sgd = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
-    adam = {"lr": 1e-4, "weight_decay": 1e-2}
+    sgd = {"lr": 1e-9, "momentum": 0.9, "weight_decay": 1e-4}
+    adam = {"lr": 1e-9, "weight_decay": 1e-2}
     if family == "AdamP":
         made = {"AdamW fused": lambda p: torch.optim.AdamW(p, fused=True, **adam),
                 "AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True, **adam),
@@ -119,6 +120,8 @@ def main(argv=None):
         for name, optimizer in optimizers_of.items():
             optimizer.step()                               # makes the state
             memory[name] = peak(optimizer.step, run.device)
+            if not tiny and isinstance(optimizer, (adamp.AdamP, adamp.SGDP)):
+                assert optimizer.stats["projected"] == optimizer.stats["tested"], optimizer.stats
         for _ in run.progress(range(1 if tiny else run.args.rounds), label=family):
             for name, optimizer in optimizers_of.items():
                 times[name].append(timed(optimizer.step, run.device, one_thread))
