@@ -3,7 +3,8 @@
     python benchmarks/nha_solver.py                       # half a minute on one core
     python benchmarks/nha_solver.py --figures figures
 
-Expected: observed orders within 0.1 of theory on y' = cos(t) y; impact times of a bouncing ball and level crossings
+Expected: observed orders within 0.1 of theory on y' = cos(y + t) (on the linear y' = cos(t) y leading error terms nearly
+cancel at these steps and the orders of the fifth-order methods scatter); impact times of a bouncing ball and level crossings
 of an oscillator to 1e-9; gradients equal to central differences; with one Van der Pol sample of mu = 50 among 511 of
 mu = 1, evaluations times samples far below those of a step shared by the batch.
 """
@@ -20,23 +21,26 @@ F64 = torch.float64
 
 
 def observed_orders(device: torch.device) -> list[dict]:
-    f, truth = (lambda t, y: torch.cos(t)[:, None] * y), math.exp(math.sin(2.0))
+    """The bare methods with equal steps. y' = cos(y + t) has y = 2 atan(t + tan(y0 / 2)) - t."""
+    problems = {"y' = cos(y + t)": (lambda t, y: torch.cos(y + t[:, None]), 0.3, 2 * math.atan(2 + math.tan(0.15)) - 2),
+                "y' = cos(t) y": (lambda t, y: torch.cos(t)[:, None] * y, 1.0, math.exp(math.sin(2.0)))}
     rows = []
     for method in nha.METHODS:
-        tab, theory = nha._tableau(method, F64, device), nha.METHODS[method]["order"]
-        counts = (80, 160) if theory <= 2 else (20, 40)
-        errors = []
-        for n in counts:                                   # the bare method with equal steps, without step control
-            y, h = torch.ones(1, 1, dtype=F64, device=device), torch.full((1,), 2.0 / n, dtype=F64, device=device)
-            for k in range(n):
-                hk = []
-                for i in range(len(tab.c)):
-                    point = y + sum((float(a) * v for a, v in zip(tab.a[i], hk)), torch.zeros_like(y))
-                    hk.append(h[:, None] * f(h * k + tab.c[i] * h, point))
-                y = y + sum(float(b) * v for b, v in zip(tab.b, hk))
-            errors.append(abs(float(y) - truth))
-        rows.append({"method": method, "order": theory, "observed": round(math.log2(errors[0] / errors[1]), 3),
-                     "error at the finer step": errors[1]})
+        tab = nha._tableau(method, F64, device)
+        row = {"method": method, "order": tab.order}
+        for name, (f, y0, truth) in problems.items():
+            errors = []
+            for n in (160, 320) if tab.order <= 3 else (40, 80):
+                y, h = torch.full((1, 1), y0, dtype=F64, device=device), torch.full((1,), 2.0 / n, dtype=F64, device=device)
+                for k in range(n):
+                    hk = []
+                    for i in range(len(tab.c)):
+                        point = y + sum((float(a) * v for a, v in zip(tab.a[i], hk)), torch.zeros_like(y))
+                        hk.append(h[:, None] * f(h * k + tab.c[i] * h, point))
+                    y = y + sum(float(b) * v for b, v in zip(tab.b, hk))
+                errors.append(abs(float(y) - truth))
+            row[name] = round(math.log2(errors[0] / errors[1]), 3)
+        rows.append(row)
     return rows
 
 
@@ -99,10 +103,10 @@ def main(argv=None):
                            {f"start {i}": (path[:, i, 0].tolist(), path[:, i, 1].tolist()) for i in range(3)},
                            title="Switching linear system, events located", xlabel="x", ylabel="y")
     saved = stiff[1]["evaluations x samples"] / stiff[0]["evaluations x samples"]
-    worst = max(abs(r["observed"] - r["order"]) for r in orders)
+    worst = {name: max(abs(r[name] - r["order"]) for r in orders) for name in list(orders[0])[2:]}
     run.finish(
-        rows=[{"claim": "orders differ from theory by at most", "paper": 0.1, "this run": round(worst, 3),
-               "holds": worst <= 0.1},
+        rows=[*({"claim": f"{name}: orders differ from theory by at most", "paper": 0.1, "this run": round(gap, 3),
+                 "holds": gap <= 0.1} for name, gap in worst.items()),
               {"claim": "event times exact to", "paper": 1e-9, "this run": max(events["ball"], events["oscillator"]),
                "holds": max(events["ball"], events["oscillator"]) <= 1e-9},
               {"claim": "event-time derivative exact to", "paper": 1e-6, "this run": events["d t / d w"],
