@@ -3,12 +3,7 @@
 import copy
 import doctest
 import itertools
-import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +14,6 @@ from torch import nn
 from reference import adamp
 from reference.adamp import SGDP, AdamP
 
-ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "adamp"
 ADAMP_PATHS = {"readable": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True},
                "capturable": {"capturable": True}, "default": {}}
@@ -565,10 +559,3 @@ def test_gpu_equals_cpu_and_a_graph_equals_both():
         results.append([p.detach().cpu() for p in params])
     assert_same(results[1], results[0], rtol=1e-9, atol=1e-12)
     assert_same(results[2], results[0], rtol=1e-9, atol=1e-12)
-
-
-# ---------------------------------------------------------------- scripts
-
-def script(name, *arguments, check=True):
-    return subprocess.run([sys.executable, str(ROOT / "benchmarks" / name), "--threads", "1", *map(str, arguments)],
-                          check=check, capture_output=True, text=True)
