@@ -56,10 +56,15 @@ FREE_ARGUMENTS = {"resume", "out", "figures", "device", "workers", "record", "ch
 
 # ---------------------------------------------------------------- arguments and start
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):                            # one line: --help shows the rest
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"),
            seeds: int = 1) -> argparse.ArgumentParser:
     """Arguments common to all scripts. `presets[0]` is the default one, `seeds` the default number of seeds."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--data", type=Path, help="folder of the real data set (default: the embedded synthetic data)")
     add("--preset", choices=presets, default=presets[0])

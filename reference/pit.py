@@ -33,6 +33,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
 import re
 import time
 import warnings
@@ -547,7 +548,10 @@ def convert_timm_state_dict(sd: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_pit_checkpoint(path: str) -> dict[str, Tensor]:
     """A checkpoint file as a plain state_dict with official keys, no wrappers and prefixes."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a torch.save file of tensors alone") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict")
     return convert_timm_state_dict(_unwrap(content))

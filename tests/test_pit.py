@@ -528,6 +528,10 @@ def test_pretrained_and_position_map_of_another_size(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="w.pth holds a list"):
         pit.load_pit_checkpoint(path)
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="w.pth is not a torch.save file"):
+            pit.load_pit_checkpoint(path)
     vit = pit.deit_tiny_patch16_224(image_size=32, depth=1, num_classes=3)
     torch.save({"model": {f"module.{k}": v for k, v in vit.state_dict().items()}}, path)
     other = pit.deit_tiny_patch16_224(path, image_size=32, depth=1, num_classes=3)
