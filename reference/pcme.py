@@ -546,8 +546,8 @@ class TripletLoss(nn.Module):
         matched = _check_matched(matched, len(images), len(captions), images) > 0
         scores, parts = images @ captions.T, {}
         for way, s, m in (("i2t", scores, matched), ("t2i", scores.T, matched.T)):
-            own = s.masked_fill(~m, -math.inf).amax(1, keepdim=True)
-            cost = (self.margin + s - own).clamp(min=0).masked_fill(m | own.isinf(), 0.0)
+            row, column = m.nonzero(as_tuple=True)            # every match is an anchor
+            cost = (self.margin + s[row] - s[row, column, None]).clamp(min=0).masked_fill(m[row], 0)
             parts[f"{way}_loss"] = (cost.amax(1) if self.max_violation else cost).sum()
         loss = parts["i2t_loss"] + parts["t2i_loss"]
         return loss, {name: value.detach() for name, value in {**parts, "loss": loss}.items()}
@@ -1026,38 +1026,42 @@ def word_drop_curve(model: PCME, tokens: Tensor, lengths: Tensor, ratios: Sequen
 
 # ---------------------------------------------------------------- tokens
 
-# The rules are those of NLTK's word_tokenize (Apache License 2.0, https://www.nltk.org, S. Bird, E. Loper, E. Klein and
-# the NLTK project), merged and reordered: the published vocabularies were made with it.
-
-def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
-    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
-
-
-_OPENING = _rules((r"[«“‘„]|`+", r" \g<0> "), (r'^"', " `` "), (r"([ (\[{<])(?:\"|'')", r"\1 `` "))
-_APOSTROPHE = _rules((r"(?<!\w)'(?!(?:re|ve|ll|[mtsdn])\b)(?=\w)", "' "))
-_APOSTROPHE_LEGACY = _rules((r"'(?!re|ve|ll|[mtsdn])(\w)\b", r"' \1"))
-_REST = _rules(
-    (r"(?<=[^.])\.([\])}>\"'»”’ ]*)\s*$", r" . \1 "),         # the final period, not of an ellipsis
-    (r"([:,])(?=[^\d])|([:,])$", r" \g<0> "), (r"\.{2,}", r" \g<0> "), (r"[;@#$%&\u2012-\u2015?!*]", r" \g<0> "),
-    (r"(?<=[^'])' ", " ' "), (r"[\][(){}<>]", r" \g<0> "), ("--", " -- "), (r"^|$", " "),
-    (r"[»”’]", r" \g<0> "), (r"''|\"", " '' "), (r"\s+", " "),
-    (r"(?<=[^' ])('[smd]|') ", r" \1 "), (r"(?<=[^' ])('ll|'re|'ve|n't) ", r" \1 "),
-    (r"\b(can)(not)\b|\b(d)('ye)\b|\b(gim|lem)(me)\b|\b(gon)(na)\b|\b(got)(ta)\b|\b(more)('n)\b|\b(wan)(na)(?=\s)",
-     lambda match: " {} {} ".format(*filter(None, match.groups()))),
-    (r" ('t)(is|was)\b", r" \1 \2 "))
+# A caption is read once, from left to right; whatever is no break belongs to a word.
+_BREAKS = r"""`+ | \.{2,} | -- | [«“‘„»”’] | [][(){}<>;@\#$%&?!*\u2012-\u2015]
+    | [:,] (?!\d)                                             # 10:30 and 1,000 stay whole
+    | \. (?= (?: [])}>'»”’\s] | (?<!\s)" )* $ )               # the period that ends the caption
+    | (?<!\w) ' (?! (?:re|ve|ll|[mtsdn])\b ) (?=\w """        # an apostrophe that opens a quotation
+_QUOTES = r"""(?P<opening> (?<![^\s(\[{<`«“‘„]) " | (?<=[\s(\[{<`«“‘„]) '' ) | (?P<closing> " | '' )"""
+_TOKENS = {
+    legacy: re.compile(rf"""{_QUOTES} | {breaks}
+                        | (?P<word> [a-z]+ (?!\S) | (?: (?! " | '' | {breaks} ) \S )+ )""", re.VERBOSE)
+    for legacy, breaks in ((False, _BREAKS + ")"), (True, _BREAKS + r"\b)"))}
+_CLITICS = re.compile(r"(.*?[^'])('ll|'re|'ve|n't)?('[smd]?)?")
+_JOINED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "d'ye": 1,
+           "more'n": 4, "'tis": 2, "'twas": 2}                # where the two words meet
+_FIND_JOINED = re.compile(rf"(?<!\w)({'|'.join(_JOINED)})(?!\w)(?!(?<=wanna)\S)")
 
 
 def tokenize(caption: str, legacy_quotes: bool = False) -> list[str]:
-    """Lower-cased Penn-Treebank tokens of one sentence, as nltk.word_tokenize gives them (no sentence splitting).
+    """Lower-cased tokens of one sentence in the Penn Treebank manner of the published vocabularies.
 
-    legacy_quotes=True splits a leading apostrophe as the nltk of 2019-2021 did, for the published vocabularies.
+    legacy_quotes=True splits a leading apostrophe before a single letter only, as was done when
+    those vocabularies were made. Sentences are not separated: only a period at the very end is split.
     """
     if not isinstance(caption, str):
         raise TypeError(f"caption must be a string, got {type(caption).__name__}")
-    text = caption.lower()
-    for pattern, replacement in (*_OPENING, *(_APOSTROPHE_LEGACY if legacy_quotes else _APOSTROPHE), *_REST):
-        text = pattern.sub(replacement, text)
-    return text.split()
+    tokens = []
+    for match in _TOKENS[legacy_quotes].finditer(caption.lower()):
+        text, kind = match[0], match.lastgroup
+        if kind != "word":
+            tokens.append({"opening": "``", "closing": "''"}.get(kind, text))
+            continue
+        clitics = _CLITICS.fullmatch(text)
+        for part in clitics.groups("") if clitics else (text,):
+            for piece in _FIND_JOINED.split(part):
+                cut = _JOINED.get(piece, 0)
+                tokens += filter(None, (piece[:cut], piece[cut:]))
+    return tokens
 
 
 # ---------------------------------------------------------------- training
