@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,31 @@ def test_a_method_imports_only_torch_numpy_pillow_and_the_standard_library(path)
     assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL"}
 
 
+def run_all(commands: list[list[str]], folders: list[Path], path: str | None) -> list[subprocess.CompletedProcess]:
+    """Run Python with each argument list in its folder, one single-threaded process per core at a time."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = path
+
+    def run(command, folder):
+        return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True,
+                              timeout=180)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(run, commands, folders))
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(path.stem) for path in METHODS]
+    for path, folder in zip(METHODS, folders):
+        shutil.copy(path, folder)
+    return dict(zip(METHODS, run_all([["-P", path.name] for path in METHODS], folders, None)))
+
+
 @pytest.mark.parametrize("path", METHODS, ids=name_of)
-def test_a_method_copied_alone_runs_its_demonstration(path, tmp_path):
-    shutil.copy(path, tmp_path)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-P", path.name], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=180)
+def test_a_method_copied_alone_runs_its_demonstration(path, demonstrations):
+    done = demonstrations[path]
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip(), "the demonstration prints nothing"
 
@@ -77,12 +97,16 @@ def python_blocks():
     return re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
 
 
+@pytest.fixture(scope="module")
+def snippets(tmp_path_factory):
+    blocks = python_blocks()
+    folders = [tmp_path_factory.mktemp("snippet") for _ in blocks]
+    return dict(zip(blocks, run_all([["-c", block] for block in blocks], folders, str(ROOT))))
+
+
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.strip().splitlines()[0][:60])
-def test_snippets_of_the_readme_run(block, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_snippets_of_the_readme_run(block, snippets):
+    assert snippets[block].returncode == 0, snippets[block].stderr[-2000:]
 
 
 def test_tables_of_the_readme_are_those_of_the_recorded_runs():
