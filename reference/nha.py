@@ -796,18 +796,20 @@ class HybridSolution(NamedTuple):
         order = order[times[order].argsort(stable=True)]
         return times[order], x[order], mode[order]
 
-    def durations(self, t_start: float, t_end: float, z0: int | Tensor = 0) -> dict[str, Tensor]:
-        """Times between events: tau, z, z2, censored, one row each; the last of a sample is censored."""
-        b, k = self.event_times.shape
-        z0 = torch.as_tensor(z0, device=self.n_events.device).expand(b)
+    def durations(self, t_start: float, t_end: float) -> dict[str, Tensor]:
+        """One row per piece between events: its length tau, mode z, next mode z2, first state x, and
+        censored, which the last piece of every sample is."""
+        k = self.event_times.shape[1]
         times = F.pad(self.event_times, (1, 1), value=t_end)
         times[:, 0] = t_start
         times = torch.where(times.isnan(), t_end, times)
         tau, index = times.diff(), torch.arange(k + 1, device=times.device)
-        z = torch.cat([z0[:, None], self.mode_post], 1)
+        z = torch.cat([self.modes[:1].T, self.mode_post], 1)
+        x = torch.cat([self.ys[:1].transpose(0, 1), self.x_post], 1)
         z2, censored = F.pad(self.mode_post, (0, 1), value=-1), index == self.n_events[:, None]
         keep = (index <= self.n_events[:, None]) & (tau > 0)
-        return {"tau": tau[keep], "z": z[keep], "z2": z2[keep].clamp(min=0), "censored": censored[keep]}
+        return {"tau": tau[keep], "z": z[keep], "z2": z2[keep].clamp(min=0), "x": x[keep],
+                "censored": censored[keep]}
 
 
 @torch.no_grad()
@@ -1287,14 +1289,18 @@ class EventModule(nn.Module):
         if context_dim and estimator == "joint":
             self.transition_net = _mlp((context_dim + n_modes, 32, 32, n_modes))
         self.register_buffer("possible", torch.ones(n_modes, n_modes, dtype=torch.bool))
+        self.register_buffer("center", torch.zeros(context_dim))
+        self.register_buffer("spread", torch.ones(context_dim))
 
     @torch.no_grad()
     def initialize(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None, censored=None) -> None:
-        """Transition counts, and mean and spread of log tau for each mode pair."""
+        """Transition counts, mean and spread of log tau for each mode pair, and those of the context."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
         if bool(censored.all()):
             raise ValueError("no uncensored time to start from")
         m, seen = self.n_modes, ~censored
+        if context is not None:
+            self.center.copy_(context.mean(0)), self.spread.copy_(context.std(0).clamp(min=1e-6))
         pair, log_tau = (z * m + z2)[seen], tau[seen].to(self.transition).log()
         total = torch.bincount(pair, minlength=m * m).to(log_tau)
         mean = torch.zeros_like(total).index_add_(0, pair, log_tau) / total.clamp(min=1)
@@ -1318,6 +1324,9 @@ class EventModule(nn.Module):
             raise ValueError(f"modes must lie in 0..{self.n_modes - 1}")
         return tau, z, z2, censored
 
+    def _scaled(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else (context - self.center) / self.spread
+
     def _each_target(self, z: Tensor, context: Tensor | None) -> dict:
         group = z[:, None] * self.n_modes + torch.arange(self.n_modes, device=z.device)
         c = None if context is None else context[:, None].expand(-1, self.n_modes, -1)
@@ -1334,11 +1343,12 @@ class EventModule(nn.Module):
         if self.estimator != "joint":
             raise ValueError("transition_probs needs estimator 'joint'; in a race the probabilities follow "
                              "from the clocks")
-        return self._transition_logits(z, context).softmax(-1)
+        return self._transition_logits(z, self._scaled(context)).softmax(-1)
 
     def log_prob(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None, censored=None) -> Tensor:
         """Log-likelihood (N,) of "next event after tau, to z2", or of "none until tau" where censored."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
+        context = self._scaled(context)
         each, possible = self._each_target(z, context), self.possible[z]
         all_tau = tau[:, None].expand(-1, self.n_modes)
         survive = self.flow.log_survival(all_tau, **each)
@@ -1359,8 +1369,9 @@ class EventModule(nn.Module):
         """Draw (time to the next event, next mode), both (N,)."""
         if self.estimator == "joint":
             z2 = torch.multinomial(self.transition_probs(z, context), 1, generator=generator)[:, 0]
+            context = self._scaled(context)
             return self.flow.sample(z.shape, context, generator, group=z * self.n_modes + z2), z2
-        clocks = self.flow.sample((len(z), self.n_modes), generator=generator, **self._each_target(z, context))
+        clocks = self.flow.sample((len(z), self.n_modes), generator=generator, **self._each_target(z, self._scaled(context)))
         return clocks.masked_fill(~self.possible[z], math.inf).min(1)
 
 
