@@ -343,7 +343,7 @@ def test_bad_input():
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), box=(0, 0, 5, 4))
     with pytest.raises(ValueError, match="beta must be positive"):
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), beta=0)
-    with pytest.raises(ValueError, match="targets must be"):
+    with pytest.raises(ValueError, match="images must be"):
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(3))
     with pytest.raises(ValueError, match="logits and targets"):
         relabel.SoftTargetCrossEntropy()(torch.zeros(2, 3), torch.zeros(2))
