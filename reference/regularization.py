@@ -2,8 +2,8 @@
 Chun, Oh, Yun, Han, Choe and Yoo, "An Empirical Evaluation on Robustness and Uncertainty of
 Regularization Methods" (ICML 2019 workshop, arXiv:2003.03879).
 
-The study trains one network with each regulariser and asks more than accuracy of it: robustness to
-attacks, occlusion and corruption, and honest confidence (all measured by `robustness.py`).
+The study trains one network with each regulariser and asks more than accuracy: robustness to
+attacks, occlusion and corruption, and honest confidence (measured by `robustness.py`).
 
     input     cutout          a square of the image is blanked               (DeVries & Taylor 2017)
               mixup           x' = lam x + (1 - lam) x[perm]                 (Zhang et al. 2018)
@@ -18,9 +18,7 @@ attacks, occlusion and corruption, and honest confidence (all measured by `robus
 
 All mixing keeps lam as the weight of the image's own label and trains on
 lam CE(z, y) + (1 - lam) CE(z, y[perm]) = `mixed_cross_entropy`. Each function draws from the
-`generator` it is given, and draws nothing for what is passed explicitly (`perm`, `lam`, `box`, ...).
-
-Copy any function alone, or use them together:
+`generator` it is given, and nothing for what is passed explicitly (`perm`, `lam`, `box`, ...).
 
 >>> x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
 >>> regularizer = Regularizer(["cutout", "cutmix"], length=4, label_smoothing=0.1)
@@ -29,13 +27,12 @@ Copy any function alone, or use them together:
 >>> round(loss.item(), 4)
 1.0986
 >>> net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
->>> steps = train(net, [(x, y)], torch.optim.SGD(net.parameters(), 0.1), regularizer=regularizer, epochs=2)
->>> [sorted(step) for step in steps][1]
+>>> optimizer = torch.optim.SGD(net.parameters(), 0.1)
+>>> [sorted(step) for step in train(net, [(x, y)], optimizer, regularizer=regularizer)][0]
 ['acc', 'epoch', 'lam', 'loss', 'lr', 'step']
 """
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -47,7 +44,7 @@ from torch.nn import functional as F
 
 
 class Mixed(NamedTuple):
-    """A mixed batch: images, own labels, labels of the partners, and the weight of the own labels."""
+    """A mixed batch: images, own labels, the partners' labels, and the weight of the own labels."""
 
     x: Tensor
     y_a: Tensor
@@ -55,12 +52,11 @@ class Mixed(NamedTuple):
     lam: float | Tensor
 
 
-# ---- draws and checks ------------------------------------------------------------------------------
-
+# ---- draws and checks ----------------------------------------------------------------------------
 
 def _check_images(x: Tensor) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"x must be a float image batch, got {x.dtype}; convert integer images first")
+        raise TypeError(f"x must be a float image batch, got {x.dtype}; convert integers first")
     if x.ndim != 4:
         raise ValueError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
 
@@ -73,9 +69,11 @@ def _check_pair(x: Tensor, y: Tensor, perm: Tensor | None) -> None:
         raise ValueError(f"perm must have one entry per image ({len(x)}), got {len(perm)}")
 
 
-def _check_lam(lam: float | Tensor) -> float | Tensor:
-    """A number in [0, 1] as float, or a (B,) tensor of such."""
+def _check_lam(lam: float | Tensor, count: int | None = None) -> float | Tensor:
+    """A number in [0, 1] as float, or a (count,) tensor of such."""
     if isinstance(lam, Tensor) and lam.ndim:
+        if count is not None and lam.shape != (count,):
+            raise ValueError(f"lam must be a number or ({count},), got {tuple(lam.shape)}")
         valid = bool(((lam >= 0) & (lam <= 1)).all())
     else:
         lam = float(lam)
@@ -85,45 +83,47 @@ def _check_lam(lam: float | Tensor) -> float | Tensor:
     return lam
 
 
+def _device(generator: torch.Generator | None) -> torch.device | None:
+    return None if generator is None else generator.device
+
+
+def _randint(high: int, shape: tuple, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(high, shape, generator=generator, device=_device(generator))
+
+
 def _draw_lam(alpha: float, count: int | None, generator: torch.Generator | None) -> float | Tensor:
     """lam ~ Beta(alpha, alpha), one number or (count,) float64; alpha <= 0 switches mixing off."""
     if alpha <= 0:
         return 1.0 if count is None else torch.ones(count, dtype=torch.float64)
-    device = None if generator is None else generator.device
-    seed = int(torch.randint(2**62, (), generator=generator, device=device))
-    lam = np.random.default_rng(seed).beta(alpha, alpha, count)
+    lam = np.random.default_rng(int(_randint(2**62, (), generator))).beta(alpha, alpha, count)
     return float(lam) if count is None else torch.from_numpy(lam)
 
 
 def _draw_perm(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    return torch.randperm(len(x), generator=generator, device=device).to(x.device)
-
-
-def _randint(high: int, shape: tuple, generator: torch.Generator | None) -> Tensor:
-    device = None if generator is None else generator.device
-    return torch.randint(high, shape, generator=generator, device=device)
+    return torch.randperm(len(x), generator=generator, device=_device(generator)).to(x.device)
 
 
 def _skip(prob: float, generator: torch.Generator | None) -> bool:
-    """The coin of `prob`; certain outcomes draw nothing."""
+    """The coin of `prob`; prob 1 draws nothing."""
     if not 0 <= prob <= 1:
         raise ValueError(f"prob must be in [0, 1], got {prob}")
-    if prob in (0, 1):
-        return prob == 0
-    device = None if generator is None else generator.device
-    return bool(torch.rand((), generator=generator, device=device) >= prob)
+    return prob < 1 and bool(torch.rand((), generator=generator, device=_device(generator)) >= prob)
 
 
-def _per_image(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number, or (B,) values shaped to scale the images of x."""
-    if isinstance(value, Tensor):
-        return value.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-    return value
+def _blend(x: Tensor, perm: Tensor, lam: float | Tensor) -> Tensor:
+    if isinstance(lam, Tensor):
+        lam = lam.to(x).reshape(-1, *[1] * (x.ndim - 1))
+    return lam * x + (1 - lam) * x[perm]
 
 
-# ---- input: cutout, mixup, cutmix, noise -----------------------------------------------------------
+def _returned(lam: float | Tensor, x: Tensor) -> float | Tensor:
+    """lam as it leaves: a number, or a tensor on x's device, float32 or finer."""
+    if isinstance(lam, Tensor):
+        return lam.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return lam
 
+
+# ---- input: cutout, mixup, cutmix, noise ---------------------------------------------------------
 
 def _inside(low: Tensor, high: Tensor, size: int) -> Tensor:
     """(..., size) bool: low <= position < high."""
@@ -131,12 +131,12 @@ def _inside(low: Tensor, high: Tensor, size: int) -> Tensor:
     return (position >= low[..., None]) & (position < high[..., None])
 
 
-def cutout(x: Tensor, length: int, n_holes: int = 1, fill: float = 0.0, centers: Tensor | None = None,
-           generator: torch.Generator | None = None) -> Tensor:
+def cutout(x: Tensor, length: int, n_holes: int = 1, fill: float = 0.0,
+           centers: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Blank `n_holes` squares per image with `fill`; 0 is the data-set mean after normalisation.
 
-    A hole spans center - length // 2 .. center + length // 2 (end exclusive), so an odd length loses a
-    pixel; the centre is uniform over the image and the hole is clipped at the border, not shifted.
+    A hole spans center - length // 2 .. center + length // 2 (end exclusive), so an odd length
+    loses a pixel; the centre is uniform over the image, the hole clipped at the border.
     centers: (B, n_holes, 2) integers (row, column) replace the draw. Returns a new tensor.
     """
     _check_images(x)
@@ -146,7 +146,7 @@ def cutout(x: Tensor, length: int, n_holes: int = 1, fill: float = 0.0, centers:
     if centers is None:
         rows = _randint(height, (len(x), n_holes), generator)
         centers = torch.stack([rows, _randint(width, (len(x), n_holes), generator)], -1)
-    elif centers.shape != (len(x), centers.shape[1], 2):
+    elif centers.ndim != 3 or centers.shape[::2] != (len(x), 2):
         raise ValueError(f"centers must be ({len(x)}, n_holes, 2), got {tuple(centers.shape)}")
     low, high = (centers.to(x.device) + shift for shift in (-(length // 2), length // 2))
     rows = _inside(low[..., 0], high[..., 0], height)
@@ -158,54 +158,47 @@ def cutout(x: Tensor, length: int, n_holes: int = 1, fill: float = 0.0, centers:
 def mixup(x: Tensor, y: Tensor, alpha: float = 1.0, per_sample: bool = False,
           perm: Tensor | None = None, lam: float | Tensor | None = None,
           generator: torch.Generator | None = None) -> Mixed:
-    """x' = lam x + (1 - lam) x[perm] with lam ~ Beta(alpha, alpha), one for the batch or one per image.
+    """x' = lam x + (1 - lam) x[perm], lam ~ Beta(alpha, alpha) for the batch or for every image.
 
     alpha <= 0 means lam = 1. Draw order: lam, perm. x is float (B, C, H, W) and is not modified.
     """
     _check_pair(x, y, perm)
-    lam = _draw_lam(alpha, len(x) if per_sample else None, generator) if lam is None else _check_lam(lam)
+    if lam is None:
+        lam = _draw_lam(alpha, len(x) if per_sample else None, generator)
+    lam = _check_lam(lam, len(x))
     perm = _draw_perm(x, generator) if perm is None else perm
-    weight = _per_image(lam, x)
-    lam = lam if isinstance(lam, float) else weight.flatten()
-    return Mixed(weight * x + (1 - weight) * x[perm], y, y[perm], lam)
+    return Mixed(_blend(x, perm, lam), y, y[perm], _returned(lam, x))
 
 
 def rand_bbox(h: int, w: int, lam: float, generator: torch.Generator | None = None,
               center: tuple[int, int] | None = None) -> tuple[int, int, int, int]:
-    """CutMix's box (y1, x1, y2, x2), ends exclusive, of an h x w image: sides int(h r) and int(w r) with
-    r = sqrt(1 - lam) around a uniform centre (row drawn first), clipped at the border.
+    """CutMix's box (y1, x1, y2, x2), ends exclusive, of an h x w image: sides int(h r) and int(w r)
+    with r = sqrt(1 - lam) around a uniform centre (row drawn first), clipped at the border.
 
-    An odd side loses one pixel, and clipping makes the box smaller: hence the adjusted lam of CutMix.
+    An odd side loses a pixel and clipping makes the box smaller: hence the adjusted lam of CutMix.
     """
-    lam = _check_lam(lam)
+    return tuple(_boxes(h, w, _check_lam(float(lam)), generator, center)[0].tolist())
+
+
+def _boxes(h: int, w: int, lam: float | Tensor, generator: torch.Generator | None,
+           center: tuple[int, int] | None = None) -> Tensor:
+    """(B, 4) boxes on the CPU, one for each lam."""
+    lam, size = torch.as_tensor(lam, dtype=torch.float64).reshape(-1, 1).cpu(), torch.tensor([h, w])
     if center is None:
-        center = int(_randint(h, (), generator)), int(_randint(w, (), generator))
-    sides = torch.tensor([lam], dtype=torch.float64)
-    return tuple(_boxes(h, w, sides, torch.tensor([center]))[0].tolist())
+        center = torch.stack([_randint(side, (len(lam),), generator).cpu() for side in (h, w)], 1)
+    center, half = torch.as_tensor(center), (size * (1 - lam).sqrt()).long() // 2
+    return torch.cat([(center - half).clamp(min=0), torch.minimum(center + half, size)], 1)
 
 
-def _boxes(h: int, w: int, lam: Tensor, centers: Tensor) -> Tensor:
-    """(B, 4) boxes from (B,) float64 lam and (B, 2) centres."""
-    size = torch.tensor([h, w])
-    half = (size * (1 - lam.cpu()).sqrt()[:, None]).long() // 2
-    centers = centers.cpu()
-    return torch.cat([(centers - half).clamp(min=0), torch.minimum(centers + half, size)], 1)
-
-
-def _cut_boxes(x: Tensor, lam: float | Tensor, box, generator: torch.Generator | None) -> Tensor:
-    """Boxes (1, 4) or (B, 4) on the CPU: given, or drawn for lam."""
+def _given_boxes(x: Tensor, box) -> Tensor:
+    """The caller's box, or boxes, as (1, 4) or (B, 4) on the CPU."""
     h, w = x.shape[-2:]
-    if box is not None:
-        box = torch.as_tensor(box).cpu().reshape(-1, 4)
-        (y1, x1, y2, x2), largest = box.unbind(1), torch.tensor([h, w, h, w])
-        if len(box) not in (1, len(x)) or (box < 0).any() or (box > largest).any() or \
-                (y1 > y2).any() or (x1 > x2).any():
-            raise ValueError(f"box must be (y1, x1, y2, x2) with ends exclusive inside {h} x {w}, one or "
-                             f"one per image, got {box.tolist()}")
-        return box
-    lam = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
-    rows, columns = (_randint(side, (len(lam),), generator) for side in (h, w))
-    return _boxes(h, w, lam, torch.stack([rows, columns], 1))
+    box = torch.as_tensor(box).cpu().reshape(-1, 4)
+    inside = (box >= 0).all() and (box <= torch.tensor([h, w, h, w])).all()
+    if len(box) not in (1, len(x)) or not inside or (box[:, :2] > box[:, 2:]).any():
+        raise ValueError(f"box must be (y1, x1, y2, x2), ends exclusive, inside {h} x {w}, one or "
+                         f"one per image, got {box.tolist()}")
+    return box
 
 
 def _paste(x: Tensor, perm: Tensor, boxes: Tensor) -> Tensor:
@@ -213,7 +206,7 @@ def _paste(x: Tensor, perm: Tensor, boxes: Tensor) -> Tensor:
     if len(boxes) == 1:
         y1, x1, y2, x2 = boxes[0].tolist()
         out = x.clone()
-        out[:, :, y1:y2, x1:x2] = x[perm, :, y1:y2, x1:x2]  # advanced indexing: a copy, never a view
+        out[:, :, y1:y2, x1:x2] = x[perm, :, y1:y2, x1:x2]  # indexed by perm: a copy, never a view
         return out
     y1, x1, y2, x2 = boxes.to(x.device).unbind(1)
     inside = _inside(y1, y2, x.shape[2])[:, :, None] & _inside(x1, x2, x.shape[3])[:, None, :]
@@ -224,9 +217,7 @@ def _kept_share(x: Tensor, boxes: Tensor) -> float | Tensor:
     """1 - area / (H W): a float for one box, a tensor for several."""
     y1, x1, y2, x2 = boxes.unbind(1)
     share = 1 - ((y2 - y1) * (x2 - x1)).double() / (x.shape[2] * x.shape[3])
-    if len(boxes) == 1:
-        return share.item()
-    return share.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return share.item() if len(boxes) == 1 else _returned(share, x)
 
 
 def cutmix(x: Tensor, y: Tensor, alpha: float = 1.0, prob: float = 1.0, per_sample: bool = False,
@@ -235,7 +226,7 @@ def cutmix(x: Tensor, y: Tensor, alpha: float = 1.0, prob: float = 1.0, per_samp
     """A box of x[perm] pasted into x, labels mixed by the area.
 
     With probability `prob` (else Mixed(x, y, y, 1.0)): lam ~ Beta(alpha, alpha), a box by
-    :func:`rand_bbox`, and, with adjust_lam, lam = 1 - area / (H W) of the box as clipped. per_sample
+    :func:`rand_bbox`, and, with adjust_lam, lam = 1 - area / (H W) of the clipped box. per_sample
     draws lam and box for every image. box = (y1, x1, y2, x2), or (B, 4), replaces the draw.
     Draw order: coin, lam, perm, box. x is float (B, C, H, W) and is not modified.
     """
@@ -243,15 +234,12 @@ def cutmix(x: Tensor, y: Tensor, alpha: float = 1.0, prob: float = 1.0, per_samp
     if _skip(prob, generator):
         return Mixed(x, y, y, 1.0)
     if lam is not None:
-        lam = _check_lam(lam)
+        lam = _check_lam(lam, len(x))
     elif box is None or not adjust_lam:
         lam = _draw_lam(alpha, len(x) if per_sample else None, generator)
     perm = _draw_perm(x, generator) if perm is None else perm
-    boxes = _cut_boxes(x, lam, box, generator)
-    if adjust_lam:
-        lam = _kept_share(x, boxes)
-    elif isinstance(lam, Tensor):
-        lam = lam.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    boxes = _boxes(*x.shape[2:], lam, generator) if box is None else _given_boxes(x, box)
+    lam = _kept_share(x, boxes) if adjust_lam else _returned(lam, x)
     return Mixed(_paste(x, perm, boxes), y, y[perm], lam)
 
 
@@ -261,16 +249,16 @@ def gaussian_noise(x: Tensor, sigma: float, clip: Sequence[float] | None = (0, 1
     _check_images(x)
     if not sigma >= 0:
         raise ValueError(f"sigma must be >= 0, got {sigma}")
-    device = x.device if generator is None else generator.device
-    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-    return x + sigma * noise if clip is None else (x + sigma * noise).clamp(*clip)
+    device = _device(generator) or x.device
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+    x = x + sigma * noise.to(x.device)
+    return x if clip is None else x.clamp(*clip)
 
 
-# ---- losses ----------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return (logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits).log_softmax(1)
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -283,17 +271,17 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | T
                         label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
     """lam CE(z, y_a) + (1 - lam) CE(z, y_b), both labels smoothed by eps = label_smoothing.
 
-    logits (B, K), labels (B,) int64, lam a number or (B,). Smoothing spreads eps over all K classes,
-    the true one included: (1 - eps) CE + eps mean_k(-log p_k). Half-precision logits are computed in
-    float32.
+    logits (B, K), labels (B,) int64, lam a number or (B,). Smoothing spreads eps over all K
+    classes, the true one included: (1 - eps) CE + eps mean_k(-log p_k). Half-precision logits are
+    computed in float32.
     """
-    lam = _check_lam(lam)
+    lam = _check_lam(lam, len(logits))
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if logits.ndim != 2 or not len(logits) == len(y_a) == len(y_b):
-        raise ValueError(f"logits must be (B, K) with B labels, got {tuple(logits.shape)}, {len(y_a)} "
-                         f"and {len(y_b)}")
-    log_p = _log_probabilities(logits)
+        raise ValueError(f"logits must be (B, K) with B labels, got {tuple(logits.shape)}, "
+                         f"{len(y_a)} and {len(y_b)}")
+    log_p = _log_softmax(logits)
     own = log_p.gather(1, y_a[:, None])[:, 0]
     if y_a is y_b:
         losses = -own
@@ -305,7 +293,8 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | T
     return _reduce(losses, reduction)
 
 
-def label_smoothing_loss(logits: Tensor, y: Tensor, eps: float = 0.1, reduction: str = "mean") -> Tensor:
+def label_smoothing_loss(logits: Tensor, y: Tensor, eps: float = 0.1,
+                         reduction: str = "mean") -> Tensor:
     """Cross entropy with the target (1 - eps) onehot + eps / K."""
     return mixed_cross_entropy(logits, y, y, 1.0, eps, reduction)
 
@@ -313,14 +302,14 @@ def label_smoothing_loss(logits: Tensor, y: Tensor, eps: float = 0.1, reduction:
 def soft_cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """-sum_k target_k log p_k for targets (B, K)."""
     if logits.shape != target.shape or logits.ndim != 2:
-        raise ValueError(f"logits and target must both be (B, K), got {tuple(logits.shape)} and "
-                         f"{tuple(target.shape)}")
-    return _reduce(-(target * _log_probabilities(logits)).sum(1), reduction)
+        raise ValueError("logits and target must both be (B, K), got "
+                         f"{tuple(logits.shape)} and {tuple(target.shape)}")
+    return _reduce(-(target * _log_softmax(logits)).sum(1), reduction)
 
 
 def alp_loss(logits_clean: Tensor, logits_adv: Tensor, reduction: str = "mean") -> Tensor:
-    """Adversarial logit pairing (z_clean - z_adv)^2: "mean" over all elements, "sum" over the classes
-    and mean over the batch."""
+    """Adversarial logit pairing (z_clean - z_adv)^2: "mean" over all elements, "sum" over the
+    classes and mean over the batch."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     if logits_clean.shape != logits_adv.shape:
@@ -330,13 +319,12 @@ def alp_loss(logits_clean: Tensor, logits_adv: Tensor, reduction: str = "mean") 
     return squared.mean() if reduction == "mean" else squared.sum(1).mean()
 
 
-# ---- features: manifold mixup ----------------------------------------------------------------------
-
+# ---- features: manifold mixup --------------------------------------------------------------------
 
 class _FeatureMixing:
-    """What :func:`manifold_mixup` yields: lam and perm of the block, and the loss that goes with them."""
+    """What :func:`manifold_mixup` yields: lam and perm, and the loss that goes with them."""
 
-    def __init__(self, mode: str, lam: float, perm: Tensor | None, generator: torch.Generator | None):
+    def __init__(self, mode, lam, perm, generator):
         self.mode, self.lam, self.perm, self._generator = mode, lam, perm, generator
         self._box = None
 
@@ -345,9 +333,9 @@ class _FeatureMixing:
         if self.perm is None:
             self.perm = _draw_perm(x, self._generator)
         if self.mode == "mixup":
-            return (self.lam * x + (1 - self.lam) * x[self.perm], *others)
+            return (_blend(x, self.perm, self.lam), *others)
         if self._box is None:
-            self._box = _cut_boxes(x, self.lam, None, self._generator)
+            self._box = _boxes(*x.shape[2:], self.lam, self._generator)
             self.lam = _kept_share(x, self._box)
         return (_paste(x, self.perm, self._box), *others)
 
@@ -358,15 +346,15 @@ class _FeatureMixing:
 
 @contextlib.contextmanager
 def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float = 2.0,
-                   perm: Tensor | None = None, lam: float | None = None,
+                   perm: Tensor | None = None, lam: float | Tensor | None = None,
                    generator: torch.Generator | None = None, mode: str = "mixup"
                    ) -> Iterator[_FeatureMixing]:
-    """Inside the block, the input of one module drawn from `module_names` is mixed within the batch.
+    """Inside the block, the input of one module drawn from `module_names` is mixed in the batch.
 
-    "" names the model itself, that is mixup of the image. mode "cutmix" pastes a box of the feature map
-    instead (lam is then its adjusted value, known after the forward pass). The hook is gone after the
-    block, whatever happens in it. Mixing is done before the module runs: the published code for layer 0
-    mixed the labels but convolved the unmixed image.
+    "" names the model itself, that is mixup of the image. mode "cutmix" pastes a box of the feature
+    map instead (lam is then its adjusted value, known after the forward pass). The hook is gone
+    after the block, whatever happens in it. Mixing is done before the module runs: the published
+    code for layer 0 mixed the labels but convolved the unmixed image.
 
         with manifold_mixup(net, ["", "layer1", "layer2"]) as mixed:
             logits = net(x)
@@ -377,8 +365,8 @@ def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float =
     modules = dict(model.named_modules())
     unknown = [name for name in module_names if name not in modules]
     if unknown or not module_names:
-        raise ValueError(f"module_names must name submodules of the model, got {list(module_names)}; "
-                         f"accepted: {', '.join(repr(name) for name in modules)}")
+        raise ValueError(f"module_names must name submodules of the model, {list(modules)}, got "
+                         f"{list(module_names)}")
     chosen = modules[module_names[int(_randint(len(module_names), (), generator))]]
     lam = _draw_lam(alpha, None, generator) if lam is None else _check_lam(lam)
     mixing = _FeatureMixing(mode, lam, perm, generator)
@@ -389,13 +377,10 @@ def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float =
         handle.remove()
 
 
-# ---- network: ShakeDrop, DropBlock -----------------------------------------------------------------
-
+# ---- network: ShakeDrop, DropBlock ---------------------------------------------------------------
 
 class _ShakeDropFunction(torch.autograd.Function):
     """x times one factor forward, the gradient times another backward."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, forward_factor: Tensor, backward_factor: Tensor) -> Tensor:
@@ -415,7 +400,6 @@ def shake_drop(x: Tensor, gate, alpha, beta) -> Tensor:
 
     gate 0 or 1; each of gate, alpha, beta a number, (B,), or of a shape that broadcasts to x.
     """
-
     def shaped(value) -> Tensor:
         value = torch.as_tensor(value, device=x.device).to(x.dtype)
         return value.reshape(-1, *[1] * (x.ndim - 1)) if value.shape == (len(x),) else value
@@ -425,13 +409,13 @@ def shake_drop(x: Tensor, gate, alpha, beta) -> Tensor:
 
 
 class ShakeDrop(nn.Module):
-    """ShakeDrop of a residual branch: place it after the branch's last batch norm, before the addition.
+    """ShakeDrop of a residual branch: after the branch's last batch norm, before the addition.
 
-    Each forward pass draws one gate, 1 with probability 1 - p_drop; where it is 0 the branch is scaled by
-    alpha ~ U(alpha) forward and, drawn apart, beta ~ U(beta) backward: one per "image", "batch", "channel"
-    (of each image) or "pixel" (every element). Evaluation scales by the mean factor. The gate stays on
-    the device, nothing waits for it. `generator` (attribute, default torch's own) is where draws come
-    from.
+    Each forward pass draws one gate, 1 with probability 1 - p_drop; where it is 0 the branch is
+    scaled by alpha ~ U(alpha) forward and, drawn apart, beta ~ U(beta) backward: one per "image",
+    "batch", "channel" (of each image) or "pixel" (every element). Evaluation scales by the mean
+    factor. The gate stays on the device, nothing waits for it. `generator` (attribute, default
+    torch's own) is where draws come from.
     """
 
     def __init__(self, p_drop: float = 0.5, alpha: tuple[float, float] = (-1, 1),
@@ -449,7 +433,6 @@ class ShakeDrop(nn.Module):
             return x * (1 - self.p_drop + self.p_drop * sum(self.alpha) / 2)
         kept = {"batch": 0, "image": 1, "channel": 2, "pixel": x.ndim}[self.level]
         shape = [*x.shape[:kept], *[1] * (x.ndim - kept)]
-
         dtype = torch.promote_types(x.dtype, torch.float32)
 
         def uniform(low: float, high: float) -> Tensor:
@@ -459,9 +442,6 @@ class ShakeDrop(nn.Module):
         gate = torch.rand((), generator=self.generator, device=x.device) >= self.p_drop
         return shake_drop(x, gate, uniform(*self.alpha), uniform(*self.beta))
 
-    def extra_repr(self) -> str:
-        return f"p_drop={self.p_drop:g}, alpha={self.alpha}, beta={self.beta}, level={self.level!r}"
-
 
 def linear_drop_rates(L: int, p_last: float = 0.5) -> list[float]:
     """Drop probabilities of L residual blocks, l / L p_last for l = 1..L."""
@@ -469,13 +449,13 @@ def linear_drop_rates(L: int, p_last: float = 0.5) -> list[float]:
 
 
 class DropBlock2d(nn.Module):
-    """Drops block_size x block_size squares of a feature map (B, C, H, W), the same in all channels.
+    """Drops block_size x block_size squares of a map (B, C, H, W), the same in all channels.
 
-    Block centres appear with probability gamma = drop_prob / block_size^2, as in the common public code;
-    exact_gamma adds the paper's factor H W / ((H - bs + 1) (W - bs + 1)). What is kept is scaled up so
-    that the mean stays. warmup_steps > 0 raises the probability linearly from 0 over that many training
-    passes (counted in a buffer, so a checkpoint knows them). Append it to a stage:
-    `model.layer3.append(DropBlock2d())`.
+    Block centres appear with probability gamma = drop_prob / block_size^2, as in the common public
+    code; exact_gamma adds the paper's factor H W / ((H - bs + 1) (W - bs + 1)). What is kept is
+    scaled up so that the mean stays. warmup_steps > 0 raises the probability linearly from 0 over
+    that many training passes (counted in a buffer, so a checkpoint knows them). Append it to a
+    stage: `model.layer3.append(DropBlock2d())`.
     """
 
     def __init__(self, drop_prob: float = 0.1, block_size: int = 7, exact_gamma: bool = False,
@@ -484,10 +464,10 @@ class DropBlock2d(nn.Module):
         if not 0 <= drop_prob <= 1:
             raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
         if block_size < 1 or warmup_steps < 0:
-            raise ValueError(f"block_size must be >= 1 and warmup_steps >= 0, got {block_size} and "
-                             f"{warmup_steps}")
-        self.drop_prob, self.block_size, self.exact_gamma = drop_prob, block_size, exact_gamma
-        self.warmup_steps = warmup_steps
+            raise ValueError("block_size must be >= 1 and warmup_steps >= 0, got "
+                             f"{block_size} and {warmup_steps}")
+        self.drop_prob, self.block_size = drop_prob, block_size
+        self.exact_gamma, self.warmup_steps = exact_gamma, warmup_steps
         self.generator: torch.Generator | None = None
         if warmup_steps:
             self.register_buffer("passes", torch.zeros(()))
@@ -507,12 +487,11 @@ class DropBlock2d(nn.Module):
         draw = torch.rand(batch, 1, height, width, generator=self.generator, device=x.device)
         dropped = F.max_pool2d((draw < gamma).to(x.dtype), size, 1, size // 2)[..., :height, :width]
         kept = 1 - dropped
-        total = kept.sum(dtype=torch.float32)
-        scale = kept.numel() / total.clamp(min=1)  # all dropped: the output is 0, not NaN
+        scale = kept.numel() / kept.sum(dtype=torch.float32).clamp(min=1)  # all dropped: 0, not NaN
         return x * (kept * scale.to(x.dtype))
 
 
-# ---- any combination -------------------------------------------------------------------------------
+# ---- any combination -----------------------------------------------------------------------------
 
 _MIXING = {"mixup": mixup, "cutmix": cutmix}
 
@@ -520,36 +499,36 @@ _MIXING = {"mixup": mixup, "cutmix": cutmix}
 class Regularizer:
     """Input regularisers, smoothing, feature mixing and adversarial training in one object.
 
-    input: None, "noise", "cutout", "mixup", "cutmix" or a list, at most one of the mixing kinds; noise
-        and cutout are applied first. Calling it with (x, y, generator) returns a :class:`Mixed` batch.
-    prob, alpha: how often to mix, and Beta(alpha, alpha). length: side of cutout's hole. sigma, clip: of
-        the noise (clip=None for normalised images).
+    input: None, "noise", "cutout", "mixup", "cutmix" or a list, at most one of the mixing kinds;
+        noise and cutout come first. Calling it with (x, y, generator) returns a :class:`Mixed`.
+    prob, alpha: how often to mix, and Beta(alpha, alpha). length: side of cutout's hole.
+    sigma, clip: of the noise (clip=None for normalised images).
     label_smoothing: eps, for the loss.
-    feature, modules: "mixup" or "cutmix" of the input of one of these submodules of the model (in place
-        of input mixing).
-    adversary: (model, x, y) -> attacked x, for instance functools.partial(fgsm, eps=8/255); the loss is
-        (1 - adversary_weight) CE(clean) + adversary_weight CE(attacked) + pairing alp_loss.
+    feature, modules: "mixup" or "cutmix" of the input of one of these submodules of the model (in
+        place of input mixing).
+    adversary: (model, x, y) -> attacked x, for instance functools.partial(fgsm, eps=8/255); the
+        loss is (1 - adversary_weight) CE(clean) + adversary_weight CE(attacked) + pairing alp_loss.
     """
 
-    def __init__(self, input: str | Sequence[str] | None = None, *, prob: float = 1.0, alpha: float = 1.0,
-                 length: int = 16, label_smoothing: float = 0.0, sigma: float = 0.1,
-                 clip: Sequence[float] | None = (0, 1), feature: str | None = None,
-                 modules: Sequence[str] = (), adversary: Callable | None = None,
-                 adversary_weight: float = 0.5, pairing: float = 0.0):
+    def __init__(self, input: str | Sequence[str] | None = None, *, prob: float = 1.0,
+                 alpha: float = 1.0, length: int = 16, label_smoothing: float = 0.0,
+                 sigma: float = 0.1, clip: Sequence[float] | None = (0, 1),
+                 feature: str | None = None, modules: Sequence[str] = (),
+                 adversary: Callable | None = None, adversary_weight: float = 0.5,
+                 pairing: float = 0.0):
         names = [input] if isinstance(input, str) else list(input or ())
-        unknown = [name for name in names if name not in ("noise", "cutout", *_MIXING)]
-        if unknown:
-            raise ValueError(f'input must be of "noise", "cutout", "mixup", "cutmix", got {unknown}')
         mixing = [name for name in names if name in _MIXING]
+        if not {*names} <= {"noise", "cutout", *_MIXING}:
+            raise ValueError(f"input must be of noise, cutout, mixup, cutmix, got {names}")
         if len(mixing) + (feature is not None) > 1:
-            raise ValueError(f"only one kind of mixing at a time, got input {names} and feature {feature!r}")
+            raise ValueError(f"only one kind of mixing at a time, got {names} and {feature!r}")
         if feature not in (None, "mixup", "cutmix") or (feature is None) != (not modules):
             raise ValueError('feature must be "mixup" or "cutmix" together with modules, got '
                              f"{feature!r} and {list(modules)}")
-        for name, value in (("prob", prob), ("label_smoothing", label_smoothing),
-                            ("adversary_weight", adversary_weight)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        shares = {"prob": prob, "label_smoothing": label_smoothing,
+                  "adversary_weight": adversary_weight}
+        if wrong := {name: value for name, value in shares.items() if not 0 <= value <= 1}:
+            raise ValueError(f"must be in [0, 1]: {wrong}")
         self.local = [name for name in names if name not in _MIXING]
         self.mixing = mixing[0] if mixing else None
         self.prob, self.alpha, self.length, self.sigma, self.clip = prob, alpha, length, sigma, clip
@@ -584,31 +563,26 @@ class Regularizer:
         attacked = model(self.adversary(model, batch.x, batch.y_a))
         hard = mixed_cross_entropy(attacked, *batch[1:], self.label_smoothing)
         loss = (1 - self.adversary_weight) * loss + self.adversary_weight * hard
-        return loss + self.pairing * alp_loss(logits.float(), attacked.float()) if self.pairing else loss
+        if self.pairing:
+            loss = loss + self.pairing * alp_loss(logits.float(), attacked.float())
+        return loss
 
 
-# ---- training --------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
+
+def parameter_groups(model: nn.Module, weight_decay: float, no_decay_norm=False) -> list[dict]:
+    """Groups for an optimiser. The recipes decay everything; no_decay_norm spares vectors."""
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (spared if no_decay_norm and parameter.ndim <= 1 else decayed).append(parameter)
+    return [{"params": group, "weight_decay": decay}
+            for group, decay in ((decayed, weight_decay), (spared, 0.0))]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, no_decay_norm: bool = False) -> list[dict]:
-    """Groups for an optimiser. The recipes decay every parameter; no_decay_norm spares vectors (norm
-    scales, biases)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    spared = [p for p in parameters if no_decay_norm and p.ndim <= 1]
-    decayed = [p for p in parameters if not (no_decay_norm and p.ndim <= 1)]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-
-
-def step_schedule(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Callable[[int], float]:
+def step_schedule(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Callable:
     """schedule(step): lr times gamma for each milestone (in steps) that has passed."""
     return lambda step: lr * gamma ** sum(step >= milestone for milestone in milestones)
-
-
-def _rng_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, *,
@@ -618,11 +592,12 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
           resume: dict | None = None) -> Iterator[dict[str, float]]:
     """Train and yield {step, epoch, lr, loss, acc, lam} after every step (acc is weighted by lam).
 
-    loader: any re-iterable of (x, y); one with set_epoch(epoch, start_batch) is told where to begin.
-    schedule(step) -> learning rate of all groups (default: as the optimiser has it).
+    loader: any re-iterable of (x, y); one with set_epoch(epoch, start_batch) is told its start.
+    schedule(step) -> learning rate of all groups (default: as the optimiser has it), step from 0;
+    the yielded step counts finished steps, from 1.
     amp: False, a dtype, or True for bfloat16; float16 is loss-scaled.
-    generator: source of every draw here; ShakeDrop and DropBlock2d layers get their own, seeded by it.
-    `steps.send("state")` returns a snapshot, `train(..., resume=snapshot)` goes on from it to the same
+    generator: source of every draw; ShakeDrop and DropBlock2d layers get their own, seeded by it.
+    `steps.send("state")` returns a snapshot; `train(..., resume=snapshot)` goes on to the same
     numbers.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
@@ -630,27 +605,23 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     dtype = torch.bfloat16 if amp is True else amp or None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model.to(device)
-    generators = {}
+    generators = {"cpu": torch.default_generator}  # all that may be drawn from, for the snapshot
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators["cuda"] = torch.cuda.default_generators[index]
+    stochastic = []
     if generator is not None:
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        layers = torch.Generator(device).manual_seed(seed)
-        generators = {"draws": generator, "layers": layers}
-    stochastic = [m for m in model.modules() if hasattr(m, "generator")] if generators else []
+        layers = torch.Generator(device).manual_seed(int(_randint(2**62, (), generator)))
+        generators |= {"draws": generator, "layers": layers}
+        stochastic = [module for module in model.modules() if hasattr(module, "generator")]
     step, first_epoch, first_batch = 0, 0, 0
     if resume is not None:
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
         step, first_epoch, first_batch = resume["step"], resume["epoch"], resume["batch"]
-        if generators:  # as when the epoch began: a loader may shuffle with the same generator
+        if generator is not None:  # as when the epoch began: a loader may shuffle with it, too
             generator.set_state(resume["epoch_generator"])
-
-    def restore_draws(snapshot: dict) -> None:
-        for name, one in generators.items():
-            one.set_state(snapshot["generators"][name])
-        torch.set_rng_state(snapshot["rng"]["cpu"])
-        if "cuda" in snapshot["rng"] and device.type == "cuda":
-            torch.cuda.set_rng_state(snapshot["rng"]["cuda"], device)
 
     try:
         for module in stochastic:
@@ -661,19 +632,19 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
             seeks = hasattr(loader, "set_epoch")
             if seeks:
                 loader.set_epoch(epoch, skip)
-            epoch_generator = generator.get_state() if generators else None
+            epoch_generator = None if generator is None else generator.get_state()
             batches = iter(loader)
-            for _ in itertools.islice(batches, 0 if seeks else skip):
-                pass
+            for _ in range(0 if seeks else skip):
+                next(batches)
             if resume is not None:  # only now: what was skipped has drawn from the generators again
-                restore_draws(resume)
+                for name, state in resume["draws"].items():
+                    if name in generators:
+                        generators[name].set_state(state)
                 resume = None
             for batch_index, (x, y) in enumerate(batches, skip):
-                lr = optimizer.param_groups[0]["lr"]
-                if schedule is not None:
-                    lr = schedule(step)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
+                lr = schedule(step) if schedule else optimizer.param_groups[0]["lr"]
+                for group in optimizer.param_groups if schedule else ():
+                    group["lr"] = lr
                 x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     logits, batch = regularizer.forward(model, x, y, generator)
@@ -684,68 +655,45 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 scaler.update()
                 predicted, lam = logits.detach().argmax(1), batch.lam
                 hits = lam * (predicted == batch.y_a) + (1 - lam) * (predicted == batch.y_b)
-                mean_lam = lam.float().mean() if isinstance(lam, Tensor) else loss.new_tensor(lam)
-                numbers = torch.stack([loss.detach().float(), hits.float().mean(), mean_lam.float()])
-                loss_value, accuracy, mean_lam = numbers.tolist()  # the step's one wait for the device
+                numbers = (loss.detach(), hits.float().mean(), torch.as_tensor(lam).float().mean())
+                numbers = torch.stack([number.to(device).float() for number in numbers])
+                loss_value, accuracy, mean_lam = numbers.tolist()  # the step's one host sync
                 step += 1
                 if (yield {"step": step, "epoch": epoch, "lr": lr, "loss": loss_value,
                            "acc": accuracy, "lam": mean_lam}) == "state":
                     yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                            "scaler": scaler.state_dict(), "step": step, "epoch": epoch,
-                           "batch": batch_index + 1, "rng": _rng_states(device),
-                           "epoch_generator": epoch_generator,
-                           "generators": {name: one.get_state() for name, one in generators.items()}}
+                           "batch": batch_index + 1, "epoch_generator": epoch_generator,
+                           "draws": {name: one.get_state() for name, one in generators.items()}}
     finally:
         for module in stochastic:
             module.generator = None
 
 
 if __name__ == "__main__":
-    # Shapes on random colours: what does each regulariser do to the error when the centre is hidden?
-    def shapes(count: int, draw: torch.Generator, size: int = 16) -> tuple[Tensor, Tensor]:
-        y = torch.randint(4, (count,), generator=draw)
-        cx, cy, radius = (low + spread * torch.rand(count, 1, 1, generator=draw)
-                          for low, spread in ((5, 5), (5, 5), (4, 2)))
-        row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-        u, v = (column - cx).abs() / radius, (row - cy).abs() / radius
-        kinds = torch.stack([u**2 + v**2 < 1, torch.maximum(u, v) < 0.8, u + v < 1.1,
-                             (torch.maximum(u, v) < 1) & (torch.minimum(u, v) < 0.3)], 1)
-        mask = kinds[torch.arange(count), y][:, None]
-        inside, outside = 0.4 * torch.rand(2, count, 3, 1, 1, generator=draw)
-        inside += 0.6
-        noise = 0.1 * torch.randn(count, 3, size, size, generator=draw)
-        return (torch.where(mask, inside, outside) + noise - 0.5) / 0.3, y
-
-    def network(draw: torch.Generator) -> nn.Module:
-        layers, channels = [], 3
-        for width, stride in ((16, 1), (32, 2), (32, 1), (64, 2)):
-            layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
-        for weight in net.parameters():
-            if weight.ndim > 1:
-                nn.init.normal_(weight, std=math.sqrt(2 / weight[0].numel()), generator=draw)
-        return net
-
-    train_x, train_y = shapes(600, torch.Generator().manual_seed(0))
-    test_x, test_y = shapes(1000, torch.Generator().manual_seed(1))
-    hidden = cutout(test_x, 6, centers=torch.full((1000, 1, 2), 8))
-    batches = list(zip(train_x.split(30), train_y.split(30)))
+    # Every class has a pattern, strong in the centre and weak around it: who reads the border, too?
+    draw = torch.Generator().manual_seed(0)
+    strength = torch.full((12, 12), 0.5)
+    strength[3:9, 3:9] = 1.5
+    y = torch.randint(8, (2320,), generator=draw)
+    x = (strength * torch.randn(8, 1, 12, 12, generator=draw))[y]
+    x += 1.5 * torch.randn(x.shape, generator=draw)
+    batches = list(zip(x[:320].split(32), y[:320].split(32)))
+    x, y = x[320:], y[320:]
+    hidden = cutout(x, 6, centers=torch.full((len(x), 1, 2), 6))
     print("                  error  centre hidden  confidence")
     for label, chosen in {"baseline": Regularizer(), "cutout": Regularizer("cutout", length=8),
-                          "cutmix": Regularizer("cutmix", prob=0.5),
+                          "cutmix": Regularizer("cutmix"),
                           "label smoothing": Regularizer(label_smoothing=0.1)}.items():
-        random = torch.Generator().manual_seed(2)
-        net = network(random)
-        optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
-        schedule = lambda step: 0.05 * (1 + math.cos(math.pi * step / 240)) / 2  # noqa: E731
-        for _ in train(net, batches, optimizer, regularizer=chosen, epochs=12, schedule=schedule,
-                       generator=random):
-            pass
-        net.eval()
+        net = nn.Sequential(nn.Flatten(), nn.Linear(144, 64), nn.ReLU(), nn.Linear(64, 8))
         with torch.no_grad():
-            p, q = net(test_x).softmax(1), net(hidden)
-        print(f"{label:16s} {(p.argmax(1) != test_y).float().mean():6.3f}  "
-              f"{(q.argmax(1) != test_y).float().mean():13.3f}  {p.amax(1).mean():10.3f}")
-    print("claim: cutout saves the network when the object's centre is hidden; cutmix and smoothing lower "
-          "its confidence")
+            for p in net.parameters():
+                p.copy_(0.1 * torch.randn(p.shape, generator=draw))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+        for _ in train(net, batches, optimizer, regularizer=chosen, epochs=60, generator=draw,
+                       schedule=step_schedule(0.1, (300, 450))):
+            pass
+        p, q = net(x).softmax(1), net(hidden)
+        errors = [(z.argmax(1) != y).float().mean() for z in (p, q)]
+        print(f"{label:16s} {errors[0]:6.3f}  {errors[1]:13.3f}  {p.amax(1).mean():10.3f}")
+    print("claim: cutout and cutmix help when the centre is hidden, smoothing lowers confidence")
