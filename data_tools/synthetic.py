@@ -14,6 +14,7 @@ The primitives (`shape_mask`, `stripes`, `mask_boxes`) take tensors of parameter
 data sets (scenes with several objects, videos, captions) are built from the same parts.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -248,6 +249,167 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
         image += noise * torch.randn(image.shape, generator=generator)
         images[part], masks[part] = to_uint8(image), mask
     return {"images": images, "labels": labels, "masks": masks, "boxes": mask_boxes(masks), "backgrounds": backgrounds}
+
+
+# ---------------------------------------------------------------- videos: the class is a direction of motion
+
+def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classes: int = 4,
+           rho: float | None = None, action_frames: int | None = None, speed: float = 2.0,
+           noise: float = 0.05, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """A square of random colour and place moves over a still scene; the class is its direction, one of `classes`.
+
+    It moves `speed` pixels of 16 a frame on a torus (what leaves on one side comes back on the other), so that no single
+    frame tells the class. rho None: every clip has a smooth random scene of its own. rho in [0, 1]: the scene is one of
+    `classes` fixed ones, the class's own with probability rho and else a random one. action_frames: the square moves
+    only during that many consecutive frames and stands still before and after (an untrimmed video; None: always).
+
+    Returns videos (N, 3, T, S, S) uint8; labels (N,) int64; scenes (N,) int64, -1 for scenes of their own; masks
+    (N, T, S, S) bool, True on the square; boxes (N, T, 4) int64 x0, y0, x1, y1 with 0 <= x0, y0 < S, coordinates modulo
+    S, upper edges exclusive; intervals (N, 2) int64, first frame of the action and the one after its last.
+    """
+    action = frames if action_frames is None else action_frames
+    if count < 0 or size < 8 or classes < 2 or not 1 <= action <= frames:
+        raise ValueError(f"count must be >= 0, size >= 8, classes >= 2 and 1 <= action_frames <= frames, "
+                         f"not {count}, {size}, {classes}, {action_frames} and {frames}")
+    if rho is not None and not 0 <= rho <= 1:
+        raise ValueError(f"rho must be in [0, 1] or None, not {rho}")
+    generator = torch.Generator().manual_seed(seed)
+    if labels is None:
+        labels = torch.randint(classes, (count,), generator=generator)
+    if rho is None:
+        scenes_of = torch.full((count,), -1)
+    else:
+        telling = torch.rand(count, generator=generator) < rho
+        scenes_of = torch.where(telling, labels, torch.randint(classes, (count,), generator=generator))
+    shared = torch.rand(classes, 3, 4, 4, generator=torch.Generator().manual_seed(7919))    # the same for every seed
+    out = torch.empty(count, 3, frames, size, size, dtype=torch.uint8)
+    masks = torch.empty(count, frames, size, size, dtype=torch.bool)
+    boxes, intervals = torch.empty(count, frames, 4, dtype=torch.int64), torch.empty(count, 2, dtype=torch.int64)
+    side, pixel = size // 4, torch.arange(size)
+    for start in range(0, count, CHUNK):
+        part = slice(start, min(start + CHUNK, count))
+        label, n = labels[part], len(labels[part])
+        first = torch.randint(frames - action + 1, (n, 1), generator=generator)
+        moved = (torch.arange(frames) - first).clamp(0, action - 1) * (speed * size / 16)             # (n, T)
+        angle = 2 * math.pi * label / classes
+        heading = torch.stack([angle.cos(), angle.sin()], 1)
+        corner = torch.randint(size, (n, 1, 2), generator=generator) + moved.unsqueeze(2) * heading.unsqueeze(1)
+        corner = corner.round().long() % size                                                         # (n, T, 2): x, y
+        covered = (pixel - corner.unsqueeze(3)) % size < side                                         # (n, T, 2, S)
+        mask = covered[:, :, 0].unsqueeze(2) & covered[:, :, 1].unsqueeze(3)
+        grid = torch.rand(n, 3, 4, 4, generator=generator) if rho is None else shared[scenes_of[part]]
+        scene = torch.nn.functional.interpolate(grid, (size, size), mode="bilinear").unsqueeze(2)
+        color = uniform(generator, 0, 1, n, 3, 1, 1, 1)
+        clip = torch.where(mask.unsqueeze(1), color, scene)
+        clip = clip + noise * torch.randn(clip.shape, generator=generator)
+        out[part], masks[part] = to_uint8(clip), mask
+        boxes[part], intervals[part] = torch.cat([corner, corner + side], 2), torch.cat([first, first + action], 1)
+    return {"videos": out, "labels": labels, "scenes": scenes_of, "masks": masks, "boxes": boxes, "intervals": intervals}
+
+
+# ---------------------------------------------------------------- captions of rendered shapes, with all matches known
+
+HUES = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95),
+        "yellow": (0.95, 0.9, 0.2), "purple": (0.65, 0.2, 0.8), "white": (1.0, 1.0, 1.0)}
+SIZES = {"small": 6.0, "medium": 9.5, "large": 13.0}          # radius in 1/64 of the side
+PLACES = ("upper left", "upper right", "lower left", "lower right")
+ATTRIBUTES = (tuple(SIZES), tuple(HUES), SHAPES, PLACES)      # the order of an object's four numbers
+RELATIONS = ("and", "left of", "above")
+
+
+def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int = 5, objects: int = 3,
+                     labels: torch.Tensor | None = None, noise: float = 0.03) -> dict:
+    """Images of 1 to `objects` shapes in different quarters, and captions that tell more or less of them.
+
+    A caption mentions one or more of the objects, each by a part of its size, colour, shape and place ("a large
+    red disc in the upper left", "a blue shape above a cross"): the less it says, the more images it fits.
+    labels (N,) fixes the classes of single objects, 5 * colour + shape.
+
+    Returns images (N, 3, S, S) uint8; objects (N, 3, 4) int64, indices into ATTRIBUTES (-1: no object); captions,
+    N * `captions` strings, those of an image together; mentions (N * captions, 3, 4) int64 (-1: not told);
+    relations (N * captions,) int64, index into RELATIONS of the first two mentions. See `caption_matches`.
+    """
+    if count < 0 or size < 16 or not 1 <= objects <= 3 or captions < 1:
+        raise ValueError(f"count must be >= 0, size >= 16, objects in 1..3 and captions >= 1, "
+                         f"not {count}, {size}, {objects} and {captions}")
+    if labels is not None and labels.shape != (count,):
+        raise ValueError(f"labels must be ({count},), not {tuple(labels.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    scene = torch.stack([torch.randint(len(values), (count, 3), generator=generator) for values in ATTRIBUTES], 2)
+    scene[..., 3] = torch.rand(count, 4, generator=generator).argsort(1)[:, :3]      # different quarters
+    number = torch.randint(1, objects + 1, (count,), generator=generator)
+    if labels is not None:
+        number = torch.ones_like(number)
+        scene[:, 0, 1], scene[:, 0, 2] = labels // len(SHAPES), labels % len(SHAPES)
+    scene[torch.arange(3) >= number[:, None]] = -1
+
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    palette, radii, unit = torch.tensor(list(HUES.values())), torch.tensor(list(SIZES.values())), size / 64
+    for start in range(0, count, CHUNK):
+        part = scene[start:start + CHUNK]
+        n = len(part)
+        image = uniform(generator, 0.1, 0.45, n, 1, 1, 1).expand(n, 3, size, size)
+        for extent, hue, kind, place in part.permute(1, 2, 0):
+            dx, dy = uniform(generator, -2, 2, 2, n)
+            radius = radii[extent] * uniform(generator, 0.93, 1.07, n)
+            mask = shape_mask(kind, size, unit * (16 + 32 * (place % 2) + dx), unit * (16 + 32 * (place // 2) + dy),
+                              unit * radius) & (hue >= 0).view(-1, 1, 1)
+            color = palette[hue] + uniform(generator, -0.1, 0.1, n, 3)
+            image = torch.where(mask.unsqueeze(1), color.view(n, 3, 1, 1), image)
+        images[start:start + CHUNK] = to_uint8(image + noise * torch.randn(image.shape, generator=generator))
+
+    total, number = count * captions, number.repeat_interleave(captions)
+    order = torch.rand(total, 3, generator=generator).masked_fill(torch.arange(3) >= number[:, None], 2.0).argsort(1)
+    mentions = scene.repeat_interleave(captions, 0).gather(1, order[..., None].expand(-1, -1, 4))
+    relations = torch.randint(len(RELATIONS), (total,), generator=generator)
+    named = (torch.rand(total, generator=generator) * number).long() + 1
+    true = _relation_holds(mentions[:, 0, 3], mentions[:, 1, 3])[torch.arange(total), relations]
+    relations = relations.masked_fill(~true | (named < 2), 0)
+    share = uniform(generator, 0.0, 1.0, total, 1, 1)         # one caption is sparing, another generous
+    told = torch.rand(total, 3, 4, generator=generator) < share
+    told.scatter_(2, torch.randint(4, (total, 3, 1), generator=generator), True)     # but never silent
+    mentions = mentions.masked_fill(~told | (torch.arange(3) >= named[:, None])[..., None], -1)
+    texts = [_caption_text(*row) for row in zip(mentions.tolist(), relations.tolist())]
+    return {"images": images, "objects": scene, "captions": texts, "mentions": mentions, "relations": relations}
+
+
+def _relation_holds(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Places (...) of two objects -> (..., 3) bool: which of RELATIONS hold between them."""
+    left, above = first % 2 < second % 2, first // 2 < second // 2
+    return torch.stack([torch.ones_like(left), left, above], -1)
+
+
+def _caption_text(mentions: list[list[int]], relation: int) -> str:
+    parts = []
+    for extent, hue, kind, place in (mention for mention in mentions if max(mention) >= 0):
+        words = ["a", ATTRIBUTES[0][extent] if extent >= 0 else "", ATTRIBUTES[1][hue] if hue >= 0 else "",
+                 SHAPES[kind] if kind >= 0 else "shape", f"in the {PLACES[place]}" if place >= 0 else ""]
+        parts.append(" ".join(filter(None, words)))
+    if len(parts) > 1:
+        parts[:2] = [f"{parts[0]} {RELATIONS[relation]} {parts[1]}"]
+    return " and ".join(parts)
+
+
+def caption_matches(objects: torch.Tensor, mentions: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:
+    """(Ni, Nc) bool: everything that caption c says is true of image i (its mentions are of different objects)."""
+    matches = torch.zeros(len(objects), len(mentions), dtype=torch.bool)
+    place = objects[..., 3]
+    lies = _relation_holds(place[:, :, None], place[:, None, :])                     # (Ni, 3, 3, 3)
+    for start in range(0, len(mentions), CHUNK):
+        said = mentions[start:start + CHUNK]
+        agrees = torch.stack([((said[None, :, :, None, a] < 0) | (said[None, :, :, None, a] == objects[:, None, None, :, a]))
+                              for a in range(4)]).all(0)                             # (Ni, n, mention, object)
+        relation = relations[start:start + CHUNK]
+        for a, b, c in itertools.permutations(range(3)):
+            matches[:, start:start + CHUNK] |= (agrees[:, :, 0, a] & agrees[:, :, 1, b] & agrees[:, :, 2, c]
+                                                & lies[:, a, b][:, relation])
+    return matches
+
+
+def scene_codes(objects: torch.Tensor) -> torch.Tensor:
+    """(Ni, 11) uint8: which colours, then which shapes an image holds (the analogue of COCO's 80 categories)."""
+    present = [(objects[..., a, None] == torch.arange(len(ATTRIBUTES[a]))).any(1) for a in (1, 2)]
+    return torch.cat(present, 1).to(torch.uint8)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Where and when an action happens, learned from video labels alone, and how well: mAP at an IoU.
+
+The weakly supervised localisation of "VideoMix: Rethinking Data Augmentation for Video
+Classification", S. Yun, S. J. Oh, B. Heo, D. Han, J. Kim, 2020, arXiv:2012.03457 (THUMOS'14, AVA).
+
+A classifier that ends in mean pooling and a linear layer tells how much every place of its last
+feature map f (C, T, H, W) adds to the logit of class k:
+
+    M_k(t, h, w) = w_k . f(t, h, w) + b_k       class activation map: its mean is the logit
+    A_k(t)       = mean_{h, w} M_k(t, h, w)     class activation sequence
+
+`localize_actions` cuts a sequence at many thresholds, scores each run of frames by what is inside
+it minus what is beside it, and keeps the best of those that overlap. `detection_ap` compares scored
+segments, or boxes, with the true ones. Segments are (start, end), boxes (x0, y0, x1, y1), both in
+any unit.
+
+>>> sequence = torch.tensor([0.0, 0, 1, 1, 1, 0, 0, 0])
+>>> segments, scores = localize_actions(sequence)
+>>> segments.tolist(), scores.tolist()
+([[2.0, 5.0]], [1.0])
+>>> found = [(segments, torch.tensor([3]), scores)]
+>>> detection_ap(found, [(torch.tensor([[2.0, 6.0]]), torch.tensor([3]))], thresholds=(0.5, 0.9))
+{'mAP@0.5': 1.0, 'mAP@0.9': 0.0, 'mAP': 0.5}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+THUMOS_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def class_activation_maps(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, K, T, H, W) maps M from features (B, C, T, H, W), weight (K, C) and bias (K,)."""
+    if features.ndim != 5 or weight.ndim != 2 or features.shape[1] != weight.shape[1]:
+        raise ValueError(f"features must be (B, C, T, H, W) and weight (K, C), "
+                         f"not {tuple(features.shape)} and {tuple(weight.shape)}")
+    maps = torch.einsum("bcthw,kc->bkthw", features, weight)
+    return maps if bias is None else maps + bias.view(-1, 1, 1, 1)
+
+
+def class_activation_sequence(features: Tensor, weight: Tensor,
+                              bias: Tensor | None = None) -> Tensor:
+    """(B, K, T) sequences A; arguments as of `class_activation_maps`."""
+    return class_activation_maps(features, weight, bias).mean((3, 4))
+
+
+def interval_iou(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M) float64 intersection over union of segments (N, 2), or of boxes (N, 4); 0 if empty."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] not in (2, 4):
+        raise ValueError(f"a and b must both be (N, 2) or (N, 4), "
+                         f"not {tuple(a.shape)} and {tuple(b.shape)}")
+    half, a, b = a.shape[1] // 2, a.double(), b.double()
+    low = torch.maximum(a[:, None, :half], b[:, :half])
+    high = torch.minimum(a[:, None, half:], b[:, half:])
+    shared = (high - low).clamp(min=0).prod(2)
+    size_a, size_b = ((v[:, half:] - v[:, :half]).prod(1) for v in (a, b))
+    return shared / (size_a.unsqueeze(1) + size_b - shared).clamp(min=1e-12)
+
+
+def localize_actions(sequence: Tensor, levels: int = 16, nms_iou: float = 0.3,
+                     margin: float = 0.25) -> tuple[Tensor, Tensor]:
+    """Segments (N, 2) in frames, end exclusive, and scores (N,), from one sequence (T,).
+
+    Candidates are the runs above each of `levels` thresholds from the smallest value on. Score: mean
+    inside minus mean of the `margin` of its length on either side (the outer-inner contrast of
+    AutoLoc, Shou et al. 2018), so that neither a part of an action nor one with its surroundings
+    wins. Of candidates that overlap by an IoU above `nms_iou` the best is kept; scores descend. A
+    constant sequence has none.
+    """
+    if sequence.ndim != 1 or len(sequence) < 1 or not sequence.isfinite().all():
+        raise ValueError(f"sequence must be (T,) finite numbers, not {tuple(sequence.shape)}")
+    if levels < 1 or not 0 <= nms_iou <= 1 or not margin >= 0:
+        raise ValueError(f"levels must be >= 1, nms_iou in [0, 1] and margin >= 0, "
+                         f"not {levels}, {nms_iou} and {margin}")
+    values, frames = sequence.detach().double().cpu(), len(sequence)
+    low, high = values.min(), values.max()
+    thresholds = low + (high - low) * torch.arange(levels) / levels
+    above = F.pad((values > thresholds.unsqueeze(1)).long(), (1, 1)).diff(dim=1)   # (levels, T + 1)
+    start, end = (above == 1).nonzero()[:, 1], (above == -1).nonzero()[:, 1]
+    candidates = torch.unique(torch.stack([start, end], 1), dim=0)
+    start, end = candidates.T
+    total = F.pad(values.cumsum(0), (1, 0))
+    reach = ((end - start) * margin).ceil().long()
+    left, right = (start - reach).clamp(min=0), (end + reach).clamp(max=frames)
+    inside = total[end] - total[start]
+    beside = (total[right] - total[left] - inside) / (right - left - end + start).clamp(min=1)
+    scores, order = (inside / (end - start) - beside).sort(descending=True, stable=True)
+    candidates, kept = candidates[order], []
+    overlap = interval_iou(candidates, candidates)
+    for row in range(len(candidates)):
+        if not kept or overlap[row, kept].max() <= nms_iou:
+            kept.append(row)
+    return candidates[kept].double(), scores[kept]
+
+
+def average_precision(hits: Tensor, positives: int) -> Tensor:
+    """(...,) from hits (..., N), 1 or 0 in descending order of score: the sum over the hits of the
+    precision there, divided by the number of true ones (no interpolation, as for THUMOS'14)."""
+    precision = hits.cumsum(-1) / torch.arange(1, hits.shape[-1] + 1)
+    return (hits * precision).sum(-1) / positives
+
+
+def detection_ap(detections: Sequence[tuple], truths: Sequence[tuple],
+                 thresholds: Sequence[float] = THUMOS_THRESHOLDS) -> dict[str, float]:
+    """Mean over classes of the AP at each IoU threshold: {"mAP@0.5": ..., "mAP": mean of these}.
+
+    detections: one (segments (N, 2) or boxes (N, 4), labels (N,), scores (N,)) per video; truths:
+    one (segments or boxes, labels) per video. In descending order of score, over all videos, a
+    detection is a hit if its IoU with the best true one of its class and video that is still free
+    reaches the threshold; that one is then taken. Classes without a true one do not count.
+    """
+    if len(detections) != len(truths):
+        raise ValueError(f"detections are of {len(detections)} videos, truths of {len(truths)}")
+    classes = sorted({int(k) for _, labels in truths for k in labels})
+    if not classes:
+        raise ValueError("truths hold nothing to find")
+    limits = torch.tensor(list(thresholds), dtype=torch.float64)
+    every, table = torch.arange(len(limits)), []
+    for k in classes:
+        found, free = [], []
+        for video, ((places, labels, scores), (true, of)) in enumerate(zip(detections, truths)):
+            overlap = interval_iou(places[labels == k], true[of == k])
+            free.append(torch.ones(len(limits), overlap.shape[1], dtype=torch.bool))
+            found += [(-float(v), video, row) for v, row in zip(scores[labels == k], overlap)]
+        hits = torch.zeros(len(limits), len(found), dtype=torch.float64)
+        for rank, (_, video, row) in enumerate(sorted(found, key=lambda item: item[:2])):
+            if len(row):
+                best = torch.where(free[video], row, -1.0).max(1)
+                hits[:, rank] = (best.values >= limits).double()
+                free[video][every, best.indices] &= best.values < limits
+        table.append(average_precision(hits, sum(mask.shape[1] for mask in free)))
+    mean = torch.stack(table).mean(0)
+    named = {f"mAP@{limit:g}": value for limit, value in zip(limits.tolist(), mean.tolist())}
+    return {**named, "mAP": mean.mean().item()}
+
+
+def _demonstrate() -> None:
+    """Actions in a noisy sequence: the contrast finds them, a fixed threshold at half height less."""
+    generator = torch.Generator().manual_seed(0)
+    contrast, fixed, truths = [], [], []
+    for _ in range(100):
+        start = int(torch.randint(8, 24, (), generator=generator))
+        end = start + int(torch.randint(6, 16, (), generator=generator))
+        sequence = 0.25 * torch.randn(48, generator=generator)
+        sequence[start:end] += 1
+        one = torch.zeros(1, dtype=torch.int64)
+        for found, levels in ((contrast, 16), (fixed, 2)):
+            segments, scores = localize_actions(sequence, levels)
+            found.append((segments, one.expand(len(segments)), scores))
+        truths.append((torch.tensor([[start, end]]), one))
+    for name, found in (("16 thresholds", contrast), ("half height only", fixed)):
+        ap = detection_ap(found, truths)
+        print(f"{name:18s} " + "  ".join(f"{k} {v:.2f}" for k, v in ap.items()))
+
+
+if __name__ == "__main__":
+    _demonstrate()
