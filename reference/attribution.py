@@ -1,35 +1,45 @@
-"""Where did the classifier look? The class-activation-map family and the gradient family, batched and without side effects.
+"""Where did the classifier look? Attribution maps for any network, and measures that compare maps.
 
-Every function takes the model as it is (any mode, any score), images `(B, 3, H, W)` and the classes to explain, and
-returns tensors on the same device: signed, not normalised, one map per image and class. Nothing is left behind: no
-hook, no `.grad` in a parameter. With A (B, K, h, w) the output of `layer` and G = d score / dA:
+MAPS. Every function takes the model as it is (any mode, any score), images `(B, 3, H, W)` and the
+classes to explain, and returns tensors on the same device: signed, not normalised, one map per
+image and class. Nothing is left behind: no hook, no `.grad` in a parameter. With A (B, K, h, w) the
+output of `layer` and G = d score / dA:
 
-    grad_cam      sum_k w_k A_k,  w_k = mean_z G_kz                          Selvaraju et al., arXiv:1610.02391
-    grad_cam_pp   w_k = sum_z alpha_kz relu(G_kz),                            Chattopadhay et al., arXiv:1710.11063
+    grad_cam      sum_k w_k A_k,  w_k = mean_z G_kz                          arXiv:1610.02391
+    grad_cam_pp   w_k = sum_z alpha_kz relu(G_kz),                           arXiv:1710.11063
                   alpha = G^2 / (2 G^2 + G^3 sum_z A)
-    xgrad_cam     w_k = sum_z G_kz A_kz / sum_z A_kz                          Fu et al., arXiv:2008.02312
+    xgrad_cam     w_k = sum_z G_kz A_kz / sum_z A_kz                         arXiv:2008.02312
     layer_cam     sum_k relu(G_k) A_k                                        Jiang et al., TIP 2021
-    hires_cam     sum_k G_k A_k                                              Draelos & Carin, arXiv:2011.08891
-    score_cam     w = softmax_k(score of the image masked by A_k)            Wang et al., arXiv:1910.01279
-    ablation_cam  w_k = (s - s without A_k) / s                              Desai & Ramaswamy, WACV 2020
+    hires_cam     sum_k G_k A_k                                              arXiv:2011.08891
+    score_cam     w = softmax_k(score of the image masked by A_k)            arXiv:1910.01279
+    ablation_cam  w_k = (s - s without A_k) / s                              Desai et al., WACV 2020
     input_gradient, smooth_grad (arXiv:1706.03825), smooth_grad_squared, var_grad (arXiv:1810.03307)
-    integrated_gradients  (x - x') * integral of the gradient from x' to x   Sundararajan et al., arXiv:1703.01365
+    integrated_gradients  (x - x') * integral of the gradient from x' to x   arXiv:1703.01365
 
-`output` says what is explained: "logit" (the score itself), "log_prob" or "prob" (its log-softmax, softmax). Models may
-also return an object with the methods pooled(), log_probs() and probs() instead of a (B, C) tensor.
+`output` says what is explained: "logit" (the score itself), "log_prob" or "prob" (its log-softmax,
+softmax). Models may also return an object with the methods pooled(), log_probs() and probs()
+instead of a (B, C) tensor, as those of `calm.py` do.
+
+MEASURES (section 5 of "Keep CALM and Improve Visual Feature Attribution", arXiv:2106.07861):
+
+    PixelAP              how well one threshold on all maps of a data set finds the true pixels
+    remove_and_classify  how fast accuracy falls when the most attributed pixels are erased
 
     maps = grad_cam(model, model.layer4, images, labels)              # (B, h, w) for labels (B,)
-    maps = grad_cam(model, model.layer4, images, classes)             # (B, n, h, w) for classes (B, n): one forward
+    maps = grad_cam(model, model.layer4, images, classes)             # (B, n, h, w) for (B, n)
     shown = normalize_map(resize_map(maps, 224), "minmax")
 
->>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
->>> grad_cam(model, model[0], torch.ones(2, 3, 8, 8), 1).shape, smooth_grad(model, torch.ones(2, 3, 8, 8), 1).shape
-(torch.Size([2, 6, 6]), torch.Size([2, 8, 8]))
+>>> conv = torch.nn.Conv2d(3, 4, 3)
+>>> model = torch.nn.Sequential(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+>>> grad_cam(model, conv, torch.ones(2, 3, 8, 8), 1).shape
+torch.Size([2, 6, 6])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,71 +49,94 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 OUTPUTS = ("logit", "log_prob", "prob")
-QUADRATURES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
+QUADRATURES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle",
+               "riemann_trapezoid")
+PASS = 64                                                     # images in a forward pass by default
 
 
-# ---------------------------------------------------------------- scores, targets, the layer's output
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+# ---------------------------------------------------------------- scores, targets, activations
 
 def _score(result: Any, output: str) -> Tensor:
     """(B, C) scores of a model's result."""
     if isinstance(result, Tensor):
         if result.ndim != 2:
-            raise ValueError(f"model must return (B, C) scores or an output object, not {tuple(result.shape)}")
-        return {"logit": lambda z: z, "log_prob": lambda z: z.log_softmax(1), "prob": lambda z: z.softmax(1)}[output](result)
+            raise ValueError(f"model must return (B, C) scores or an output object, "
+                             f"not {tuple(result.shape)}")
+        if output == "logit":
+            return result
+        return result.log_softmax(1) if output == "log_prob" else result.softmax(1)
     name = {"logit": "pooled", "log_prob": "log_probs", "prob": "probs"}[output]
     if not hasattr(result, name):
-        raise ValueError(f"output={output!r} needs a model whose result has {name}(); {type(result).__name__} has not")
+        raise ValueError(f"output={output!r} needs a model whose result has {name}(); "
+                         f"{type(result).__name__} has not")
     return getattr(result, name)()
 
 
 def _check(images: Tensor, targets: Any, output: str) -> tuple[Tensor, bool]:
     """Targets as (B, n) int64, and whether there was only one per image."""
-    if output not in OUTPUTS:
-        raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, not {output!r}")
+    _check_choice("output", output, OUTPUTS)
     if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"images must be floating-point (B, C, H, W), not {images.dtype} {tuple(images.shape)}")
+        raise ValueError(f"images must be floating-point (B, C, H, W), "
+                         f"not {images.dtype} {tuple(images.shape)}")
     targets = torch.as_tensor(targets, device=images.device)
     if targets.dtype.is_floating_point or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers, not {targets.dtype}")
     if targets.ndim == 0:
         targets = targets.expand(len(images))
     if targets.ndim > 2 or len(targets) != len(images):
-        raise ValueError(f"targets must be an int, ({len(images)},) or ({len(images)}, n), not {tuple(targets.shape)}")
+        raise ValueError(f"targets must be an int, ({len(images)},) or ({len(images)}, n), "
+                         f"not {tuple(targets.shape)}")
     return targets.long().view(len(images), -1), targets.ndim == 1
 
 
 def _at(scores: Tensor, targets: Tensor) -> Tensor:
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < scores.shape[1]:
-        raise ValueError(f"targets must be in 0..{scores.shape[1] - 1}, not {int(targets.min())}..{int(targets.max())}")
+        raise ValueError(f"targets must be in 0..{scores.shape[1] - 1}, "
+                         f"not {int(targets.min())}..{int(targets.max())}")
     return scores.gather(1, targets)
 
 
 @contextmanager
-def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Tensor]]:
-    """Records what `layer` returns (its last call), or replaces it by change(output)."""
+def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Keeps what `layer` returns (its last call); the network goes on with change(it)."""
     seen: list[Tensor] = []
 
-    def hook(module: nn.Module, inputs: Any, result: Tensor) -> Tensor | None:
-        if change is not None:
-            return change(result)
-        seen[:] = [result]
+    def hook(module: nn.Module, inputs: Any, result: Any) -> Tensor:
+        if not isinstance(result, Tensor) or result.ndim != 4:
+            found = tuple(getattr(result, "shape", ())) or type(result).__name__
+            raise ValueError(f"layer must return one (B, K, h, w) tensor, not {found}")
+        seen[:] = [result.detach()]
+        return change(seen[0])
 
     handle = layer.register_forward_hook(hook)
     try:
         yield seen
+        if not seen:
+            raise ValueError("layer was not used in the model's forward pass")
     finally:
         handle.remove()
 
 
 def _activations_and_gradients(model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor,
                                output: str) -> tuple[Tensor, Tensor]:
-    """A (B, K, h, w) and G (B, n, K, h, w): one forward, one backward per column of targets."""
-    with torch.enable_grad(), _output_of(layer) as seen:
-        scores = _at(_score(model(images.detach().requires_grad_()), output), targets)
-        if not seen:
-            raise ValueError("layer was not used in the model's forward pass")
-        gradients = [torch.autograd.grad(scores[:, n].sum(), seen[0], retain_graph=n + 1 < scores.shape[1])[0]
-                     for n in range(scores.shape[1])]
+    """A (B, K, h, w) and G (B, n, K, h, w): one forward, one backward per column of targets.
+
+    Up to the layer nothing is recorded for the backward pass. The network goes on with a copy of A:
+    a ReLU in place behind the layer must not change it.
+    """
+    def recorded(a: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        return a.requires_grad_().clone()
+
+    with torch.no_grad(), _output_of(layer, recorded) as seen:
+        columns = _at(_score(model(images), output), targets).sum(0)
+    gradients = [torch.autograd.grad(column, seen[0], retain_graph=n + 1 < len(columns))[0]
+                 for n, column in enumerate(columns)]
     return seen[0].detach(), torch.stack(gradients, 1)
 
 
@@ -112,91 +145,105 @@ def _finish(maps: Tensor, single: bool, relu: bool) -> Tensor:
     return maps[:, 0] if single else maps
 
 
+def _weighted(weights: Tensor, a: Tensor, single: bool, relu: bool) -> Tensor:
+    """sum_k w_k A_k for weights (B, n, K)."""
+    return _finish(torch.einsum("bnk,bkhw->bnhw", weights, a), single, relu)
+
+
 # ---------------------------------------------------------------- the CAM family
 
-def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *, relu: bool = False,
-             output: str = "logit") -> Tensor:
+def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
+             relu: bool = False, output: str = "logit") -> Tensor:
     """Grad-CAM at layer resolution: `(B, h, w)` for targets int or (B,), `(B, n, h, w)` for (B, n).
 
-    For networks that end in global average pooling and a linear layer this is the class activation map without bias,
-    divided by h * w. ValueError: targets outside the classes, a layer that is not used, images that are not 4-D.
+    For networks that end in global average pooling and a linear layer this is the class activation
+    map without bias, divided by h * w. relu: clamp the map at 0. ValueError: targets outside the
+    classes, a layer that is not used or does not return (B, K, h, w), images that are not 4-D.
     """
     targets, single = _check(images, targets, output)
     a, g = _activations_and_gradients(model, layer, images, targets, output)
-    return _finish(torch.einsum("bnk,bkhw->bnhw", g.mean((3, 4)), a), single, relu)
+    return _weighted(g.mean((3, 4)), a, single, relu)
 
 
-def grad_cam_pp(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *, relu: bool = False,
-                output: str = "logit", eps: float | None = None) -> Tensor:
-    """Grad-CAM++. `eps` guards the division: None for 1e-6 of the image's largest G^2, a float for an absolute value."""
+def grad_cam_pp(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
+                relu: bool = False, output: str = "logit", eps: float | None = None) -> Tensor:
+    """Grad-CAM++. eps, against division by zero: None for 1e-6 of the image's largest G^2."""
     targets, single = _check(images, targets, output)
     a, g = _activations_and_gradients(model, layer, images, targets, output)
-    guard = 1e-6 * g.square().amax((2, 3, 4), keepdim=True) if eps is None else eps
-    alpha = g.square() / (2 * g.square() + a.sum((2, 3))[:, None, :, None, None] * g**3 + guard)
+    squared = g.square()
+    guard = 1e-6 * squared.amax((2, 3, 4), keepdim=True) if eps is None else eps
+    alpha = squared / (2 * squared + a.sum((2, 3))[:, None, :, None, None] * g**3 + guard)
     weights = torch.where(g == 0, 0.0, alpha * g.clamp(min=0)).sum((3, 4))
-    return _finish(torch.einsum("bnk,bkhw->bnhw", weights, a), single, relu)
+    return _weighted(weights, a, single, relu)
 
 
-def xgrad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *, relu: bool = False,
-              output: str = "logit") -> Tensor:
-    """XGrad-CAM: gradients weighted with the activations."""
+def xgrad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
+              relu: bool = False, output: str = "logit") -> Tensor:
+    """XGrad-CAM: gradients weighted with the activations; arguments as for `grad_cam`."""
     targets, single = _check(images, targets, output)
     a, g = _activations_and_gradients(model, layer, images, targets, output)
     weights = (g * a.unsqueeze(1)).sum((3, 4)) / (a.sum((2, 3)) + 1e-7).unsqueeze(1)
-    return _finish(torch.einsum("bnk,bkhw->bnhw", weights, a), single, relu)
+    return _weighted(weights, a, single, relu)
 
 
-def layer_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *, relu: bool = False,
-              output: str = "logit") -> Tensor:
+def layer_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
+              relu: bool = False, output: str = "logit") -> Tensor:
     """LayerCAM: every location weighted with its own positive gradient."""
     targets, single = _check(images, targets, output)
     a, g = _activations_and_gradients(model, layer, images, targets, output)
     return _finish((g.clamp(min=0) * a.unsqueeze(1)).sum(2), single, relu)
 
 
-def hires_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *, relu: bool = False,
-              output: str = "logit") -> Tensor:
+def hires_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
+              relu: bool = False, output: str = "logit") -> Tensor:
     """HiResCAM: every location weighted with its own gradient."""
     targets, single = _check(images, targets, output)
     a, g = _activations_and_gradients(model, layer, images, targets, output)
     return _finish((g * a.unsqueeze(1)).sum(2), single, relu)
 
 
+def _per_channel(a: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs of image and channel, `chunk` at a time."""
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
+    images, channels = (torch.arange(n, device=a.device) for n in a.shape[:2])
+    for part in torch.cartesian_prod(images, channels).split(chunk):
+        yield part.unbind(1)
+
+
 @torch.no_grad()
-def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *, relu: bool = False,
-              output: str = "logit", chunk: int = 32) -> Tensor:
-    """Score-CAM: K + 1 forward passes per image, `chunk` images at a time, shared by all targets of an image."""
+def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
+              relu: bool = False, output: str = "logit", chunk: int = 32) -> Tensor:
+    """Score-CAM: K + 1 forward passes per image, `chunk` at a time, shared by all its targets."""
     targets, single = _check(images, targets, output)
-    with _output_of(layer) as seen:
+    with _output_of(layer, Tensor.clone) as seen:
         _at(_score(model(images), output), targets)
     a = seen[0]
     masks = F.interpolate(a, images.shape[2:], mode="bilinear", align_corners=True)
     low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
     masks = (masks - low) / (high - low + 1e-8)
-    pairs = torch.cartesian_prod(torch.arange(len(images), device=a.device), torch.arange(a.shape[1], device=a.device))
-    scores = torch.cat([_score(model(images[b] * masks[b, k].unsqueeze(1)), output).gather(1, targets[b])
-                        for b, k in (part.unbind(1) for part in pairs.split(chunk))])
+    scores = torch.cat([
+        _score(model(images[b] * masks[b, k].unsqueeze(1)), output).gather(1, targets[b])
+        for b, k in _per_channel(a, chunk)])
     weights = scores.view(len(images), a.shape[1], -1).softmax(1)
-    return _finish(torch.einsum("bkn,bkhw->bnhw", weights, a), single, relu)
+    return _weighted(weights.transpose(1, 2), a, single, relu)
 
 
 @torch.no_grad()
-def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *, relu: bool = False,
-                 output: str = "logit", chunk: int = 32) -> Tensor:
-    """Ablation-CAM: the relative drop of the score when one channel of A is set to zero; K + 1 forward passes."""
+def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
+                 relu: bool = False, output: str = "logit", chunk: int = 32) -> Tensor:
+    """Ablation-CAM: relative drop of the score without one channel of A; K + 1 forward passes."""
     targets, single = _check(images, targets, output)
-    with _output_of(layer) as seen:
-        whole = _at(_score(model(images), output), targets)
-    a = seen[0]
-    pairs = torch.cartesian_prod(torch.arange(len(images), device=a.device), torch.arange(a.shape[1], device=a.device))
-    scores = []
-    for b, k in (part.unbind(1) for part in pairs.split(chunk)):
-        without = a[b].clone()
+    with _output_of(layer, Tensor.clone) as seen:
+        whole = _at(_score(model(images), output), targets).unsqueeze(1)
+    a, scores = seen[0], []
+    for b, k in _per_channel(a, chunk):
+        without = a[b]
         without[torch.arange(len(b), device=a.device), k] = 0
-        with _output_of(layer, change=lambda _: without):
+        with _output_of(layer, lambda _: without):
             scores.append(_score(model(images[b]), output).gather(1, targets[b]))
-    weights = (whole.unsqueeze(1) - torch.cat(scores).view(len(images), a.shape[1], -1)) / whole.unsqueeze(1)
-    return _finish(torch.einsum("bkn,bkhw->bnhw", weights, a), single, relu)
+    drops = (whole - torch.cat(scores).view(len(images), a.shape[1], -1)) / whole
+    return _weighted(drops.transpose(1, 2), a, single, relu)
 
 
 # ---------------------------------------------------------------- the gradient family
@@ -216,126 +263,343 @@ def _one_target(images: Tensor, targets: Any, output: str) -> Tensor:
     return targets
 
 
-def _many_gradients(model: nn.Module, batches: Iterator[Tensor], targets: Tensor, output: str) -> Iterator[Tensor]:
-    """Gradients (n, B, 3, H, W) of stacks of changed images (n, B, 3, H, W)."""
-    for stack in batches:
-        gradients = _input_gradients(model, stack.flatten(0, 1), targets.repeat(len(stack), 1), output)
-        yield gradients.view_as(stack)
+def _passes(count: int, images: Tensor, chunk: int | None) -> list[range]:
+    """Ranges of `chunk` out of `count` copies of the batch (default: about PASS images a pass)."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
+    chunk = chunk or max(1, PASS // max(1, len(images)))
+    return [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 
-def input_gradient(model: nn.Module, images: Tensor, targets: Any, *, output: str = "logit", signed: bool = False) -> Tensor:
-    """Largest |gradient| of the three colours, `(B, H, W)`; signed=True: the gradient itself, `(B, 3, H, W)`."""
+def _copies_gradients(model: nn.Module, copies: Tensor, targets: Tensor, output: str) -> Tensor:
+    """Gradients (n, B, 3, H, W) of a stack of changed batches (n, B, 3, H, W)."""
+    repeated = targets.repeat(len(copies), 1)
+    return _input_gradients(model, copies.flatten(0, 1), repeated, output).view_as(copies)
+
+
+def input_gradient(model: nn.Module, images: Tensor, targets: Any, *, output: str = "logit",
+                   signed: bool = False) -> Tensor:
+    """Largest |gradient| of the colours, `(B, H, W)`; signed: the gradient, `(B, 3, H, W)`."""
     gradient = _input_gradients(model, images, _one_target(images, targets, output), output)
     return gradient if signed else gradient.abs().amax(1)
 
 
-def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *, baseline: Tensor | None = None, steps: int = 50,
-                         method: str = "gausslegendre", variant: str = "standard", output: str = "logit",
-                         chunk: int | None = None) -> Tensor:
-    """The gradient averaged on the line from `baseline` (default zero) to the image, times the difference.
+def _quadrature(method: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights on [0, 1]; the trapezoid's weights add up to (steps - 1) / steps."""
+    points, weights = np.arange(steps) / steps, np.full(steps, 1 / steps)
+    if method == "gausslegendre":
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        return (nodes + 1) / 2, weights / 2
+    if method == "riemann_trapezoid":
+        weights[[0, -1]] /= 2
+        return np.arange(steps) / (steps - 1), weights
+    shift = {"riemann_left": 0.0, "riemann_right": 1.0, "riemann_middle": 0.5}[method]
+    return points + shift / steps, weights
 
-    Returns `(B, 3, H, W)`, signed, with sum f(x) - f(baseline) up to the error of the quadrature. `chunk`: points per
-    forward pass (default: all). variant="calm": the mean of max_c |gradient| at 0, 1/n, ..., 1 (sum over n + 1 points,
-    divided by n), `(B, H, W)`, as the CALM paper's code computes it; it does not sum to the difference.
+
+def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
+                         baseline: Tensor | None = None, steps: int = 50,
+                         method: str = "gausslegendre", variant: str = "standard",
+                         output: str = "logit", chunk: int | None = None) -> Tensor:
+    """The mean gradient on the line from `baseline` (zero if None) to the image, times x - x'.
+
+    Returns `(B, 3, H, W)`, signed, with the sum f(x) - f(baseline) up to the quadrature's error.
+    chunk: points per forward pass (default: about 64 images a pass). variant="calm": the mean of
+    max_c |gradient| at 0, 1/n, ..., 1 (n + 1 points, divided by n), `(B, H, W)`, as the CALM
+    paper's code computes it; it does not sum to the difference.
     """
     targets = _one_target(images, targets, output)
+    _check_choice("method", method, QUADRATURES)
+    _check_choice("variant", variant, ("standard", "calm"))
     if steps < 1 or (method == "riemann_trapezoid" and steps < 2):
         raise ValueError(f"steps must be at least 1 (2 for the trapezoid), not {steps}")
-    if method not in QUADRATURES:
-        raise ValueError(f"method must be one of {', '.join(QUADRATURES)}, not {method!r}")
-    if variant not in ("standard", "calm"):
-        raise ValueError(f"variant must be 'standard' or 'calm', not {variant!r}")
-    n = np.arange(steps)
-    weights = np.full(steps, 1 / steps)
     if variant == "calm":
         points, weights = np.arange(steps + 1) / steps, np.full(steps + 1, 1 / steps)
-    elif method == "gausslegendre":
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
-        points, weights = (nodes + 1) / 2, weights / 2
-    elif method == "riemann_trapezoid":
-        points = n / (steps - 1)
-        weights[[0, -1]] /= 2
     else:
-        points = (n + {"riemann_left": 0.0, "riemann_right": 1.0, "riemann_middle": 0.5}[method]) / steps
+        points, weights = _quadrature(method, steps)
     base = torch.zeros_like(images) if baseline is None else baseline.expand_as(images)
-    at, weight = (torch.as_tensor(v, dtype=images.dtype, device=images.device).view(-1, 1, 1, 1, 1) for v in (points, weights))
-    chunk = chunk or len(points)
+    points, weights = (torch.as_tensor(values).to(images).view(-1, 1, 1, 1, 1)
+                       for values in (points, weights))
     total = 0
-    stacks = (base + part * (images - base) for part in at.split(chunk))
-    for gradient, part in zip(_many_gradients(model, stacks, targets, output), weight.split(chunk)):
-        value = gradient.abs().amax(2, keepdim=True) if variant == "calm" else gradient
-        total = total + (part * value).sum(0)
+    for part in _passes(len(points), images, chunk):
+        rows = slice(part.start, part.stop)
+        copies = base + points[rows] * (images - base)
+        gradient = _copies_gradients(model, copies, targets, output)
+        if variant == "calm":
+            gradient = gradient.abs().amax(2, keepdim=True)
+        total = total + (weights[rows] * gradient).sum(0)
     return total[:, 0] if variant == "calm" else (images - base) * total
 
 
-def _noisy_moments(model: nn.Module, images: Tensor, targets: Any, samples: int, sigma_divisor: float, noise: Tensor | None,
-                   output: str, chunk: int | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _noisy_moments(model: nn.Module, images: Tensor, targets: Any, samples: int = 50,
+                   sigma_divisor: float = 4.0, noise: Tensor | None = None, output: str = "logit",
+                   chunk: int | None = None,
+                   generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Mean and mean square over the samples of the input-gradient maps of noisy images."""
     targets = _one_target(images, targets, output)
     if samples < 1 or not sigma_divisor > 0:
-        raise ValueError(f"samples and sigma_divisor must be positive, not {samples} and {sigma_divisor}")
-    if noise is None:
-        noise = torch.randn(samples, *images.shape, generator=generator, dtype=images.dtype,
-                            device=generator.device if generator is not None else images.device).to(images.device)
-    elif noise.shape != (samples, *images.shape):
+        raise ValueError(f"samples and sigma_divisor must be positive, "
+                         f"not {samples} and {sigma_divisor}")
+    if noise is not None and noise.shape != (samples, *images.shape):
         raise ValueError(f"noise must be {(samples, *images.shape)}, not {tuple(noise.shape)}")
-    sigma = (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True)) / sigma_divisor
+    source = images.device if generator is None else generator.device
+
+    def draw(_: int) -> Tensor:                               # one by one: the same for any chunk
+        return torch.randn(images.shape, generator=generator, dtype=images.dtype, device=source)
+
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    sigma = (high - low) / sigma_divisor
     mean = square = 0
-    for gradient in _many_gradients(model, (images + sigma * part for part in noise.split(chunk or samples)), targets, output):
-        maps = gradient.abs().amax(2)
+    for part in _passes(samples, images, chunk):
+        unit = torch.stack([*map(draw, part)]) if noise is None else noise[part.start:part.stop]
+        copies = images + sigma * unit.to(images.device)
+        maps = _copies_gradients(model, copies, targets, output).abs().amax(2)
         mean, square = mean + maps.sum(0) / samples, square + maps.square().sum(0) / samples
     return mean, square
 
 
-def smooth_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50, sigma_divisor: float = 4.0,
-                noise: Tensor | None = None, output: str = "logit", chunk: int | None = None,
-                generator: torch.Generator | None = None) -> Tensor:
+def smooth_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50,
+                sigma_divisor: float = 4.0, noise: Tensor | None = None, output: str = "logit",
+                chunk: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """SmoothGrad `(B, H, W)`: the mean input-gradient map of noisy copies.
 
-    The noise's deviation is the image's range / `sigma_divisor`; `noise` (samples, B, 3, H, W) unit normal, drawn if
-    None. `chunk`: copies per forward pass (default: all).
+    The noise's deviation is each image's range / `sigma_divisor`; `noise` (samples, B, 3, H, W)
+    unit normal, drawn if None. chunk: copies per forward pass (default: about 64 images a pass).
     """
-    return _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output, chunk, generator)[0]
+    return _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output, chunk,
+                          generator)[0]
 
 
-def smooth_grad_squared(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50, sigma_divisor: float = 4.0,
-                        noise: Tensor | None = None, output: str = "logit", chunk: int | None = None,
+def smooth_grad_squared(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50,
+                        sigma_divisor: float = 4.0, noise: Tensor | None = None,
+                        output: str = "logit", chunk: int | None = None,
                         generator: torch.Generator | None = None) -> Tensor:
     """The mean of the squared maps; arguments as for `smooth_grad`."""
-    return _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output, chunk, generator)[1]
+    return _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output, chunk,
+                          generator)[1]
 
 
-def var_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50, sigma_divisor: float = 4.0,
-             noise: Tensor | None = None, output: str = "logit", chunk: int | None = None,
-             generator: torch.Generator | None = None) -> Tensor:
+def var_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50,
+             sigma_divisor: float = 4.0, noise: Tensor | None = None, output: str = "logit",
+             chunk: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """VarGrad: the variance of the maps over the copies; arguments as for `smooth_grad`."""
-    mean, square = _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output, chunk, generator)
-    return square - mean.square()
+    mean, square = _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output,
+                                  chunk, generator)
+    return (square - mean.square()).clamp(min=0)
 
 
-# ---------------------------------------------------------------- showing and comparing maps
+# ---------------------------------------------------------------- showing maps
 
 def resize_map(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     """`(..., h, w)` to `(..., H, W)`, bilinear, corners not aligned. Keeps values, not sums."""
     size = (size, size) if isinstance(size, int) else tuple(size)
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    return F.interpolate(flat, size, mode="bilinear", align_corners=False).view(*maps.shape[:-2], *size)
+    resized = F.interpolate(flat, size, mode="bilinear", align_corners=False)
+    return resized.view(*maps.shape[:-2], *size)
 
 
 def normalize_map(maps: Tensor, mode: str) -> Tensor:
-    """Each map `(..., H, W)` on its own: "none", "max" (v / max, clipped to [0, 1]), "minmax", "clip" (to [0, 1]).
+    """Each map `(..., H, W)` on its own: "none", "max" (v / max, cut to [0, 1]), "minmax", "clip".
 
-    Constant maps and maps with NaN become 0 (not for "none"), as do maps without a positive value under "max".
+    "clip" only cuts values to [0, 1]: the one that keeps the unit. Constant maps and maps that are
+    not finite become 0 (not for "none"), as do maps without a positive value under "max".
     """
-    if mode not in ("none", "max", "minmax", "clip"):
-        raise ValueError(f"mode must be 'none', 'max', 'minmax' or 'clip', not {mode!r}")
+    _check_choice("mode", mode, ("none", "max", "minmax", "clip"))
     if mode == "none":
         return maps
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    usable = (high > low) & ((high > 0) | (mode != "max"))
-    out = {"max": lambda: (maps / high).clamp(0, 1), "minmax": lambda: (maps - low) / (high - low), "clip": lambda: maps.clamp(0, 1)}[mode]()
-    return torch.where(usable, out, torch.zeros((), dtype=maps.dtype, device=maps.device))
+    usable = (high > low) & torch.isfinite(high - low) & ((high > 0) | (mode != "max"))
+    if mode != "clip":
+        maps = maps / high if mode == "max" else (maps - low) / (high - low)
+    return torch.where(usable, maps.clamp(0, 1), torch.zeros_like(maps))
 
+
+# ---------------------------------------------------------------- pixel average precision
+
+def thresholds(kind: str, interval: float = 0.001) -> np.ndarray:
+    """Ascending float64: "even" 0, d, 2 d, ... below 1, or "log" from above 10^-7 to 1."""
+    _check_choice("kind", kind, ("even", "log"))
+    if not 0 < interval < 1:
+        raise ValueError(f"interval must be in (0, 1), not {interval}")
+    if kind == "even":
+        return np.arange(0, 1, interval)
+    # scalar powers: numpy's vectorised ones differ in the last bit, and values fall by these edges
+    exponents = np.arange(0, 7, 7 * interval).tolist()
+    return np.array([10.0 ** -exponent for exponent in reversed(exponents)])
+
+
+class PixelAP:
+    """Average precision of pixels over a whole data set, binned as published or exact.
+
+    thresholds: "even", "log", ascending values, or None for the exact one (a step per distinct
+    value). Mask values: 1 positive, 0 negative, all others ignored. Values below the lowest
+    threshold are in no bin, as published, and with them their positives are not counted either;
+    count_underflow=True counts these in the recall. Counts stay on the maps' device.
+    """
+
+    def __init__(self, thresholds: str | Sequence[float] | None = "even", interval: float = 0.001,
+                 count_underflow: bool = False) -> None:
+        if isinstance(thresholds, str):
+            thresholds = globals()["thresholds"](thresholds, interval)
+        self.edges = None
+        if thresholds is not None:
+            edges = np.append(np.asarray(thresholds, dtype=np.float64), [1.0, 2.0, 3.0])
+            if not (np.diff(edges) >= 0).all():
+                raise ValueError("thresholds must be ascending and at most 1")
+            self.edges = torch.from_numpy(edges)
+            self.histogram = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
+        self.count_underflow, self.below = count_underflow, torch.zeros((), dtype=torch.int64)
+        self.values: list[Tensor] = []
+
+    def update(self, maps: Any, masks: Any) -> None:
+        """maps (N, H, W) or (H, W) in [0, 1], masks of the same shape."""
+        maps = torch.as_tensor(maps)
+        masks = torch.as_tensor(masks, device=maps.device)
+        if maps.shape != masks.shape or maps.ndim not in (2, 3):
+            raise ValueError(f"maps and masks must have one shape (N, H, W) or (H, W), "
+                             f"not {tuple(maps.shape)} and {tuple(masks.shape)}")
+        if not maps.is_floating_point():
+            raise TypeError(f"maps must be floating-point, not {maps.dtype}")
+        if not ((maps >= 0) & (maps <= 1)).all():
+            raise ValueError(f"maps must be in [0, 1] without NaN, "
+                             f"found {float(maps.min())} to {float(maps.max())}")
+        for positive in (0, 1):
+            values = maps[masks == positive].double()
+            if self.edges is None:
+                self.values.append(torch.stack([values, torch.full_like(values, positive)]))
+                continue
+            if self.edges.device != maps.device:
+                self.edges, self.histogram, self.below = (
+                    t.to(maps.device) for t in (self.edges, self.histogram, self.below))
+            place = torch.searchsorted(self.edges, values, right=True)            # 0: below all
+            counts = torch.bincount(place, minlength=len(self.edges) + 1)
+            self.histogram[positive] += counts[1:-1]
+            self.below += positive * counts[0]
+
+    def compute(self) -> dict[str, Any]:
+        """{"ap" in percent, "precision", "recall"}: from the highest bin down; 0 / 0 is NaN."""
+        histogram, below = self._exact() if self.edges is None else (self.histogram, self.below)
+        false, true = histogram.flip(1).cumsum(1).cpu()
+        positives = histogram[1].sum().cpu() + (int(below) if self.count_underflow else 0)
+        precision, recall = true / (true + false), true / positives
+        gain = torch.diff(recall, prepend=recall.new_zeros(1))
+        ap = 100 * float((precision * gain)[true + false > 0].sum())
+        return {"ap": ap, "precision": precision.numpy(), "recall": recall.numpy()}
+
+    def _exact(self) -> tuple[Tensor, int]:
+        """Counts (2, number of distinct values); nothing is below."""
+        empty = torch.zeros(2, 0, dtype=torch.float64)
+        value, positive = torch.cat(self.values, 1) if self.values else empty
+        distinct, place = value.unique(return_inverse=True)
+        rows = [torch.bincount(place[positive == p], minlength=len(distinct)) for p in (0, 1)]
+        return torch.stack(rows).double(), 0
+
+
+# ---------------------------------------------------------------- remove and classify
+
+def erase_masks(maps: Tensor, fractions: Sequence[float], order: str = "most") -> Tensor:
+    """(F, B, H, W) bool, False on the int(k H W) most (or "least") attributed pixels.
+
+    Of equal values the one with the lower flat index goes first.
+    """
+    if maps.ndim != 3:
+        raise ValueError(f"maps must be (B, H, W), not {tuple(maps.shape)}")
+    _check_choice("order", order, ("most", "least"))
+    if not all(0 <= k <= 1 for k in fractions):
+        raise ValueError(f"fractions must be in [0, 1], not {list(fractions)}")
+    sequence = maps.flatten(1).argsort(dim=1, descending=order == "most", stable=True)
+    count = sequence.shape[1]
+    place = torch.arange(count, device=maps.device).expand_as(sequence)
+    rank = torch.empty_like(sequence).scatter_(1, sequence, place).view_as(maps)   # for all k
+    return torch.stack([rank >= int(k * count) for k in fractions])
+
+
+def fill_baseline(images: Tensor, fill: str) -> Tensor:
+    """What erased pixels show: "zero", "mean" (of the channel) or "blur" (31 x 31, sigma 15)."""
+    _check_choice("fill", fill, ("zero", "mean", "blur"))
+    if fill == "zero":
+        return torch.zeros_like(images)
+    if fill == "mean":
+        return images.mean((2, 3), keepdim=True).expand_as(images)
+    if min(images.shape[2:]) < 16:
+        raise ValueError(f"fill 'blur' needs images of at least 16 pixels, "
+                         f"not {tuple(images.shape[2:])}")
+    offset = torch.arange(-15, 16, device=images.device, dtype=images.dtype)
+    line = torch.exp(-offset.square() / (2 * 15**2))
+    line = (line / line.sum()).expand(images.shape[1], 1, 1, -1)
+    out = F.pad(images, (15, 15, 15, 15), mode="reflect")
+    out = F.conv2d(out, line, groups=images.shape[1])
+    return F.conv2d(out, line.transpose(2, 3), groups=images.shape[1])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() on the whole model, and every part back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def remove_and_classify(model: nn.Module, loader: Iterable,
+                        map_fn: Callable[[Tensor, Tensor], Tensor], fractions: Sequence[float],
+                        fill: str = "zero", generator: torch.Generator | None = None,
+                        random_masks: Tensor | None = None, order: str = "most") -> dict[str, Any]:
+    """Accuracy after erasing the most attributed pixels, against erasing as many random ones.
+
+    loader: (images, labels); map_fn(images, labels) -> (B, h, w), resized to the images.
+    random_masks (F, N, H, W) bool, True = keep, in the loader's order; drawn from `generator` if
+    None. The lower the ratio, the better the map; with order="least" the least attributed pixels go
+    first, and higher is better. The model is in eval mode meanwhile.
+
+    Returns {"fractions", "accuracy" (float), "accuracy_erased", "accuracy_random", "ratio" (F,)
+    float64}; the ratio is NaN, with a warning, where no randomly erased image is recognised.
+    """
+    def right(images: Tensor, labels: Tensor) -> Tensor:
+        result = model(images)
+        return (result if isinstance(result, Tensor) else result.probs()).argmax(1) == labels
+
+    counts, whole, total = torch.zeros(2, len(fractions), dtype=torch.float64), 0, 0
+    with _evaluating(model):
+        for images, labels, *_ in loader:
+            size, count = tuple(images.shape[2:]), len(images)
+            with torch.enable_grad():                         # gradient maps need it
+                maps = map_fn(images, labels).detach().float()
+            if maps.ndim != 3 or len(maps) != count:
+                raise ValueError(f"map_fn must return ({count}, h, w), not {tuple(maps.shape)}")
+            keep = erase_masks(resize_map(maps, size), fractions, order)
+            if random_masks is None:
+                source = images.device if generator is None else generator.device
+                chance = torch.rand(count, *size, generator=generator, device=source)
+                chance = erase_masks(chance.to(images.device), fractions)
+            else:
+                chance = random_masks[:, total:total + count].to(images.device)
+                if chance.shape != keep.shape:
+                    raise ValueError(f"random_masks must be (F, N, H, W) for the loader's images, "
+                                     f"not {tuple(random_masks.shape)}")
+            base = fill_baseline(images, fill)
+            whole += int(right(images, labels).sum())
+            for row, masks in enumerate((keep, chance)):      # all fractions in one forward pass
+                erased = torch.where(masks.unsqueeze(2), images, base).flatten(0, 1)
+                hits = right(erased, labels.repeat(len(fractions))).view(len(fractions), -1)
+                counts[row] += hits.sum(1).cpu()
+            total += count
+    if not total:
+        raise ValueError("loader is empty")
+    if (counts[1] == 0).any():
+        warnings.warn("no randomly erased image is recognised at some fraction: its ratio is NaN",
+                      stacklevel=3)
+    ratio = torch.where(counts[1] > 0, counts[0] / counts[1], math.nan)
+    return {"fractions": list(fractions), "accuracy": whole / total,
+            "accuracy_erased": counts[0] / total, "accuracy_random": counts[1] / total,
+            "ratio": ratio}
+
+
+# ---------------------------------------------------------------- demonstration
 
 def _demonstrate() -> None:
     """A network that sees one thing, a bright spot: how much of each map lies on it."""
@@ -348,16 +612,21 @@ def _demonstrate() -> None:
     conv = nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=False)
     nn.init.constant_(conv.weight, 0.04)
     model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    print("share of each map's positive mass on the spot (2 % of the image):")
-    for function in (grad_cam, grad_cam_pp, xgrad_cam, layer_cam, hires_cam, score_cam, ablation_cam):
-        maps = function(model, model[1], images, labels, relu=True)
-        print(f"  {function.__name__:22s}{((maps * spots).sum((1, 2)) / maps.sum((1, 2))).mean():.2f}")
-    for function in (input_gradient, smooth_grad, var_grad):
-        maps = function(model, images, labels, **({} if function is input_gradient else {"generator": generator}))
-        print(f"  {function.__name__:22s}{((maps * spots).sum((1, 2)) / maps.sum((1, 2))).mean():.2f}")
-    maps = integrated_gradients(model, images, labels)
-    gap = (maps.sum((1, 2, 3)) - (model(images) - model(0 * images)).gather(1, labels[:, None])[:, 0]).abs().max()
-    print(f"integrated gradients add up to f(x) - f(0): largest error {gap.item():.1e}")
+    cams = (grad_cam, grad_cam_pp, xgrad_cam, layer_cam, hires_cam, score_cam, ablation_cam)
+    maps = {f.__name__: f(model, model[1], images, labels, relu=True) for f in cams}
+    maps["input_gradient"] = input_gradient(model, images, labels)
+    for function in (smooth_grad, var_grad):
+        maps[function.__name__] = function(model, images, labels, generator=generator)
+    maps["integrated, positive"] = integrated_gradients(model, images, labels).clamp(min=0).sum(1)
+    print("share of each map on the spot (2 % of the image), and AP of its pixels after min-max:")
+    for name, values in maps.items():
+        metric = PixelAP(thresholds=None)
+        metric.update(normalize_map(values, "minmax"), spots)
+        share = ((values * spots).sum((1, 2)) / values.sum((1, 2))).mean()
+        print(f"  {name:22s}{share:.2f}  {metric.compute()['ap']:5.1f}")
+    gap = integrated_gradients(model, images, labels).sum((1, 2, 3))
+    gap = gap - (model(images) - model(0 * images)).gather(1, labels[:, None])[:, 0]
+    print(f"integrated gradients add up to f(x) - f(0): largest error {gap.abs().max().item():.1e}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from reference import attribution as at
 from reference import calm
-from reference.calm import CALM, CALMHead, CALMOutput, CAMHead, CAMOutput, PixelAP, calm_loss
+from reference.attribution import PixelAP
+from reference.calm import CALM, CALMHead, CALMOutput, CAMHead, CAMOutput, calm_loss
 
 GOLDEN = Path(__file__).parent / "golden" / "calm"
 HEADS = ("head_small.npz", "head_mid.npz", "head_float64.npz", "head_dead_locations.npz")
@@ -128,7 +130,7 @@ def test_training_steps_of_the_released_code(method):
 def test_pixel_ap_of_the_released_code(name):
     g = load(name)
     kind, interval = str(g["threshold_type"]), float(g["interval"])
-    np.testing.assert_array_equal(calm.thresholds(kind, interval), g["thresholds"])
+    np.testing.assert_array_equal(at.thresholds(kind, interval), g["thresholds"])
     metric = PixelAP(kind, interval)
     for m, mask in zip(g["maps"], g["gt"]):
         metric.update(m, mask)
@@ -142,35 +144,35 @@ def test_pixel_ap_of_the_released_code(name):
 def test_thresholds_normalisation_and_resizing_of_the_released_code():
     g = load("thresholds.npz")
     for key in ("even", "log"):
-        np.testing.assert_array_equal(calm.thresholds(key), g[key])
-        np.testing.assert_array_equal(calm.thresholds(key, 0.05), g[f"{key}_05"])
+        np.testing.assert_array_equal(at.thresholds(key), g[key])
+        np.testing.assert_array_equal(at.thresholds(key, 0.05), g[f"{key}_05"])
     g = load("normalize.npz")
     for case in ("signed", "positive", "constant", "nan"):
         for mode, key in (("max", "max"), ("minmax", "minmax"), ("clip", "clipping")):
-            close(calm.normalize_map(torch.from_numpy(g[f"in_{case}"]), mode), g[f"out_{key}_{case}"], 1e-12)
-    assert not calm.normalize_map(torch.from_numpy(g["in_allneg"]), "max").any()
+            close(at.normalize_map(torch.from_numpy(g[f"in_{case}"]), mode), g[f"out_{key}_{case}"], 1e-12)
+    assert not at.normalize_map(torch.from_numpy(g["in_allneg"]), "max").any()
     g = load("resize.npz")
     for key in ("7x7", "28x28"):
-        close(calm.resize_map(torch.from_numpy(g[f"in_{key}"]), 224), g[f"out_{key}"], 1e-5, 1e-5)
+        close(at.resize_map(torch.from_numpy(g[f"in_{key}"]), 224), g[f"out_{key}"], 1e-5, 1e-5)
 
 
 def test_erasing_of_the_released_code():
     g = load("erase.npz")
     percents = (10, 30, 50, 70, 90)
     fractions = [p / 100 for p in percents]
-    masks = calm.erase_masks(torch.from_numpy(g["scoremap"])[:, 0], fractions)
+    masks = at.erase_masks(torch.from_numpy(g["scoremap"])[:, 0], fractions)
     for row, p in enumerate(percents):
         np.testing.assert_array_equal(masks[row].numpy(), g[f"mask_topk_{p}"][:, 0].astype(bool))
     images = torch.from_numpy(g["images"])
-    close(calm.fill_baseline(images, "mean"), g["baseline_mean"])
-    close(calm.fill_baseline(images, "blur"), g["baseline_blur"], 1e-4, 1e-5)
+    close(at.fill_baseline(images, "mean"), g["baseline_mean"])
+    close(at.fill_baseline(images, "blur"), g["baseline_blur"], 1e-4, 1e-5)
     weight = torch.from_numpy(g["rc_weight"])
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4, bias=False))
     model[1].weight.data.copy_(weight)
     scores, labels = torch.from_numpy(g["rc_scoremap"])[:, 0], torch.from_numpy(g["rc_labels"])
     random = torch.stack([torch.from_numpy(g[f"rc_mask_random_{p}"][:, 0].astype(bool)) for p in percents])
     seen = iter(scores.split(7))
-    result = calm.remove_and_classify(model, list(zip(images.split(7), labels.split(7))), lambda *_: next(seen), fractions, random_masks=random)
+    result = at.remove_and_classify(model, list(zip(images.split(7), labels.split(7))), lambda *_: next(seen), fractions, random_masks=random)
     np.testing.assert_allclose(result["accuracy_erased"], g["rc_correct_topk"].mean(1), rtol=1e-12)
     np.testing.assert_allclose(result["accuracy_random"], g["rc_correct_random"].mean(1), rtol=1e-12)
     assert result["accuracy"] == pytest.approx(g["rc_correct_none"].mean())
@@ -304,9 +306,9 @@ def test_exact_pixel_ap_by_hand_and_underflow():
 
 def test_erasing_orders_ties_and_fills():
     maps = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
-    assert calm.erase_masks(maps, [0.5])[0, 0].tolist() == [[False, False], [True, True]]
-    assert calm.erase_masks(maps, [0.5], "least")[0, 0].tolist() == [[False, True], [False, True]]
-    assert not calm.fill_baseline(torch.ones(1, 3, 4, 4), "zero").any()
+    assert at.erase_masks(maps, [0.5])[0, 0].tolist() == [[False, False], [True, True]]
+    assert at.erase_masks(maps, [0.5], "least")[0, 0].tolist() == [[False, True], [False, True]]
+    assert not at.fill_baseline(torch.ones(1, 3, 4, 4), "zero").any()
 
 
 def net(seed=0, head=CALMHead):
@@ -347,14 +349,14 @@ def test_training_resumes_exactly_and_groups_parameters():
 def test_remove_and_classify_restores_the_mode_and_warns():
     model = net().train()
     loader = [(torch.randn(2, 3, 16, 16, generator=seeded()), torch.tensor([0, 1]))]
-    result = calm.remove_and_classify(model, loader, lambda x, y: calm.attribution_map(model(x), y), [0.0, 0.5, 1.0], generator=seeded())
+    result = at.remove_and_classify(model, loader, lambda x, y: calm.attribution_map(model(x), y), [0.0, 0.5, 1.0], generator=seeded())
     assert model.training and result["accuracy_erased"][0] == result["accuracy"] == result["accuracy_random"][0]
     assert result["accuracy_erased"][2] == result["accuracy_random"][2]
     never = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
     nn.init.zeros_(never[1].weight), nn.init.constant_(never[1].bias, 0.0)
     never[1].bias.data[2] = 1
     with pytest.warns(UserWarning, match="NaN"):
-        assert calm.remove_and_classify(never, loader, lambda x, y: x[:, 0], [0.5], generator=seeded())["ratio"].isnan().all()
+        assert at.remove_and_classify(never, loader, lambda x, y: x[:, 0], [0.5], generator=seeded())["ratio"].isnan().all()
 
 
 # ---------------------------------------------------------------- bad input
@@ -378,15 +380,15 @@ def test_bad_input():
         (lambda: calm.attribution_map(cam, 1), ValueError, "CALM head"), (lambda: calm.attribution_map(output, labels.float()), TypeError, "integers"),
         (lambda: calm.counterfactual_map(output, 0, 1, mode="both"), ValueError, "mode"),
         (lambda: calm.superclass_map(output, [[0], [], [1]]), ValueError, "non-empty"), (lambda: calm.superclass_map(output, {0: [1]}), ValueError, "needs labels"),
-        (lambda: calm.superclass_map(output, [[0]] * 3, "prior"), ValueError, "kind"), (lambda: calm.normalize_map(output.prior(), "l1"), ValueError, "mode"),
-        (lambda: calm.thresholds("linear"), ValueError, "kind"), (lambda: PixelAP([0.5, 0.1]), ValueError, "ascending"),
+        (lambda: calm.superclass_map(output, [[0]] * 3, "prior"), ValueError, "kind"), (lambda: at.normalize_map(output.prior(), "l1"), ValueError, "mode"),
+        (lambda: at.thresholds("linear"), ValueError, "kind"), (lambda: PixelAP([0.5, 0.1]), ValueError, "ascending"),
         (lambda: PixelAP().update(torch.zeros(2, 3), torch.zeros(3, 2)), ValueError, "one shape"),
         (lambda: PixelAP().update(torch.full((2, 2), 1.5), torch.zeros(2, 2)), ValueError, r"\[0, 1\]"),
         (lambda: PixelAP().update(torch.full((2, 2), float("nan")), torch.zeros(2, 2)), ValueError, "NaN"),
         (lambda: PixelAP().update(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)), TypeError, "floating"),
-        (lambda: calm.erase_masks(torch.zeros(2, 3, 3), [1.5]), ValueError, "fractions"), (lambda: calm.erase_masks(torch.zeros(3, 3), [0.5]), ValueError, "maps"),
-        (lambda: calm.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"), (lambda: calm.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
-        (lambda: calm.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"), (lambda: calm.merge_cub_parts(np.zeros((3, 3)), 10, 10), ValueError, "15, 3"),
+        (lambda: at.erase_masks(torch.zeros(2, 3, 3), [1.5]), ValueError, "fractions"), (lambda: at.erase_masks(torch.zeros(3, 3), [0.5]), ValueError, "maps"),
+        (lambda: at.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"), (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
+        (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"), (lambda: calm.merge_cub_parts(np.zeros((3, 3)), 10, 10), ValueError, "15, 3"),
         (lambda: calm.part_label_map(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), ValueError, "empty"),
         (lambda: calm.differing_part_groups([1], [1, 2], ["a"]), ValueError, "one length"),
     ]:
