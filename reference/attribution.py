@@ -134,7 +134,7 @@ def _activations_and_gradients(model: nn.Module, layer: nn.Module, images: Tenso
         return a.requires_grad_().clone()
 
     with torch.no_grad(), _output_of(layer, recorded) as seen:
-        columns = _at(_score(model(images), output), targets).sum(0)
+        columns = _at(_score(model(images), output), targets).sum(0).unbind()
     gradients = [torch.autograd.grad(column, seen[0], retain_graph=n + 1 < len(columns))[0]
                  for n, column in enumerate(columns)]
     return seen[0].detach(), torch.stack(gradients, 1)
