@@ -47,12 +47,18 @@ def run_all(commands: list[list[str]], folders: list[Path], path: str | None) ->
         return list(pool.map(run, commands, folders))
 
 
+def selected(request, argument: str) -> list:
+    """What the tests that are about to run and use this fixture have as `argument`."""
+    return [item.callspec.params[argument] for item in request.session.items if request.fixturename in item.fixturenames]
+
+
 @pytest.fixture(scope="module")
-def demonstrations(tmp_path_factory):
-    folders = [tmp_path_factory.mktemp(path.stem) for path in METHODS]
-    for path, folder in zip(METHODS, folders):
+def demonstrations(request, tmp_path_factory):
+    paths = selected(request, "path")
+    folders = [tmp_path_factory.mktemp(path.stem) for path in paths]
+    for path, folder in zip(paths, folders):
         shutil.copy(path, folder)
-    return dict(zip(METHODS, run_all([["-P", path.name] for path in METHODS], folders, None)))
+    return dict(zip(paths, run_all([["-P", path.name] for path in paths], folders, None)))
 
 
 @pytest.mark.parametrize("path", METHODS, ids=name_of)
@@ -98,8 +104,8 @@ def python_blocks():
 
 
 @pytest.fixture(scope="module")
-def snippets(tmp_path_factory):
-    blocks = python_blocks()
+def snippets(request, tmp_path_factory):
+    blocks = selected(request, "block")
     folders = [tmp_path_factory.mktemp("snippet") for _ in blocks]
     return dict(zip(blocks, run_all([["-c", block] for block in blocks], folders, str(ROOT))))
 
