@@ -6,7 +6,7 @@
 
     vocabulary = Vocabulary.of(data.captions, tokenize)                    # or Vocabulary.load(path)
     batches = PairBatches(data, vocabulary, 128, transform=TrainTransform(224), seed=0)
-    for images, tokens, lengths, ids in batches: ...   # (B, 3, H, W) float, (B, T), (B,), (B,) int64
+    for images, tokens, lengths, image_ids, caption_image_ids in batches: ...
 
 A `CaptionSet` lists the images in the order in which they first appear and keeps the captions of
 an image together; it is also a data set for `data_tools.loader.Loader` whose labels are image rows.
@@ -454,13 +454,13 @@ def random_erasing(images: Tensor, probability: float, generator: torch.Generato
 
 
 class PairBatches:
-    """Training batches (images, tokens, lengths, matches) of a caption set, determined by (seed, epoch).
+    """Training batches of a caption set, determined by (seed, epoch), as `reference.pcme.train` takes them:
+    images (B, 3, H, W), tokens (C, T), lengths (C,), image ids (B,), ids of the captions' images (C,).
 
-    pairs="captions": every caption once an epoch, with its image (published for COCO); matches are image ids.
-    pairs="images": every image once an epoch, with `captions_per_image` of its captions; matches are the
-        (B, B * captions_per_image) matrix.
+    pairs="captions": every caption once an epoch, with its image (published for COCO).
+    pairs="images": every image once an epoch, with `captions_per_image` of its captions.
     pairs="classes": one random caption and its image of every class (published for CUB; batch_size is then the
-        number of classes); an epoch has one step for each such group of captions; matches are image ids.
+        number of classes); an epoch has one step for each such group of captions.
 
     transform: of the loader. word_drop, erasing: probabilities of the published augmentations of captions
     and images. mean_std: channel statistics. With several processes, each gets its part of the same batches, and
@@ -519,7 +519,7 @@ class PairBatches:
         """The next pass is this epoch, from this step on."""
         self.epoch, self.start = epoch, start_batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch, first = self.epoch, self.start
         self.epoch, self.start = epoch + 1, 0
         owner, ids = torch.from_numpy(self.data.owner), torch.from_numpy(self.data.image_ids)
@@ -536,7 +536,5 @@ class PairBatches:
                 words = [drop_words(w, self.word_drop, generator) for w in words]
             if self.erasing:
                 images = random_erasing(images, self.erasing, generator)
-            matches = ids.to(rows.device)[rows]
-            if self.k > 1:
-                matches = torch.eye(len(rows), device=rows.device).repeat_interleave(self.k, 1)
-            yield images, *pad(words), matches
+            numbers = ids.to(rows.device)[rows]
+            yield images, *pad(words), numbers, numbers.repeat_interleave(self.k)
