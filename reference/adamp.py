@@ -27,8 +27,8 @@ To copy: `projection` into an optimiser of your own, or this file. Its paths agr
 
     foreach=False    the readable one, `_readable_step`: read this
     foreach=True     multi-tensor, branch-free: no host synchronisation, CUDA graphs (capturable)
-    default on CPU   blocks that stay in the cache; AdamP lets torch's fused AdamW make the step
-                     and takes the parallel part out afterwards, since the step is linear in u
+    default on CPU   torch's fused kernels make the step, in blocks that stay in the cache; the
+                     parallel part is taken out afterwards, since the step is linear in u
 
 >>> model = torch.nn.Linear(4, 2)
 >>> optimizer = AdamP(model.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -45,13 +45,16 @@ weights, as everywhere in torch.optim. With GradScaler, gradients are unscaled f
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-BLOCK = 1 << 17       # elements of a block on the CPU: what a step touches of it stays in the cache
+BLOCK = 1 << 18       # elements of a block on the CPU: what a step touches of it stays in the cache
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -61,9 +64,8 @@ def _wide(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the test and the projection
 
-def _first_view(dot: Tensor, norm_w: Tensor, norm_g: Tensor, length: int, delta: float,
-                eps: float) -> str | None:
-    """The first view whose largest |cos(g, w)| is below delta / sqrt(row length).
+def _first_view(dot: Tensor, norm_w: Tensor, norm_g: Tensor, length: int, delta: float, eps: float):
+    """The first view whose largest |cos(g, w)| is below delta / sqrt(row length), or None.
 
     Takes <w, g>, |w|, |g| of every channel; those of the layer follow from them.
     """
@@ -140,11 +142,10 @@ class _ProjectedOptimizer(Optimizer):
             raise
 
     def _check(self, group: dict) -> None:
-        for name in ("lr", "eps", "weight_decay", "delta"):
-            if not group[name] >= 0:
-                raise ValueError(f"{name} must not be negative, got {group[name]}")
-        if not 0 <= group["wd_ratio"] <= 1:
-            raise ValueError(f"wd_ratio must be in [0, 1], got {group['wd_ratio']}")
+        for name in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
+            value, top = group[name], 1 if name == "wd_ratio" else math.inf
+            if not (isinstance(value, (int, float, Tensor)) and 0 <= value <= top):
+                raise ValueError(f"{name} must be a number in [0, {top}], got {value!r}")
         if group["scale_invariant"] not in (None, True, False):
             raise ValueError("scale_invariant must be None, True or False, got "
                              f"{group['scale_invariant']!r}")
@@ -152,12 +153,11 @@ class _ProjectedOptimizer(Optimizer):
             if p.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {p.dtype}")
             if getattr(p, "_is_flat_param", False):
-                raise ValueError("params must keep their shape, got a flat sharded parameter (FSDP) "
-                                 "whose channels are lost; use DDP, or fully_shard of FSDP 2")
+                raise ValueError("params must keep their shape, got a flat sharded parameter "
+                                 "(FSDP): its channels are lost; use DDP, or FSDP 2's fully_shard")
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_views", [])
+        super().__setstate__({"_views": []} | state)
         for group in self.param_groups:          # groups of the official package lack our own keys
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -177,15 +177,13 @@ class _ProjectedOptimizer(Optimizer):
     def stats(self) -> dict[str, int]:
         """Of the last step: tensors `tested` (ndim > 1, with a gradient) and hits per view;
         `projected` is their sum. Read back from the device only here."""
-        counts = {"tested": len(self._views), "channel": 0, "layer": 0}
-        for view in self._views:
-            if isinstance(view, Tensor):         # (channel hit, layer hit) of the branch-free path
-                channel, layer = view.tolist()
-                counts["channel"] += int(channel)
-                counts["layer"] += int(layer)
-            elif view is not None:
-                counts[view] += 1
-        return counts | {"projected": counts["channel"] + counts["layer"]}
+        channel = layer = 0
+        for view in self._views:                 # a pair of hits on the branch-free path
+            if not isinstance(view, Tensor):
+                view = torch.tensor([view == "channel", view == "layer"])
+            channel, layer = channel + int(view[0]), layer + int(view[1])
+        return {"tested": len(self._views), "channel": channel, "layer": layer,
+                "projected": channel + layer}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
@@ -200,9 +198,9 @@ class _ProjectedOptimizer(Optimizer):
             for p in group["params"]:
                 if p.grad is None or p.numel() == 0:
                     continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, got "
-                                       f"one of shape {tuple(p.shape)}; use sparse=False")
+                if p.grad.layout != torch.strided:
+                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, "
+                                       f"got one of shape {tuple(p.shape)}; use sparse=False")
                 if not self.state[p]:
                     self.state[p].update(self._new_state(p, group))
                 paths[self._path(group, p)].append(p)
@@ -213,32 +211,44 @@ class _ProjectedOptimizer(Optimizer):
     def _path(self, group: dict, p: Tensor) -> Callable:
         """The function that steps this parameter: what the arguments ask for, else the fastest."""
         foreach, fused = group["foreach"], group.get("fused")
-        if type(p.data) is not Tensor:           # DTensor and other subclasses: plain operations only
+        if type(p.data) is not Tensor:           # DTensor and the like: plain operations only
             return self._readable_step
         if group.get("capturable") or torch.compiler.is_compiling():
             return self._foreach_step
-        if (fused or fused is None and foreach is None) and self._blocks_serve(group, p):
-            return self._blocked_step
+        if (fused or fused is None and foreach is None) and self._fused_serves(group, p):
+            return self._fused_step
         return self._readable_step if foreach is False and not fused else self._foreach_step
 
-    def _blocks_serve(self, group: dict, p: Tensor) -> bool:
+    def _fused_serves(self, group: dict, p: Tensor) -> bool:
         moments = (self.state[p][key] for key in self._moments)
         return (p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64)
                 and _same_rows(p, p.grad, *moments) is not None)
 
-    def _project(self, group: dict, w: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, float]:
-        """`projection` with the group's override and the statistics."""
-        if w.ndim < 2:
-            return u, 1
-        view = group["scale_invariant"]
-        if view is None:
-            view = scale_invariance(w, g, group["delta"], group["eps"])
-        else:
-            view = "channel" if view else None
+    def _readable_step(self, group: dict, params: list[Tensor]) -> None:
+        lr = float(group["lr"])
+        for p in params:
+            w, g = _wide(p.data), _wide(p.grad)
+            if group["maximize"]:
+                g = -g
+            u, size = self._direction(group, self.state[p], g, lr)
+            decay = lr * self._decay(group)
+            if w.ndim > 1:
+                test = partial(scale_invariance, w, g, group["delta"], group["eps"])
+                if view := self._view(group, test):
+                    u = tangent(w, u, view, group["eps"])
+                    decay *= group["wd_ratio"]
+                    if self._stores_projection(group):
+                        self.state[p]["momentum"].copy_(u)
+            w.mul_(1 - decay).add_(u, alpha=-size)
+            if w.dtype != p.dtype:
+                p.copy_(w)
+
+    def _view(self, group: dict, test: Callable[[], str | None]) -> str | None:
+        """What the group's `scale_invariant` says, else the test; kept for `stats`."""
+        known = group["scale_invariant"]
+        view = test() if known is None else "channel" if known else None
         self._views.append(view)
-        if view is None:
-            return u, 1
-        return tangent(w, u, view, group["eps"]), group["wd_ratio"]
+        return view
 
     # ------------------------------------------------------------ foreach: branch-free
 
@@ -250,57 +260,45 @@ class _ProjectedOptimizer(Optimizer):
         back from the device.
         """
         for bucket in self._buckets(group, params):
-            weights, grads = [_wide(p.data) for p in bucket], [_wide(p.grad) for p in bucket]
+            w, g = [_wide(p.data) for p in bucket], [_wide(p.grad) for p in bucket]
             if group["maximize"]:
-                grads = torch._foreach_neg(grads)
-            updates, size, decay = self._directions(group, bucket, grads)
-            matrices = [i for i, w in enumerate(weights) if w.ndim > 1]
-            if matrices:
-                def pick(x):
-                    if isinstance(x, Tensor) and x.ndim:     # an index list would synchronise
-                        return torch.stack([x[i] for i in matrices])
-                    return x
-                self._project_all(group, [bucket[i] for i in matrices], matrices, weights, grads,
-                                  updates, pick(decay))
-            vectors = [i for i, w in enumerate(weights) if w.ndim <= 1]
-            if vectors and group["weight_decay"] > 0:
-                keep = 1 - size * decay
-                if isinstance(keep, Tensor):
-                    keep = [keep[i] if keep.ndim else keep for i in vectors]
-                torch._foreach_mul_([weights[i] for i in vectors], keep)
+                g = torch._foreach_neg(g)
+            u, size, decay = self._directions(group, bucket, g)
+            if w[0].ndim > 1:
+                u = self._project_all(group, bucket, w, g, u, decay)
+            elif group["weight_decay"] > 0:
+                torch._foreach_mul_(w, _each(1 - size * decay, len(w)))
             if isinstance(size, Tensor):
-                sizes = [-size] * len(updates) if size.ndim == 0 else list((-size).unbind())
-                torch._foreach_add_(weights, torch._foreach_mul(updates, sizes))
+                torch._foreach_add_(w, torch._foreach_mul(u, _each(-size, len(w))))
             else:
-                torch._foreach_add_(weights, updates, alpha=-size)
-            halves = [i for i, p in enumerate(bucket) if weights[i].dtype != p.dtype]
-            if halves:
-                torch._foreach_copy_([bucket[i] for i in halves], [weights[i] for i in halves])
+                torch._foreach_add_(w, u, alpha=-size)
+            if w[0].dtype != bucket[0].dtype:
+                torch._foreach_copy_(bucket, w)
 
     def _buckets(self, group: dict, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Tensors of one device, dtype and step count, together no larger than the largest of all
-        (on an accelerator a quarter of all, for fewer kernels): the bound of the extra memory."""
+        """Matrices or vectors of one device, dtype and step count, together no larger than the
+        largest of all (on an accelerator a quarter of all, for fewer kernels): the bound of the
+        extra memory."""
         alike = defaultdict(list)
         for p in params:
             step = None if group.get("capturable") else self.state[p].get("step")
-            alike[p.device, p.dtype, None if step is None else int(step)].append(p)
-        for (device, _, _), tensors in alike.items():
-            bound = max(p.numel() for p in tensors)
-            if device.type != "cpu":
-                bound = max(bound, sum(p.numel() for p in tensors) // 4)
+            alike[p.device, p.dtype, p.ndim > 1, None if step is None else int(step)].append(p)
+        largest = max(p.numel() for p in params)
+        for (device, *_), tensors in alike.items():
+            total = sum(p.numel() for p in tensors)
+            bound = largest if device.type == "cpu" else max(largest, total // 4)
             bucket, size = [], 0
             for p in tensors:
-                if size + p.numel() > bound:
+                if bucket and size + p.numel() > bound:
                     yield bucket
                     bucket, size = [], 0
                 bucket.append(p)
                 size += p.numel()
             yield bucket
 
-    def _project_all(self, group, params, index, weights, grads, updates, decay) -> None:
-        """updates[i] of the matrices `index`: the tangent part, plus the decay in units of s."""
+    def _project_all(self, group, params, w, g, u, decay) -> list[Tensor]:
+        """The updates u of the matrices w: their tangent part, plus the decay in units of s."""
         eps, delta = group["eps"], group["delta"]
-        w, g, u = ([x[i] for i in index] for x in (weights, grads, updates))
         dims = [tuple(range(1, x.ndim)) for x in w]
         counts = [x.shape[0] for x in w]
 
@@ -313,31 +311,33 @@ class _ProjectedOptimizer(Optimizer):
         def per_tensor(values):                      # (k, total rows) to sums (k, T)
             return torch.stack([x.sum(1) for x in values.split(counts, 1)], 1)
 
+        def cosine(dot, norm_w, norm_g):
+            return dot.abs() / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
+
         norm_w = rows([torch.linalg.vector_norm(x, dim=d) for x, d in zip(w, dims)])
         along = rows([(x * y).sum(d) for x, y, d in zip(w, u, dims)])
+        layer_w = layer_along = norm_w.new_zeros(len(w))
         if group["scale_invariant"] is None:
             norm_g = rows([torch.linalg.vector_norm(x, dim=d) for x, d in zip(g, dims)])
             dot = rows([(x * y).sum(d) for x, y, d in zip(w, g, dims)])
-            cosine = dot.abs() / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
-            torch._foreach_mul_(list(cosine.split(counts)), [math.sqrt(x[0].numel()) for x in w])
-            missed = (~(cosine < delta)).to(dot.dtype)
-            missed, layer_dot, layer_w, layer_g, layer_along = per_tensor(
-                torch.stack([missed, dot, norm_w * norm_w, norm_g * norm_g, along]))
-            layer_w, layer_g = layer_w.sqrt(), layer_g.sqrt()
-            cosine = layer_dot.abs() / (layer_g.clamp_min(eps) * layer_w.clamp_min(eps))
-            torch._foreach_mul_(list(cosine.unbind()), [math.sqrt(x.numel()) for x in w])
+            scaled = cosine(dot, norm_w, norm_g)
+            torch._foreach_mul_(list(scaled.split(counts)), [math.sqrt(x[0].numel()) for x in w])
+            missed, layer_dot, layer_w, layer_g, layer_along = per_tensor(torch.stack(
+                [(~(scaled < delta)).to(dot.dtype), dot, norm_w ** 2, norm_g ** 2, along]))
+            layer_w = layer_w.sqrt()
+            scaled = cosine(layer_dot, layer_w, layer_g.sqrt())
+            torch._foreach_mul_(list(scaled.unbind()), [math.sqrt(x.numel()) for x in w])
             channel = missed == 0
-            layer = ~channel & (cosine < delta)
+            layer = ~channel & (scaled < delta)
         else:
-            layer_w = layer_along = norm_w.new_zeros(len(w))
             layer = torch.zeros_like(layer_w, dtype=torch.bool)
             channel = torch.full_like(layer, group["scale_invariant"])
         self._views.extend(torch.stack([channel, layer], 1).unbind())
 
         layer_part = torch.where(layer, layer_along / (layer_w + eps) ** 2, 0)
-        factor = 1 + (channel | layer).to(norm_w.dtype) * (group["wd_ratio"] - 1)
+        decay = decay * (1 + (channel | layer).to(norm_w.dtype) * (group["wd_ratio"] - 1))
         channel_row, layer_row, decay_row = per_row(torch.stack(
-            [channel.to(norm_w.dtype), layer_part, (factor * decay).to(norm_w.dtype)]))
+            [x.to(norm_w.dtype) for x in (channel, layer_part, decay)]))
         part = torch.where(channel_row > 0, along / (norm_w + eps) ** 2, layer_row)
 
         def shaped(values):
@@ -345,30 +345,80 @@ class _ProjectedOptimizer(Optimizer):
 
         if self._stores_projection(group):       # the official SGDP: the buffer itself is projected
             torch._foreach_addcmul_(u, w, shaped(-part))
-            for p, x in zip(params, u):
-                self.state[p]["momentum"].copy_(x)
+            torch._foreach_copy_([self.state[p]["momentum"] for p in params], u)
             part = torch.zeros_like(part)
-        for i, x, y, c in zip(index, u, w, shaped(decay_row - part)):
-            updates[i] = torch.addcmul(x, y, c)
+        return [torch.addcmul(x, y, c) for x, y, c in zip(u, w, shaped(decay_row - part))]
 
     def _stores_projection(self, group: dict) -> bool:
         return False
 
-    # ------------------------------------------------------------ blocks: CPU, dense tensors
+    def _decay(self, group: dict) -> float:
+        """The weight decay in units of lr."""
+        return group["weight_decay"]
 
-    def _blocked_view(self, group: dict, w: Tensor, g: Tensor) -> tuple[str | None, Tensor]:
-        """The test for (R, n) matrices block by block, and |w| of every row."""
+    # ------------------------------------------------------------ fused: CPU, dense tensors
+
+    def _fused_step(self, group: dict, params: list[Tensor]) -> None:
+        """torch's fused kernel makes the unprojected step, w_f = (1 - k) w - s u with k = lr decay.
+
+        The step is linear in u, so the projection changes it by a multiple of the old weight:
+        w_f + c w with c = s <w, u> / (|w| + eps)^2, where s <w, u> = <w, w - w_f> - k |w|^2.
+        Everything happens in blocks that stay in the cache, so the old weight is kept of one block
+        only; for a hit of the layer view, of the whole tensor.
+        """
+        lr, eps, base = float(group["lr"]), group["eps"], self._decay(group)
+        vectors = defaultdict(list)
+        for p in params:
+            state = self.state[p]
+            if "step" in state:
+                state["step"] = int(state["step"]) + 1
+            rows = _same_rows(p.data, p.grad, *(state[key] for key in self._moments))
+            if p.ndim < 2:
+                vectors[state.get("step")].append(rows)
+                continue
+            height = max(1, BLOCK // rows[0].shape[1])
+            blocks = list(zip(*(x.split(height) for x in rows)))
+            scratch = p.new_empty(2, blocks[0][0].numel())
+            view, norms = self._view_of_blocks(group, blocks, scratch[1])
+            decay = base * (1 if view is None else group["wd_ratio"])
+            if view is None:
+                self._kernel(group, [rows], state.get("step"), decay)
+                continue
+            if view == "layer":
+                whole, before = rows[0].clone(), norms.norm()
+                self._kernel(group, [rows], state.get("step"), decay)
+                part = sum((old * (old - w)).sum() for (w, *_), old in
+                           zip(blocks, whole.split(height))) - lr * decay * before ** 2
+                rows[0].addcmul_(whole, part / (before + eps) ** 2)
+                continue
+            inverse = (norms + eps) ** -2
+            shrunk = lr * decay * norms ** 2 * inverse
+            for block, x, y in zip(blocks, inverse.split(height), shrunk.split(height)):
+                w = block[0]
+                old, product = (x[:w.numel()].view_as(w) for x in scratch)
+                old.copy_(w)
+                self._kernel(group, [block], state.get("step"), decay)
+                part = torch.sub(old, w, out=product).mul_(old).sum(1)
+                w.addcmul_(old, part.mul_(x).sub_(y)[:, None])
+        for step, tensors in vectors.items():
+            self._kernel(group, tensors, step, base)
+
+    def _view_of_blocks(self, group: dict, blocks: list, product: Tensor):
+        """The test over blocks of (rows, n), and |w| of every row; `product` has room for one."""
         norm = torch.linalg.vector_norm
-        statistics = [((x * y).sum(1), norm(x, dim=1), norm(y, dim=1))
-                      for x, y in zip(_blocks(w), _blocks(g))]
+        statistics = []
+        for w, g, *_ in blocks:
+            norm_w = norm(w, dim=1)
+            dot = torch.mul(w, g, out=product[:w.numel()].view_as(w)).sum(1)
+            statistics.append((dot, norm_w, norm(g, dim=1)))
         dot, norm_w, norm_g = (torch.cat(x) for x in zip(*statistics))
-        view = group["scale_invariant"]
-        if view is None:
-            view = _first_view(dot, norm_w, norm_g, w.shape[1], group["delta"], group["eps"])
-        else:
-            view = "channel" if view else None
-        self._views.append(view)
-        return view, norm_w
+        test = partial(_first_view, dot, norm_w, norm_g, w.shape[1], group["delta"], group["eps"])
+        return self._view(group, test), norm_w
+
+
+def _each(value: float | Tensor, count: int) -> list:
+    """One value per tensor: of (count,), or the same for all."""
+    return list(value.unbind()) if isinstance(value, Tensor) and value.ndim else [value] * count
 
 
 def _same_rows(*tensors: Tensor) -> list[Tensor] | None:
@@ -380,10 +430,6 @@ def _same_rows(*tensors: Tensor) -> list[Tensor] | None:
         if not all(x.is_contiguous() for x in tensors):
             return None
     return [x.view(first.shape[0], -1) for x in tensors] if first.ndim > 1 else list(tensors)
-
-
-def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, BLOCK // rows.shape[1]))
 
 
 # ---------------------------------------------------------------- AdamP
@@ -434,27 +480,15 @@ class AdamP(_ProjectedOptimizer):
         return {"step": step, "exp_avg": torch.zeros_like(p, dtype=dtype),
                 "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
 
-    def _readable_step(self, group: dict, params: list[Tensor]) -> None:
-        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
-        for p in params:
-            state = self.state[p]
-            w, g = _wide(p.data), _wide(p.grad)
-            if group["maximize"]:
-                g = -g
-            m, v = state["exp_avg"], state["exp_avg_sq"]
-            state["step"] = step = int(state["step"]) + 1
-
-            m.mul_(beta1).add_(g, alpha=1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            denominator = v.sqrt() / math.sqrt(1 - beta2 ** step) + eps
-            u = (beta1 * m + (1 - beta1) * g if group["nesterov"] else m) / denominator
-
-            u, decay_factor = self._project(group, w, g, u)
-            if group["weight_decay"] > 0:
-                w.mul_(1 - lr * group["weight_decay"] * decay_factor)
-            w.add_(u, alpha=-lr / (1 - beta1 ** step))
-            if w.dtype != p.dtype:
-                p.copy_(w)
+    def _direction(self, group: dict, state: dict, g: Tensor, lr: float) -> tuple[Tensor, float]:
+        """The update u and its step size, lr with the bias correction of m."""
+        m, v, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
+        state["step"] = step = int(state["step"]) + 1
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = v.sqrt() / math.sqrt(1 - beta2 ** step) + group["eps"]
+        u = (beta1 * m + (1 - beta1) * g if group["nesterov"] else m) / denominator
+        return u, lr / (1 - beta1 ** step)
 
     def _directions(self, group: dict, bucket: list[Tensor], grads: list[Tensor]):
         """Updates u, their step size s = lr / (1 - beta1^t), and the weight decay in units of s."""
@@ -491,58 +525,17 @@ class AdamP(_ProjectedOptimizer):
         torch._foreach_mul_(u, m)
         return list(u), lr / correction1, group["weight_decay"] * correction1
 
-    def _blocks_serve(self, group: dict, p: Tensor) -> bool:
+    def _fused_serves(self, group: dict, p: Tensor) -> bool:
         return (not group["nesterov"] and hasattr(torch, "_fused_adamw_")
-                and super()._blocks_serve(group, p))
+                and super()._fused_serves(group, p))
 
-    def _blocked_step(self, group: dict, params: list[Tensor]) -> None:
-        """torch's fused AdamW makes w_f = (1 - k) w - s u. The step is linear in u, so the projection
-        changes it by a multiple of the old weight: w_f + s <w, u> / (|w| + eps)^2 w, where
-        s <w, u> = <w, w - w_f> - k |w|^2. Only a block of the old w is kept; all of it for a hit of
-        the layer view.
-        """
-        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
-        vectors = defaultdict(list)
-
-        def adamw(tensors, step, decay):
-            w, g, m, v = zip(*tensors)
-            torch._fused_adamw_(w, g, m, v, [], [torch.tensor(float(step))] * len(w), lr=lr,
-                                beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
-                                amsgrad=False, maximize=group["maximize"])
-
-        for p in params:
-            state = self.state[p]
-            state["step"] = step = int(state["step"]) + 1
-            rows = _same_rows(p.data, p.grad, state["exp_avg"], state["exp_avg_sq"])
-            if p.ndim < 2:
-                vectors[step].append(rows)
-                continue
-            view, norm_w = self._blocked_view(group, rows[0], rows[1])
-            if view is None:
-                adamw([rows], step, group["weight_decay"])
-                continue
-            decay = group["weight_decay"] * group["wd_ratio"]
-            whole = rows[0].clone() if view == "layer" else None
-            if view == "layer":
-                adamw([rows], step, decay)
-            blocks = list(zip(*map(_blocks, rows), _blocks(rows[0] if whole is None else whole)))
-            old, along = torch.empty_like(blocks[0][0]), []
-            done = 0
-            for w, g, m, v, before in blocks:
-                norm = norm_w[done:done + len(w)]
-                done += len(w)
-                if view == "channel":
-                    before = old[:len(w)].copy_(w)
-                    adamw([(w, g, m, v)], step, decay)
-                part = ((before - w).mul_(before).sum(1) - lr * decay * norm ** 2)
-                if view == "channel":
-                    w.addcmul_(before, (part / (norm + eps) ** 2)[:, None])
-                along.append(part)
-            if view == "layer":
-                coefficient = torch.cat(along).sum() / (norm_w.norm() + eps) ** 2
-                rows[0].addcmul_(whole, coefficient)
-        for step, tensors in vectors.items():
-            adamw(tensors, step, group["weight_decay"])
+    def _kernel(self, group: dict, tensors: list, step: int, decay: float) -> None:
+        """torch's AdamW step of (w, g, m, v) tuples, in place."""
+        w, g, m, v = map(list, zip(*tensors))
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(w, g, m, v, [], [torch.tensor(float(step))] * len(w),
+                            lr=float(group["lr"]), beta1=beta1, beta2=beta2, weight_decay=decay,
+                            eps=group["eps"], amsgrad=False, maximize=group["maximize"])
 
 
 # ---------------------------------------------------------------- SGDP
@@ -595,29 +588,13 @@ class SGDP(_ProjectedOptimizer):
     def _stores_projection(self, group: dict) -> bool:
         return group["project_buffer"] and not group["nesterov"]
 
-    @staticmethod
-    def _decay(group: dict) -> float:
-        """The weight decay in units of lr."""
+    def _decay(self, group: dict) -> float:
         return group["weight_decay"] / (1 - group["momentum"]) if group["weight_decay"] > 0 else 0.0
 
-    def _readable_step(self, group: dict, params: list[Tensor]) -> None:
-        lr, momentum = float(group["lr"]), group["momentum"]
-        for p in params:
-            w, g = _wide(p.data), _wide(p.grad)
-            if group["maximize"]:
-                g = -g
-            m = self.state[p]["momentum"]
-            m.mul_(momentum).add_(g, alpha=1 - group["dampening"])
-            u = g + momentum * m if group["nesterov"] else m
-
-            u, decay_factor = self._project(group, w, g, u)
-            if self._stores_projection(group):
-                m.copy_(u)
-            if group["weight_decay"] > 0:
-                w.mul_(1 - lr * self._decay(group) * decay_factor)
-            w.add_(u, alpha=-lr)
-            if w.dtype != p.dtype:
-                p.copy_(w)
+    def _direction(self, group: dict, state: dict, g: Tensor, lr: float) -> tuple[Tensor, float]:
+        m = state["momentum"]
+        m.mul_(group["momentum"]).add_(g, alpha=1 - group["dampening"])
+        return g + group["momentum"] * m if group["nesterov"] else m, lr
 
     def _directions(self, group: dict, bucket: list[Tensor], grads: list[Tensor]):
         m = [self.state[p]["momentum"] for p in bucket]
@@ -626,47 +603,19 @@ class SGDP(_ProjectedOptimizer):
         u = torch._foreach_add(grads, m, alpha=group["momentum"]) if group["nesterov"] else m
         return list(u), group["lr"], self._decay(group)
 
-    def _blocks_serve(self, group: dict, p: Tensor) -> bool:
-        return p.ndim > 1 and super()._blocks_serve(group, p)
+    def _fused_serves(self, group: dict, p: Tensor) -> bool:
+        return (group["momentum"] > 0 and not self._stores_projection(group)
+                and hasattr(torch, "_fused_sgd_") and super()._fused_serves(group, p))
 
-    def _blocked_step(self, group: dict, params: list[Tensor]) -> None:
-        lr, momentum, eps = float(group["lr"]), group["momentum"], group["eps"]
-
-        def advance(g, m):
-            m.mul_(momentum).add_(g, alpha=1 - group["dampening"])
-
-        def direction(g, m):
-            return torch.add(g, m, alpha=momentum) if group["nesterov"] else m
-
-        def apply(w, u, coefficient):
-            if coefficient is None:
-                w.add_(torch.add(u, w, alpha=decay) if decay else u, alpha=-lr)
-            elif self._stores_projection(group):
-                u.addcmul_(w, -coefficient)
-                w.add_(torch.add(u, w, alpha=decay) if decay else u, alpha=-lr)
-            else:
-                w.add_(torch.addcmul(u, w, decay - coefficient), alpha=-lr)
-
-        for p in params:
-            grad = -p.grad if group["maximize"] else p.grad
-            rows = _same_rows(p.data, grad, self.state[p]["momentum"])
-            view, norm_w = self._blocked_view(group, rows[0], rows[1])
-            decay = self._decay(group) * (group["wd_ratio"] if view else 1)
-            blocks = list(zip(*map(_blocks, rows), norm_w.split(len(_blocks(rows[0])[0]))))
-            along = 0.0
-            for w, g, m, norm in blocks:
-                advance(g, m)
-                if view == "layer":
-                    along = along + (w * direction(g, m)).sum()
-                elif view == "channel":
-                    u = direction(g, m)
-                    apply(w, u, ((w * u).sum(1) / (norm + eps) ** 2)[:, None])
-                else:
-                    apply(w, direction(g, m), None)
-            if view == "layer":
-                coefficient = along / (norm_w.norm() + eps) ** 2
-                for w, g, m, _ in blocks:
-                    apply(w, direction(g, m), coefficient)
+    def _kernel(self, group: dict, tensors: list, step: None, decay: float) -> None:
+        """torch's SGD step of (w, g, m) tuples after the decoupled decay, in place."""
+        w, g, m = map(list, zip(*tensors))
+        if decay:
+            torch._foreach_mul_(w, 1 - float(group["lr"]) * decay)
+        torch._fused_sgd_(w, g, m, weight_decay=0.0, momentum=group["momentum"],
+                          lr=float(group["lr"]), dampening=group["dampening"],
+                          nesterov=group["nesterov"], maximize=group["maximize"],
+                          is_first_step=False)
 
 
 # ---------------------------------------------------------------- training, watched
@@ -674,7 +623,8 @@ class SGDP(_ProjectedOptimizer):
 def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int = 1, *,
           loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
           schedule: Callable[[float], float] | None = None, measure_every: int = 10,
-          autocast: torch.dtype | None = None, resume: dict | None = None) -> Iterator[dict[str, float]]:
+          autocast: torch.dtype | None = None,
+          resume: dict | None = None) -> Iterator[dict[str, float]]:
     """A training loop that watches what the paper is about. Yields one dict of floats per step.
 
     Args:
@@ -689,11 +639,9 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
     """
     if measure_every < 1:
         raise ValueError(f"measure_every must be at least 1, got {measure_every}")
-    if schedule is None:
-        def schedule(done: float) -> float:
-            return 0.5 * (1 + math.cos(math.pi * done))
-    parameters = list(model.parameters())
-    watched = ([p for p in parameters if p.ndim > 2] or [p for p in parameters if p.ndim > 1])
+    schedule = schedule or (lambda done: 0.5 * (1 + math.cos(math.pi * done)))
+    watched = ([p for p in model.parameters() if p.ndim > 2]
+               or [p for p in model.parameters() if p.ndim > 1])
     base_rates = [float(group["lr"]) for group in optimizer.param_groups]
     start_epoch = start_batch = 0
     if resume is not None:
@@ -707,9 +655,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
         places = hasattr(loader, "set_epoch")            # such a loader begins at `skip` by itself
         if places:
             loader.set_epoch(epoch, skip)
-        for batch, (x, target) in enumerate(loader, skip if places else 0):
-            if batch < skip:
-                continue
+        for batch, (x, target) in enumerate(islice(loader, 0 if places else skip, None), skip):
             step = epoch * len(loader) + batch
             factor = schedule(step / total)
             for group, rate in zip(optimizer.param_groups, base_rates):
@@ -725,9 +671,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
             values = {"step": step, "epoch": epoch, "loss": loss.item(),
                       "lr": base_rates[0] * factor}
             if measure and watched:
-                count = len(watched)
-                values["weight_norm"] = sum(p.norm().item() for p in watched) / count
-                values["effective_step"] = sum(map(effective_step, before, watched)) / count
+                values["weight_norm"] = fmean(p.norm().item() for p in watched)
+                values["effective_step"] = fmean(map(effective_step, before, watched))
                 if isinstance(optimizer, _ProjectedOptimizer):
                     stats = optimizer.stats
                     values["projected"] = stats["projected"] / max(stats["tested"], 1)
@@ -736,29 +681,20 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
                        "base_rates": base_rates, "epoch": epoch, "batch": batch + 1}
 
 
-def _cosine_toy(make: Callable, steps: int = 1000) -> tuple[float, int]:
-    """Minimise -cos(w, (1, 0)) from 150 degrees: final |w|, first step with 1 - cos < 1e-4."""
-    angle = math.radians(150)
-    w = nn.Parameter(torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64))
-    optimizer, reached = make([w]), steps
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        loss = -w[0, 0] / w.norm()
-        loss.backward()
-        optimizer.step()
-        if reached == steps and 1 - w[0, 0].item() / w.norm().item() < 1e-4:
-            reached = step
-    return w.norm().item(), reached
-
-
 if __name__ == "__main__":
-    print("Minimise -cos(w, w*) for w in R^2, lr 0.1, 1000 steps:\n")
-    print(f"{'optimiser':<24} {'final |w|':>9} {'steps to the optimum':>21}")
-    for name, make in {
-            "SGD": lambda p: torch.optim.SGD(p, 0.1),
-            "SGD, momentum 0.9": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-            "SGDP, momentum 0.9": lambda p: SGDP(p, 0.1, momentum=0.9),
-            "SGD, momentum 0.99": lambda p: torch.optim.SGD(p, 0.1, momentum=0.99),
-            "SGDP, momentum 0.99": lambda p: SGDP(p, 0.1, momentum=0.99)}.items():
-        norm, reached = _cosine_toy(make)
-        print(f"{name:<24} {norm:>9.3f} {reached:>21}")
+    print("Minimise -cos(w, w*) for w in R^2 from 150 degrees, lr 0.1, 1000 steps:\n")
+    print(f"{'optimiser':<24} {'final |w|':>9} {'steps to 1 - cos < 1e-4':>24}")
+    for momentum, make in ((0.0, torch.optim.SGD), (0.9, torch.optim.SGD), (0.9, SGDP),
+                           (0.99, torch.optim.SGD), (0.99, SGDP)):
+        angle = torch.tensor(math.radians(150), dtype=torch.float64)
+        w = nn.Parameter(torch.stack([angle.cos(), angle.sin()])[None])
+        optimizer, reached = make([w], lr=0.1, momentum=momentum), None
+        for step in range(1, 1001):
+            optimizer.zero_grad()
+            loss = -w[0, 0] / w.norm()
+            loss.backward()
+            optimizer.step()
+            if reached is None and 1 - w[0, 0] / w.norm() < 1e-4:
+                reached = step
+        name = f"{make.__name__}, momentum {momentum}"
+        print(f"{name:<24} {w.norm().item():>9.3f} {reached:>24}")
