@@ -1,6 +1,7 @@
 """SGD, SGDP, AdamW and AdamP with and without weight decay: accuracy, weight norms, effective steps.
 
-    python benchmarks/adamp_imagenet.py                        # embedded textures, 3 seeds, about 6 minutes
+    python benchmarks/adamp_imagenet.py                        # embedded textures, 3 seeds, about 5 minutes
+    python benchmarks/adamp_imagenet.py --attack linf          # adversarial training, AdamW and AdamP, about 5 minutes
     python benchmarks/adamp_imagenet.py --data imagenet100_32 --preset small --classes 20 --seeds 2
     torchrun --nproc_per_node=8 benchmarks/adamp_imagenet.py --data /data/imagenet --preset paper --amp bf16 \\
         --workers 16 --arch resnet18                           # 8 runs of 100 epochs; --methods to choose
@@ -9,35 +10,54 @@ Embedded: ten orientations of gratings under strong noise, a small residual netw
 weight decay, momentum SGD makes the weights grow several times more than SGDP, and its effective step is smaller.
 Paper, ImageNet top-1 (the authors' project page; its Adam rows stand beside AdamW here): ResNet-18 SGD 70.28,
 SGDP 70.73, Adam 70.41, AdamP 70.81, and without decay 67.94, 70.21, 68.52, 70.50; ResNet-50 76.64, 76.71, 76.65, 76.94.
+--attack: every training batch is attacked (PGD, 3 steps here, 10 in the paper) and the network is judged on clean images
+and under PGD-10. Paper, Wide-ResNet on CIFAR-10: l_inf Adam 80.12 / 56.58, AdamP 89.85 / 66.28; l_2 84.14 / 70.33 and
+93.46 / 83.59.
 """
 
 import math
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
 import figures
 import numpy as np
 import torch
-from torch import nn
+from torch.nn import functional as F
 
 from data_tools import imagenet, synthetic
 from reference import adamp, resnet
 
 PAPER = {"resnet18": {"sgd": 70.28, "sgdp": 70.73, "adamw": 70.41, "adamp": 70.81,
                       "sgd-nodecay": 67.94, "sgdp-nodecay": 70.21, "adamw-nodecay": 68.52, "adamp-nodecay": 70.50},
-         "resnet50": {"sgd": 76.64, "sgdp": 76.71, "adamw": 76.65, "adamp": 76.94}}
+         "resnet50": {"sgd": 76.64, "sgdp": 76.71, "adamw": 76.65, "adamp": 76.94},
+         "linf": {"adamw": 80.12, "adamp": 89.85}, "l2": {"adamw": 84.14, "adamp": 93.46}}
+PAPER_ATTACKED = {"linf": {"adamw": 56.58, "adamp": 66.28}, "l2": {"adamw": 70.33, "adamp": 83.59}}
+ATTACKS = {"linf": 4 / 255, "l2": 80 / 255}                   # sizes, of pixel values in [0, 1]
 METHODS = tuple(f"{name}{suffix}" for name in ("sgd", "sgdp", "adamw", "adamp") for suffix in ("", "-nodecay"))
-# network, side, epochs, batch, lr and decay of SGD and SGDP, lr and decay of AdamW and AdamP, steps per measurement
+
+
+class Preset(NamedTuple):
+    arch: str
+    width: int                                                # channels of the first stage of the small networks
+    side: int
+    epochs: int
+    batch: int
+    sgd: tuple[float, float]                                  # learning rate and weight decay of SGD and SGDP
+    adam: tuple[float, float]                                 # ... of AdamW and AdamP
+    every: int                                                # steps from one measurement to the next
+
+
 PRESETS = {
-    "default": ("small", 16, 4, 64, (0.1, 5e-4), (2e-3, 0.1), 10),
-    "tiny": ("small", 16, 1, 32, (0.1, 5e-4), (2e-3, 0.1), 2),
-    "small": ("small", 32, 5, 128, (0.1, 5e-4), (2e-3, 0.1), 10),
-    "paper": ("resnet18", 224, 100, 256, (0.1, 1e-4), (1e-3, 0.1), 1000),
+    "default": Preset("stem3", 16, 16, 6, 64, (0.1, 5e-4), (1e-2, 0.1), 10),
+    "tiny": Preset("stem3", 8, 16, 1, 32, (0.1, 5e-4), (1e-2, 0.1), 2),
+    "small": Preset("stem7", 32, 32, 8, 128, (0.1, 5e-4), (2e-3, 0.1), 10),
+    "paper": Preset("resnet18", 64, 224, 100, 256, (0.1, 1e-4), (1e-3, 0.1), 1000),
 }
 
 
-def textures(count, seed, size=16, classes=10, noise=2.5):
+def textures(count, seed, size=16, classes=10, noise=4.0):
     """Gratings of random phase at `classes` orientations, with noise: float32 (N, 3, S, S), labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
@@ -49,10 +69,11 @@ def textures(count, seed, size=16, classes=10, noise=2.5):
 
 
 def build_model(name, classes, seed, width):
+    """A published ResNet, or one block per stage with a 3x3 stem ("stem3") or the 7x7 stem and pooling ("stem7")."""
     options = {"generator": torch.Generator().manual_seed(seed)}
-    if name != "small":
+    if not name.startswith("stem"):
         return getattr(resnet, name)(classes, **options)
-    return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), classes, width=width, small_stem=True, **options)
+    return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), classes, width=width, small_stem=name == "stem3", **options)
 
 
 def build_optimizer(method, params, sgd, adam):
@@ -94,12 +115,51 @@ def data(run, side, batch):
             imagenet.Loader(val, 256, transform=plain, **options), classes)
 
 
+class Attacked:
+    """A loader whose images are moved by `steps` of PGD against the model as it is when they are asked for.
+
+    Steps of 2.5 size / steps along the gradient of the loss (its sign for l_inf, its direction for l_2), each followed
+    by the projection on the ball. Sizes are those of ATTACKS, in the units of normalised images (1 / std = 4.4).
+    """
+
+    def __init__(self, loader, model, kind, steps):
+        self.loader, self.model, self.kind, self.steps = loader, model, kind, steps
+        self.size = 4.4 * ATTACKS[kind]
+
+    def __len__(self):
+        return len(self.loader)
+
+    def set_epoch(self, epoch, start_batch=0):
+        self.loader.set_epoch(epoch, start_batch)
+
+    def __iter__(self):
+        for images, labels in self.loader:
+            yield self.attack(images, labels), labels
+
+    def attack(self, images, labels):
+        def length(x):
+            return x.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+        self.model.eval()
+        move, stride = torch.zeros_like(images), 2.5 * self.size / self.steps
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                move.requires_grad_()
+                gradient, = torch.autograd.grad(F.cross_entropy(self.model(images + move), labels), move)
+            move = move.detach()
+            if self.kind == "linf":
+                move = (move + stride * gradient.sign()).clamp(-self.size, self.size)
+            else:
+                move = move + stride * gradient / length(gradient)
+                move = move * (self.size / length(move)).clamp(max=1)
+        return images + move
+
+
 @torch.no_grad()
 def top1(model, loader):
-    model.eval()
     hits = count = 0
     for images, labels in loader:
-        hits += (model(images).argmax(1) == labels).sum().item()
+        hits += (model.eval()(images).argmax(1) == labels).sum().item()
         count += len(labels)
     return 100 * hits / count
 
@@ -126,79 +186,105 @@ class Watched:
 
 def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; adamw and adamp with --attack")
     parser.add_argument("--classes", type=int, help="use the first so many classes of --data")
-    parser.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "small"), help="default: the preset's")
+    parser.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "stem3", "stem7"), help="default: the preset's")
     parser.add_argument("--epochs", type=int, help="default: the preset's")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage of --arch small")
+    parser.add_argument("--attack", choices=ATTACKS, help="train on attacked images, judge on clean and attacked ones")
     run = harness.start(parser, argv)
-    arch, side, epochs, batch, sgd, adam, every = PRESETS[run.args.preset]
-    arch, epochs = run.args.arch or arch, run.args.epochs or epochs
+    preset = PRESETS[run.args.preset]
+    arch, epochs = run.args.arch or preset.arch, run.args.epochs or preset.epochs
     if run.args.amp == "fp16":
         parser.error("--amp fp16 needs loss scaling, which this loop does not do; use bf16")
-    if run.args.data is None and side != 16:
+    if run.args.data is None and preset.side != 16:
         parser.error(f"--preset {run.args.preset} needs --data")
-    train_loader, val_loader, classes = data(run, side, batch)
-    results = {method: [] for method in run.args.methods}
+    train_loader, val_loader, classes = data(run, preset.side, preset.batch)
+    methods = run.args.methods or (("adamw", "adamp") if run.args.attack else METHODS)
+    results = {method: [] for method in methods}
     for seed in run.seeds:
         for method in results:
             name = f"{method}-seed{seed}"
             if (row := run.recorded(name)) is None:
-                model = run.wrap(build_model(arch, classes, seed, run.args.width))
-                optimizer = build_optimizer(method, model.parameters(), sgd, adam)
+                model = run.wrap(build_model(arch, classes, seed, preset.width))
+                optimizer = build_optimizer(method, model.parameters(), preset.sgd, preset.adam)
                 loader, state = train_loader(seed), run.resumed(name)
-                steps = adamp.train(model, loader, optimizer, epochs, measure_every=every, autocast=run.amp_dtype,
+                if run.args.attack:
+                    loader = Attacked(loader, model, run.args.attack, steps=3)
+                steps = adamp.train(model, loader, optimizer, epochs, measure_every=preset.every, autocast=run.amp_dtype,
                                     resume=state)
                 watched = Watched(steps, state["series"] if state else [])
                 run.drive(name, watched, total=epochs * len(loader))
                 series = watched.series
-                row = run.record(name, {
-                    "top1": top1(model, val_loader), "norm start": series[0][1], "norm end": series[-1][1],
-                    "effective step, mid-run": series[len(series) // 2][2],
-                    "projected": statistics.mean(s[3] for s in series), "series": series})
+                row = {"top1": top1(model, val_loader), "norm start": series[0][1], "norm end": series[-1][1],
+                       "effective step, mid-run": series[len(series) // 2][2],
+                       "projected": statistics.mean(s[3] for s in series), "series": series}
+                if run.args.attack:
+                    row["attacked"] = top1(model, Attacked(val_loader, model, run.args.attack, steps=10))
+                row = run.record(name, row)
             results[method].append(row)
-    finish(run, results, arch)
+    finish(run, results, run.args.attack or arch)
 
 
-def finish(run, results, arch):
+def decided(gains):
+    """True or False where the mean of at least three seeds is two standard errors from 0, else None."""
+    if len(gains) < 3:
+        return None
+    margin = 2 * statistics.stdev(gains) / math.sqrt(len(gains))
+    return None if abs(statistics.mean(gains)) < margin else statistics.mean(gains) > 0
+
+
+def finish(run, results, task):
+    """`task`: the attack, or else the architecture: what the paper's figures are listed under."""
     def values(method, key):
         return [row[key] for row in results[method]]
 
-    def growth(method):
-        return [row["norm end"] - row["norm start"] for row in results[method]]
-
     spread = (lambda x: statistics.stdev(x)) if len(run.seeds) > 1 else (lambda x: 0.0)
-    table = [{"optimiser": method.removesuffix("-nodecay"), "weight decay": "no" if "nodecay" in method else "yes",
-              "paper top-1": PAPER.get(arch, {}).get(method), "top-1": statistics.mean(values(method, "top1")),
-              "+-": spread(values(method, "top1")), "norm, start": statistics.mean(values(method, "norm start")),
-              "norm, end": statistics.mean(values(method, "norm end")),
-              "effective step, mid-run": statistics.mean(values(method, "effective step, mid-run")),
-              "projected": statistics.mean(values(method, "projected")) if method.startswith(("sgdp", "adamp")) else None}
-             for method in results]
-    judged, rows = run.args.preset in ("default", "small") and len(run.seeds) > 1, []
-    if {"sgd-nodecay", "sgdp-nodecay"} <= results.keys():
-        ratios = [a / max(b, 1e-9) for a, b in zip(growth("sgd-nodecay"), growth("sgdp-nodecay"))]
-        rows.append({"claim": "norm growth, SGD / SGDP, no decay (paper: read off its figure)", "paper": 3.8,
-                     "this run": statistics.mean(ratios), "holds": min(ratios) > 2 if judged else None})
-        key = "effective step, mid-run"
-        ratios = [b / a for a, b in zip(values("sgd-nodecay", key), values("sgdp-nodecay", key))]
-        rows.append({"claim": "effective step, SGDP / SGD, no decay (paper: read off its figure)", "paper": 3.2,
-                     "this run": statistics.mean(ratios), "holds": min(ratios) > 1 if judged else None})
+    table = []
+    for method in results:
+        row = {"optimiser": method.removesuffix("-nodecay"), "weight decay": "no" if "nodecay" in method else "yes",
+               "paper top-1": PAPER.get(task, {}).get(method), "top-1": statistics.mean(values(method, "top1")),
+               "+-": spread(values(method, "top1"))}
+        if run.args.attack:
+            row |= {"paper, attacked": PAPER_ATTACKED[task].get(method),
+                    "attacked": statistics.mean(values(method, "attacked")), "+- ": spread(values(method, "attacked"))}
+        row |= {key: statistics.mean(values(method, key)) for key in ("norm start", "norm end", "effective step, mid-run")}
+        row["projected"] = statistics.mean(values(method, "projected")) if method.startswith(("sgdp", "adamp")) else None
+        table.append(row)
+
+    judged, rows = run.args.preset != "tiny", []
     for plain, ours in (("sgd", "sgdp"), ("adamw", "adamp")):
-        for suffix in ("", "-nodecay"):
-            if {plain + suffix, ours + suffix} <= results.keys():
-                paper = PAPER.get(arch, PAPER["resnet18"])
-                known = ours + suffix in paper
-                gains = [b - a for a, b in zip(values(plain + suffix, "top1"), values(ours + suffix, "top1"))]
-                rows.append({"claim": f"top-1 gain, {ours} over {plain}{', no decay' if suffix else ''}",
-                             "paper": paper[ours + suffix] - paper[plain + suffix] if known else None,
-                             "this run": statistics.mean(gains), "holds": None})
+        a, b = plain + "-nodecay", ours + "-nodecay"
+        if {a, b} <= results.keys():
+            growth = [[row["norm end"] - row["norm start"] for row in results[method]] for method in (a, b)]
+            ratios = [x / max(y, 1e-9) for x, y in zip(*growth)]
+            published = {"sgd": (3.8, 3.2)}.get(plain, (None, None))
+            rows.append({"claim": f"norm growth, {plain} / {ours}, no decay (paper: read off its figure)",
+                         "paper": published[0], "this run": statistics.mean(ratios),
+                         "holds": decided([r - 1 for r in ratios]) if judged else None})
+            ratios = [y / x for x, y in zip(values(a, "effective step, mid-run"), values(b, "effective step, mid-run"))]
+            rows.append({"claim": f"effective step mid-run, {ours} / {plain}, no decay (paper: read off its figure)",
+                         "paper": published[1], "this run": statistics.mean(ratios),
+                         "holds": decided([r - 1 for r in ratios]) if judged else None})
+    accuracies = [("top1", "top-1", PAPER.get(task, PAPER["resnet18"]))]
+    if run.args.attack:
+        accuracies.append(("attacked", "attacked top-1", PAPER_ATTACKED[task]))
+    for key, label, paper in accuracies:
+        for plain, ours in (("sgd", "sgdp"), ("adamw", "adamp")):
+            for suffix in ("", "-nodecay"):
+                a, b = plain + suffix, ours + suffix
+                if {a, b} <= results.keys():
+                    gains = [y - x for x, y in zip(values(a, key), values(b, key))]
+                    rows.append({"claim": f"{label} gain, {ours} over {plain}{', no decay' if suffix else ''}",
+                                 "paper": paper[b] - paper[a] if b in paper else None,
+                                 "this run": statistics.mean(gains), "+-": spread(gains),
+                                 "holds": decided(gains) if judged else None})
     if run.figures is not None and run.is_main:
         draw(Path(run.figures), run.args.preset, results)
     run.finish(rows=rows, tables={"main": table})
 
 
 def draw(folder, preset, results):
+    """Norm and effective step over time, mean and standard deviation over seeds."""
     for index, key in ((1, "norm"), (2, "effective-step")):
         for suffix, words in (("", "with weight decay"), ("-nodecay", "no weight decay")):
             lines = {}
