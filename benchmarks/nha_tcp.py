@@ -25,9 +25,9 @@ from torch import nn
 from reference import nha
 
 PRESETS = {
-    "default": dict(epochs=1500, starts=3, modes=(3, 5, 10), train=5, test=15, event_runs=300, event_epochs=200),
-    "tiny": dict(epochs=6, starts=1, modes=(3,), train=1, test=1, event_runs=10, event_epochs=3),
-    "paper": dict(epochs=8000, starts=3, modes=(3, 5, 10), train=5, test=15, event_runs=500, event_epochs=400)}
+    "default": dict(epochs=1500, baseline_epochs=1000, starts=3, modes=(3, 5, 10), train=5, test=15, event_runs=300, event_epochs=200),
+    "tiny": dict(epochs=6, baseline_epochs=2, starts=1, modes=(3,), train=1, test=1, event_runs=10, event_epochs=3),
+    "paper": dict(epochs=8000, baseline_epochs=2000, starts=3, modes=(3, 5, 10), train=5, test=15, event_runs=500, event_epochs=400)}
 ENOUGH = 0.01                                                  # mean squared error that needs no other start
 CODE = 10
 
@@ -140,8 +140,9 @@ def fit(run, name: str, make, train, test, seed: int, settings: dict) -> dict:
             model = initialize(make(), g)
             before = evaluate(model, *test)
             solver = "rk4" if isinstance(model, Baseline) else "exact"
-            run.drive(part, nha.train_mode_recovery(model, train[0], epochs=settings["epochs"], solver=solver,
-                                                    generator=g, resume=run.resumed(part)), total=settings["epochs"])
+            epochs = settings["epochs" if solver == "exact" else "baseline_epochs"]
+            run.drive(part, nha.train_mode_recovery(model, train[0], epochs=epochs, solver=solver, generator=g,
+                                                    resume=run.resumed(part)), total=epochs)
             row = {"train": evaluate(model, *train), "test": evaluate(model, *test), "epoch 0": before}
             if solver == "exact":
                 row["fields"] = fields_of(model, *train)

@@ -1577,13 +1577,25 @@ class ModeDecoder(nn.Module):
         return torch.einsum("sm,smn->sn", q, self.fields(x))
 
 
-def _phi2(z: Tensor) -> Tensor:
-    """(e^z - 1 - z) / z^2, by its series where the quotient cancels."""
-    small = z.abs() < 0.1
-    safe, series = torch.where(small, 1.0, z), 0.0
-    for k in range(9, 1, -1):
-        series = series * z + 1 / math.factorial(k)
-    return torch.where(small, series, (torch.expm1(safe) - safe) / (safe * safe))
+class _Phi2(torch.autograd.Function):
+    """phi2(z) = (e^z - 1 - z) / z^2, phi2' = (phi1 - 2 phi2) / z with phi1 = (e^z - 1) / z; by their series
+    where the quotients cancel."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        small = z.abs() < 0.1
+        safe, value, slope = torch.where(small, 1.0, z), torch.zeros_like(z), torch.zeros_like(z)
+        for k in range(9, 1, -1):
+            slope = slope * z + value
+            value = value * z + 1 / math.factorial(k)
+        phi1 = torch.expm1(safe) / safe
+        quotient = (phi1 - 1) / safe
+        ctx.save_for_backward(torch.where(small, slope, (phi1 - 2 * quotient) / safe))
+        return torch.where(small, value, quotient)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
 
 
 class JumpMaps(nn.Module):
@@ -1646,7 +1658,7 @@ class NHA(nn.Module):
         per_piece = per_piece[:, None] if row is None else per_piece[row]
         n = x0.shape[1]
         x0, c, slope, a, rise = per_piece.split((n, n, n, 1, 1), -1)
-        bend = tau.square() * _phi2(a[..., 0] * tau) * rise[..., 0]
+        bend = tau.square() * _Phi2.apply(a[..., 0] * tau) * rise[..., 0]
         return x0 + slope * tau[..., None] + c * bend[..., None]
 
     def reconstruct(self, pieces: PaddedPieces, *, mode: str | None = None, solver: str = "rk4",

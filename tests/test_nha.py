@@ -766,7 +766,9 @@ def test_decoder_counts_starts_constant_and_the_exact_flow_is_rk4s_limit():
     close(exact[0, 149, 0], x0[0, 0] * torch.exp(0.3465 * (t[0, 149] - t[0, 0])), 1e-7)
     for small in (1e-9, 0.0999, 0.1001, -3.0):
         value = torch.tensor(small, dtype=F64)
-        close(nha._phi2(value), (math.expm1(small) - small) / small**2 if abs(small) > 1e-3 else 0.5, 1e-9)
+        close(nha._Phi2.apply(value), (math.expm1(small) - small) / small**2 if abs(small) > 1e-3 else 0.5, 1e-9)
+    at = torch.tensor([-3.0, -0.1001, -0.0999, 0.0, 1e-6, 0.0999, 0.1001, 2.0], dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(nha._Phi2.apply, (at,), eps=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="solver"):
         model.decode(x0, q, t, solver="euler")
     with pytest.raises(ValueError, match="affine"):
