@@ -263,7 +263,8 @@ def _soft_labels(y: Tensor, num_classes: int | None, smoothing: float) -> Tensor
             raise ValueError(f"labels must be in 0..{num_classes - 1}, not {y.tolist()}")
         y = F.one_hot(y.long(), num_classes).float()
     elif y.ndim != 2 or not y.is_floating_point():
-        raise ValueError(f"y must be (B,) integers or (B, K) floats, not {y.dtype} {tuple(y.shape)}")
+        raise ValueError("y must be (B,) integers or (B, K) floats, "
+                         f"not {y.dtype} {tuple(y.shape)}")
     return (1 - smoothing) * y + smoothing / y.shape[1]
 
 

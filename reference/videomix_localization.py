@@ -66,8 +66,8 @@ def localize_actions(sequence: Tensor, levels: int = 16, nms_iou: float = 0.3,
                      margin: float = 0.25) -> tuple[Tensor, Tensor]:
     """Segments (N, 2) in frames, end exclusive, and scores (N,), from one sequence (T,).
 
-    Candidates are the runs above each of `levels` thresholds from the smallest value on. Score: mean
-    inside minus mean of the `margin` of its length on either side (the outer-inner contrast of
+    Candidates are the runs above each of `levels` thresholds from the smallest value on. Score:
+    mean inside minus mean of the `margin` of its length on either side (the outer-inner contrast of
     AutoLoc, Shou et al. 2018), so that neither a part of an action nor one with its surroundings
     wins. Of candidates that overlap by an IoU above `nms_iou` the best is kept; scores descend. A
     constant sequence has none.
@@ -140,22 +140,19 @@ def detection_ap(detections: Sequence[tuple], truths: Sequence[tuple],
 
 
 def _demonstrate() -> None:
-    """Actions in a noisy sequence: the contrast finds them, a fixed threshold at half height less."""
-    generator = torch.Generator().manual_seed(0)
-    contrast, fixed, truths = [], [], []
-    for _ in range(100):
-        start = int(torch.randint(8, 24, (), generator=generator))
-        end = start + int(torch.randint(6, 16, (), generator=generator))
-        sequence = 0.25 * torch.randn(48, generator=generator)
-        sequence[start:end] += 1
-        one = torch.zeros(1, dtype=torch.int64)
-        for found, levels in ((contrast, 16), (fixed, 2)):
-            segments, scores = localize_actions(sequence, levels)
+    """Actions in noisy sequences, found and scored."""
+    generator, one = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.int64)
+    for noise in (0.1, 0.25, 0.4):
+        found, truths = [], []
+        for _ in range(100):
+            start, length = torch.randint(8, 24, (2,), generator=generator).tolist()
+            sequence = noise * torch.randn(48, generator=generator)
+            sequence[start:start + length] += 1
+            segments, scores = localize_actions(sequence)
             found.append((segments, one.expand(len(segments)), scores))
-        truths.append((torch.tensor([[start, end]]), one))
-    for name, found in (("16 thresholds", contrast), ("half height only", fixed)):
-        ap = detection_ap(found, truths)
-        print(f"{name:18s} " + "  ".join(f"{k} {v:.2f}" for k, v in ap.items()))
+            truths.append((torch.tensor([[start, start + length]]), one))
+        figures = detection_ap(found, truths, (0.3, 0.5, 0.7)).items()
+        print(f"noise {noise:4.2f}   " + "   ".join(f"{key} {value:.2f}" for key, value in figures))
 
 
 if __name__ == "__main__":
