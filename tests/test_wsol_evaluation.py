@@ -159,14 +159,6 @@ def test_array_kinds():
     assert len(levels) == len(owner) == 0 and boxes.shape == (0, 4)
 
 
-def test_runs_on_the_device_path():
-    values = torch.tensor([3, 9, 2, 7, 7, 1], dtype=torch.uint8)
-    starts = torch.tensor([0, 2, 5])
-    ends = torch.tensor([0, 2, 5, 6])
-    on_device = torch.segment_reduce(values.float(), "max", offsets=ends, unsafe=True)
-    assert wsol._segment_max(values, starts).tolist() == on_device.tolist() == [9, 7, 1]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_equals_cpu():
     rng = np.random.default_rng(4)
