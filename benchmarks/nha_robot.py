@@ -108,7 +108,7 @@ def draw(model: Pilot, path) -> None:
         choice = model.plan(x, targets.expand(24, 5, 2)).argmax(-1)
         robot = nha.WheeledRobot(model.policy, targets.tolist())
         paths = nha.odeint_hybrid(robot, x, choice, torch.linspace(0, HORIZON, 60), rtol=1e-4, atol=1e-5).ys
-        chart = figures.Chart((-3, 3), (-1.5, 2.6), title=f"Map {number}", xlabel="x", ylabel="y", size=(480, 420))
+        chart = figures.Chart((-3, 3), (-1.5, 2.6), title=f"Map {number}", xlabel="x", ylabel="y", size=(420, 420))
         for i, c in enumerate(choice.tolist()):
             chart.line(paths[:, i, 0], paths[:, i, 1], color=figures.COLORS[c], width=1.6)
             chart.points(paths[:1, i, 0], paths[:1, i, 1], color=figures.COLORS[c], radius=3)
@@ -116,7 +116,7 @@ def draw(model: Pilot, path) -> None:
             chart.ellipse(tx, ty, 0.1, 0.1, color=figures.COLORS[c], width=3)
         chart.frame()
         tiles.append(chart.canvas.resize(chart.size, figures.Image.LANCZOS))
-    figures.image_grid(path, tiles, columns=2, cell=480)
+    figures.image_grid(path, tiles, columns=2, cell=420)
 
 
 def main(argv=None):
