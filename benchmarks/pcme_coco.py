@@ -18,6 +18,7 @@ K = 1) has 40.3, 41.8 with 66.7, 53.5; the means of PCME's Gaussians alone 45.0,
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,9 +159,11 @@ def load_pretrained(run: harness.Run, model: pcme.PCME, vocabulary: captions.Voc
 
 
 def train_method(run: harness.Run, name: str, problem: Problem, settings: Settings, criterion: nn.Module, sampled: bool,
-                 seed: int, pairs: str | None = None) -> pcme.PCME:
-    """Train a model of its own, save it as `name`-weights."""
+                 seed: int, pairs: str | None = None, adapt: Callable[[nn.Module], None] | None = None) -> pcme.PCME:
+    """Train a model of its own (each tower changed by `adapt`), save it as `name`-weights."""
     model = build_model(settings if sampled else settings._replace(samples=0), len(problem.vocabulary), seed)
+    for tower in (model.img_enc, model.txt_enc) if adapt else ():
+        adapt(tower)
     load_pretrained(run, model, problem.vocabulary)
     model, criterion = model.to(run.device), criterion.to(run.device)
     if run.args.compile:

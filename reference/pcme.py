@@ -1012,10 +1012,11 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
                 "t2i": (sim.T, captions, images, codes[owner], codes)}
         result = {}
         for way, (scores, queries, gallery, q_codes, g_codes) in ways.items():
-            parts = [_plausible_precision(scores[part], gallery, q_codes[part], g_codes[gallery], zetas,
-                                          drop_last) for part in queries.split(ROWS)]
-            result |= {f"{way}_{name}": torch.cat(column, 1).cpu().numpy()
-                       for name, column in zip(("rprecision", "r1"), zip(*parts))}
+            values = torch.empty(2, len(zetas), len(queries), dtype=torch.float64, device=sim.device)
+            for part, target in zip(queries.split(ROWS), values.split(ROWS, dim=2)):
+                _plausible_precision(target, scores[part], gallery, q_codes[part], g_codes[gallery],
+                                     zetas, drop_last)
+            result[f"{way}_rprecision"], result[f"{way}_r1"] = values.cpu().numpy()
         return result
 
     parts = [score(rows) for rows in _folds(count, folds or 1)]
@@ -1024,23 +1025,32 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
     return result if folds is not None else {**result, **parts[0]}
 
 
-def _plausible_precision(scores: Tensor, gallery: Tensor, q_codes: Tensor, g_codes: Tensor,
-                         zetas: Sequence[int], drop_last: bool) -> tuple[Tensor, Tensor]:
-    """R-Precision and R@1 (len(zetas), queries) of some queries, ranked over `gallery` columns."""
+def _plausible_precision(target: Tensor, scores: Tensor, gallery: Tensor, q_codes: Tensor,
+                         g_codes: Tensor, zetas: Sequence[int], drop_last: bool) -> None:
+    """R-Precision and R@1 of some queries, ranked over `gallery` columns, into target (2, zetas, queries).
+
+    No ranking is formed: the R-th largest score of a row tells which items are among its first R.
+    """
     hamming = q_codes @ (1 - g_codes).T + (1 - q_codes) @ g_codes.T
     if drop_last:                                             # the last of a stable descending order
         last = scores.shape[1] - 1 - scores.flip(1).argmin(1)
-        hamming = hamming.masked_fill(gallery == last[:, None], 254)
-    hamming = _ranked(scores[:, gallery], hamming.clamp(max=254).to(torch.uint8))
-    precision, first = [], []
-    for zeta in zetas:
-        plausible = hamming <= min(zeta, 253)
+        hamming = hamming.masked_fill(gallery == last[:, None], math.inf)
+    scores = scores[:, gallery]
+    top = scores.argmax(1, keepdim=True)                      # the first of equal ones
+    # numpy sorts values on the CPU several times faster than torch
+    ordered = (scores.sort(1).values if scores.device.type != "cpu"
+               else torch.from_numpy(np.sort(scores.numpy(), axis=1)))
+    for precision, first, zeta in zip(*target, zetas):
+        plausible = hamming <= zeta
         r = plausible.sum(1, keepdim=True)
         _with_positives(r.flatten())
-        place = torch.arange(plausible.shape[1], device=scores.device)
-        precision.append((plausible & (place < r)).sum(1) / r.flatten().double())
-        first.append(plausible[:, 0].double())
-    return torch.stack(precision), torch.stack(first)
+        cut = ordered.gather(1, scores.shape[1] - r)
+        among = scores >= cut
+        if (among.sum(1, keepdim=True) > r).any():            # of equal scores, the first ones
+            tied = scores == cut
+            among &= ~tied | (tied.cumsum(1) <= r - (scores > cut).sum(1, keepdim=True))
+        precision.copy_((plausible & among).sum(1) / r.flatten().double())
+        first.copy_(plausible.gather(1, top).flatten())
 
 
 # ---------------------------------------------------------------- uncertainty

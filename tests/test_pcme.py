@@ -391,6 +391,21 @@ def test_pmrp_folds_cut_before_unannotated_images_leave():
         assert folded[key] == pytest.approx(np.mean([half[key] for half in halves]))
 
 
+def test_pmrp_with_many_equal_scores_is_that_of_a_stable_ranking():
+    g = rng(4)
+    sim = torch.randint(3, (9, 27), generator=g).double()
+    codes, owner = torch.randint(2, (9, 4), generator=g), torch.arange(27) // 3
+    result = pcme.pmrp(sim, codes, owner)
+    hamming = (codes[:, None] != codes[owner]).sum(-1)
+    for zeta in range(3):
+        for way, s, h in (("i2t", sim, hamming), ("t2i", sim.T, hamming.T)):
+            for row, (scores, plausible) in enumerate(zip(s, h <= zeta)):
+                ranking = sorted(range(len(scores)), key=lambda item: (-scores[item], item))
+                hits = [bool(plausible[item]) for item in ranking[:int(plausible.sum())]]
+                assert result[f"{way}_rprecision"][zeta, row] == pytest.approx(np.mean(hits))
+                assert result[f"{way}_r1"][zeta, row] == float(plausible[ranking[0]])
+
+
 def test_plausible_match_codes():
     items = [{"image_id": 7, "category_id": 90}, {"image_id": 7, "category_id": 1}, {"image_id": 5, "category_id": 3}]
     codes, annotated = pcme.plausible_match_codes({"annotations": items}, [7, 9])
