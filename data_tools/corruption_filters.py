@@ -1,6 +1,7 @@
-"""Image filters behind the corruptions, with numpy alone: Gaussian, disk, zoom, motion, plasma, HSV, warps, Canny,
-distance, equalisation. Each does what scikit-image, scipy, OpenCV or ImageMagick does, in their order of arithmetic
-where the last bit can matter. Public functions take one image; the underscored ones a batch (N, H, W[, C]).
+"""Image filters behind the corruptions, with numpy alone: Gaussian, disk, zoom, motion, plasma,
+HSV, warps, Canny, distance, equalisation. Each does what scikit-image, scipy, OpenCV or ImageMagick
+does, in their order of arithmetic where the last bit can matter. Public functions take one image;
+the underscored ones a batch (N, H, W[, C]).
 """
 
 import math
@@ -10,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 
-# ---------------------------------------------------------------- filters
+# ---- filters -------------------------------------------------------------------------------------
 
 def _reflect(index: np.ndarray, n: int) -> np.ndarray:
     """Half-sample mirror with period 2n (edge repeated)."""
@@ -24,7 +25,8 @@ def _reflect101(index: np.ndarray, n: int) -> np.ndarray:
     return np.where(index >= n, 2 * (n - 1) - index, index)
 
 
-def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str, truncate: float) -> np.ndarray:
+def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str,
+                   truncate: float) -> np.ndarray:
     if sigma <= 1e-15:
         return x
     n, radius = x.shape[axis], int(truncate * sigma + 0.5)
@@ -33,13 +35,13 @@ def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str, truncate: 
     index = np.arange(-radius, n + radius)
     index = _reflect(index, n) if mode == "reflect" else index.clip(0, n - 1)
     x64 = np.moveaxis(x, axis, 0).astype(np.float64, copy=False)
-    if radius >= n:                                           # fold the taps into an n x n matrix
+    if radius >= n:  # fold the taps into an n x n matrix
         matrix = np.zeros((n, n))
         np.add.at(matrix, (np.repeat(np.arange(n), 2 * radius + 1),
                            np.lib.stride_tricks.sliding_window_view(index, 2 * radius + 1).ravel()),
                   np.tile(weights, n))
         out = (matrix @ x64.reshape(n, -1)).reshape(x64.shape)
-    else:                                                     # scipy's order of summation, to the last bit
+    else:  # scipy's order of summation, to the last bit
         padded = x64[index]
         out = padded[radius:radius + n] * weights[radius]
         for k in range(radius, 0, -1):
@@ -49,15 +51,20 @@ def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str, truncate: 
     return np.moveaxis(out, 0, axis).astype(x.dtype, copy=False)
 
 
-def _gaussian(x: np.ndarray, sigma, mode: str = "nearest", truncate: float = 4.0, axis: int = 1) -> np.ndarray:
-    rows, columns = np.broadcast_to(sigma, 2)
-    return _gaussian_axis(_gaussian_axis(x, rows, axis, mode, truncate), columns, axis + 1, mode, truncate)
+def _gaussian(x: np.ndarray, sigma, mode: str = "nearest", truncate: float = 4.0,
+              axis: int = 1) -> np.ndarray:
+    for each, sigma in enumerate(np.broadcast_to(sigma, 2), axis):
+        x = _gaussian_axis(x, sigma, each, mode, truncate)
+    return x
 
 
-def gaussian_filter(x: np.ndarray, sigma, mode: str = "nearest", truncate: float = 4.0) -> np.ndarray:
-    """Separable Gaussian of (H, W) or (H, W, C), radius int(truncate sigma + .5), cast to x's dtype after each axis.
+def gaussian_filter(x: np.ndarray, sigma, mode: str = "nearest",
+                    truncate: float = 4.0) -> np.ndarray:
+    """Separable Gaussian of (H, W) or (H, W, C), radius int(truncate sigma + .5), cast to x's dtype
+    after each axis.
 
-    sigma: a number or (rows, columns). mode: "nearest" repeats the edge, "reflect" mirrors at half samples.
+    sigma: a number or (rows, columns). mode: "nearest" repeats the edge, "reflect" mirrors at half
+    samples.
     """
     if mode not in ("nearest", "reflect"):
         raise ValueError(f'mode must be "nearest" or "reflect", not {mode!r}')
@@ -79,7 +86,8 @@ def _box_sum(x: np.ndarray) -> np.ndarray:
 
 
 def disk(radius: float, alias_blur: float = 0.1) -> np.ndarray:
-    """Normalised disk kernel, float32: 17 x 17 up to radius 8, smoothed by a small Gaussian of sigma alias_blur."""
+    """Normalised disk kernel, float32: 17 x 17 up to radius 8, smoothed by a small Gaussian of
+    sigma alias_blur."""
     reach, taps = (8, 1) if radius <= 8 else (int(radius), 2)
     line = np.arange(-reach, reach + 1)
     kernel = (line**2 + line[:, None] ** 2 <= radius**2).astype(np.float32)
@@ -112,7 +120,7 @@ def _fast_length(n: int) -> int:
 
 
 def _zoom_taps(n: int, zoom: float, trim: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per output position along one axis: lower and upper source index and the weight of the upper one."""
+    """Per output position of an axis: lower and upper source index, weight of the upper one."""
     crop = int(np.ceil(n / zoom))
     size = round(crop * zoom)
     first, count = ((size - n) // 2, n) if trim else (0, size)
@@ -123,24 +131,28 @@ def _zoom_taps(n: int, zoom: float, trim: bool) -> tuple[np.ndarray, np.ndarray,
 
 
 def _clipped_zoom(x: np.ndarray, zoom: float, trim: bool) -> np.ndarray:
-    """The middle of (N, H, W, C) enlarged; linear, corners aligned, in float64, cast to x's dtype."""
+    """The middle of (N, H, W, C) enlarged; linear, corners aligned, float64, cast to x's dtype."""
     low, high, f = _zoom_taps(x.shape[1], zoom, trim)
     f = f[:, None, None]
     rows = x[:, low] * (1 - f) + x[:, high] * f
     low, high, f = _zoom_taps(x.shape[2], zoom, trim)
-    return (rows[:, :, low] * (1 - f[:, None]) + rows[:, :, high] * f[:, None]).astype(x.dtype, copy=False)
+    f = f[:, None]
+    return (rows[:, :, low] * (1 - f) + rows[:, :, high] * f).astype(x.dtype, copy=False)
 
 
 def clipped_zoom(x: np.ndarray, zoom: float, variant: str = "imagenet") -> np.ndarray:
-    """The middle 1/zoom of (H, W, C) enlarged back to H x W ("imagenet", "cifar"), or to at least that ("bethge")."""
+    """The middle 1/zoom of (H, W, C) enlarged back to H x W ("imagenet", "cifar"), or to at least
+    that ("bethge")."""
     return _clipped_zoom(x[None], zoom, variant != "bethge")[0]
 
 
-def motion_blur(x: np.ndarray, radius: float, sigma: float, angle: float, variant: str = "imagenet") -> np.ndarray:
-    """ImageMagick's one-sided motion blur of (H, W) or (H, W, C) along `angle` degrees, edges repeated.
+def motion_blur(x: np.ndarray, radius: float, sigma: float, angle: float,
+                variant: str = "imagenet") -> np.ndarray:
+    """ImageMagick's one-sided motion blur of (H, W) or (H, W, C) along `angle` degrees, edges
+    repeated.
 
-    "imagenet" and "cifar": uint8 to uint8 with ImageMagick's 16-bit intermediate, bit for bit. "bethge": the float
-    sums, cut off where the motion leaves the image.
+    "imagenet" and "cifar": uint8 to uint8 with ImageMagick's 16-bit intermediate, bit for bit.
+    "bethge": the float sums, cut off where the motion leaves the image.
     """
     width = 2 * math.ceil(radius) + 1
     steps = np.arange(width)
@@ -158,12 +170,14 @@ def motion_blur(x: np.ndarray, radius: float, sigma: float, angle: float, varian
     padded = x[rows][:, columns].astype(np.float64, copy=False)
     top, left = max(-dy.min(), 0), max(-dx.min(), 0)
     out = np.zeros(x.shape)
-    for weight, shift_y, shift_x in zip(weights.tolist(), (dy + top).tolist(), (dx + left).tolist()):
-        out += weight * padded[shift_y:shift_y + height, shift_x:shift_x + breadth]
-    return out if variant == "bethge" else np.floor(np.floor(257 * out + 0.5) / 257).astype(np.uint8)
+    for weight, y, x_at in zip(weights.tolist(), (dy + top).tolist(), (dx + left).tolist()):
+        out += weight * padded[y:y + height, x_at:x_at + breadth]
+    if variant == "bethge":
+        return out
+    return np.floor(np.floor(257 * out + 0.5) / 257).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- plasma, colour, geometry
+# ---- plasma, colour, geometry --------------------------------------------------------------------
 
 def _plasma(size: int, decay: float, uniforms: np.ndarray, dtype=np.float64) -> np.ndarray:
     """Diamond-square maps (N, size, size) in [0, 1] from (N, size^2 - 1) uniform numbers."""
@@ -208,7 +222,8 @@ def rgb_to_hsv(x: np.ndarray) -> np.ndarray:
     value = x.max(-1)
     delta = value - x.min(-1)
     safe = np.where(delta == 0, 1, delta)
-    hue = np.where(b == value, 4 + (r - g) / safe, np.where(g == value, 2 + (b - r) / safe, (g - b) / safe)) / 6 % 1
+    hue = np.where(g == value, 2 + (b - r) / safe, (g - b) / safe)
+    hue = np.where(b == value, 4 + (r - g) / safe, hue) / 6 % 1
     saturation = delta / np.where(value == 0, 1, value)
     return np.stack([np.where(delta == 0, 0, hue), saturation, value], -1)
 
@@ -220,7 +235,8 @@ def hsv_to_rgb(x: np.ndarray) -> np.ndarray:
     f = 6 * h - sector
     p, q, t = v * (1 - s), v * (1 - f * s), v * (1 - (1 - f) * s)
     sector = sector.astype(int) % 6
-    return np.stack([np.choose(sector, c) for c in ((v, q, p, p, t, v), (t, v, v, q, p, p), (p, p, t, v, v, q))], -1)
+    channels = (v, q, p, p, t, v), (t, v, v, q, p, p), (p, p, t, v, v, q)
+    return np.stack([np.choose(sector, channel) for channel in channels], -1)
 
 
 def _grey(x: np.ndarray) -> np.ndarray:
@@ -237,13 +253,14 @@ def _bilinear(x: np.ndarray, y: np.ndarray, x_at: np.ndarray, border: Callable) 
     fy, fx = (y - y0)[..., None], (x_at - x0)[..., None]
     rows = [border(y0.astype(np.int64) + k, height) * width + base for k in (0, 1)]
     columns = [border(x0.astype(np.int64) + k, width) for k in (0, 1)]
-    take = lambda i, j: flat.take(rows[i] + columns[j], 0)    # noqa: E731
+    take = lambda i, j: flat.take(rows[i] + columns[j], 0)  # noqa: E731
     upper = take(0, 0) * (1 - fx) + take(0, 1) * fx
     return upper * (1 - fy) + (take(1, 0) * (1 - fx) + take(1, 1) * fx) * fy
 
 
 def map_coordinates_reflect(x: np.ndarray, cy: np.ndarray, cx: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, C) sampled bilinearly at rows cy and columns cx, borders mirrored at half samples."""
+    """(H, W) or (H, W, C) sampled bilinearly at rows cy and columns cx, borders mirrored at half
+    samples."""
     image = x[None] if x.ndim == 3 else x[None, ..., None]
     shape = cy.shape + x.shape[2:]
     cy, cx = (np.asarray(c, np.float64).reshape(1, 1, -1) for c in (cy, cx))
@@ -251,9 +268,11 @@ def map_coordinates_reflect(x: np.ndarray, cy: np.ndarray, cx: np.ndarray) -> np
 
 
 def solve_affine(src: np.ndarray, dst: np.ndarray) -> np.ndarray:
-    """(2, 3) float64 matrix that maps the three (x, y) points src to dst (leading batch dimensions allowed)."""
+    """(2, 3) float64 matrix that maps the three (x, y) points src to dst (leading batch dimensions
+    allowed)."""
     src, dst = np.asarray(src, np.float64), np.asarray(dst, np.float64)
-    return np.swapaxes(np.linalg.solve(np.concatenate([src, np.ones_like(src[..., :1])], -1), dst), -1, -2)
+    system = np.concatenate([src, np.ones_like(src[..., :1])], -1)
+    return np.swapaxes(np.linalg.solve(system, dst), -1, -2)
 
 
 def _warp_affine(x: np.ndarray, M: np.ndarray, quantize: bool = True) -> np.ndarray:
@@ -263,8 +282,9 @@ def _warp_affine(x: np.ndarray, M: np.ndarray, quantize: bool = True) -> np.ndar
     at = []
     for a, b, c in np.swapaxes(inverse, 0, 1).swapaxes(1, 2):
         if quantize:
-            fixed = np.rint((b * rows + c) * 1024).astype(np.int64) + 16 + np.rint(a * columns * 1024).astype(np.int64)
-            at.append((fixed >> 5) / 32)
+            by_row, by_column = (np.rint(part * 1024).astype(np.int64)
+                                 for part in (b * rows + c, a * columns))
+            at.append((by_row + 16 + by_column >> 5) / 32)
         else:
             at.append(a * columns + (b * rows + c))
     return _bilinear(x, at[1], at[0], _reflect101).astype(x.dtype)
@@ -278,7 +298,7 @@ def warp_affine(x: np.ndarray, M: np.ndarray, quantize: bool = True) -> np.ndarr
     return _warp_affine(x[None], np.asarray(M, np.float64)[None], quantize)[0]
 
 
-# ---------------------------------------------------------------- edges, distance, histogram
+# ---- edges, distance, histogram ------------------------------------------------------------------
 
 def _shift_pad(x: np.ndarray, mode: str = "constant", width: int = 1, **keywords) -> np.ndarray:
     return np.pad(x, ((0, 0), (width, width), (width, width)), mode, **keywords)
@@ -294,7 +314,7 @@ def _canny(x: np.ndarray, low: int, high: int) -> np.ndarray:
     around = _shift_pad(m)
     height, width = m.shape[1:]
     at = lambda dy, dx: around[:, 1 + dy:1 + dy + height, 1 + dx:1 + dx + width]  # noqa: E731
-    tangent, ay = np.abs(gx) * 13573, np.abs(gy) << 15        # tan(22.5 degrees) in fixed point
+    tangent, ay = np.abs(gx) * 13573, np.abs(gy) << 15  # tan(22.5 degrees) in fixed point
     horizontal, vertical = ay < tangent, ay > tangent + (np.abs(gx) << 16)
     peak = np.where(horizontal, (m > at(0, -1)) & (m >= at(0, 1)), np.where(
         vertical, (m > at(-1, 0)) & (m >= at(1, 0)), np.where(
@@ -302,7 +322,7 @@ def _canny(x: np.ndarray, low: int, high: int) -> np.ndarray:
     weak = peak & (m > low)
     edges = weak & (m > high)
     count = edges.sum()
-    while count:                                              # edges grow through weak ones, 8-connected
+    while count:  # edges grow through weak ones, 8-connected
         grown = _shift_pad(edges)
         grown = grown[:, :-2] | grown[:, 1:-1] | grown[:, 2:]
         edges = (grown[:, :, :-2] | grown[:, :, 1:-1] | grown[:, :, 2:]) & weak
@@ -313,7 +333,7 @@ def _canny(x: np.ndarray, low: int, high: int) -> np.ndarray:
 
 
 def canny(u8: np.ndarray, low: int = 50, high: int = 150) -> np.ndarray:
-    """Canny edges (255) of (H, W) uint8: Sobel 3 x 3, L1 magnitude, hysteresis; OpenCV's arithmetic."""
+    """Canny edges (255) of (H, W) uint8: Sobel 3 x 3, L1 magnitude, hysteresis, as OpenCV."""
     return _canny(u8[None], low, high)[0]
 
 
@@ -321,7 +341,7 @@ def _distance_5x5(x: np.ndarray) -> np.ndarray:
     near, diagonal, knight = np.float32(1), np.float32(1.4), np.float32(2.1969)
     d = np.full((len(x), x.shape[1] + 2, x.shape[2] + 4), 8191, np.float32)
     d[:, 2:, 2:-2][x == 0] = 0
-    for forward in (True, False):                             # down and right, then up and left
+    for forward in (True, False):  # down and right, then up and left
         if not forward:
             d = np.concatenate([d[:, 2:][:, ::-1, ::-1], np.full_like(d[:, :2], 8191)], 1)
             d = np.roll(d, 2, 1)
@@ -331,7 +351,7 @@ def _distance_5x5(x: np.ndarray) -> np.ndarray:
                              np.minimum(above[:, :-4], above[:, 4:])) + knight
             row = np.minimum(np.minimum(far, np.minimum(above[:, 1:-3], above[:, 3:-1]) + diagonal),
                              np.minimum(above[:, 2:-2] + near, d[:, y, 2:-2]))
-            while True:                                       # along the row, until nothing changes
+            while True:  # along the row, until nothing changes
                 nearer = np.minimum(row[:, 1:], row[:, :-1] + near)
                 if np.array_equal(nearer, row[:, 1:]):
                     break
@@ -341,19 +361,22 @@ def _distance_5x5(x: np.ndarray) -> np.ndarray:
 
 
 def distance_5x5(u8: np.ndarray) -> np.ndarray:
-    """Chamfer distance (H, W) float32 to the nearest 0 with steps 1, 1.4 and 2.1969; 8191 where there is none."""
+    """Chamfer distance (H, W) float32 to the nearest 0 with steps 1, 1.4 and 2.1969; 8191 where
+    there is none."""
     return _distance_5x5(u8[None])[0]
 
 
 def _equalize(x: np.ndarray) -> np.ndarray:
     n, pixels = len(x), x[0].size
-    histogram = np.bincount((x.reshape(n, -1) + 256 * np.arange(n)[:, None]).ravel(), minlength=256 * n).reshape(n, 256)
+    level = x.reshape(n, -1) + 256 * np.arange(n)[:, None]
+    histogram = np.bincount(level.ravel(), minlength=256 * n).reshape(n, 256)
     first = (histogram > 0).argmax(1)
     at_first = histogram[np.arange(n), first]
     histogram[np.arange(n), first] = 0
     single = at_first == pixels
-    scale = (np.float32(255) / np.maximum(pixels - at_first, 1).astype(np.float32)).astype(np.float32)
-    lut = np.rint(histogram.cumsum(1).astype(np.float32) * scale[:, None]).clip(0, 255).astype(np.uint8)
+    scale = np.float32(255) / np.maximum(pixels - at_first, 1).astype(np.float32)
+    lut = np.rint(histogram.cumsum(1).astype(np.float32) * scale[:, None])
+    lut = lut.clip(0, 255).astype(np.uint8)
     lut[single] = np.arange(256)
     return np.take_along_axis(lut, x.reshape(n, -1).astype(np.int64), 1).reshape(x.shape)
 
@@ -364,7 +387,7 @@ def equalize(u8: np.ndarray) -> np.ndarray:
 
 
 def _resize(image: np.ndarray, height: int, width: int, cubic: bool) -> np.ndarray:
-    """OpenCV's bilinear or bicubic (a = -.75) resize of uint8: no filter against aliasing, edges repeated."""
+    """OpenCV's bilinear or bicubic (a = -.75) resize of uint8: aliased, edges repeated."""
     out = image.astype(np.float64)
     for axis, size in ((1, width), (0, height)):
         source = ((np.arange(size) + 0.5) * (image.shape[axis] / size) - 0.5).astype(np.float32)
@@ -379,11 +402,12 @@ def _resize(image: np.ndarray, height: int, width: int, cubic: bool) -> np.ndarr
         shape = [1, 1, 1]
         shape[axis] = size
         indices = {k: (low.astype(int) + k).clip(0, image.shape[axis] - 1) for k in weights}
-        out = sum(out.take(indices[k], axis) * weight.reshape(shape) for k, weight in weights.items())
+        out = sum(out.take(indices[k], axis) * weight.reshape(shape)
+                  for k, weight in weights.items())
     return np.rint(out).clip(0, 255).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- frost
+# ---- frost ---------------------------------------------------------------------------------------
 
 def prepare_frost(texture: np.ndarray, variant: str, height: int, width: int) -> np.ndarray:
     """The texture at the size it is cropped from; larger than the image in both directions."""
@@ -400,7 +424,8 @@ def prepare_frost(texture: np.ndarray, variant: str, height: int, width: int) ->
 
 @lru_cache(maxsize=1)
 def procedural_frost() -> tuple[np.ndarray, ...]:
-    """Five uint8 (512, 512, 3) textures in place of the photographs: ridges of ice over fine crystals, bluish white."""
+    """Five uint8 (512, 512, 3) textures in place of the photographs: ridges of ice over fine
+    crystals, bluish white."""
     textures = []
     for seed in range(5):
         rng = np.random.RandomState(seed)

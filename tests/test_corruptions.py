@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools import corruption_filters as filters
+from data_tools import corruption_recipes as recipes
 from data_tools import corruptions as C
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +159,7 @@ def test_glass_blur_equals_the_loop():
                 k += 1
                 a, b = expected[h, w], expected[h + dy, w + dx]   # views: what the tuple assignment sees
                 expected[h, w], expected[h + dy, w + dx] = b, a
-        sources = C._glass_sources(np.stack([offsets, offsets]), 20, 26, reach)
+        sources = recipes._glass_sources(np.stack([offsets, offsets]), 20, 26, reach)
         both = np.stack([image, image]).reshape(-1, 3)[sources].reshape(2, 20, 26, 3)
         assert np.array_equal(both[0], expected) and np.array_equal(both[1], expected)
 
@@ -228,11 +230,11 @@ def test_frost_textures(tmp_path):
     assert set(kinds) == {1, 2}
     for k in range(1, 7):
         Image.fromarray(two if k == 1 else one).save(tmp_path / f"frost{k}.png")
-    assert len(C._check_textures(tmp_path)) == 5              # the sixth is never used
+    assert len(recipes.check_textures(tmp_path)) == 5              # the sixth is never used
     assert any(np.array_equal(C.corrupt(image, "frost", 1, rng=s, textures=tmp_path), bright) for s in range(20))
     small = [np.full((20, 24, 3), 9, np.uint8)]               # enlarged to cover the image
     assert (C.corrupt(np.zeros((64, 64, 3), np.uint8), "frost", 3, "bethge", 0, textures=small) == 6).all()
-    textures = C.procedural_frost()
+    textures = filters.procedural_frost()
     assert len(textures) == 5 and all(0.2 < t.mean() / 255 < 0.6 and t.shape == (512, 512, 3) for t in textures)
     (tmp_path / "empty").mkdir()
     for bad in ([], [np.zeros((4, 4))], tmp_path / "empty"):
@@ -319,9 +321,29 @@ def test_cifar_c_workers_and_errors(tmp_path):
         C.load_cifar_c(tmp_path, "snow")
 
 
+def command(*arguments):
+    return [sys.executable, "-m", "data_tools.corruptions", *map(str, arguments)]
+
+
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "data_tools.corruptions", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True)
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_killed_writer_goes_on_to_the_same_files(tmp_path):
+    np.save(tmp_path / "x.npy", np.stack([picture(k, 32, 32) for k in range(4)] * 150))
+    made = run(tmp_path / "x.npy", tmp_path / "whole", "--names", "contrast", "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    again = (tmp_path / "x.npy", tmp_path / "part", "--names", "contrast", "--workers", 1)
+    writer = subprocess.Popen(command(*again), cwd=ROOT, stderr=subprocess.DEVNULL)
+    marks = tmp_path / "part" / ".contrast.blocks"
+    while not (marks.exists() and marks.read_text()):
+        assert writer.poll() is None
+    writer.kill()
+    writer.wait()
+    assert not (tmp_path / "part" / "contrast.npy").exists()
+    assert run(*again).returncode == 0
+    one, two = ((tmp_path / folder / "contrast.npy").read_bytes() for folder in ("whole", "part"))
+    assert one == two and not marks.exists()
 
 
 def test_imagenet_c_folder_command_line_and_resume(tmp_path):
@@ -329,8 +351,8 @@ def test_imagenet_c_folder_command_line_and_resume(tmp_path):
     for folder, name, size in (("n01", "a.JPEG", (60, 40)), ("n01", "b.png", (30, 50)), ("n02", "a.jpg", (45, 45))):
         (src / folder).mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(len(name), *size[::-1])).save(src / folder / name)
-    command = (src, dst, "--names", "contrast", "fog", "--severity", 2, 5, "--size", 32, "--workers", 1)
-    first = run(*command)
+    arguments = (src, dst, "--names", "contrast", "fog", "--severity", 2, 5, "--size", 32, "--workers", 1)
+    first = run(*arguments)
     assert first.returncode == 0 and "3/3" in first.stderr, first.stderr
     written = sorted(p.relative_to(dst).as_posix() for p in dst.rglob("*.JPEG"))
     assert len(written) == 12 and "fog/5/n01/b.JPEG" in written
@@ -338,13 +360,13 @@ def test_imagenet_c_folder_command_line_and_resume(tmp_path):
     assert Image.open(dst / written[0]).size == (32, 32)
     kept = (dst / written[1]).stat().st_mtime_ns
     (dst / written[0]).unlink()
-    again = run(*command)
+    again = run(*arguments)
     assert "3/3" in again.stderr and (dst / written[1]).stat().st_mtime_ns == kept
     assert all((dst / name).read_bytes() == data for name, data in content.items())
-    other = run(*command, "--seed", 1)
+    other = run(*arguments, "--seed", 1)
     assert other.returncode == 1 and "seed 0 -> 1" in other.stderr
     (src / "n02" / "broken.jpg").write_bytes(b"no image")
-    broken = run(*command)
+    broken = run(*arguments)
     assert broken.returncode == 1 and "broken.jpg" in broken.stderr and "Traceback" not in broken.stderr
     with pytest.raises(ValueError, match="no images"):
         C.make_imagenet_c(tmp_path / "c" / "nothing", dst)
