@@ -665,6 +665,8 @@ class FewShotHead(nn.Module):
         super().__init__()
         self.features = nn.Identity() if features is None else features
         self.saliency = nn.Conv2d(channels, 1, 1)
+        if isinstance(features, Localizer):
+            (features.fc if hasattr(features, "fc") else features.SPG_A4).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         published = isinstance(self.features, Localizer)
@@ -805,8 +807,9 @@ def _step_loss(model, x: Tensor, y: Tensor, cfg: dict, generator: torch.Generato
         return few_shot_loss(model(x), y)
     if method == "has":
         x = has(x, cfg["has_grid_size"], cfg["has_drop_rate"], generator)
-    if method == "cutmix" and float(torch.rand((), generator=generator)) < cfg["cutmix_prob"]:
-        x, target_a, target_b, lam = cutmix(x, y, cfg["cutmix_beta"], generator)
+    beta = cfg["cutmix_beta"] if method == "cutmix" else 0.0
+    if beta > 0 and float(torch.rand((), generator=generator)) < cfg["cutmix_prob"]:
+        x, target_a, target_b, lam = cutmix(x, y, beta, generator)
         logits = model(x)["logits"]
         return lam * ce(logits, target_a) + (1 - lam) * ce(logits, target_b)
     out = model(x, y)

@@ -116,7 +116,7 @@ def resize_scoremap(cam: Array, size: int | Sequence[int]) -> Array:
     """Cubic resize of maps [..., H, W] to size = (height, width), float64, as OpenCV's INTER_CUBIC.
 
     Normalise afterwards: overshoot belongs to the range. A constant map stays exactly constant."""
-    height, width = (size, size) if isinstance(size, int) else map(int, size)
+    height, width = map(int, (size, size) if np.ndim(size) == 0 else size)
     if height < 1 or width < 1:
         raise ValueError(f"size must be positive, got {size}")
     maps = _maps("cam", cam, range(2, 9))
@@ -178,8 +178,9 @@ class _Forest:
 
     def painted(self, colors: np.ndarray, like: Tensor) -> Tensor:
         """[B, H, W]: each pixel in the color of its node (or outside)."""
-        pixels = np.repeat(colors[self.run_node], self.run_length)
-        return torch.from_numpy(pixels).to(like.device).view(like.shape)
+        color, length = (torch.from_numpy(part).to(like.device)
+                         for part in (colors[self.run_node], self.run_length))
+        return color.repeat_interleave(length, output_size=like.numel()).view(like.shape)
 
     def climb(self, node: np.ndarray, level: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields (which items, node, level) where items (node, level) become part of a node.
