@@ -1,48 +1,125 @@
-"""The ReLabel scripts run on their smallest preset, survive a kill, and refuse what does not fit."""
+"""The ReLabel scripts on their smallest preset: a kill loses nothing, misfits are refused."""
 
+import importlib
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def start(script, out, *arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--preset", "tiny", "--out", str(out), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def run(monkeypatch):
+    """run(script, out folder, arguments): the script's results, from a call of its main()."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def call(script, out, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the scripts set their own
+        main = importlib.import_module(script).main
+        main(["--preset", "tiny", "--out", str(out), *map(str, arguments)])
+        return json.loads((out / f"{script}.json").read_text())
+    return call
 
 
-def finish(script, out, *arguments, code=0):
-    process = start(script, out, *arguments)
-    text, _ = process.communicate(timeout=200)
-    assert process.returncode == code, text[-2000:]
-    return text if code else json.loads((out / f"{script}.json").read_text())
+def accuracies(results):
+    return {name: row for name, row in results["results"].items() if "-seed" in name}
 
 
-def test_the_study_survives_a_kill(tmp_path):
-    methods = ("--methods", "one-hot", "relabel", "--threads", "1")
-    accuracies = lambda results: [{k: v for k, v in row.items() if k != "ms per step"} for row in results["results"].values()]      # noqa: E731
-    whole = finish("relabel_imagenet", tmp_path / "whole", *methods)
-    process = start("relabel_imagenet", tmp_path / "part", *methods, "--checkpoint-seconds", "0")
+def test_the_study_survives_a_kill(tmp_path, run):
+    methods = ("--methods", "one-hot", "relabel", "distillation")
+    whole = run("relabel_imagenet", tmp_path / "whole", *methods, "--figures", tmp_path / "figures")
+    assert len(whole["tables"]["targets"]) == 4 and len(whole["tables"]["cost"]) == 3
+    assert (tmp_path / "figures" / "relabel_methods.png").exists()
+    always = ("--checkpoint-seconds", "0")
+    command = [sys.executable, str(BENCHMARKS / "relabel_imagenet.py"), "--preset", "tiny",
+               *methods, *always, "--out", str(tmp_path / "part")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and not list((tmp_path / "part").glob("relabel-seed0-*.pt")):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert accuracies(finish("relabel_imagenet", tmp_path / "part", *methods, "--resume")) == accuracies(whole)
+    rest = run("relabel_imagenet", tmp_path / "part", *methods, *always, "--resume")
+    assert accuracies(rest) == accuracies(whole)
 
 
-def test_generation_crops_and_speed(tmp_path):
-    generated = finish("relabel_generate", tmp_path / "generate", "--threads", "1")
+def test_maps_of_a_teacher_serve_the_study_and_another_set_is_refused(tmp_path, run):
+    results = run("relabel_imagenet", tmp_path / "a", "--maps", "teacher",
+                  "--methods", "cleaning", "relabel+cutmix", "localized-single")
+    assert results["results"]["generation"]["images"] == 128
+    generated = run("relabel_generate", tmp_path / "b")
     assert generated["claims"][0]["holds"] and generated["tables"]["store"][0]["images"] == 64
-    crops = finish("relabel_crops", tmp_path / "crops", "--figures", str(tmp_path / "figures"))
-    assert len(crops["tables"]["crops of a 500 x 375 image"]) == 7 and len(list((tmp_path / "figures").iterdir())) == 2
-    speed = finish("speed_relabel", tmp_path / "speed", "--threads", "1")
+    (store,) = (tmp_path / "b").glob("store-*")
+    with pytest.raises(ValueError, match="the store holds 64 maps, the training set 128 images"):
+        run("relabel_imagenet", tmp_path / "c", "--methods", "relabel", "--store", store)
+
+
+def test_crops_and_speed(tmp_path, run):
+    crops = run("relabel_crops", tmp_path / "crops", "--figures", tmp_path / "figures")
+    assert len(crops["tables"]["crops of a 500 x 375 image"]) == 7
+    assert len(list((tmp_path / "figures").iterdir())) == 2
+    speed = run("speed_relabel", tmp_path / "speed")
     assert {row["way"] for row in speed["tables"]["pooling"]} == {"sparse", "dense"}
 
 
-def test_a_store_of_another_set_is_refused(tmp_path):
-    finish("relabel_generate", tmp_path / "generate", "--threads", "1")
-    text = finish("relabel_imagenet", tmp_path / "study", "--methods", "relabel", "--store", str(tmp_path / "generate" / "store"), code=1)
-    assert "the store holds 64 maps, the training set 128 images" in text and "Traceback" not in text
+def tree(root, folders, count=2, size=48):
+    """Images of noise, `count` in each folder."""
+    rng = np.random.default_rng(0)
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"ILSVRC2012_val_{number + 1:08d}.png")
+
+
+def test_real_layout_with_robustness_sets(tmp_path, run):
+    classes, data, sets = ["n01", "n02", "n03"], tmp_path / "data", tmp_path / "sets"
+    tree(data / "train", classes, 12)
+    tree(data / "val", classes)
+    tree(sets / "imagenet-a", classes[1:])
+    corruptions = ("gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur "
+                   "zoom_blur snow frost fog brightness contrast elastic_transform pixelate "
+                   "jpeg_compression").split()
+    tree(sets / "imagenet-c", [f"{name}/{level}/{wnid}" for name in corruptions
+                               for level in range(1, 6) for wnid in classes], 1, 16)
+    for kind in ("mixed_same", "mixed_rand"):
+        tree(sets / "bg_challenge" / kind / "val", ["00_dog", "01_bird"])
+    groups = {"0": 0, "1": 1, "2": -1}
+    (sets / "bg_challenge" / "in_to_in9.json").write_text(json.dumps(groups))
+    (tmp_path / "real.json").write_text(json.dumps([[0, 1], [2]]))
+    options = ("--data", data, "--sets", sets)
+    results = run("relabel_imagenet", tmp_path / "out", *options, "--methods", "one-hot", "relabel",
+                  "--real", tmp_path / "real.json", "--images", 11)
+    row = results["results"]["relabel-seed0"]
+    assert set(row) == {"val", "ReaL", "FGSM 1/255", "FGSM 4/255", "ImageNet-C", "ImageNet-A",
+                        "mixed_same", "mixed_rand", "BGC gap"}
+    assert all(0 <= value <= 100 for name, value in row.items() if name != "BGC gap")
+    assert results["tables"]["robustness"][0]["targets"] == "one-hot"
+    assert results["results"]["generation"]["images"] == 33
+    weights = tmp_path / "out" / "relabel-seed0-weights.pt"
+    (again,) = run("relabel_imagenet", tmp_path / "again", *options,
+                   "--checkpoint", weights)["tables"]["students"]
+    assert {name: again[name] for name in row if name != "ReaL"} == {
+        name: value for name, value in row.items() if name != "ReaL"}
+
+
+def test_augmentation_of_the_paper(run):
+    import relabel_imagenet as study
+    grey = Image.new("RGB", (4, 4), (100, 120, 140))
+    jitter = study.ColorJitter()
+    jitter.generator = torch.Generator().manual_seed(0)
+    changed = np.asarray(jitter(grey)).astype(float)
+    assert changed.std((0, 1)).max() == 0 and 0.2 < changed.mean() / 120 < 2
+    images = torch.zeros(2000, 3, 1, 1)
+    shift = study.lighting(images, torch.Generator().manual_seed(0)).flatten(1)
+    vectors = torch.tensor([(-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140),
+                            (-0.5836, -0.6948, 0.4203)])
+    along = (shift * torch.tensor(study.MEAN_STD[1])) @ vectors  # the eigenvectors are columns
+    assert along.std(0).tolist() == pytest.approx([0.02175, 0.00188, 0.00045], rel=0.1)

@@ -1,0 +1,80 @@
+"""ObjectNet (Barbu et al., NeurIPS 2019) with the labels of an ImageNet classifier.
+
+    dataset, valid = objectnet("/data/objectnet-1.0")   # 113 of its 313 objects are in ImageNet
+    right = valid[labels, logits.argmax(1)]
+
+The distribution's layout:
+
+    images/<folder>/*.png                       every image with a red border, which is cut off here
+    mappings/folder_to_objectnet_label.json     {folder: object}
+    mappings/objectnet_to_imagenet_1k.json      {object: "ImageNet name; ImageNet name; ..."}
+    mappings/imagenet_to_label_2012_v2          one ImageNet name per line: line i is id i of 2012
+    mappings/pytorch_to_imagenet_2012_id.json   {class number: id of 2012}
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data_tools.imagenet import ImageFolder, class_folders
+
+BORDER = 2  # pixels
+
+
+class ObjectNet(ImageFolder):
+    """The folders that overlap with ImageNet, labels 0 .. n-1 in sorted order; without border."""
+
+    def open(self, index: int) -> Image.Image:
+        image = super().open(index)
+        return image.crop((BORDER, BORDER, image.width - BORDER, image.height - BORDER))
+
+
+def objectnet(root: str | Path, num_classes: int = 1000) -> tuple[ObjectNet, torch.Tensor]:
+    """The images whose object ImageNet knows, and (n, num_classes) bool: the right classes.
+
+    ValueError names a mapping file that is missing, damaged, or speaks of classes nobody knows.
+    """
+    root = Path(root)
+    labels = _mapping(root, "folder_to_objectnet_label.json")
+    names_of = _mapping(root, "objectnet_to_imagenet_1k.json")
+    id_of_number = _mapping(root, "pytorch_to_imagenet_2012_id.json")
+    number_of_id = {int(i): int(number) for number, i in id_of_number.items()}
+    names = root / "mappings" / "imagenet_to_label_2012_v2"
+    if not names.is_file():
+        raise ValueError(f"{names}: no such file; it comes with ObjectNet")
+    lines = [line.strip() for line in names.read_text(encoding="utf-8").splitlines()]
+    number_of = {name: number_of_id[i] for i, name in enumerate(lines) if i in number_of_id}
+    folders, rows = [], []
+    for folder in class_folders(root / "images"):
+        if folder not in labels:
+            raise ValueError(f"{root / 'images' / folder}: not in folder_to_objectnet_label.json")
+        if labels[folder] in names_of:
+            known = [name.strip() for name in names_of[labels[folder]].split(";")]
+            unknown = [name for name in known if number_of.get(name, num_classes) >= num_classes]
+            if unknown:
+                raise ValueError(f"objectnet_to_imagenet_1k.json: {unknown[0]!r} (for "
+                                 f"{labels[folder]!r}) is none of the {num_classes} classes in "
+                                 f"{names.name}")
+            folders.append(folder)
+            rows.append([number_of[name] for name in known])
+    if not folders:
+        raise ValueError(f"{root / 'images'}: no folder overlaps with ImageNet's classes")
+    valid = torch.zeros(len(folders), num_classes, dtype=torch.bool)
+    for row, classes in enumerate(rows):
+        valid[row, classes] = True
+    return ObjectNet(root / "images", classes=folders), valid
+
+
+def _mapping(root: Path, name: str) -> dict:
+    path = root / "mappings" / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; it comes with ObjectNet") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold one JSON object, not a {type(value).__name__}")
+    return value
