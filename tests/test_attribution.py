@@ -6,9 +6,19 @@ import torch
 from torch import nn
 
 from reference import attribution as at
+from reference.attribution import PixelAP
 
 GOLDEN = Path(__file__).parent / "golden" / "calm"
 NETS = ("baselines_gap.npz", "baselines_mlp.npz")
+
+
+def load(name):
+    with np.load(GOLDEN / name) as file:
+        return {key: file[key] for key in file.files}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 class Net(nn.Module):
@@ -29,8 +39,7 @@ class Net(nn.Module):
 
 @pytest.fixture(params=NETS)
 def case(request):
-    with np.load(GOLDEN / request.param) as file:
-        g = {key: file[key] for key in file.files}
+    g = load(request.param)
     return g, Net(g).eval(), torch.from_numpy(g["images"]), torch.from_numpy(g["labels"])
 
 
@@ -115,6 +124,140 @@ def test_what_is_explained(case):
         at.input_gradient(Wrapped(), images, labels, output="log_prob")
 
 
+def test_a_layer_before_an_in_place_relu_and_frozen_parameters(case):
+    g, net, images, labels = case
+
+    class InPlace(nn.Module):
+        def forward(self, x):
+            x = net.conv2(net.conv1(x).relu())
+            return net.fc(x.relu_().mean((2, 3)))
+
+    class Apart(InPlace):
+        def forward(self, x):
+            return net.fc(net.conv2(net.conv1(x).relu()).relu().mean((2, 3)))
+
+    if hasattr(net, "mid"):
+        return
+    net.requires_grad_(False)
+    for function in (at.hires_cam, at.ablation_cam):
+        assert torch.allclose(function(InPlace(), net.conv2, images, labels), function(Apart(), net.conv2, images, labels))
+    assert (at.hires_cam(InPlace(), net.conv2, images, labels) < 0).any()        # A from before the ReLU
+
+
+@pytest.mark.parametrize("name", ["pxap_even.npz", "pxap_even_coarse_edges.npz", "pxap_log.npz"])
+def test_pixel_ap_of_the_released_code(name):
+    g = load(name)
+    kind, interval = str(g["threshold_type"]), float(g["interval"])
+    np.testing.assert_array_equal(at.thresholds(kind, interval), g["thresholds"])
+    metric = PixelAP(kind, interval)
+    for m, mask in zip(g["maps"], g["gt"]):
+        metric.update(m, mask)
+    result = metric.compute()
+    np.testing.assert_array_equal(metric.histogram.numpy(), np.stack([g["hist_false"], g["hist_true"]]))
+    assert result["ap"] == pytest.approx(float(g["pxap_percent"]), rel=1e-10)
+    np.testing.assert_allclose(result["precision"], g["precision"], rtol=1e-12)
+    np.testing.assert_allclose(result["recall"], g["recall"], rtol=1e-12)
+
+
+def test_thresholds_normalisation_and_resizing_of_the_released_code():
+    g = load("thresholds.npz")
+    for key in ("even", "log"):
+        np.testing.assert_array_equal(at.thresholds(key), g[key])
+        np.testing.assert_array_equal(at.thresholds(key, 0.05), g[f"{key}_05"])
+    g = load("normalize.npz")
+    for case in ("signed", "positive", "constant", "nan"):
+        for mode, key in (("max", "max"), ("minmax", "minmax"), ("clip", "clipping")):
+            close(at.normalize_map(torch.from_numpy(g[f"in_{case}"]), mode), g[f"out_{key}_{case}"], 1e-12)
+    assert not at.normalize_map(torch.from_numpy(g["in_allneg"]), "max").any()
+    g = load("resize.npz")
+    for key in ("7x7", "28x28"):
+        close(at.resize_map(torch.from_numpy(g[f"in_{key}"]), 224), g[f"out_{key}"], 1e-5, 1e-5)
+
+
+def test_erasing_of_the_released_code():
+    g = load("erase.npz")
+    percents = (10, 30, 50, 70, 90)
+    fractions = [p / 100 for p in percents]
+    masks = at.erase_masks(torch.from_numpy(g["scoremap"])[:, 0], fractions)
+    for row, p in enumerate(percents):
+        np.testing.assert_array_equal(masks[row].numpy(), g[f"mask_topk_{p}"][:, 0].astype(bool))
+    images = torch.from_numpy(g["images"])
+    close(at.fill_baseline(images, "mean"), g["baseline_mean"])
+    close(at.fill_baseline(images, "blur"), g["baseline_blur"], 1e-4, 1e-5)
+    weight = torch.from_numpy(g["rc_weight"])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4, bias=False))
+    model[1].weight.data.copy_(weight)
+    scores, labels = torch.from_numpy(g["rc_scoremap"])[:, 0], torch.from_numpy(g["rc_labels"])
+    random = torch.stack([torch.from_numpy(g[f"rc_mask_random_{p}"][:, 0].astype(bool)) for p in percents])
+    seen = iter(scores.split(7))
+    result = at.remove_and_classify(model, list(zip(images.split(7), labels.split(7))), lambda *_: next(seen), fractions, random_masks=random)
+    np.testing.assert_allclose(result["accuracy_erased"], g["rc_correct_topk"].mean(1), rtol=1e-12)
+    np.testing.assert_allclose(result["accuracy_random"], g["rc_correct_random"].mean(1), rtol=1e-12)
+    assert result["accuracy"] == pytest.approx(g["rc_correct_none"].mean())
+    np.testing.assert_allclose(result["ratio"], g["rc_ratio"], rtol=1e-12)
+
+
+def test_exact_pixel_ap_by_hand_and_underflow():
+    metric = PixelAP(thresholds=None)
+    metric.update(torch.tensor([[0.9, 0.8, 0.8, 0.1]]), torch.tensor([[1, 1, 0, 1]]))
+    metric.update(torch.tensor([[0.7, 0.2]]), torch.tensor([[0, 255]]))
+    assert metric.compute()["ap"] == pytest.approx(100 / 3 * (1 + 2 / 3 + 3 / 5))
+    for count, expected in ((False, 1.0), (True, 0.5)):
+        log = PixelAP("log", count_underflow=count)
+        log.update(torch.tensor([[0.5, 1e-9, 0.1]]), torch.tensor([[1, 1, 0]]))
+        assert log.compute()["recall"][-1] == expected
+
+
+def test_erasing_orders_ties_and_fills():
+    maps = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
+    assert at.erase_masks(maps, [0.5])[0, 0].tolist() == [[False, False], [True, True]]
+    assert at.erase_masks(maps, [0.5], "least")[0, 0].tolist() == [[False, True], [False, True]]
+    assert not at.fill_baseline(torch.ones(1, 3, 4, 4), "zero").any()
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_remove_and_classify_restores_the_mode_and_warns():
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Dropout(0.5)), nn.Linear(768, 3))
+    model[0].eval()
+    loader = [(torch.randn(2, 3, 16, 16, generator=seeded()), torch.tensor([0, 1]))]
+    result = at.remove_and_classify(model, loader, lambda x, y: at.input_gradient(model, x, y), [0.0, 0.5, 1.0], generator=seeded())
+    assert model.training and model[1].training and not model[0].training        # each part in its own mode
+    assert result["accuracy_erased"][0] == result["accuracy"] == result["accuracy_random"][0]
+    assert result["accuracy_erased"][2] == result["accuracy_random"][2]
+    never = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+    nn.init.zeros_(never[1].weight), nn.init.constant_(never[1].bias, 0.0)
+    never[1].bias.data[2] = 1
+    with pytest.warns(UserWarning, match="NaN"):
+        assert at.remove_and_classify(never, loader, lambda x, y: x[:, 0], [0.5], generator=seeded())["ratio"].isnan().all()
+
+
+def test_pixel_ap_counts_anything_once():
+    maps, masks = torch.rand(3, 5, 5, generator=seeded(), dtype=torch.float64), torch.randint(2, (3, 5, 5), generator=seeded(1))
+    for options in ({"thresholds": None}, {"thresholds": "log"}, {"thresholds": [0.1, 0.5, 0.9], "count_underflow": True}):
+        whole, parts = PixelAP(**options), PixelAP(**options)
+        whole.update(maps, masks)
+        for m, mask in zip(maps, masks.bool()):
+            parts.update(m.numpy(), mask.numpy())
+        assert whole.compute()["ap"] == pytest.approx(parts.compute()["ap"], rel=1e-12)
+    perfect = PixelAP(thresholds=None)
+    perfect.update(masks.double(), masks)
+    assert perfect.compute()["ap"] == pytest.approx(100)
+
+
+def test_least_attributed_pixels_first():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    nn.init.zeros_(model[1].weight)
+    model[1].weight.data[0].view(3, 8, 8)[0, :, :4] = 1      # class 0: more than 20 of the 32 pixels on the left
+    model[1].bias.data = torch.tensor([0.0, 20.0])
+    loader = [(torch.ones(2, 3, 8, 8), torch.tensor([0, 0]))]
+    def erased(order):
+        gradient = lambda x, y: at.input_gradient(model, x, y)      # noqa: E731
+        return at.remove_and_classify(model, loader, gradient, [0.3], order=order, generator=seeded())["accuracy_erased"].item()
+    assert erased("most") == 0 and erased("least") == 1
+    unchanged = at.remove_and_classify(model, loader, lambda x, y: x[:, 0], [1.0], fill="mean", generator=seeded())
+    assert unchanged["accuracy_erased"] == 1
+
+
 def test_bad_input(case):
     g, net, images, labels = case
     for call, error, words in [
@@ -131,6 +274,25 @@ def test_bad_input(case):
         (lambda: at.integrated_gradients(net, images, 1, variant="other"), ValueError, "variant"),
         (lambda: at.integrated_gradients(net, images, 1, steps=0), ValueError, "steps"),
         (lambda: at.normalize_map(images, "sum"), ValueError, "mode"),
+        (lambda: at.smooth_grad(net, images, 1, samples=2, chunk=0), ValueError, "chunk"),
+        (lambda: at.score_cam(net, net.relu, images, 1, chunk=0), ValueError, "chunk"),
+        (lambda: at.score_cam(net, nn.ReLU(), images, 1), ValueError, "layer was not used"),
+        (lambda: at.grad_cam(net, net.fc, images, 1), ValueError, r"layer must return one \(B, K, h, w\)"),
+        (lambda: at.thresholds("linear"), ValueError, "kind"), (lambda: at.thresholds("even", 2), ValueError, "interval"),
+        (lambda: PixelAP([0.5, 0.1]), ValueError, "ascending"),
+        (lambda: PixelAP().update(torch.zeros(2, 3), torch.zeros(3, 2)), ValueError, "one shape"),
+        (lambda: PixelAP().update(torch.full((2, 2), 1.5), torch.zeros(2, 2)), ValueError, r"\[0, 1\]"),
+        (lambda: PixelAP().update(torch.full((2, 2), float("nan")), torch.zeros(2, 2)), ValueError, "NaN"),
+        (lambda: PixelAP().update(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)), TypeError, "floating"),
+        (lambda: at.erase_masks(torch.zeros(2, 3, 3), [1.5]), ValueError, "fractions"),
+        (lambda: at.erase_masks(torch.zeros(3, 3), [0.5]), ValueError, "maps"),
+        (lambda: at.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"),
+        (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
+        (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"),
+        (lambda: at.remove_and_classify(net, [], None, [0.5]), ValueError, "loader is empty"),
+        (lambda: at.remove_and_classify(net, [(images, labels)], lambda x, y: x, [0.5]), ValueError, "map_fn must return"),
+        (lambda: at.remove_and_classify(net, [(images, labels)], lambda x, y: x[:, 0], [0.5], random_masks=torch.ones(1, 1, 2, 2, dtype=torch.bool)),
+         ValueError, "random_masks"),
         (lambda: at.grad_cam(nn.Identity(), nn.Identity(), images, 1), ValueError, r"\(B, C\) scores"),
     ]:
         with pytest.raises(error, match=words):

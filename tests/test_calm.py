@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from reference import attribution as at
 from reference import calm
-from reference.attribution import PixelAP
 from reference.calm import CALM, CALMHead, CALMOutput, CAMHead, CAMOutput, calm_loss
 
 GOLDEN = Path(__file__).parent / "golden" / "calm"
@@ -126,59 +124,6 @@ def test_training_steps_of_the_released_code(method):
             close(getattr(part, key), g[f"{name}_{key}1"], 1e-3, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["pxap_even.npz", "pxap_even_coarse_edges.npz", "pxap_log.npz"])
-def test_pixel_ap_of_the_released_code(name):
-    g = load(name)
-    kind, interval = str(g["threshold_type"]), float(g["interval"])
-    np.testing.assert_array_equal(at.thresholds(kind, interval), g["thresholds"])
-    metric = PixelAP(kind, interval)
-    for m, mask in zip(g["maps"], g["gt"]):
-        metric.update(m, mask)
-    result = metric.compute()
-    np.testing.assert_array_equal(metric.histogram.numpy(), np.stack([g["hist_false"], g["hist_true"]]))
-    assert result["ap"] == pytest.approx(float(g["pxap_percent"]), rel=1e-10)
-    np.testing.assert_allclose(result["precision"], g["precision"], rtol=1e-12)
-    np.testing.assert_allclose(result["recall"], g["recall"], rtol=1e-12)
-
-
-def test_thresholds_normalisation_and_resizing_of_the_released_code():
-    g = load("thresholds.npz")
-    for key in ("even", "log"):
-        np.testing.assert_array_equal(at.thresholds(key), g[key])
-        np.testing.assert_array_equal(at.thresholds(key, 0.05), g[f"{key}_05"])
-    g = load("normalize.npz")
-    for case in ("signed", "positive", "constant", "nan"):
-        for mode, key in (("max", "max"), ("minmax", "minmax"), ("clip", "clipping")):
-            close(at.normalize_map(torch.from_numpy(g[f"in_{case}"]), mode), g[f"out_{key}_{case}"], 1e-12)
-    assert not at.normalize_map(torch.from_numpy(g["in_allneg"]), "max").any()
-    g = load("resize.npz")
-    for key in ("7x7", "28x28"):
-        close(at.resize_map(torch.from_numpy(g[f"in_{key}"]), 224), g[f"out_{key}"], 1e-5, 1e-5)
-
-
-def test_erasing_of_the_released_code():
-    g = load("erase.npz")
-    percents = (10, 30, 50, 70, 90)
-    fractions = [p / 100 for p in percents]
-    masks = at.erase_masks(torch.from_numpy(g["scoremap"])[:, 0], fractions)
-    for row, p in enumerate(percents):
-        np.testing.assert_array_equal(masks[row].numpy(), g[f"mask_topk_{p}"][:, 0].astype(bool))
-    images = torch.from_numpy(g["images"])
-    close(at.fill_baseline(images, "mean"), g["baseline_mean"])
-    close(at.fill_baseline(images, "blur"), g["baseline_blur"], 1e-4, 1e-5)
-    weight = torch.from_numpy(g["rc_weight"])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4, bias=False))
-    model[1].weight.data.copy_(weight)
-    scores, labels = torch.from_numpy(g["rc_scoremap"])[:, 0], torch.from_numpy(g["rc_labels"])
-    random = torch.stack([torch.from_numpy(g[f"rc_mask_random_{p}"][:, 0].astype(bool)) for p in percents])
-    seen = iter(scores.split(7))
-    result = at.remove_and_classify(model, list(zip(images.split(7), labels.split(7))), lambda *_: next(seen), fractions, random_masks=random)
-    np.testing.assert_allclose(result["accuracy_erased"], g["rc_correct_topk"].mean(1), rtol=1e-12)
-    np.testing.assert_allclose(result["accuracy_random"], g["rc_correct_random"].mean(1), rtol=1e-12)
-    assert result["accuracy"] == pytest.approx(g["rc_correct_none"].mean())
-    np.testing.assert_allclose(result["ratio"], g["rc_ratio"], rtol=1e-12)
-
-
 def test_bird_parts_of_the_released_code():
     g = load("cub_trait.npz")
     names = [str(n) for n in g["attribute_names"]]
@@ -291,24 +236,96 @@ def test_e_steps_from_elsewhere():
     assert torch.allclose(calm_loss(output, labels, temperature=1.0), calm_loss(output, labels))
     flat = calm_loss(output, labels, temperature=1e6, reduction="none")
     assert torch.allclose(flat, -output.log_joint(labels).mean((1, 2)), rtol=1e-4)
+    given = older.posterior(labels)
+    at = given.flatten(1).argmax(1)
+    hard = calm_loss(output, labels, posterior=given, hard=True, reduction="none")
+    assert torch.allclose(hard, -output.log_joint(labels).flatten(1)[torch.arange(3), at])
 
 
-def test_exact_pixel_ap_by_hand_and_underflow():
-    metric = PixelAP(thresholds=None)
-    metric.update(torch.tensor([[0.9, 0.8, 0.8, 0.1]]), torch.tensor([[1, 1, 0, 1]]))
-    metric.update(torch.tensor([[0.7, 0.2]]), torch.tensor([[0, 255]]))
-    assert metric.compute()["ap"] == pytest.approx(100 / 3 * (1 + 2 / 3 + 3 / 5))
-    for count, expected in ((False, 1.0), (True, 0.5)):
-        log = PixelAP("log", count_underflow=count)
-        log.update(torch.tensor([[0.5, 1e-9, 0.1]]), torch.tensor([[1, 1, 0]]))
-        assert log.compute()["recall"][-1] == expected
+def test_an_averaged_e_step_is_another_algorithm_and_resumes():
+    g = seeded(3)
+    loader = [(torch.randn(4, 3, 6, 6, generator=g), torch.randint(3, (4,), generator=g)) for _ in range(4)]
+    def losses(resume=None, **options):
+        return [s["loss"] for s in calm.train(net(0 if resume is None else 7), loader, 2, lr=0.1, resume=resume, **options)]
+    online, averaged = losses(), losses(ema=0.9)
+    assert online[0] == averaged[0] and online != averaged and losses(hard=True) != online
+    steps = calm.train(net(), loader, 2, lr=0.1, ema=0.9)
+    for _ in range(3):
+        next(steps)
+    assert losses(steps.send("state"), ema=0.9) == averaged[3:]
 
 
-def test_erasing_orders_ties_and_fills():
-    maps = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
-    assert at.erase_masks(maps, [0.5])[0, 0].tolist() == [[False, False], [True, True]]
-    assert at.erase_masks(maps, [0.5], "least")[0, 0].tolist() == [[False, True], [False, True]]
-    assert not at.fill_baseline(torch.ones(1, 3, 4, 4), "zero").any()
+def test_second_derivatives_and_memory_of_the_label_only_loss(monkeypatch):
+    output = random_output(classes=3, size=(2, 2))
+    logits, attention = output.logits.requires_grad_(), output.attention.requires_grad_()
+    function = lambda f, u: CALMOutput(f, u).log_joint(torch.tensor([[0, 1], [2, 2], [1, 0]]))      # noqa: E731
+    assert torch.autograd.gradgradcheck(function, (logits, attention))
+
+    monkeypatch.setattr(calm, "BLOCK", 100 * 14 * 14)
+    logits, attention = (torch.randn(32, c, 14, 14, generator=seeded(), requires_grad=True) for c in (100, 1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(calm_loss(CALMOutput(logits, attention), torch.arange(32)), (logits, attention))
+    held = np.cumsum([e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"])
+    assert held.max() < 1.25 * logits.numel() * 4             # one gradient, and little else
+
+
+def test_heads_take_any_layout_and_autocast():
+    head, features = CALMHead(4, 3), torch.randn(2, 4, 5, 6, generator=seeded())
+    expected = head(features).joint()
+    assert torch.allclose(head(features.to(memory_format=torch.channels_last)).joint(), expected, atol=1e-6)
+    assert torch.allclose(head(features.transpose(2, 3)).joint(), expected.transpose(2, 3), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, pooled = head(features), CAMHead(4, 3)(features).pooled()
+    assert output.joint().dtype == pooled.dtype == torch.float32 and (output.joint() - expected).abs().max() < 0.01
+    single = CALMHead(4, 1)(features)
+    assert torch.allclose(single.joint(0), single.prior())
+    step = next(calm.train(net(), [(torch.randn(2, 3, 6, 6), torch.tensor([0, 1]))], 1, amp_dtype=torch.bfloat16))
+    assert np.isfinite(step["loss"])
+
+
+def test_the_released_prior_stays_finite_where_all_evidence_underflows():
+    logits = torch.tensor([-200.0, 200.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2).clone().requires_grad_()
+    output = CALMOutput(logits, torch.tensor([[[[1.0, -1.0], [0.0, 2.0]]]]), "relu", True, True)
+    for method in ("em", "ml"):
+        loss = calm_loss(output, torch.tensor([0]), method)
+        assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+WORDNET = ["animal bird", "animal mammal", "bird robin", "bird eagle", "mammal dog", "dog poodle", "dog pug", "pet pug", "thing pet", "thing animal"]
+
+
+def test_superclasses_of_wordnet():
+    classes = ["robin", "eagle", "poodle", "pug", "mammal"]
+    assert calm.wordnet_superclasses(WORDNET, classes, "bird") == {0: [0, 1], 1: [0, 1], 2: [2], 3: [3], 4: [4]}
+    assert calm.wordnet_superclasses(WORDNET, classes, 2) == {0: [0, 1], 1: [0, 1], 2: [2, 3, 4], 3: [2, 3, 4], 4: [2, 3, 4]}
+    assert calm.wordnet_superclasses(iter(WORDNET), classes, 0)[3] == [0, 1, 2, 3, 4]
+    assert calm.wordnet_superclasses(WORDNET, classes, 3) == {0: [0], 1: [1], 2: [2, 3], 3: [2, 3], 4: [4]}      # pug: by its shortest way
+    groups = calm.wordnet_superclasses(WORDNET, classes, 2)
+    output = random_output()
+    maps = calm.superclass_map(output, groups, labels=torch.tensor([0, 2, 3]))
+    assert torch.allclose(maps[1], output.joint(torch.tensor([[2, 3, 4]] * 3)).sum(1)[1])
+
+
+def two_processes(rank, folder, result):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(net())
+    list(calm.train(model, [(images[rank::2], labels[rank::2]) for images, labels in batches()], 1, lr=0.1))
+    if rank == 0:
+        torch.save(model.module.state_dict(), result)
+    torch.distributed.destroy_process_group()
+
+
+def batches():
+    g = seeded(4)
+    return [(torch.randn(4, 3, 6, 6, generator=g), torch.randint(3, (4,), generator=g)) for _ in range(3)]
+
+
+def test_two_processes_train_like_one(tmp_path):
+    torch.multiprocessing.spawn(two_processes, (str(tmp_path), str(tmp_path / "model.pt")), nprocs=2)
+    model = net()
+    list(calm.train(model, batches(), 1, lr=0.1))
+    for key, value in torch.load(tmp_path / "model.pt", weights_only=True).items():
+        assert torch.allclose(model.state_dict()[key], value, atol=1e-6), key
 
 
 def net(seed=0, head=CALMHead):
@@ -345,20 +362,6 @@ def test_training_resumes_exactly_and_groups_parameters():
     assert [p.shape for p in base["params"]] == [(4, 3, 1, 1), (4,)] and len(rest["params"]) == 6 and rest["lr"] == pytest.approx(1.0)
 
 
-@pytest.mark.filterwarnings("default::UserWarning")
-def test_remove_and_classify_restores_the_mode_and_warns():
-    model = net().train()
-    loader = [(torch.randn(2, 3, 16, 16, generator=seeded()), torch.tensor([0, 1]))]
-    result = at.remove_and_classify(model, loader, lambda x, y: calm.attribution_map(model(x), y), [0.0, 0.5, 1.0], generator=seeded())
-    assert model.training and result["accuracy_erased"][0] == result["accuracy"] == result["accuracy_random"][0]
-    assert result["accuracy_erased"][2] == result["accuracy_random"][2]
-    never = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
-    nn.init.zeros_(never[1].weight), nn.init.constant_(never[1].bias, 0.0)
-    never[1].bias.data[2] = 1
-    with pytest.warns(UserWarning, match="NaN"):
-        assert at.remove_and_classify(never, loader, lambda x, y: x[:, 0], [0.5], generator=seeded())["ratio"].isnan().all()
-
-
 # ---------------------------------------------------------------- bad input
 
 def test_bad_input():
@@ -380,15 +383,16 @@ def test_bad_input():
         (lambda: calm.attribution_map(cam, 1), ValueError, "CALM head"), (lambda: calm.attribution_map(output, labels.float()), TypeError, "integers"),
         (lambda: calm.counterfactual_map(output, 0, 1, mode="both"), ValueError, "mode"),
         (lambda: calm.superclass_map(output, [[0], [], [1]]), ValueError, "non-empty"), (lambda: calm.superclass_map(output, {0: [1]}), ValueError, "needs labels"),
-        (lambda: calm.superclass_map(output, [[0]] * 3, "prior"), ValueError, "kind"), (lambda: at.normalize_map(output.prior(), "l1"), ValueError, "mode"),
-        (lambda: at.thresholds("linear"), ValueError, "kind"), (lambda: PixelAP([0.5, 0.1]), ValueError, "ascending"),
-        (lambda: PixelAP().update(torch.zeros(2, 3), torch.zeros(3, 2)), ValueError, "one shape"),
-        (lambda: PixelAP().update(torch.full((2, 2), 1.5), torch.zeros(2, 2)), ValueError, r"\[0, 1\]"),
-        (lambda: PixelAP().update(torch.full((2, 2), float("nan")), torch.zeros(2, 2)), ValueError, "NaN"),
-        (lambda: PixelAP().update(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)), TypeError, "floating"),
-        (lambda: at.erase_masks(torch.zeros(2, 3, 3), [1.5]), ValueError, "fractions"), (lambda: at.erase_masks(torch.zeros(3, 3), [0.5]), ValueError, "maps"),
-        (lambda: at.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"), (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
-        (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"), (lambda: calm.merge_cub_parts(np.zeros((3, 3)), 10, 10), ValueError, "15, 3"),
+        (lambda: calm.superclass_map(output, [[0]] * 3, "prior"), ValueError, "kind"),
+        (lambda: calm.superclass_map(output, {0: [1], 3: [0]}, labels=labels), ValueError, "no entry for label 2"),
+        (lambda: calm.attribution_map(CALMOutput(bad.logits, bad.attention), 0), ValueError, "not finite"),
+        (lambda: next(calm.train(net(), [], 1, method="ml", hard=True)), ValueError, "hard"),
+        (lambda: next(calm.train(net(), [], 1, ema=1.0)), ValueError, "ema"),
+        (lambda: next(calm.train(net(), [], 1, amp_dtype=torch.float16)), ValueError, "amp_dtype"),
+        (lambda: calm.merge_cub_parts(np.zeros((3, 3)), 10, 10), ValueError, "15, 3"), (lambda: calm.merge_cub_parts(np.zeros((15, 3)), 0, 10), ValueError, "positive"),
+        (lambda: calm.cue_mask(torch.zeros(4, 4, dtype=torch.int64), np.zeros((4, 4)), [1]), ValueError, "uint8"),
+        (lambda: calm.wordnet_superclasses(["a b c"], ["b"], 0), ValueError, "line 1"), (lambda: calm.wordnet_superclasses(WORDNET, ["whale"], 0), ValueError, "whale"),
+        (lambda: calm.wordnet_superclasses(WORDNET, ["robin"], "fish"), ValueError, "fish"), (lambda: calm.wordnet_superclasses(WORDNET, ["robin"], -1), ValueError, "depth"),
         (lambda: calm.part_label_map(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), ValueError, "empty"),
         (lambda: calm.differing_part_groups([1], [1, 2], ["a"]), ValueError, "one length"),
     ]:
