@@ -52,8 +52,10 @@ def test_the_study_survives_a_kill(tmp_path, run):
 
 def test_maps_of_a_teacher_serve_the_study_and_another_set_is_refused(tmp_path, run):
     results = run("relabel_imagenet", tmp_path / "a", "--maps", "teacher",
-                  "--methods", "cleaning", "relabel+cutmix", "localized-single")
+                  "--methods", "global-single", "relabel+cutmix", "localized-single")
     assert results["results"]["generation"]["images"] == 128
+    with pytest.raises(ValueError, match="training images of cleaning do not fill a batch of 32"):
+        run("relabel_imagenet", tmp_path / "a", "--maps", "teacher", "--methods", "cleaning")
     generated = run("relabel_generate", tmp_path / "b")
     assert generated["claims"][0]["holds"] and generated["tables"]["store"][0]["images"] == 64
     (store,) = (tmp_path / "b").glob("store-*")
