@@ -1,11 +1,11 @@
-"""PyramidNet (Han, Kim and Kim, "Deep Pyramidal Residual Networks", CVPR 2017, arXiv:1610.02915) and
-Wide ResNet (Zagoruyko and Komodakis, BMVC 2016, arXiv:1605.07146).
+"""PyramidNet (Han, Kim and Kim, "Deep Pyramidal Residual Networks", CVPR 2017, arXiv:1610.02915)
+and Wide ResNet (Zagoruyko and Komodakis, BMVC 2016, arXiv:1605.07146).
 
-PyramidNet widens a little at every residual block instead of doubling at three of them: block i of N has
-round(16 + alpha i / N) channels. The shortcut has no weights; it is padded with zero channels at the end
-and average-pooled where the resolution halves. Convolutions come after batch norm, and a branch ends in
-batch norm without ReLU. With `shakedrop` the branch of block i is followed by ShakeDrop with probability
-i / N * shakedrop (Yamada et al. 2019).
+PyramidNet widens a little at every residual block instead of doubling at three of them: block i of
+N has round(16 + alpha i / N) channels. The shortcut has no weights; it is padded with zero channels
+at the end and average-pooled where the resolution halves. Convolutions come after batch norm, and a
+branch ends in batch norm without ReLU. With `shakedrop` the branch of block i is followed by
+ShakeDrop with probability i / N * shakedrop (Yamada et al. 2019).
 
 State-dict names are those of the CutMix authors' training code, so that its checkpoints load.
 Parameters: PyramidNet-200, alpha 240, 100 classes 26,844,952; WRN-28-10, 100 classes 36,536,884.
@@ -37,7 +37,7 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def initialise(net: nn.Module, generator: torch.Generator | None) -> None:
-    """Convolutions N(0, 2 / (k k outputs)), linear layers uniform as torch has them; drawn from `generator`."""
+    """Convolutions N(0, 2 / (k k outputs)), linear layers uniform as torch has them."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -49,15 +49,15 @@ def initialise(net: nn.Module, generator: torch.Generator | None) -> None:
 
 
 class ShakeDrop(nn.Module):
-    """Branch x b + alpha - b alpha forward, b + beta - b beta backward: b is one gate per pass, 1 with
-    probability 1 - p_drop, alpha ~ U[-1, 1] and beta ~ U[0, 1] per "image", "batch", "channel" or "pixel".
-    Nothing waits for the gate on the host."""
+    """Branch x (b + alpha - b alpha) forward, gradient times (b + beta - b beta): b is one gate per
+    pass, 1 with probability 1 - p_drop, alpha ~ U[-1, 1] and beta ~ U[0, 1] per "image", "batch",
+    "channel" or "pixel". Nothing waits for the gate on the host."""
 
     def __init__(self, p_drop: float, level: str = "image"):
         super().__init__()
         if not 0 <= p_drop <= 1 or level not in ("image", "batch", "channel", "pixel"):
-            raise ValueError('shakedrop must be in [0, 1] and level "image", "batch", "channel" or "pixel", '
-                             f"got {p_drop} and {level!r}")
+            raise ValueError('shakedrop must be in [0, 1] and level "image", "batch", "channel" or '
+                             f'"pixel", got {p_drop} and {level!r}')
         self.p_drop, self.level, self.generator = p_drop, level, None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,10 +87,11 @@ def throwaway_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class PyramidBlock(nn.Module):
-    """BN-conv3x3-BN-ReLU-conv3x3-BN, or the bottleneck BN-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN with
-    4 x width outputs, plus the shortcut."""
+    """BN-conv3x3-BN-ReLU-conv3x3-BN, or as bottleneck BN-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN
+    with 4 x width outputs, plus the shortcut."""
 
-    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, p_drop: float, level: str):
+    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, p_drop: float,
+                 level: str):
         super().__init__()
         self.outputs, self.stride = 4 * width if bottleneck else width, stride
         self.bn1 = nn.BatchNorm2d(inputs)
@@ -112,8 +113,9 @@ class PyramidBlock(nn.Module):
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         if recompute and self.training:
             # Only the branch, which draws nothing, is recomputed; its statistics are recorded once.
+            contexts = lambda: (contextlib.nullcontext(), throwaway_statistics(self))  # noqa: E731
             out = checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False,
-                             context_fn=lambda: (contextlib.nullcontext(), throwaway_statistics(self)))
+                             context_fn=contexts)
         else:
             out = self.branch(x)
         if self.shake is not None:
@@ -130,7 +132,7 @@ class PyramidNet(nn.Module):
     depth: 9 n + 2 with bottlenecks, 6 n + 2 without (CIFAR), or a ResNet depth (ImageNet).
     shakedrop: drop probability of the last block, linear from the first; level: see ShakeDrop.
     generator: source of the initial weights.
-    recompute (attribute, False): keep only the input of each block for the backward pass and compute
+    recompute (attribute, False): keep only the input of each block for the backward pass and run
     the branch again there: the same gradients and statistics from far less memory, a third slower.
     """
 
@@ -144,24 +146,26 @@ class PyramidNet(nn.Module):
         per_block = 9 if bottleneck else 6
         if self.imagenet:
             if depth not in IMAGENET_LAYERS or (depth > 34) != bottleneck:
-                raise ValueError(f"depth must be one of {list(IMAGENET_LAYERS)}, with bottleneck=False for "
-                                 f"18 and 34 and True for the others, got {depth} and {bottleneck}")
+                raise ValueError(f"depth must be one of {list(IMAGENET_LAYERS)}, bottleneck=False "
+                                 f"for 18 and 34, else True, got {depth} and {bottleneck}")
             layers, width = IMAGENET_LAYERS[depth], 64
             self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         else:
             if depth < per_block + 2 or (depth - 2) % per_block:
-                raise ValueError(f"depth must be {per_block} n + 2 (bottleneck={bottleneck}), got {depth}")
+                raise ValueError(f"depth must be {per_block} n + 2 with bottleneck={bottleneck}, "
+                                 f"got {depth}")
             layers, width = ((depth - 2) // per_block,) * 3, 16
             self.conv1 = conv(3, width, 3)
         if alpha < 0 or num_classes < 1:
-            raise ValueError(f"alpha must be >= 0 and num_classes >= 1, got {alpha} and {num_classes}")
+            raise ValueError("alpha must be >= 0 and num_classes >= 1, got "
+                             f"{alpha} and {num_classes}")
         self.bn1 = nn.BatchNorm2d(width)
         total, index, channels, exact_width = sum(layers), 0, width, float(width)
         for stage, blocks in enumerate(layers):
             layer = nn.Sequential()
             for block in range(blocks):
                 index += 1
-                exact_width += alpha / total  # accumulated: the published widths are rounded from this
+                exact_width += alpha / total  # accumulated, as the published widths are
                 stride = 2 if stage and not block else 1
                 layer.append(PyramidBlock(channels, round(exact_width), stride, bottleneck,
                                           index / total * shakedrop, level))
@@ -187,8 +191,8 @@ class PyramidNet(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv3x3-[dropout]-BN-ReLU-conv3x3; a changed shape goes through a 1x1 convolution of the
-    BN-ReLU output."""
+    """BN-ReLU-conv3x3-[dropout]-BN-ReLU-conv3x3; a changed shape goes through a 1x1 convolution of
+    the BN-ReLU output."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float):
         super().__init__()
@@ -205,7 +209,9 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-widen for 32-pixel images, pre-activated. depth = 6 n + 4; dropout inside the blocks."""
+    """WRN-depth-widen for 32-pixel images, pre-activated: x (B, 3, H, W) -> (B, num_classes).
+
+    depth = 6 n + 4; dropout inside the blocks; generator: source of the initial weights."""
 
     def __init__(self, depth: int, widen: int, num_classes: int, dropout: float = 0.0,
                  generator: torch.Generator | None = None):
@@ -233,11 +239,13 @@ class WideResNet(nn.Module):
 
 
 if __name__ == "__main__":
-    published = {(110, 270, False): 28_511_307, (164, 270, True): 27_319_071, (200, 240, True): 26_844_952}
+    published = {(110, 270, False): 28_511_307, (164, 270, True): 27_319_071,
+                 (200, 240, True): 26_844_952}
     with torch.device("meta"):
         for (depth, alpha, bottleneck), parameters in published.items():
             count = sum(p.numel() for p in PyramidNet(depth, alpha, 100, bottleneck).parameters())
-            print(f"PyramidNet-{depth} alpha {alpha}: {count:,} parameters, published {parameters:,}")
+            print(f"PyramidNet-{depth} alpha {alpha}: {count:,} parameters, "
+                  f"published {parameters:,}")
         count = sum(p.numel() for p in WideResNet(28, 10, 100).parameters())
         print(f"WRN-28-10: {count:,} parameters, published 36,536,884")
 
@@ -257,5 +265,5 @@ if __name__ == "__main__":
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = net(images).square().mean()
         results[net.recompute] = torch.autograd.grad(loss, net.conv1.weight)[0]
-        print(f"recompute={net.recompute}: {sum(kept.values()) / 2**20:.1f} MiB kept for the backward pass")
-    print(f"claim: equal gradients ({torch.equal(*results.values())}) from a fraction of the memory")
+        print(f"recompute={net.recompute}: {sum(kept.values()) / 2**20:.1f} MiB kept for backward")
+    print(f"claim: equal gradients ({torch.equal(*results.values())}) from a part of the memory")

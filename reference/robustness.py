@@ -3,10 +3,10 @@
 workshop, arXiv:2003.03879).
 
 A classifier that is accurate on clean test data may still break on attacked, occluded or corrupted
-input, and be over-confident on what it never saw. This file measures all of it from a model, or from
-stored logits; copy it alone into any project.
+input, and be over-confident on what it never saw. This file measures all of it from a model, or
+from stored logits; copy it alone into any project.
 
-    attacks      fgsm, pgd         x' = clip(x + eps sign(d CE / dx)); PGD repeats it inside the eps-ball
+    attacks      fgsm, pgd         x' = clip(x + eps sign(d CE / dx)); PGD iterates in the eps-ball
     occlusion    occlude           a centred square, or everything but a centred square, blanked
     corruption   corruption_errors, mce, relative_mce
                                    CE_c = sum_s E_cs / sum_s E_cs(AlexNet); mCE = 100 mean_c CE_c
@@ -15,10 +15,11 @@ stored logits; copy it alone into any project.
     out of distribution
                  ood_score, odin; auroc, aupr, fpr_at_tpr, tnr_at_tpr, detection_accuracy
 
-Conventions. Images are float (B, C, H, W) in pixel space; `mean` and `std` are applied on the way to
-the model. Errors and rates are fractions, mCE is a percentage. Scores are higher for in-distribution
-input, and tied scores are treated exactly: AUROC counts a tie as one half, precision and rates move
-only between distinct scores (scikit-learn's rules). Everything is accumulated in float64.
+Conventions. Images are float (B, C, H, W) in pixel space; `mean` and `std` are applied on the way
+to the model. Errors and rates are fractions, mCE is a percentage. Scores are higher for
+in-distribution input, and tied scores are treated exactly: AUROC counts a tie as one half,
+precision and rates move only between distinct scores (scikit-learn's rules). Everything is
+accumulated in float64.
 
 >>> logits, labels = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0, 1])
 >>> round(expected_calibration_error(logits, labels), 4)
@@ -38,18 +39,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Mean errors of AlexNet over the five severities of ImageNet-C, by name: lists of these numbers without
-# names have been combined with corruptions in another order.
+# Mean errors of AlexNet over the five severities of ImageNet-C, by name: lists of these numbers
+# without names have been combined with corruptions in another order.
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
     "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948,
     "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324,
     "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056,
     "pixelate": 0.717840, "jpeg_compression": 0.606500,
-}  # fmt: skip
+}
 
 
-# ---- running a model -------------------------------------------------------------------------------
+# ---- running a model -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -88,8 +89,8 @@ def predict(model: Callable, loader: Iterable) -> tuple[Tensor, Tensor]:
 def evaluate(model: Callable, loader: Iterable) -> dict[str, float]:
     """Error and calibration of a model on a loader: error, nll, ece, brier, confidence, gap.
 
-    `gap` is accuracy minus mean confidence: negative is over-confidence, positive (as label smoothing
-    and mixing cause it) is under-confidence.
+    `gap` is accuracy minus mean confidence: negative is over-confidence, positive (as label
+    smoothing and mixing cause it) is under-confidence.
     """
     return evaluate_logits(*predict(model, loader))
 
@@ -108,7 +109,7 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-# ---- adversarial and occluded input ----------------------------------------------------------------
+# ---- adversarial and occluded input --------------------------------------------------------------
 
 
 def _normaliser(x: Tensor, mean, std) -> Callable[[Tensor], Tensor]:
@@ -140,7 +141,7 @@ def _gradient(model: Callable, normalise: Callable, x: Tensor, loss: Callable) -
     autograd.grad with x as the only input skips them."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        # The sum over the batch, not the mean: the sign is the same and half precision underflows later.
+        # The sum over the batch, not the mean: the same sign, and half precision underflows later.
         return torch.autograd.grad(loss(model(normalise(x)).float()).sum(), x)[0]
 
 
@@ -153,7 +154,7 @@ def _clamp(x: Tensor, clip: Sequence[float] | None) -> Tensor:
 
 
 def fgsm(model: Callable, x: Tensor, y: Tensor, eps: float, clip: Sequence[float] | None = (0, 1),
-         mean=None, std=None) -> Tensor:  # fmt: skip
+         mean=None, std=None) -> Tensor:
     """Fast gradient sign method: clip(x + eps sign(d CE(model(x), y) / dx)), in evaluation mode.
 
     x: float (B, C, H, W) in pixel space; eps in the same units (8/255 for [0, 1] images).
@@ -168,7 +169,7 @@ def fgsm(model: Callable, x: Tensor, y: Tensor, eps: float, clip: Sequence[float
 
 def pgd(model: Callable, x: Tensor, y: Tensor, eps: float, step_size: float, n_steps: int = 10,
         random_start: bool = False, clip: Sequence[float] | None = (0, 1), mean=None, std=None,
-        generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+        generator: torch.Generator | None = None) -> Tensor:
     """Projected gradient descent: `n_steps` of +step_size sign(gradient), each projected to the
     eps-ball (maximum norm) around the clean x and clipped. Otherwise as :func:`fgsm`."""
     _check_attack(x, y, eps, clip)
@@ -189,8 +190,9 @@ def pgd(model: Callable, x: Tensor, y: Tensor, eps: float, step_size: float, n_s
 
 def occlude(x: Tensor, size: int, kind: str = "center", fill: float = 0.0) -> Tensor:
     """Blank the centred size x size square of (..., H, W) images ("center"), or all but it
-    ("boundary"), with `fill` (0 is the data-set mean after normalisation). The square's first row is
-    (H - size) // 2. size 0 with "center" returns a copy; a square wider than W covers the row."""
+    ("boundary"), with `fill` (0 is the data-set mean after normalisation). The square's first row
+    is (H - size) // 2. size 0 with "center" returns a copy; a square wider than W covers the row.
+    """
     height, width = x.shape[-2:]
     if kind not in ("center", "boundary"):
         raise ValueError(f'kind must be "center" or "boundary", got {kind!r}')
@@ -203,13 +205,13 @@ def occlude(x: Tensor, size: int, kind: str = "center", fill: float = 0.0) -> Te
     return out
 
 
-# ---- common corruptions ----------------------------------------------------------------------------
+# ---- common corruptions --------------------------------------------------------------------------
 
 
 def corruption_errors(model: Callable, loader_of: Callable[[str, int], Iterable],
                       names: Iterable[str], severities: Sequence[int] = (1, 2, 3, 4, 5)
-                      ) -> dict[str, list[float]]:  # fmt: skip
-    """Top-1 error per corruption and severity; `loader_of(name, severity)` yields (x, y) batches."""
+                      ) -> dict[str, list[float]]:
+    """Top-1 error per corruption and severity; `loader_of(name, severity)` yields (x, y)."""
     errors = {}
     for name in names:
         results = [predict(model, loader_of(name, severity)) for severity in severities]
@@ -218,21 +220,21 @@ def corruption_errors(model: Callable, loader_of: Callable[[str, int], Iterable]
 
 
 def _mean_errors(errors: Mapping[str, float | Sequence[float]], names: Iterable[str],
-                 argument: str) -> Tensor:  # fmt: skip
+                 argument: str) -> Tensor:
     means = []
     for name in names:
         if name not in errors:
             raise KeyError(f"{argument} lacks the corruption {name!r}")
         values = torch.as_tensor(errors[name], dtype=torch.float64).reshape(-1)
         if len(values) not in (1, 5) or not ((values >= 0) & (values <= 1)).all():
-            raise ValueError(f"{argument}[{name!r}] must be one error or five (severities 1..5), each a "
-                             f"fraction in [0, 1]; got {errors[name]}")  # fmt: skip
+            raise ValueError(f"{argument}[{name!r}] must be one error or five (severities 1..5), "
+                             f"each a fraction in [0, 1]; got {errors[name]}")
         means.append(values.mean())
     return torch.stack(means)
 
 
 def mce(errors: Mapping[str, float | Sequence[float]],
-        reference: Mapping[str, float | Sequence[float]] = ALEXNET_ERRORS) -> float:  # fmt: skip
+        reference: Mapping[str, float | Sequence[float]] = ALEXNET_ERRORS) -> float:
     """Mean corruption error in percent: 100 mean_c (sum_s E_cs / sum_s E_cs of the reference).
 
     errors: name -> mean error or the five errors of severities 1..5, fractions. The corruptions are
@@ -244,27 +246,28 @@ def mce(errors: Mapping[str, float | Sequence[float]],
 
 def relative_mce(errors: Mapping[str, float | Sequence[float]], clean_error: float,
                  reference_clean_error: float,
-                 reference: Mapping[str, float | Sequence[float]] = ALEXNET_ERRORS) -> float:  # fmt: skip
-    """Like :func:`mce` for what corruption adds: mean_c of sum_s (E_cs - E_clean) over the same sum of
-    the reference, in percent."""
+                 reference: Mapping[str, float | Sequence[float]] = ALEXNET_ERRORS) -> float:
+    """Like :func:`mce` for what corruption adds: mean_c of sum_s (E_cs - E_clean) over the same sum
+    of the reference, in percent."""
     added = _mean_errors(errors, reference, "errors") - clean_error
     return 100 * (added / (_mean_errors(reference, reference, "reference")
-                           - reference_clean_error)).mean().item()  # fmt: skip
+                           - reference_clean_error)).mean().item()
 
 
-# ---- calibration -----------------------------------------------------------------------------------
+# ---- calibration ---------------------------------------------------------------------------------
 
 
 def _check_logits(logits: Tensor, labels: Tensor, from_probs: bool = False) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"logits must be a float tensor, got {getattr(logits, 'dtype', type(logits))}")
+        raise TypeError("logits must be a float tensor, got "
+                        f"{getattr(logits, 'dtype', type(logits))}")
     if logits.ndim != 2 or labels.ndim != 1 or len(logits) != len(labels) or not len(logits):
         raise ValueError(f"logits must be (N, K) and labels (N,) with N >= 1, got "
-                         f"{tuple(logits.shape)} and {tuple(labels.shape)}")  # fmt: skip
+                         f"{tuple(logits.shape)} and {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels must be integers in 0..{logits.shape[1] - 1}")
-    if logits.isnan().any():
-        raise ValueError("logits contain NaN")
+    if not logits.isfinite().all():
+        raise ValueError("logits contain NaN or infinite values")
     if from_probs and (logits.min() < 0 or logits.max() > 1 + 1e-4):
         raise ValueError("with from_probs=True the rows must be probabilities in [0, 1]")
 
@@ -282,8 +285,8 @@ def _confidence(logits: Tensor, labels: Tensor, from_probs: bool = False) -> tup
 
 
 def _bins(values: Tensor, n_bins: int) -> Tensor:
-    """Index of the bin (m-1)/M < value <= m/M, found by comparison with the edges in the dtype of the
-    values: ceil(value * M) differs on the edges."""
+    """Index of the bin (m-1)/M < value <= m/M, found by comparison with the edges in the dtype of
+    the values: ceil(value * M) differs on the edges."""
     if n_bins < 1:
         raise ValueError(f"n_bins must be >= 1, got {n_bins}")
     edges = torch.linspace(0, 1, n_bins + 1, dtype=values.dtype, device=values.device)
@@ -307,12 +310,13 @@ def _weighted_gap(count: Tensor, confidence: Tensor, accuracy: Tensor, norm: str
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15, norm: str = "l1",
-                               strategy: str = "uniform", from_probs: bool = False) -> float:  # fmt: skip
+                               strategy: str = "uniform", from_probs: bool = False) -> float:
     """Calibration error of the predicted class over confidence bins.
 
     norm: "l1" the expected error ECE, "l2" its root mean square, "max" the largest gap (MCE).
-    strategy: "uniform" bins ((m-1)/M, m/M]; "adaptive" bins of equal size in the order of confidence,
-    where equally confident samples share their mean accuracy, so that the order given cannot matter.
+    strategy: "uniform" bins ((m-1)/M, m/M]; "adaptive" bins of equal size in the order of
+    confidence, where equally confident samples share their mean accuracy, so that the order given
+    cannot matter.
     """
     if norm not in ("l1", "l2", "max"):
         raise ValueError(f'norm must be "l1", "l2" or "max", got {norm!r}')
@@ -328,13 +332,14 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15,
         whole, extra = divmod(len(order), n_bins)  # the first `extra` bins hold one more
         rank = torch.arange(len(order), device=order.device)
         longer = extra * (whole + 1)
-        index = torch.where(rank < longer, rank // (whole + 1), extra + (rank - longer) // max(whole, 1))
+        later = extra + (rank - longer) // max(whole, 1)
+        index = torch.where(rank < longer, rank // (whole + 1), later)
     return _weighted_gap(*_sums(index, n_bins, confidence, accuracy), norm)
 
 
 def classwise_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15,
-                                from_probs: bool = False) -> float:  # fmt: skip
-    """Mean over the classes of sum_m n_m / N |frequency_m - mean p_m| of that class's probability."""
+                                from_probs: bool = False) -> float:
+    """Mean over the classes of sum_m n_m / N |frequency_m - mean p_m| of its probability."""
     _check_logits(logits, labels, from_probs)
     p = _probabilities(logits, from_probs)
     hit = F.one_hot(labels.to(p.device).long(), p.shape[1])
@@ -344,7 +349,7 @@ def classwise_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15
 
 
 def reliability_table(logits: Tensor, labels: Tensor, n_bins: int = 15,
-                      from_probs: bool = False) -> dict[str, Tensor]:  # fmt: skip
+                      from_probs: bool = False) -> dict[str, Tensor]:
     """What a reliability diagram shows, as (n_bins,) tensors: lower and upper edge, count, mean
     confidence and accuracy (0 where the bin is empty)."""
     confidence, correct = _confidence(logits, labels, from_probs)
@@ -352,7 +357,7 @@ def reliability_table(logits: Tensor, labels: Tensor, n_bins: int = 15,
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=count.device)
     mean_confidence, accuracy = (s / count.clamp(min=1) for s in sums)
     return {"lower": edges[:-1], "upper": edges[1:], "count": count.long(),
-            "confidence": mean_confidence, "accuracy": accuracy}  # fmt: skip
+            "confidence": mean_confidence, "accuracy": accuracy}
 
 
 def brier(logits: Tensor, labels: Tensor, from_probs: bool = False) -> float:
@@ -371,10 +376,10 @@ def nll(logits: Tensor, labels: Tensor) -> float:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """T that minimises nll(logits / T, labels); fit it on held-out data, never on the test set.
 
-    The NLL is convex in u = 1/T, with slope E_p[z] - z_y and curvature Var_p[z] (means over samples):
-    Newton's steps inside a shrinking bracket find the root of the slope. Two cases have no minimum and
-    end at a cap with a warning: every sample correct (T = 1e-3), and logits worse than constant ones
-    (T = 1e3). Constant rows say nothing about T and give 1.
+    The NLL is convex in u = 1/T, with slope E_p[z] - z_y and curvature Var_p[z] (means over
+    samples): Newton's steps inside a shrinking bracket find the root of the slope. Two cases have
+    no minimum and end at a cap with a warning: every sample correct (T = 1e-3), and logits worse
+    than constant ones (T = 1e3). Constant rows say nothing about T and give 1.
     """
     _check_logits(logits, labels)
     z = logits.double() - logits.double().amax(1, keepdim=True)
@@ -383,8 +388,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return 1.0
     low, high = 1e-3, 1e3
     if not target.any():
-        warnings.warn("fit_temperature: every label has the largest logit, the NLL falls without end as "
-                      f"T -> 0; T is capped at {1 / high}", stacklevel=2)  # fmt: skip
+        warnings.warn("fit_temperature: every label has the largest logit, the NLL falls without "
+                      f"end as T -> 0; T is capped at {1 / high}", stacklevel=2)
         return 1 / high
 
     def slope_and_curvature(u: float) -> tuple[float, float]:
@@ -394,8 +399,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return (expected - target).mean().item(), variance.mean().item()
 
     if slope_and_curvature(low)[0] >= 0:
-        warnings.warn("fit_temperature: the logits predict worse than constant ones, the NLL falls as T "
-                      f"grows; T is capped at {1 / low}", stacklevel=2)  # fmt: skip
+        warnings.warn("fit_temperature: the logits predict worse than constant ones, the NLL falls "
+                      f"as T grows; T is capped at {1 / low}", stacklevel=2)
         return 1 / low
     u = 1.0
     for _ in range(200):
@@ -410,14 +415,15 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 1 / u
 
 
-# ---- out of distribution ---------------------------------------------------------------------------
+# ---- out of distribution -------------------------------------------------------------------------
 
 
 def ood_score(logits: Tensor, kind: str = "msp", temperature: float = 1.0) -> Tensor:
     """In-distribution score (N,) from logits (N, K); higher is more in-distribution.
 
     kind: "msp" the largest softmax probability (Hendrycks and Gimpel), "max_logit", "entropy" (its
-    negative), "energy" T logsumexp(z / T). Saturated "msp" scores tie: float64 logits keep them apart.
+    negative), "energy" T logsumexp(z / T). Saturated "msp" scores tie: float64 logits keep them
+    apart.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -434,11 +440,11 @@ def ood_score(logits: Tensor, kind: str = "msp", temperature: float = 1.0) -> Te
 
 
 def odin(model: Callable, x: Tensor, eps: float = 0.0014, temperature: float = 1000.0, mean=None,
-         std=None) -> Tensor:  # fmt: skip
+         std=None) -> Tensor:
     """ODIN score (B,): the largest softmax(z / T) after x moved by eps sign(d log S_max / dx).
 
-    x is in pixel space, so that the step needs no division by std (the published code, which works on
-    normalised input, divides). No clipping, as published."""
+    x is in pixel space, so that the step needs no division by std (the published code, which works
+    on normalised input, divides). No clipping, as published."""
     _check_attack(x, x, eps, None)
     normalise = _normaliser(x, mean, std)
     with eval_mode(model):
@@ -456,8 +462,8 @@ def _tie_groups(scores_in, scores_out, positive: str) -> tuple[Tensor, Tensor]:
     for name, values in (("scores_in", scores_in), ("scores_out", scores_out)):
         values = torch.as_tensor(values).detach().cpu().double()
         if values.ndim != 1 or not len(values) or values.isnan().any():
-            raise ValueError(f"{name} must be one-dimensional, not empty and free of NaN; got shape "
-                             f"{tuple(values.shape)}")  # fmt: skip
+            raise ValueError(f"{name} must be one-dimensional, not empty and free of NaN; got "
+                             f"{values.dtype} of shape {tuple(values.shape)}")
         scores.append(values)
     _, group = torch.cat(scores).unique(return_inverse=True)
     size, n_in = int(group.max()) + 1, len(scores[0])
@@ -543,16 +549,19 @@ if __name__ == "__main__":
     z = predict(net, [(x, y)])[0]
     T = fit_temperature(*predict(net, [(val_x, val_y)]))
     print(f"clean error {clean['error']:.3f}, accuracy minus confidence {clean['gap']:+.3f}")
-    print(f"ECE {clean['ece']:.3f} -> {expected_calibration_error(z / T, y):.3f} after one temperature "
-          f"T = {T:.2f}; NLL {clean['nll']:.3f} -> {nll(z / T, y):.3f}")  # fmt: skip
+    ece_T = expected_calibration_error(z / T, y)
+    print(f"ECE {clean['ece']:.3f} -> {ece_T:.3f} after one temperature T = {T:.2f}; "
+          f"NLL {clean['nll']:.3f} -> {nll(z / T, y):.3f}")
     for k in (2, 8):
         sign = torch.randn(x.shape, generator=draw).sign()
-        attacks = {"random signs": (x + k / 255 * sign).clamp(0, 1), "FGSM": fgsm(net, x, y, k / 255),
-                   "PGD-10": pgd(net, x, y, k / 255, k / 1020)}  # fmt: skip
-        print(f"error at eps {k}/255: " + ", ".join(
-            f"{name} {evaluate(net, [(a, y)])['error']:.3f}" for name, a in attacks.items()))  # fmt: skip
-    print(f"centre 3x3 occluded: error {evaluate(net, [(occlude(x, 3, fill=0.5), y)])['error']:.3f}")
+        attacks = {"random signs": (x + k / 255 * sign).clamp(0, 1),
+                   "FGSM": fgsm(net, x, y, k / 255), "PGD-10": pgd(net, x, y, k / 255, k / 1020)}
+        errors = {name: evaluate(net, [(a, y)])["error"] for name, a in attacks.items()}
+        print(f"error at eps {k}/255:", ", ".join(f"{name} {e:.3f}" for name, e in errors.items()))
+    hidden = evaluate(net, [(occlude(x, 3, fill=0.5), y)])
+    print(f"centre 3x3 occluded: error {hidden['error']:.3f}")
     noise = torch.rand(x.shape, generator=draw)
     found = ood_metrics(ood_score(z), ood_score(net(noise).detach()))
-    print("uniform noise as out-of-distribution: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    print("claim: signs of the gradient hurt far more than random signs, and one number repairs the ECE")
+    print("uniform noise as out-of-distribution:",
+          ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    print("claim: signs of the gradient hurt far more than random ones; one number repairs the ECE")

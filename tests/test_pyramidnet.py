@@ -118,6 +118,16 @@ def test_shakedrop_forward_and_backward_factors(level):
     torch.testing.assert_close(layer.eval()(x), x * 0.5)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_step_reads_no_value_on_the_host(recompute):
+    with torch.device("meta"):  # tensors without values: reading one raises
+        net = PyramidNet(20, 12, 10, bottleneck=False, shakedrop=0.5)
+        net.recompute = recompute
+        net(torch.empty(2, 3, 16, 16)).sum().backward()
+        with pytest.raises(RuntimeError):
+            net.fc.bias.grad.sum().item()
+
+
 def test_shakedrop_rates_grow_linearly():
     net = PyramidNet(20, 12, 10, bottleneck=False, shakedrop=0.5)
     rates = [block.shake.p_drop for stage in net.stages for block in getattr(net, stage)]
