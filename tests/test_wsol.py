@@ -2,10 +2,6 @@
 
 import io
 import itertools
-import json
-import subprocess
-import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from data_tools.synthetic import scenes
 from reference import wsol
@@ -546,7 +541,7 @@ def test_bad_arguments_are_named(name):
         call()
 
 
-# ---- Scenes and the table ----------------------------------------------------------------------------
+# ---- Scenes ----
 
 
 def test_scenes_have_objects_on_backgrounds_that_tell_the_class():
@@ -560,63 +555,3 @@ def test_scenes_have_objects_on_backgrounds_that_tell_the_class():
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 30 and mask[y0].any() and mask[:, x1 - 1].any()
     with pytest.raises(ValueError, match="rho"):
         scenes(4, rho=1.5)
-
-
-def run_table(out: Path, *arguments: str, wait: bool = True):
-    command = [sys.executable, str(ROOT / "benchmarks" / "wsol_table.py"), "--preset", "tiny", "--methods", "has",
-               "--out", str(out), "--device", "cpu", "--threads", "1", "--checkpoint-seconds", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if not wait:
-        return process
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text[-2000:]
-    return json.loads((out / "wsol_table.json").read_text())
-
-
-def test_the_table_survives_a_kill(tmp_path):
-    whole = run_table(tmp_path / "whole", "--figures", str(tmp_path / "figures"))
-    assert [row["method"] for row in whole["tables"]["main"]] == ["cam", "has", "fewshot", "centre"]
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "wsol_maps.png", "wsol_curves.png", "wsol_supervision.png"}
-    process = run_table(tmp_path / "killed", wait=False)
-    while process.poll() is None and not list((tmp_path / "killed").glob("cam-*.pt")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    resumed = run_table(tmp_path / "killed", "--resume")
-    assert resumed["tables"] == whole["tables"] and resumed["claims"] == whole["claims"]
-
-
-def write_metadata(root: Path, masks: bool) -> None:
-    """Twelve training and eight tuning images in the released layout."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 8)):
-        folder = root / "metadata" / split
-        folder.mkdir(parents=True)
-        (root / split).mkdir()
-        rows = {"image_ids": [], "class_labels": [], "image_sizes": [], "localization": []}
-        for i in range(count):
-            name = f"{split}/{i}.png"
-            Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(root / name)
-            rows["image_ids"].append(name)
-            rows["class_labels"].append(f"{name},{i % 2}")
-            rows["image_sizes"].append(f"{name},30,40")
-            if split == "val" and masks:
-                mask = np.zeros((40, 30), np.uint8)
-                mask[5 + i:25, 8:20] = 255
-                Image.fromarray(mask).save(root / f"val/{i}_m.png")
-                rows["localization"].append(f"{name},val/{i}_m.png,")
-            elif split == "val":
-                rows["localization"] += [f"{name},8,{5 + i},20,25", f"{name},1,1,6,9"]
-        for key, lines in rows.items():
-            (folder / f"{key}.txt").write_text("".join(f"{line}\n" for line in lines))
-
-
-@pytest.mark.parametrize("masks", (False, True))
-def test_the_table_reads_released_metadata(tmp_path, masks):
-    write_metadata(tmp_path / "data", masks)
-    result = run_table(tmp_path / "out", "--data", str(tmp_path / "data"), "--shots", "2", "--trials", "1",
-                       "--epochs", "1", "--width", "4")
-    metric = "pxap" if masks else "v2"
-    assert all(0 <= row[metric] <= 100 for row in result["tables"]["main"])
-    assert result["data"] == "12 training, 4 tuning, 4 test images, 2 classes"
