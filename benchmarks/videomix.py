@@ -1,126 +1,87 @@
 """VideoMix: when mixing cuboids of videos helps a classifier, and when it hurts.
 
-    python benchmarks/videomix.py                          # S, T, ST over epochs and p; about 15 minutes on one core
-    python benchmarks/videomix.py --table augmentations    # every augmentation of the paper's comparison
-    python benchmarks/videomix.py --table kinetics         # backbones with and without VideoMix
-    python benchmarks/videomix.py --table ssv2             # the same, sampled by segments, and what a flip does
-    python benchmarks/videomix.py --table thumos           # actions in time from video labels
-    python benchmarks/videomix.py --table ava              # actions of boxes after pretraining
-    torchrun --nproc_per_node=8 benchmarks/videomix.py --table kinetics --data kinetics400 --preset paper
+    python benchmarks/videomix.py                        # S, T, ST over epochs and p: 15 minutes on
+    a core python benchmarks/videomix.py --table augmentations  # every augmentation of the
+    comparison: 6 minutes python benchmarks/videomix.py --table kinetics       # backbones with and
+    without it: 6 minutes python benchmarks/videomix.py --table ssv2           # sampled by
+    segments; what a flip does: 4 minutes python benchmarks/videomix.py --table thumos         #
+    actions in time from video labels: 4 minutes python benchmarks/videomix.py --table ava
+    # boxes and CAMs after pretraining: 4 minutes torchrun --nproc_per_node=8 benchmarks/videomix.py
+    --table kinetics --data kinetics400 --preset paper
 
-The embedded videos show a square that moves over a still scene; the class is its direction. *Own scenes*: every clip
-has another scene, few clips are available, and a network that remembers scenes fails on new ones. *Class scenes*, the
-negative control: four in five training clips of a class share its scene, and the test clips do not. A
-difference counts as help or harm where the 95 % interval of the paired differences over the seeds (Student's t)
-excludes zero; the paper's own tables could not be verified, so its column stays empty.
+The embedded videos show a square that moves over a still scene; the class is its direction. *Own
+scenes*: every clip has another scene, few clips are available, and a network that remembers scenes
+fails on new ones. *Class scenes*, the negative control: four in five training clips of a class
+share its scene, and the test clips do not. A difference counts as help or harm where the 95 %
+interval of the paired differences over the seeds (Student's t) excludes zero. The paper's tables
+could not be verified, so its column stays empty.
 
---data: a folder with train.txt and val.txt, written by `python -m data_tools.video_frames` (thumos and ava: see
-videomix_localize.py).
+--data: variants, augmentations, kinetics, ssv2: a folder with train.txt and val.txt, as written by
+`python -m data_tools.video_frames`. thumos: frames/VIDEO/ (extracted with --fps 10) and
+annotation/. ava: frames/VIDEO/ (from second 900 on, --fps 30), ava_train_v2.2.csv,
+ava_val_v2.2.csv, the excluded timestamps and the action list.
 """
 
-import math
 from collections.abc import Callable
 
 import figures
 import harness
 import numpy as np
 import torch
+import videomix_real
 from torch import Tensor, nn
 from torch.nn import functional as F
+from videomix_parts import (CLASSES, METHODS, ClipNet, Results, Segments, Setting, augmentation,
+                            backbone, claims_of,
+                            detect, mean_error, sequence_of, table_of, versus)
 
-from data_tools import synthetic
-from reference import robustness
+from data_tools import synthetic, video_frames
+from reference import relabel, robustness
 from reference import videomix as vm
+from reference import videomix_localization as localization
 
 TABLES = ("variants", "augmentations", "kinetics", "ssv2", "thumos", "ava")
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}     # Student's t, by seeds
-CLASSES = 4                                                   # directions of the embedded videos
-
-
-class EachClip(nn.Module):
-    """An augmentation of single clips as a mix: `change(clip uint8 (T, H, W, 3), generator)` on every clip."""
-
-    def __init__(self, change: Callable, classes: int):
-        super().__init__()
-        self.change, self.classes = change, classes
-
-    def forward(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> vm.MixResult:
-        target = F.one_hot(y, self.classes).float()
-        pixels = ((x * 0.3 + 0.5) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-        changed = np.stack([self.change(clip, generator) for clip in pixels])
-        x = synthetic.to_float(torch.from_numpy(changed).permute(0, 4, 1, 2, 3)).to(x.device)
-        return vm.MixResult(x, target, 1.0, torch.arange(len(y)), None, y, y)
-
-
-def mirror(clip: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """Left and right exchanged in half of the clips."""
-    return clip[:, :, ::-1] if torch.rand((), generator=generator) < 0.5 else clip
-
-
-def augmentation(name: str, classes: int, prob: float = 1.0) -> nn.Module | None:
-    """One of the compared augmentations by its name in the tables."""
-    mixing = {"num_classes": classes, "prob": prob}
-    if name in ("S", "T", "ST"):
-        return vm.VideoMix(name, rounding="exact", **mixing)
-    return {"none": lambda: None, "Mixup": lambda: vm.VideoMixup(**mixing), "FadeMixup": lambda: vm.FadeMixup(**mixing),
-            "CutMixup": lambda: vm.CutMixup("S", rounding="exact", **mixing),
-            "frame CutMix": lambda: vm.FrameCutMix(rounding="exact", **mixing),
-            "Cutout": lambda: vm.VideoCutout("S", rounding="exact", **mixing),
-            "RandAugment": lambda: EachClip(vm.RandAugment(2, 5), classes),
-            "RandAugment per frame": lambda: EachClip(vm.RandAugment(2, 5, consistent=False), classes),
-            "flip": lambda: EachClip(mirror, classes)}[name]()
-
-
-class ClipNet(nn.Module):
-    """Four 3x3x3 convolutions with batch norm, mean pooling and a linear layer: (B, 3, T, H, W) to (B, classes)."""
-
-    def __init__(self, classes: int = CLASSES, strides=((1, 2, 2), (2, 2, 2), (1, 2, 2), 1), seed: int = 0):
-        super().__init__()
-        widths, layers = (3, 12, 24, 48, 48), []
-        for before, after, stride in zip(widths, widths[1:], strides):
-            layers += [nn.Conv3d(before, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU(inplace=True)]
-        self.features, self.fc = nn.Sequential(*layers), nn.Linear(widths[-1], classes)
-        generator = torch.Generator().manual_seed(seed)       # the same start for every method
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        nn.init.normal_(self.fc.weight, 0, 0.01, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x).mean((2, 3, 4)))
+# by seeds
 
 
 # ---------------------------------------------------------------- training and measuring
 
-def fit(run: harness.Run, name: str, model: nn.Module, data: dict[str, Tensor], mix: nn.Module | None, epochs: int, *,
-        seed: int, batch_size: int = 50, lr: float = 0.1) -> nn.Module:
+def fit(run: harness.Run, name: str, model: nn.Module, data: dict[str, Tensor],
+        mix: nn.Module | None,
+        epochs: int, seed: int) -> nn.Module:
     """Train on embedded videos, through the harness."""
     model = run.wrap(model)
-    loader = synthetic.Batches(data["videos"], data["labels"], batch_size=batch_size, seed=seed, transform=synthetic.to_float,
-                               rank=run.rank, world_size=run.world_size)
-    steps = vm.train(model, loader, mix, epochs, lr=lr, generator=torch.Generator().manual_seed(seed * run.world_size + run.rank),
-                     amp_dtype=run.amp_dtype, resume=run.resumed(name))
+    loader = synthetic.Batches(data["videos"], data["labels"], batch_size=50 - 50 % run.world_size,
+                               seed=seed, transform=synthetic.to_float, rank=run.rank,
+                               world_size=run.world_size)
+    generator = torch.Generator().manual_seed(seed * run.world_size + run.rank)
+    steps = vm.train(model, loader, mix, epochs, generator=generator, amp_dtype=run.amp_dtype,
+                     resume=run.resumed(name))
     run.drive(name, steps, total=epochs * len(loader))
-    return model
+    return getattr(model, "module", model)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
-    """(N, K) logits of embedded videos, on the CPU."""
+def predict(model: nn.Module, data: dict[str, Tensor], frames: list[int] | None = None) -> Tensor:
+    """(N, K) logits of embedded videos, on the CPU; of the chosen frames, or all."""
     device = next(model.parameters()).device
     model.eval()
-    return torch.cat([model(synthetic.to_float(part.to(device))).float().cpu() for part in data["videos"].split(200)])
+    videos = data["videos"] if frames is None else data["videos"][:, :, frames]
+    return torch.cat([model(synthetic.to_float(part.to(device))).float().cpu()
+                      for part in videos.split(200)])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
-def measure(model: nn.Module, train: dict, test: dict, biased: dict | None = None) -> dict[str, float]:
-    """Accuracies in %, calibration error, and with `biased` clips (scenes as in training) the scene reliance: how often
-    the prediction is the scene's class, where that is not the clip's."""
-    logits = predict(model, test)
-    row = {"train": accuracy(predict(model, train), train["labels"]), "test": accuracy(logits, test["labels"]),
+def measure(model: nn.Module, train: dict, test: dict, biased: dict | None = None,
+            frames: list[int] | None = None) -> dict[str, float]:
+    """Accuracies in %, calibration error; and with `biased` clips (scenes as in training) the scene
+    reliance: how often the prediction is the scene's class, where that is not the clip's."""
+    logits = predict(model, test, frames)
+    row = {"train": accuracy(predict(model, train, frames), train["labels"]),
+           "test": accuracy(logits, test["labels"]),
            "ECE": 100 * robustness.expected_calibration_error(logits, test["labels"])}
     if biased is not None:
         conflict = test["scenes"] != test["labels"]
@@ -129,119 +90,115 @@ def measure(model: nn.Module, train: dict, test: dict, biased: dict | None = Non
     return row
 
 
-def mean_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+# ---------------------------------------------------------------- classification of embedded videos
 
-
-def versus(values: list[float], base: list[float]) -> tuple[str, str, float]:
-    """The paired difference as text, what it amounts to, and its mean."""
-    mean, error = mean_error([v - b for v, b in zip(values, base)])
-    if len(values) < 2:
-        return f"{mean:+.1f}", "one seed", mean
-    reach = T95.get(len(values), 2.2) * error
-    effect = "helps" if mean > reach else "hurts" if mean < -reach else "undecided"
-    return f"{mean:+.1f} ± {error:.1f}", effect, mean
-
-
-def table_of(results: dict[tuple, list[dict]], keys: tuple[str, ...], columns: tuple[str, ...], main: str = "test") -> list[dict]:
-    """One row per setting: its keys, means with standard errors over the seeds, and the paired difference of `main` to
-    the same setting without augmentation (`base` in the rows' keys: where the baseline is)."""
-    rows = []
-    for setting, seeds in results.items():
-        base = results.get(("none", *setting[1:])) or results.get(("none", 1.0, *setting[2:]))
-        row = dict(zip(keys, setting))
-        for column in columns:
-            values = [s[column] for s in seeds if column in s]
-            row[column] = "{:.1f} ± {:.1f}".format(*mean_error(values)) if values else "-"
-        if base is not None and base is not seeds:
-            row["to none"], row["effect"], _ = versus([s[main] for s in seeds], [s[main] for s in base])
-        rows.append({**row, "paper": None})
-    return rows
-
-
-# ---------------------------------------------------------------- the study on embedded videos
-
-SIZES = {"default": {"count": 600, "tests": 1000, "epochs": 30, "side": 16}, "tiny": {"count": 40, "tests": 40, "epochs": 1, "side": 16},
+SIZES = {"default": {"count": 600, "tests": 1000, "epochs": 30, "side": 16},
+         "tiny": {"count": 40, "tests": 40, "epochs": 1, "side": 16},
          "paper": {"count": 5000, "tests": 5000, "epochs": 60, "side": 64}}
-# (set, times the epochs, method, p); the class scenes start from half the epochs, the short schedule
-VARIANTS = ([("own scenes", times, method, 1.0) for times in (0.5, 1, 4) for method in ("none", "S")]
-            + [("own scenes", 1, method, p) for method, p in (("T", 1.0), ("ST", 1.0), ("S", 0.5), ("T", 0.5), ("ST", 0.5))]
-            + [("own scenes", 4, "S", 0.5)]
-            + [("class scenes", 0.5, method, 1.0) for method in ("none", "S", "T", "ST")] + [("class scenes", 0.5, "S", 0.5)]
-            + [("class scenes", 2, method, p) for method, p in (("none", 1.0), ("S", 1.0), ("S", 0.5))])
-AUGMENTATIONS = [("own scenes", 1, method, 1.0) for method in (
-    "none", "S", "T", "ST", "frame CutMix", "Mixup", "FadeMixup", "CutMixup", "Cutout", "RandAugment", "RandAugment per frame", "flip")]
+EMBEDDED = ("slowonly18", "slowfast18", "tsm18", "ClipNet")
+
+
+def settings_of(table: str, epochs: int) -> list[Setting]:
+    """What a table compares; class scenes start from half the epochs, the short schedule."""
+    def cell(method="none", p=1.0, times=1.0, videos="own scenes", network="ClipNet"):
+        return Setting(method, p, max(1, round(times * epochs)), videos, network)
+    if table == "augmentations":
+        return [cell(method) for method in METHODS]
+    if table == "kinetics":
+        return [cell(method, network=network) for network in EMBEDDED for method in ("none", "S")]
+    if table == "ssv2":
+        return [cell(method, videos="segments", network=network) for network in ("tsm18", "ClipNet")
+                for method in ("none", "S", "flip")]
+    own = [cell(method, times=times) for times in (0.5, 1, 4) for method in ("none", "S")]
+    own += [cell(method, p) for method,
+            p in (("T", 1.0), ("ST", 1.0), ("S", 0.5), ("T", 0.5), ("ST", 0.5))]
+    own += [cell("S", 0.5, 4)]
+    control = [cell(method, p, 0.5, "class scenes") for method, p in
+               (("none", 1.0), ("S", 1.0), ("T", 1.0), ("ST", 1.0), ("S", 0.5))]
+    return own + control + [cell(method, p, 2, "class scenes") for method, p in
+                            (("none", 1.0), ("S", 1.0), ("S", 0.5))]
 
 
 def scene_sets(kind: str, size: dict, seed: int) -> tuple[dict, dict, dict | None]:
-    """Training clips, test clips, and for class scenes also test clips with the scenes of training."""
-    rho, decorrelated = (None, None) if kind == "own scenes" else (0.8, 0.0)
-    draw = lambda count, offset, rho: synthetic.videos(count, size["side"], seed=10 * seed + offset, rho=rho)      # noqa: E731
-    return (draw(size["count"], 0, rho), draw(size["tests"], 1, decorrelated),
-            None if rho is None else draw(size["tests"], 2, rho))
+    """Training clips, test clips, and for class scenes also test clips with the scenes of training.
+    Segments are chosen from clips of three times the frames at a third of the speed."""
+    def draw(count, offset, rho):
+        more = {"frames": 24, "speed": 2 / 3} if kind == "segments" else {}
+        return synthetic.videos(count, size["side"], seed=10 * seed + offset, rho=rho, **more)
+    if kind == "class scenes":
+        return draw(size["count"], 0, 0.8), draw(size["tests"], 1, 0.0), draw(size["tests"], 2, 0.8)
+    return draw(size["count"], 0, None), draw(size["tests"], 1, None), None
 
 
-def study(run: harness.Run, cells: list[tuple]) -> dict[tuple, list[dict]]:
-    """Every cell for every seed: {(method, p, epochs, set): [figures of a seed]}."""
+def study(run: harness.Run, settings: list[Setting]) -> Results:
+    """Every setting for every seed; all settings of a seed share the data and the first weights."""
     size, results = SIZES[run.args.preset], {}
-    settings = dict.fromkeys((method, prob, max(1, round(times * size["epochs"])), kind) for kind, times, method, prob in cells)
     for seed in run.seeds:
         sets = {}
-        for setting in settings:
-            method, prob, epochs, kind = setting
-            name = f"{kind}-{method}-p{prob}-e{epochs}-seed{seed}".replace(" ", "_")
+        for setting in dict.fromkeys(settings):
+            name = f"{setting.name}-seed{seed}"
             if (row := run.recorded(name)) is None:
+                kind = setting.videos
                 if kind not in sets:
                     sets[kind] = scene_sets(kind, size, seed)
-                model = fit(run, name, ClipNet(seed=seed), sets[kind][0], augmentation(method, CLASSES, prob), epochs, seed=seed)
-                row = run.record(name, measure(model, *sets[kind]))
+                mix = augmentation(setting.augmentation, CLASSES, setting.p)
+                frames = None
+                if kind == "segments":
+                    mix, frames = Segments(mix, 8, CLASSES), video_frames.segment_indices(24, 8)
+                model = backbone(setting.backbone, CLASSES, seed, embedded=True)
+                model = fit(run, name, model, sets[kind][0], mix, setting.epochs, seed)
+                row = run.record(name, measure(model, *sets[kind], frames=frames))
             results.setdefault(setting, []).append(row)
     return results
 
 
-def claims_of(results: dict[tuple, list[dict]]) -> list[dict]:
-    """What the paper says of S-VideoMix, setting by setting: `holds` where the seeds support it or its opposite."""
-    claims = []
-    for (method, prob, epochs, kind), seeds in results.items():
-        base = results.get(("none", 1.0, epochs, kind))
-        if method == "S" and base is not None:
-            text, effect, _ = versus([s["test"] for s in seeds], [s["test"] for s in base])
-            claims.append({"claim": f"S-VideoMix above none, {kind}, {epochs} epochs, p = {prob:g} (points)", "paper": None,
-                           "this run": text, "holds": {"helps": True, "hurts": False}.get(effect)})
-    return claims
-
-
-def run_study(run: harness.Run, cells: list[tuple], title: str) -> None:
-    results = study(run, cells)
-    columns = ("train", "test", "ECE", "biased test", "scene reliance") if title == "variants" else ("train", "test", "ECE")
-    rows = table_of(results, ("augmentation", "p", "epochs", "videos"), columns)
+def classify(run: harness.Run) -> None:
+    """Tables variants, augmentations, kinetics and ssv2 on embedded videos."""
+    table = run.args.table
+    results = study(run, settings_of(table, SIZES[run.args.preset]["epochs"]))
+    columns = ("train", "test", "ECE") + (("biased test", "scene reliance") if table == "variants"
+                                          else ())
+    claims = claims_of(results, "test")
+    for setting, seeds in results.items():
+        if table == "ssv2" and setting.augmentation == "flip":
+            text, effect = versus([s["test"] for s in seeds],
+                                  [s["test"] for s in results[setting.base]])
+            claims.append({"claim": f"a flip hurts where left and right differ: {setting.backbone}",
+                           "paper": None,
+                           "this run": text, "holds": {"hurts": True, "helps": False}.get(effect)})
     if run.figures and run.is_main:
-        draw_study(run, results, title)
-    run.finish(claims_of(results), {title: rows})
+        draw_study(run, results)
+    run.finish(claims, {table: table_of(results, columns, "test")})
 
 
-def draw_study(run: harness.Run, results: dict[tuple, list[dict]], title: str) -> None:
+def draw_study(run: harness.Run, results: Results) -> None:
     """Accuracy over the length of training, or by augmentation; and the mixed clips themselves."""
-    if title == "augmentations":
-        names = [setting[0] for setting in results]
-        means, errors = zip(*(mean_error([s["test"] for s in seeds]) for seeds in results.values()))
-        short = [name.replace("RandAugment", "RandAug").replace("Mixup", "mixup") for name in names]
-        figures.bar_chart(run.figures / "videomix_augmentations.png", short, {"accuracy": (means, errors)}, size=(900, 360),
-                          title="Accuracy on clips with new scenes (mean and standard error)", ylabel="%", ylim=(0, 100))
+    scores = {setting: mean_error([s["test"] for s in seeds]) for setting, seeds in results.items()}
+    if run.args.table == "augmentations":
+        short = [s.augmentation.replace("RandAugment", "RandAug").replace("Mixup", "mixup")
+                 for s in scores]
+        figures.bar_chart(run.figures / "videomix_augmentations.png", short,
+                          {"accuracy": tuple(zip(*scores.values()))},
+                          title="Accuracy on clips with new scenes (mean and standard error)",
+                          ylabel="%",
+                          ylim=(0, 100), size=(900, 360))
         draw_mixes(run)
-        return
-    for kind in ("own scenes", "class scenes"):
+    for kind in ("own scenes", "class scenes") if run.args.table == "variants" else ():
         curves = {}
-        for method, prob in (("none", 1.0), ("S", 1.0), ("S", 0.5)):
-            cells = sorted((epochs, mean_error([s["test"] for s in seeds])) for (m, p, epochs, k), seeds in results.items()
-                           if (m, p, k) == (method, prob, kind))
+        for method, p in (("none", 1.0), ("S", 1.0), ("S", 0.5)):
+            cells = sorted((s.epochs, score) for s, score in scores.items() if s[:2] == (method, p)
+                           and s.videos == kind)
             if len(cells) > 1:
-                epochs, (means, errors) = [c[0] for c in cells], zip(*(c[1] for c in cells))
-                curves["none" if method == "none" else f"S-VideoMix, p = {prob:g}"] = (epochs, means, errors)
-        figures.line_chart(run.figures / f"videomix_{kind.replace(' ', '_')}.png", curves, markers=True, logx=True, ylim=(0, 100),
-                           title=f"{kind.capitalize()}: accuracy over the length of training", xlabel="epochs", ylabel="%",
-                           size=(520, 360), xticks=[(e, str(e)) for e in sorted({c[2] for c in results})])
+                epochs, (means, errors) = [e for e, _ in cells], zip(*(score for _, score in cells))
+                curves["none" if method == "none" else f"S-VideoMix, p = {p:g}"] = (epochs, means,
+                                                                                    errors)
+        figures.line_chart(run.figures / f"videomix_{kind.replace(' ', '_')}.png", curves,
+                           markers=True, logx=True,
+                           title=f"{kind.capitalize()}: accuracy over the length of training",
+                           ylim=(0, 100),
+                           xlabel="epochs", ylabel="%", size=(520, 360),
+                           xticks=[(e, str(e)) for e in sorted({s.epochs for s in scores
+                                                                if s.videos == kind})])
 
 
 def draw_mixes(run: harness.Run) -> None:
@@ -249,11 +206,13 @@ def draw_mixes(run: harness.Run) -> None:
     data = synthetic.videos(2, 64, seed=3)
     x = data["videos"].float() / 255
     tiles, titles = [], []
-    for name in ("none", "S", "T", "ST", "frame CutMix", "Mixup", "FadeMixup", "CutMixup", "Cutout"):
+    for name in ("none", "S", "T", "ST", "frame CutMix", "Mixup", "FadeMixup", "CutMixup",
+                 "Cutout"):
         mix = augmentation(name, CLASSES)
         if mix is not None:
             mix.pairing = "flip"
-        seed = next(s for s in range(100) if mix is None or 0.3 < _changed(mix, x, data["labels"], s) < 0.6)
+        seed = next(s for s in range(100) if mix is None
+                    or 0.3 < _changed(mix, x, data["labels"], s) < 0.6)
         mixed = x if mix is None else mix(x, data["labels"], torch.Generator().manual_seed(seed)).x
         tiles += [mixed[0, :, t] for t in (0, 2, 4, 6)]
         titles += [name, "", "", ""]
@@ -261,18 +220,173 @@ def draw_mixes(run: harness.Run) -> None:
 
 
 def _changed(mix: nn.Module, x: Tensor, y: Tensor, seed: int) -> float:
-    """Share of the first clip that the mix changes (for blends: half, if both weigh about the same)."""
+    """Share of the first clip that the mix changes (for blends: half, if both weigh about the
+    same)."""
     result = mix(x, y, torch.Generator().manual_seed(seed))
     if result.boxes is None:
         return 1 - result.lam
     return (result.x[0] != x[0]).any(0).double().mean().item()
 
 
+# ---------------------------------------------------------------- localisation in embedded videos
+
+LOCALIZERS = ("none", "Mixup", "frame CutMix", "S", "T", "ST")
+
+
+def localize(run: harness.Run, videos: str, train_and_measure: Callable) -> Results:
+    """`train_and_measure(setting, seed, name)` for every augmentation of the localisation
+    tables."""
+    results = {}
+    for seed in run.seeds:
+        for method in LOCALIZERS:
+            setting = Setting(method, 1.0, SIZES[run.args.preset]["epochs"], videos, "ClipNet")
+            name = f"{setting.name}-seed{seed}"
+            if (row := run.recorded(name)) is None:
+                row = run.record(name, train_and_measure(setting, seed, name))
+            results.setdefault(setting, []).append(row)
+    return results
+
+
+def actions_in_time(run: harness.Run) -> None:
+    """Table thumos: untrimmed videos of three times the action, trained with the video's label; its
+    class activation sequence, cut into segments, against the true interval."""
+    size = SIZES[run.args.preset]
+
+    def train_and_measure(setting: Setting, seed: int, name: str) -> dict[str, float]:
+        train, test = (synthetic.videos(count, size["side"], 24, 10 * seed + part, action_frames=8)
+                       for part, count in enumerate((size["count"] // 2, size["tests"] // 2)))
+        mix = augmentation(setting.augmentation, CLASSES)
+        model = fit(run, name, ClipNet(seed=seed), train, mix, setting.epochs, seed)
+        found = [detect(model, synthetic.to_float(video)) for video in test["videos"]]
+        truths = [(span.unsqueeze(0), label.view(1))
+                  for span, label in zip(test["intervals"], test["labels"])]
+        if run.figures and run.is_main and setting.augmentation in ("none",
+                                                                    "S") and seed == run.seeds[0]:
+            draw_sequences(run, setting.augmentation, model, test)
+        scores = localization.detection_ap(found, truths)
+        return measure(model, train, test) | {key: 100 * value for key, value in scores.items()}
+    results = localize(run, "untrimmed", train_and_measure)
+    columns = ("test", "mAP@0.3", "mAP@0.5", "mAP@0.7", "mAP")
+    run.finish(claims_of(results, "mAP", "localises above none"),
+               {"thumos": table_of(results, columns, "mAP")})
+
+
+def draw_sequences(run: harness.Run, method: str, model: nn.Module, test: dict) -> None:
+    """The class activation sequences of two videos, with the true interval and the best segment."""
+    for number in (0, 1):
+        sequence, _ = sequence_of(model, synthetic.to_float(test["videos"][number]))
+        label, (start, end) = int(test["labels"][number]), test["intervals"][number].tolist()
+        low, high = sequence.min().item(), sequence.max().item()
+        chart = figures.Chart((0, 24), (low, high + 0.3 * (high - low)), size=(420, 260),
+                              xlabel="frame",
+                              title=f"Class activation, trained with {method} (video {number})")
+        for k in range(CLASSES):
+            chart.line(np.arange(24) + 0.5, sequence[k], figures.COLORS[0] if k == label
+                       else "#bbbbbb",
+                       {label: "true class", (label + 1) % CLASSES: "other classes"}.get(k, ""))
+        segments, _ = localization.localize_actions(sequence[label])
+        for (left, right), color, name, level in (((start, end), figures.COLORS[2], "true interval",
+                                                   0.12),
+                                                  (segments[0].tolist(), figures.COLORS[1], "found",
+                                                   0.06)):
+            height = high + level * (high - low)
+            chart.line([left, right], [height, height], color, name, width=4)
+        chart.save(run.figures / f"videomix_sequence_{method}_{number}.png")
+
+
+def actions_of_boxes(run: harness.Run) -> None:
+    """Table ava: a network is pretrained with or without mixing, its features are kept, and a
+    linear layer on those of the actor's box in the key frame learns the actions from few boxes; and
+    how much of the class activation map's positive part lies on the actor."""
+    size = SIZES[run.args.preset]
+
+    def train_and_measure(setting: Setting, seed: int, name: str) -> dict[str, float]:
+        train, test, _ = scene_sets("own scenes", size, seed)
+        few = synthetic.videos(max(20, size["count"] // 6), size["side"], seed=10 * seed + 3)
+        mix = augmentation(setting.augmentation, CLASSES)
+        model = fit(run, name, ClipNet(seed=seed, fine=True), train, mix, setting.epochs, seed)
+        return measure(model, train, test) | {"mAP@0.5": 100 * box_map(model, few, test),
+                                              "CAM on actor": 100 * energy_on_actor(model, test)}
+    results = localize(run, "own scenes", train_and_measure)
+    claims = (claims_of(results, "mAP@0.5", "pretrains above none")
+              + claims_of(results, "CAM on actor", "looks at the actor above none"))
+    run.finish(claims, {"ava": table_of(results, ("test", "mAP@0.5", "CAM on actor"), "mAP@0.5")})
+
+
+def features_of(model: nn.Module, videos: Tensor) -> Tensor:
+    """The last maps (N, C, T', h, w) of embedded videos."""
+    return model.forward_features(synthetic.to_float(videos.to(next(model.parameters()).device)))
+
+
+@torch.no_grad()
+def box_features(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+    """(N, C) RoIAligned features of each clip's actor in the key frame (the middle one)."""
+    model.eval()
+    maps = torch.cat([features_of(model, part).mean(2) for part in data["videos"].split(200)])
+    side, key = data["videos"].shape[-1], data["videos"].shape[2] // 2
+    # an actor at the border: its first part
+    boxes = data["boxes"][:, key].clamp(max=side).to(maps)
+    rows = torch.cat([torch.arange(len(maps)).unsqueeze(1).to(maps), boxes], 1)
+    return relabel.roi_align(maps, rows, 1, maps.shape[-1] / side, aligned=True).flatten(1)
+
+
+def box_map(model: nn.Module, few: dict, test: dict) -> float:
+    """mAP@0.5 of the boxes of `test`, after logistic regression (sigmoid, L2 of 1e-3) on those of
+    `few`."""
+    x, target = box_features(model, few), F.one_hot(few["labels"], CLASSES).float()
+    mean, std = x.mean(0), x.std(0) + 1e-3
+    head = nn.Linear(x.shape[1], CLASSES).to(x.device)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(head((x - mean) / std), target.to(x.device))
+        value = value + 1e-3 * head.weight.square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    with torch.no_grad():
+        scores = head((box_features(model, test) - mean) / std).sigmoid().cpu()
+    boxes, every = test["boxes"][:, test["videos"].shape[2] // 2].double(), torch.arange(CLASSES)
+    found = [(box.expand(CLASSES, 4), every, score) for box, score in zip(boxes, scores)]
+    truths = [(box.unsqueeze(0), label.view(1)) for box, label in zip(boxes, test["labels"])]
+    return localization.detection_ap(found, truths, (0.5,))["mAP@0.5"]
+
+
+@torch.no_grad()
+def energy_on_actor(model: nn.Module, data: dict[str, Tensor]) -> float:
+    """Share of the positive part of the true class's activation map that lies on the actor (a
+    uniform map would have the actor's share of the picture, 1/16)."""
+    model.eval()
+    shares = []
+    for videos, labels, masks in zip(*(data[key].split(200)
+                                       for key in ("videos", "labels", "masks"))):
+        features = features_of(model, videos)
+        maps = localization.class_activation_maps(features, model.fc.weight, model.fc.bias)
+        maps = maps[torch.arange(len(labels)), labels].clamp(min=0).cpu()
+        maps = F.interpolate(maps.unsqueeze(1), masks.shape[1:], mode="trilinear")[:, 0]
+        shares.append((maps * masks).sum((1, 2, 3)) / maps.sum((1, 2, 3)).clamp(min=1e-9))
+    return torch.cat(shares).mean().item()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, ("default", "tiny", "paper"), seeds=5)
     parser.add_argument("--table", choices=TABLES, default="variants")
+    real = parser.add_argument_group("with --data")
+    real.add_argument("--networks", nargs="+", help="of video_resnet.py (default: the table's)")
+    real.add_argument("--methods", nargs="+", choices=METHODS, help="(default: the table's)")
+    real.add_argument("--p", type=float, default=1.0, help="how often to mix")
+    real.add_argument("--epochs", type=int, help="(default: the preset's)")
+    real.add_argument("--batch-size", type=int, default=64, help="clips, of all processes together")
+    real.add_argument("--init", type=harness.Path,
+                      help="checkpoint to start from; 2-D ones are inflated")
+    real.add_argument("--fps", type=float, default=10.0, help="of the extracted frames (thumos)")
     run = harness.start(parser, argv)
-    run_study(run, {"variants": VARIANTS, "augmentations": AUGMENTATIONS}[run.args.table], run.args.table)
+    if run.args.data is not None:
+        videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run)
+    else:
+        {"thumos": actions_in_time, "ava": actions_of_boxes}.get(run.args.table, classify)(run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,189 @@
+"""The VideoMix tables on real videos; started by `videomix.py --data DIR`."""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import NamedTuple
+
+import harness
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
+from videomix_parts import (METHODS, Results, Setting, augmentation, backbone, claims_of,
+                            segments_of, sequence_of, table_of)
+
+from data_tools import video_annotations, video_frames
+from reference import video_resnet
+from reference import videomix as vm
+from reference import videomix_localization as localization
+
+
+class Recipe(NamedTuple):
+    """How a set is sampled, trained and tested: SGD with 0.1 per 64 clips, warm-up, cosine."""
+
+    mode: str
+    frames: int
+    stride: int
+    size: int
+    jitter: tuple[int, int]
+    flip: float
+    epochs: int
+    warmup: int
+    views: tuple[int, int]                            # clips and crops of a test video
+
+
+# paper: SlowFast's for Kinetics; no flip for Something
+RECIPES = {
+    "paper": {"dense": Recipe("dense", 8, 8, 224, (256, 320), 0.5, 196, 34, (10, 3)),
+              "segments": Recipe("segments", 8, 1, 224, (256, 320), 0.0, 50, 2, (2, 3))},
+    "default": {"dense": Recipe("dense", 8, 8, 112, (128, 160), 0.5, 30, 3, (3, 1)),
+                "segments": Recipe("segments", 8, 1, 112, (128, 160), 0.0, 30, 3, (1, 1))},
+    "tiny": {"dense": Recipe("dense", 4, 2, 16, (18, 24), 0.5, 1, 0, (2, 1)),
+             "segments": Recipe("segments", 4, 1, 16, (18, 24), 0.0, 1, 0, (1, 1))}}
+REAL = {"variants": (("slowonly50",), METHODS[:4]),
+        "augmentations": (("slowonly50",), METHODS[:-1]),
+        "kinetics": (("slowonly50", "slowfast50"), ("none", "S")),
+        "ssv2": (("tsm50", "slowonly50"), ("none", "S")),
+        "thumos": (("slowonly50",), ("none", "Mixup", "frame CutMix", "S", "T"))}
+
+
+def recipe_of(run: harness.Run, network: str) -> Recipe:
+    """The recipe of the table; SlowFast's fast pathway sees four times the frames."""
+    recipe = RECIPES[run.args.preset]["segments" if run.args.table == "ssv2" else "dense"]
+    if network.startswith("slowfast"):
+        recipe = recipe._replace(frames=4 * recipe.frames, stride=max(1, recipe.stride // 4))
+    return recipe._replace(epochs=run.args.epochs or recipe.epochs)
+
+
+def fit_real(run: harness.Run, setting: Setting, recipe: Recipe, seed: int, index: harness.Path,
+             root: harness.Path) -> nn.Module:
+    """Train on the videos of an index file; batch-norm statistics are then those of clean clips."""
+    method, name = setting.augmentation, f"{setting.name}-seed{seed}"
+    augment = None
+    if method.startswith("RandAugment"):
+        augment = vm.RandAugment(consistent="frame" not in method)
+    transform = video_frames.ClipTransform(recipe.size, True, recipe.jitter, recipe.flip,
+                                           augment=augment)
+    videos = video_frames.VideoFolder(index, recipe.frames, recipe.stride, recipe.mode, True,
+                                      transform,
+                                      root=root)
+    classes, batch = int(videos.labels.max()) + 1, run.args.batch_size
+    loader = video_frames.VideoLoader(
+        videos, max(2, batch // run.world_size), shuffle=True, seed=seed, workers=run.args.workers,
+        drop_last=len(videos) >= batch, rank=run.rank, world_size=run.world_size, device=run.device)
+    model = backbone(setting.backbone, classes, seed, embedded=False)
+    if run.args.init is not None:
+        state = torch.load(run.args.init, map_location="cpu", weights_only=True)
+        inflating = isinstance(model, video_resnet.SlowOnly) and "conv1.weight" in state
+        run.log(f"{run.args.init.name}: not loaded: ",
+                video_resnet.inflate(model, state) if inflating else load_fitting(model, state))
+    wrapped = run.wrap(model)
+    mix = augmentation(method, classes, setting.p) if augment is None else None
+    generator = torch.Generator().manual_seed(seed * run.world_size + run.rank)
+    steps = vm.train(wrapped, loader, mix, recipe.epochs, lr=0.1 * batch / 64, generator=generator,
+                     warmup_epochs=recipe.warmup, amp_dtype=run.amp_dtype, resume=run.resumed(name))
+    run.drive(name, steps, total=recipe.epochs * len(loader))
+    update_bn(islice(loader, 200), model, run.device)
+    run.save(name, model.state_dict())
+    return model
+
+
+def load_fitting(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Load what has the model's names and shapes (a classifier of other classes stays out)."""
+    state = video_resnet.tsm_names(state.get("model_state", state.get("state_dict", state)))
+    own = model.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own
+               and own[name].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))
+
+
+def every_real(run: harness.Run, train_and_measure: Callable) -> Results:
+    """`train_and_measure(setting, recipe, seed)` for all networks, augmentations and seeds of the
+    table."""
+    networks, methods = REAL[run.args.table]
+    results = {}
+    for seed in run.seeds:
+        for network in run.args.networks or networks:
+            recipe = recipe_of(run, network)
+            for method in run.args.methods or methods:
+                p = 1.0 if method == "none" else run.args.p
+                setting = Setting(method, p, recipe.epochs, run.args.data.name, network)
+                name = f"{setting.name}-seed{seed}"
+                if (row := run.recorded(name)) is None:
+                    row = run.record(name, train_and_measure(setting, recipe, seed))
+                results.setdefault(setting, []).append(row)
+    return results
+
+
+def classify(run: harness.Run) -> None:
+    """Tables variants, augmentations, kinetics and ssv2 on the videos of train.txt and val.txt."""
+    data = run.args.data
+
+    def train_and_measure(setting: Setting, recipe: Recipe, seed: int) -> dict[str, float]:
+        model = fit_real(run, setting, recipe, seed, data / "train.txt", data)
+        clips, crops = recipe.views
+        # as large as the short side: fully convolutional
+        side = recipe.jitter[0]
+        videos = video_frames.VideoFolder(
+            data / "val.txt", recipe.frames, recipe.stride, recipe.mode, num_clips=clips,
+            transform=video_frames.ClipTransform(side, crops=crops))
+        loader = video_frames.VideoLoader(
+            videos, max(1, run.args.batch_size // (clips * crops)), workers=run.args.workers,
+            rank=run.rank, world_size=run.world_size, device=run.device)
+        scores = vm.evaluate(model, loader, clips, crops)
+        share = len(range(run.rank, len(videos), run.world_size))
+        return run.mean({key: 100 * value for key, value in scores.items()}, share)
+    results = every_real(run, train_and_measure)
+    run.finish(claims_of(results, "top1"),
+               {run.args.table: table_of(results, ("top1", "top5"), "top1")})
+
+
+def actions_in_time(run: harness.Run) -> None:
+    """Table thumos: random clips of the validation videos with the video's commonest class;
+    sequences of consecutive clips of the test videos, against their annotation."""
+    data, fps = run.args.data, run.args.fps
+    (train, names), (test, _) = (video_annotations.read_thumos14(data / "annotation", part)
+                                 for part in ("val", "test"))
+    labels = [(video, int(np.bincount([a.label for a in actions]).argmax()))
+              for video, actions in train.items()]
+    rows, missing = video_frames.make_index(data / "frames", labels)
+    run.log(f"{len(rows)} videos to learn from, {len(missing)} have no frames")
+    if run.is_main:
+        video_frames.write_index(run.out / "thumos_train.txt", rows)
+    run.barrier()
+    known = [video for video in test if (data / "frames" / video).is_dir()]
+    truths = [(torch.tensor([[a.start, a.end] for a in test[v]]),
+               torch.tensor([a.label for a in test[v]]))
+              for v in known]
+
+    def train_and_measure(setting: Setting, recipe: Recipe, seed: int) -> dict[str, float]:
+        index = run.out / "thumos_train.txt"
+        model = fit_real(run, setting, recipe, seed, index, data / "frames")
+        found = []
+        for video in run.progress(known, label="localising"):
+            sequence = long_sequence(model, video_frames.open_video(data / "frames" / video),
+                                     recipe)
+            segments, classes, scores = segments_of(sequence, sequence.mean(1).softmax(0))
+            found.append((segments / fps, classes, scores))
+        return {key: 100 * value for key, value in localization.detection_ap(found, truths).items()}
+    results = every_real(run, train_and_measure)
+    columns = tuple(f"mAP@0.{tenth}" for tenth in range(1, 10)) + ("mAP",)
+    run.finish(claims_of(results, "mAP", "localises above none"),
+               {"thumos": table_of(results, columns, "mAP")})
+
+
+def long_sequence(model: nn.Module, video: video_frames.FrameFolder, recipe: Recipe) -> Tensor:
+    """(K, frames) class activation sequences of a long video, clip after clip."""
+    span, transform = recipe.frames * recipe.stride, video_frames.ClipTransform(recipe.jitter[0])
+    parts = []
+    for start in range(0, video.count, span):
+        chosen = [min(start + i * recipe.stride, video.count - 1) for i in range(recipe.frames)]
+        (frames,) = transform(lambda size: video.read(chosen, size))
+        sequence, _ = sequence_of(model, video_frames.to_clips(torch.from_numpy(frames)))
+        parts.append(F.interpolate(sequence.unsqueeze(0), span, mode="linear")[0])
+    return torch.cat(parts, 1)[:, :video.count]
+
+
+TABLES = {"thumos": actions_in_time}
