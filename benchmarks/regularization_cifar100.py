@@ -1,21 +1,21 @@
 """Regularisers compared on accuracy, robustness and uncertainty (Chun et al., arXiv:2003.03879).
 
-    python benchmarks/regularization_cifar100.py                   # embedded shapes, 3 seeds, ~6 minutes
+    python benchmarks/regularization_cifar100.py                  # embedded shapes, 3 seeds, 5 min
     python benchmarks/regularization_cifar100.py --data imagenet100_32 --preset small --amp bf16
     torchrun --nproc_per_node=2 benchmarks/regularization_cifar100.py --data cifar-100-python \\
-        --preset paper --methods all --amp bf16                    # PyramidNet-200, 300 epochs a row
+        --preset paper --methods all --amp bf16                   # PyramidNet-200, 300 epochs a row
 
 Rows: regularisers and combinations (--methods NAME ..., "all"). Columns: top-1 error; error under
 FGSM (mean over eps 1, 2, 4, 8 of 255) and PGD-10, with the centre hidden, under the 15 common
-corruptions; ECE, NLL, temperature; detection of out-of-distribution images. The table "effects" says
-which measures a method changes beyond the noise of the seeds.
+corruptions; ECE, NLL, temperature; detection of out-of-distribution images. The table "effects"
+says which measures a method changes beyond the noise of the seeds.
 --data: the CIFAR-100 or CIFAR-10 pickles, or train/<class>, val/<class> folders of small images of
 one size (the preset small takes 10 classes spread over the list; --classes, --per-class, --epochs
 change that). Presets other than paper train briefly: flips only, learning rate up and down once.
 --ood DIR adds out-of-distribution sets, DIR/<name>/**/*.png. Published top-1 errors of the CutMix
-authors' code stand beside those of the paper preset; the workshop paper's tables were not available.
-Expected on the shapes: cutout halves the error with the centre hidden; label smoothing, mixup and
-cutmix lower the confidence, so that their ECE gains most from a temperature.
+authors' code stand beside those of the paper preset; the workshop paper's tables were not at hand.
+Expected on the shapes: cutout lowers the error with the centre hidden by a third; label smoothing,
+mixup and cutmix lower the confidence, so that their ECE gains most from a temperature.
 """
 
 import statistics
@@ -76,11 +76,10 @@ ROBUSTNESS = ("FGSM", "centre hidden", "corruptions")
 UNCERTAINTY = ("ECE", "ECE after T", "NLL", "OOD AUROC")
 
 
-# ---- what is measured (the ImageNet script uses it too) --------------------------------------------
-
+# ---- what is measured (the ImageNet script uses it too) ------------------------------------------
 
 def batches(images, labels=None, size=250):
-    """Pixel-space float batches of uint8 (N, H, W, 3) arrays; a list, so that it can be read again."""
+    """Pixel-space float batches of uint8 (N, H, W, 3) arrays, as a list: it can be read again."""
     labels = np.zeros(len(images), np.int64) if labels is None else np.asarray(labels)
     return [(torch.from_numpy(np.array(images[i:i + size])).permute(0, 3, 1, 2).float() / 255,
              torch.from_numpy(labels[i:i + size])) for i in range(0, len(images), size)]
@@ -140,7 +139,8 @@ def measure(net, loader, mean, std, *, occlusion, corrupted=None,
     T = robustness.fit_temperature(z[fit], y[fit])
     row |= {"T": T, "ece_held": robustness.expected_calibration_error(z[held], y[held]),
             "ece_T": robustness.expected_calibration_error(z[held] / T, y[held]),
-            "nll_held": robustness.nll(z[held], y[held]), "nll_T": robustness.nll(z[held] / T, y[held])}
+            "nll_held": robustness.nll(z[held], y[held]),
+            "nll_T": robustness.nll(z[held] / T, y[held])}
     table = robustness.reliability_table(z, y)
     row["reliability"] = {key: table[key].tolist() for key in ("count", "confidence", "accuracy")}
     if corrupted is not None:
@@ -151,9 +151,9 @@ def measure(net, loader, mean, std, *, occlusion, corrupted=None,
         for group, members in corruptions.GROUPS.items():
             if all(name in errors for name in members):
                 row[f"corruption_{group}"] = statistics.mean(mean_error[n] for n in members)
-        row["corruption_by_severity"] = [statistics.mean(column) for column in zip(*errors.values())]
-    scores = robustness.ood_score(z.double())
-    row["ood"] = {name: robustness.ood_metrics(scores, robustness.ood_score(logits(data)[0].double()))
+        row["corruption_by_severity"] = [statistics.mean(e) for e in zip(*errors.values())]
+    score = lambda z: robustness.ood_score(z.double())  # noqa: E731  (float64: fewer ties at 1)
+    row["ood"] = {name: robustness.ood_metrics(score(z), score(logits(data)[0]))
                   for name, data in (ood or {}).items()}
     for key in ("tnr95", "auroc", "detection_accuracy") if ood else ():
         row[key] = statistics.mean(metrics[key] for metrics in row["ood"].values())
@@ -161,7 +161,7 @@ def measure(net, loader, mean, std, *, occlusion, corrupted=None,
 
 
 def noise_images(count, size, seed=0):
-    """Uniform and Gaussian noise, the two synthetic out-of-distribution sets of the ODIN protocol."""
+    """Uniform and Gaussian noise, the synthetic out-of-distribution sets of the ODIN protocol."""
     rng = np.random.RandomState(seed)
     gaussian = (rng.normal(0.5, 1, (count, size, size, 3)).clip(0, 1) * 255).astype(np.uint8)
     uniform = rng.randint(0, 256, (count, size, size, 3)).astype(np.uint8)
@@ -182,8 +182,7 @@ def folder_images(folder, size):
                      for f in files])
 
 
-# ---- data and networks -----------------------------------------------------------------------------
-
+# ---- data and networks ---------------------------------------------------------------------------
 
 def bright_shapes(count, seed):
     """Five plain shapes of 16 pixels in light colours on dark ones."""
@@ -217,7 +216,8 @@ def load(run, wanted, per_class):
     if args.data is None:
         counts = ((200, 100), (60, 101)) if tiny else ((1000, 100), (500, 101))
         train, test = (bright_shapes(count, seed) for count, seed in counts)
-        images, mean, std = test["images"].permute(0, 2, 3, 1).numpy(), np.full(3, 0.5), np.full(3, 0.3)
+        images = test["images"].permute(0, 2, 3, 1).numpy()
+        mean, std = np.full(3, 0.5), np.full(3, 0.3)
         return (lambda seed: synthetic.Batches(
             train["images"], train["labels"], batch_size=batch, seed=seed,
             transform=synthetic.to_float, drop_last=True, **share),
@@ -261,9 +261,11 @@ def build(name, classes, seed, shakedrop=0.0, dropblock=0.0, size=32):
 
 def regularizer_of(method, size, mean, std):
     """The Regularizer of a row, for normalised images; network settings are left out."""
-    settings = {k: v for k, v in METHODS[method].items() if k not in ("shakedrop", "dropblock", "fgsm")}
+    settings = {key: value for key, value in METHODS[method].items()
+                if key not in ("shakedrop", "dropblock", "fgsm")}
     if METHODS[method].get("fgsm"):
-        shift, scale = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+        shift, scale = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1)
+                        for v in (mean, std))
 
         def adversary(model, x, y):
             m, s = shift.to(x.device), scale.to(x.device)
@@ -274,8 +276,7 @@ def regularizer_of(method, size, mean, std):
                                       **settings)
 
 
-# ---- tables, claims, pictures ----------------------------------------------------------------------
-
+# ---- tables, claims, pictures --------------------------------------------------------------------
 
 def mean_of(rows, key, scale=1.0):
     return scale * statistics.mean(row[key] for row in rows)
@@ -291,7 +292,7 @@ def show(rows, key, scale=100.0, digits=1):
 def margin(results, key):
     """Two standard errors of a difference between two rows of the table; infinite for one seed.
 
-    The variance between seeds is pooled over all rows: two or three seeds alone say little about it.
+    The variance between seeds is pooled over all rows: two or three seeds say little about it.
     """
     seeds = len(next(iter(results.values())))
     if seeds < 2:
@@ -347,7 +348,8 @@ def tables_of(results, paper=None):
     words = {1: " better", -1: " worse", 0: ""}
     effects = [{"method": method} | {
         title: f"{difference:+.{2 if title == 'NLL' else 1}f}{words[sign]}"
-        for title, (difference, sign) in line.items()} for method, line in effects_of(results).items()]
+        for title, (difference, sign) in line.items()}
+        for method, line in effects_of(results).items()]
     tables = {"main": main, "effects": effects, "robustness": detail, "ood": ood}
     return {title: table for title, table in tables.items() if table}
 
@@ -400,10 +402,11 @@ def claims_of(results, paper=None):
             signs = [line[title][1] for title in titles if title in line]
             return 1 in signs and -1 not in signs
 
-        both = [m for m, line in cheap.items() if helps(line, ROBUSTNESS) and helps(line, UNCERTAINTY)]
-        rows.append({"claim": "cheap regularisers that gain in robustness and in uncertainty and lose "
-                              "in neither", "paper": "some", "this run": ", ".join(both) or "none",
-                     "holds": bool(both)})
+        both = [m for m, line in cheap.items()
+                if helps(line, ROBUSTNESS) and helps(line, UNCERTAINTY)]
+        rows.append({"claim": "cheap regularisers that gain in robustness and in uncertainty and "
+                              "lose in neither", "paper": "some",
+                     "this run": ", ".join(both) or "none", "holds": bool(both)})
         for title in ("error", "corruptions", "FGSM") if "fgsm-training" in results else ():
             key = MEASURES[title][0]
             if key in results["fgsm-training"][0]:
@@ -415,7 +418,6 @@ def claims_of(results, paper=None):
 
 def draw(folder, results, stem):
     methods = list(results)
-    ticks = [(i, method.replace("-", "\n", 1).replace("+", "\n+", 1)) for i, method in enumerate(methods)]
     bars = {"clean": "error", "FGSM 2/255": "fgsm_2", "centre hidden": "occlusion_center",
             "corruptions": "corruption"}
     figures.bar_chart(folder / f"{stem}.png", methods, {
@@ -423,14 +425,15 @@ def draw(folder, results, stem):
                             100 * statistics.stdev([row[key] for row in results[m]])
                             if len(results[m]) > 1 else 0.0) for m in methods)))
         for title, key in bars.items() if key in results[methods[0]][0]},
-        title="Error by regulariser", ylabel="error, %", xticks=ticks, size=(90 * len(methods) + 100, 420))
+        title="Error by regulariser", ylabel="error, %", xticks=method_ticks(methods),
+        size=(max(640, 90 * len(methods) + 100), 420))
     curves = {}
     for method in methods:
-        weighted = {key: np.sum([np.multiply(row["reliability"][key], row["reliability"]["count"])
-                                 for row in results[method]], 0) for key in ("confidence", "accuracy")}
-        count = np.sum([row["reliability"]["count"] for row in results[method]], 0)
+        counts, *parts = (np.array([row["reliability"][key] for row in results[method]])
+                          for key in ("count", "confidence", "accuracy"))
+        count = counts.sum(0)
         kept = count > 0.01 * count.sum()
-        curves[method] = tuple(weighted[key][kept] / count[kept] for key in ("confidence", "accuracy"))
+        curves[method] = [(counts * part).sum(0)[kept] / count[kept] for part in parts]
     shown = [m for m in methods if m in ("baseline", "cutout", "mixup", "cutmix", "label-smoothing",
                                          "fgsm-training")] or methods[:6]
     figures.line_chart(folder / f"{stem}_reliability.png", {
@@ -441,16 +444,21 @@ def draw(folder, results, stem):
         draw_effects(folder / f"{stem}_effects.png", effects)
 
 
+def method_ticks(methods):
+    return [(i, method.replace("-", "\n", 1).replace("+", "\n+", 1))
+            for i, method in enumerate(methods)]
+
+
 def draw_effects(path, effects):
     """Differences to the baseline by measure and method; green better, red worse, white unclear."""
     titles = list(dict.fromkeys(title for line in effects.values() for title in line))[::-1]
-    labels = [m.replace("-", "\n", 1).replace("+", "\n+", 1) for m in effects]
     short = {"centre hidden": "occlusion", "corruptions": "corrupted", "OOD AUROC": "AUROC",
              "ECE after T": "ECE(T)"}
     chart = figures.Chart(
-        (-0.5, len(effects) - 0.5), (-0.5, len(titles) - 0.5), title="Change against the baseline "
-        "(green: better beyond two standard errors, red: worse)", size=(80 * len(effects) + 90, 330),
-        xticks=list(enumerate(labels)), yticks=[(i, short.get(t, t)) for i, t in enumerate(titles)])
+        (-0.5, len(effects) - 0.5), (-0.5, len(titles) - 0.5),
+        size=(max(640, 80 * len(effects) + 90), 330),
+        title="Change against the baseline (green: better by two standard errors, red: worse)",
+        xticks=method_ticks(effects), yticks=[(i, short.get(t, t)) for i, t in enumerate(titles)])
     for x, line in enumerate(effects.values()):
         for title, (difference, sign) in line.items():
             y = titles.index(title)
@@ -476,7 +484,8 @@ def main(argv=None):
     if unknown := [m for m in methods if m not in METHODS]:
         parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)}")
     epochs = args.epochs or epochs
-    loader_of, images, labels, classes, mean, std, extra = load(run, args.classes or classes, args.per_class)
+    classes = args.classes or classes
+    loader_of, images, labels, classes, mean, std, extra = load(run, classes, args.per_class)
     size = images.shape[1]
     ood = noise_images(min(len(images), 2000), size) | {"shuffled": shuffled_pixels(images)} | extra
     if args.ood:
@@ -510,13 +519,13 @@ def main(argv=None):
                 run.drive(name, regularization.train(
                     model, loader, optimizer, regularizer=regularizer_of(method, size, mean, std),
                     epochs=epochs, device=run.device, amp=run.amp_dtype or False,
-                    schedule=schedule, generator=torch.Generator().manual_seed(1000 * seed + run.rank),
-                    resume=run.resumed(name)), total)
+                    schedule=schedule, resume=run.resumed(name),
+                    generator=torch.Generator().manual_seed(1000 * seed + run.rank)), total)
                 row = run.record(name, measure(
-                    net, batches(images, labels), mean, std, occlusion=size // 2,
-                    corrupted=corrupted_loader, severities=severities, ood=ood, pgd_images=few // 2))
+                    net, batches(images, labels), mean, std, occlusion=size // 2, ood=ood,
+                    corrupted=corrupted_loader, severities=severities, pgd_images=few // 2))
             results[method].append(row)
-    paper = PAPER if args.preset == "paper" and network == "pyramid-200" and classes == 100 else None
+    paper = PAPER if args.preset == "paper" and classes == 100 else None
     if run.figures is not None and run.is_main:
         draw(run.figures, results, run.script)
     run.finish(claims_of(results, paper), tables_of(results, paper))
