@@ -1,20 +1,21 @@
 """CUB-200-2011 as it is distributed: images, boxes, parts, attributes, segmentations, captions.
 
     train = CUB("/data/CUB_200_2011", "train")                # 5,994 images, 200 classes
-    loader = Loader(train, 64, transform=TrainResizeCrop(), shuffle=True, ...)      # of data_tools.wsol_data
+    loader = Loader(train, 64, transform=TrainResizeCrop(), shuffle=True)       # of wsol_data
     parts = CUBParts("/data/CUB_200_2011")
-    parts.pairs_by_difference()[1]                            # 31 pairs of classes that differ in one body part
-    parts.mask("040.Olive_sided_Flycatcher/x.jpg", (38, 40))  # (224, 224) bool: where they differ in this image
+    parts.pairs_by_difference()[1]                            # 31 pairs: one body part differs
+    parts.mask("040.Olive_sided_Flycatcher/x.jpg", (38, 40))  # (224, 224) bool: where they differ
 
-    CUB_200_2011/   images.txt  image_class_labels.txt  train_test_split.txt  bounding_boxes.txt  classes.txt
-                    images/<class>/<name>.jpg     parts/{parts,part_locs}.txt
+    CUB_200_2011/   images.txt  image_class_labels.txt  train_test_split.txt  bounding_boxes.txt
+                    classes.txt  images/<class>/<name>.jpg  parts/{parts,part_locs}.txt
                     attributes/class_attribute_labels_continuous.txt
-    attributes.txt  outside the folder in the archive; also found in the folder or in attributes/
-    segmentations/<class>/<name>.png              an archive of its own; beside the folder or in it
-    text_c10/<class>/<name>.txt                   ten captions per image, from elsewhere (Reed et al. 2016); likewise
+    attributes.txt                     outside the folder in the archive; also found in the folder
+                                       or in attributes/
+    segmentations/<class>/<name>.png   an archive of its own; beside the folder or in it
+    text_c10/<class>/<name>.txt        ten captions per image, from elsewhere; likewise
 
-Numbers in the files count from 1; labels here count from 0, the pairs of classes of `CUBParts` from 1, as in
-the published evaluation.
+Numbers in the files count from 1. Labels here count from 0, the pairs of classes of `CUBParts` from
+1, as in the published evaluation.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.loader import BadImage, decode
+from data_tools.loader import BadImage
+from data_tools.wsol_data import Split, SplitImages
 
 PART_COUNT = 15
 # Words in an attribute's name, and the group of body parts they speak of, 1 .. 7.
-PART_WORDS = (("bill", "crown", "eye", "forehead", "head", "nape", "throat"), ("back",), ("belly",), ("breast",),
-              ("tail",), ("leg",), ("wing",))
+PART_WORDS = (("bill", "crown", "eye", "forehead", "head", "nape", "throat"), ("back",), ("belly",),
+              ("breast",), ("tail",), ("leg",), ("wing",))
 HEAD_PARTS = np.array([2, 5, 6, 7, 10, 11, 15]) - 1
 # The other points in the order that decides ties: back, belly, breast, tail, legs, wings.
-OTHER_PARTS, OTHER_GROUPS = np.array([1, 3, 4, 14, 8, 12, 9, 13]) - 1, (2, 3, 4, 5, 6, 6, 7, 7)
-POINT_GROUPS = np.array([1, *OTHER_GROUPS], dtype=np.uint8)
+OTHER_PARTS = np.array([1, 3, 4, 14, 8, 12, 9, 13]) - 1
+POINT_GROUPS = np.array([1, 2, 3, 4, 5, 6, 6, 7, 7], dtype=np.uint8)
 
 
 def _rows(path: Path, fields: int, last_is_text: bool = False) -> Iterator[list[str]]:
@@ -43,7 +45,8 @@ def _rows(path: Path, fields: int, last_is_text: bool = False) -> Iterator[list[
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; is this the folder CUB_200_2011 as it is distributed?") from None
+        raise FileNotFoundError(f"{path}: no such file; CUB_200_2011 is expected as it is "
+                                "distributed") from None
     for number, line in enumerate(text.splitlines(), 1):
         row = line.split(None, fields - 1) if last_is_text else line.split()
         if row and len(row) != fields:
@@ -54,16 +57,11 @@ def _rows(path: Path, fields: int, last_is_text: bool = False) -> Iterator[list[
 
 def _numbers(path: Path, fields: int) -> np.ndarray:
     """A table of numbers, (rows, fields) float64."""
-    table = list(_rows(path, fields))
+    rows = list(_rows(path, fields))
     try:
-        return np.array(table, dtype=np.float64).reshape(-1, fields)
-    except ValueError:
-        for number, row in enumerate(table, 1):
-            try:
-                np.array(row, dtype=np.float64)
-            except ValueError:
-                raise ValueError(f"{path}: row {number} must hold numbers, got {' '.join(row)!r}") from None
-        raise
+        return np.array(rows, dtype=np.float64).reshape(-1, fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: only numbers expected; {error}") from None
 
 
 def _beside(root: Path, *names: str) -> Path:
@@ -72,117 +70,107 @@ def _beside(root: Path, *names: str) -> Path:
     return next((place for place in places if place.exists()), places[0])
 
 
-class CUB:
+class CUB(SplitImages):
     """A split ("train", "test" or "all") as `data_tools.loader.Loader` wants it.
 
-    Attributes: root; ids (N,) the numbers of images.txt; names; labels (N,) int64 from 0; classes. captions_of: what
-    gives an image's captions from its name (default: the lines of text_c10/<class>/<name>.txt).
-    ValueError or FileNotFoundError, with the file, for what is missing or broken.
+    Attributes: folder; ids (N,) the numbers of images.txt; names; labels (N,) int64 from 0;
+    classes. captions_of: what gives an image's captions from its name (default: the lines of
+    text_c10/<class>/<name>.txt). ValueError or FileNotFoundError, with the file, for what is
+    missing or broken.
     """
 
-    def __init__(self, root: str | Path, split: str = "all", captions_of: Callable[[str], list[str]] | None = None):
+    def __init__(self, root: str | Path, split: str = "all",
+                 captions_of: Callable[[str], list[str]] | None = None):
         if split not in ("train", "test", "all"):
             raise ValueError(f"split must be 'train', 'test' or 'all', not {split!r}")
-        self.root = Path(root)
+        self.folder = Path(root)
         self.captions_of = captions_of or self._caption_file
-        self.classes = [name for _, name in _rows(self.root / "classes.txt", 2)]
-        listed = dict(_rows(self.root / "images.txt", 2))
-        labels, part = (self._by_image(name, listed) for name in ("image_class_labels.txt", "train_test_split.txt"))
+        self.classes = [name for _, name in _rows(self.folder / "classes.txt", 2)]
+        listed = dict(_rows(self.folder / "images.txt", 2))
+        labels = self._by_image("image_class_labels.txt", listed)
+        part = self._by_image("train_test_split.txt", listed)
         wanted = {"train": ("1",), "test": ("0",), "all": ("0", "1")}[split]
         kept = [number for number in listed if part[number] in wanted]
         self.ids = np.array(kept, dtype=np.int64)
         self.names = [listed[number] for number in kept]
-        self.labels = np.array([labels[number] for number in kept], dtype=np.int64) - 1
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise ValueError(f"{self.root / 'image_class_labels.txt'}: classes must be in 1..{len(self.classes)}")
+        known = {str(n + 1): n for n in range(len(self.classes))}
+        if unknown := [number for number in kept if labels[number] not in known]:
+            raise ValueError(f"{self.folder / 'image_class_labels.txt'}: image {unknown[0]}: "
+                             f"classes must be in 1..{len(known)}, got {labels[unknown[0]]!r}")
+        chosen = Split(self.names, {listed[number]: known[labels[number]] for number in kept})
+        super().__init__(chosen, self.folder / "images")
 
     def _by_image(self, name: str, listed: dict[str, str]) -> dict[str, str]:
-        table = dict(_rows(self.root / name, 2))
+        table = dict(_rows(self.folder / name, 2))
         if missing := [number for number in listed if number not in table]:
-            raise ValueError(f"{self.root / name}: no line for image {missing[0]} ({len(missing)} missing)")
+            raise ValueError(f"{self.folder / name}: no line for image {missing[0]} "
+                             f"({len(missing)} missing)")
         return table
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def open(self, index: int) -> Image.Image:
-        path = self.root / "images" / self.names[index]
-        try:
-            return Image.open(path)
-        except OSError as error:
-            raise BadImage(f"{path}: {error.strerror or 'not an image'}") from error
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return decode(self.open(index)), int(self.labels[index])
 
     @cached_property
     def boxes(self) -> np.ndarray:
         """(N, 4) float64 x0, y0, x1, y1 in pixels of the original images."""
-        table = _numbers(self.root / "bounding_boxes.txt", 5)
-        rows = {int(row[0]): row[1:] for row in table}
-        if missing := [n for n in self.ids if n not in rows]:
-            raise ValueError(f"{self.root / 'bounding_boxes.txt'}: no box for image {missing[0]}")
-        boxes = np.array([rows[n] for n in self.ids]).reshape(-1, 4)
+        path = self.folder / "bounding_boxes.txt"
+        rows = {int(number): box for number, *box in _numbers(path, 5)}
+        if missing := [number for number in self.ids if number not in rows]:
+            raise ValueError(f"{path}: no box for image {missing[0]} ({len(missing)} missing)")
+        boxes = np.array([rows[number] for number in self.ids]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return boxes
 
     def segmentation(self, index: int) -> Image.Image:
         """The bird, mode L, 0 outside; as large as the image."""
-        return read_segmentation(self.root, self.names[index])
+        path = _beside(self.folder, "segmentations") / Path(self.names[index]).with_suffix(".png")
+        try:
+            with Image.open(path) as image:
+                return image.convert("L")
+        except OSError as error:
+            hint = "" if path.exists() else " (an archive of its own, segmentations.tgz)"
+            raise BadImage(f"{path}: {error.strerror or 'not an image'}{hint}") from error
 
     def captions(self, index: int) -> list[str]:
         return self.captions_of(self.names[index])
 
     def _caption_file(self, name: str) -> list[str]:
-        path = _beside(self.root, "text_c10") / Path(name).with_suffix(".txt")
+        path = _beside(self.folder, "text_c10") / Path(name).with_suffix(".txt")
         try:
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file; captions are no part of CUB-200-2011 (text_c10/), "
-                                    "or pass captions_of") from None
-
-
-def read_segmentation(root: Path, name: str) -> Image.Image:
-    path = _beside(root, "segmentations") / Path(name).with_suffix(".png")
-    try:
-        with Image.open(path) as image:
-            return image.convert("L")
-    except OSError as error:
-        hint = "" if path.exists() else "; segmentations are an archive of their own (segmentations.tgz)"
-        raise BadImage(f"{path}: {error.strerror or 'not an image'}{hint}") from error
+            raise FileNotFoundError(f"{path}: no such file; captions are no part of CUB-200-2011: "
+                                    "fetch text_c10, or pass captions_of") from None
+        return [line.strip() for line in lines if line.strip()]
 
 
 class CUBParts:
-    """Where two bird classes differ: body parts by attributes, and masks of the differing parts in an image.
+    """Where two bird classes differ: body parts by attributes, and masks of them in an image.
 
-    Parts are groups 1 head, 2 back, 3 belly, 4 breast, 5 tail, 6 leg, 7 wing. Every pixel of a size x size image belongs
-    to its nearest visible part; a mask holds the pixels of the differing parts that lie on the bird. All parts of all
-    images are merged at once, and what belongs to an image only is kept for its many pairs.
+    Parts are groups 1 head, 2 back, 3 belly, 4 breast, 5 tail, 6 leg, 7 wing. Every pixel of a
+    size x size image belongs to its nearest visible part; a mask holds the pixels of the differing
+    parts that lie on the bird. What depends on an image alone is kept for its next pairs.
     """
 
     def __init__(self, root: str | Path, size: int = 224):
-        self.root, self.size = Path(root), size
-        self.cub = CUB(root)
-        self.row_of = {name: row for row, name in enumerate(self.cub.names)} | {int(n): row for row, n in enumerate(self.cub.ids)}
-        names_file = _beside(self.root, "attributes/attributes.txt", "attributes.txt")
-        self.attributes = [name for _, name in _rows(names_file, 2, last_is_text=True)]
-        percent = _numbers(self.root / "attributes" / "class_attribute_labels_continuous.txt", len(self.attributes))
+        self.cub, self.size = CUB(root), size
+        folder = self.cub.folder
+        self.row_of = {name: row for row, name in enumerate(self.cub.names)}
+        self.row_of |= {int(number): row for row, number in enumerate(self.cub.ids)}
+        names = _rows(_beside(folder, "attributes/attributes.txt", "attributes.txt"), 2, True)
+        self.attributes = [name for _, name in names]
+        path = folder / "attributes" / "class_attribute_labels_continuous.txt"
+        percent = _numbers(path, len(self.attributes))
         if len(percent) != len(self.cub.classes):
-            raise ValueError(f"{self.root / 'attributes'}/class_attribute_labels_continuous.txt: {len(self.cub.classes)} rows "
-                             f"expected, one per class, got {len(percent)}")
-        self.present = percent >= 50                                              # (classes, attributes)
+            raise ValueError(f"{path}: {len(self.cub.classes)} rows expected, one per class, "
+                             f"got {len(percent)}")
+        self.present = percent >= 50                                              # (C, attributes)
         self.speaks_of = np.array([[any(word in name for word in words) for words in PART_WORDS]
                                    for name in self.attributes]).reshape(-1, len(PART_WORDS))
-        table = _numbers(self.root / "parts" / "part_locs.txt", 5)
+        path = folder / "parts" / "part_locs.txt"
         self.located = np.zeros((len(self.cub), PART_COUNT, 3))                   # x, y, visible
-        for number, part, *values in table:
+        for number, part, *values in _numbers(path, 5):
             if int(number) not in self.row_of or not 1 <= part <= PART_COUNT:
-                raise ValueError(f"{self.root / 'parts' / 'part_locs.txt'}: image {number:g}, part {part:g} does not exist")
+                raise ValueError(f"{path}: image {number:g}, part {part:g} does not exist")
             self.located[self.row_of[int(number)], int(part) - 1] = values
-        self._last = lru_cache(maxsize=8)(self._labels_and_bird)
+        self._kept = lru_cache(maxsize=8)(self._labels_and_bird)
 
     def groups(self, pair: tuple[int, int]) -> list[int]:
         """Part groups in which two classes (from 1) differ, ascending."""
@@ -195,38 +183,43 @@ class CUBParts:
     def pairs_by_difference(self) -> dict[int, list[tuple[int, int]]]:
         """{number of differing parts: pairs (i, j) of classes, i < j, from 1}."""
         first, second = np.triu_indices(len(self.present), 1)
-        differ = self.present[first] != self.present[second]
-        counts = ((differ.astype(np.float32) @ self.speaks_of.astype(np.float32)) > 0).sum(1)
-        return {int(n): [(int(i) + 1, int(j) + 1) for i, j in zip(first[counts == n], second[counts == n])]
+        differ = (self.present[first] != self.present[second]).astype(np.float32)
+        counts = (differ @ self.speaks_of.astype(np.float32) > 0).sum(1)
+        pairs = np.stack([first, second], 1) + 1
+        return {int(n): [tuple(pair) for pair in pairs[counts == n].tolist()]
                 for n in np.unique(counts)}
 
     def mask(self, image: str | int, pair: tuple[int, int]) -> np.ndarray | None:
-        """(size, size) bool; None where no differing part is visible. image: its name or its number in images.txt."""
+        """(size, size) bool, None where no differing part is visible.
+
+        image: its name, or its number in images.txt. pair: classes from 1.
+        """
         if image not in self.row_of:
-            raise ValueError(f"image {image!r} is not in {self.root / 'images.txt'}")
+            raise ValueError(f"image {image!r} is not in {self.cub.folder / 'images.txt'}")
         groups, row = self.groups(pair), self.row_of[image]
-        points, seen = self._points(row)
+        _, seen = self.points(row)
         if not np.isin(POINT_GROUPS[seen], groups).any():
             return None
-        labels, bird = self._last(row)
+        labels, bird = self._kept(row)
         return np.isin(labels, groups) & bird
 
-    def _points(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Merged points (9, 2) int64 x, y in the resized image, and which are visible."""
+    def points(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Merged points (9, 2) int64 x, y in the resized image, of groups POINT_GROUPS, and which
+        of them are visible (9,) bool."""
         with self.cub.open(row) as picture:
-            scale = self.size / np.array(picture.size)
-        place, visible = self.located[row, :, :2] * scale, self.located[row, :, 2] > 0
+            place = self.located[row, :, :2] * (self.size / np.array(picture.size))
+        visible = self.located[row, :, 2] > 0
         head = visible[HEAD_PARTS]
-        middle = place[HEAD_PARTS][head].mean(0, keepdims=True) if head.any() else np.zeros((1, 2))
-        points = np.concatenate([middle, place[OTHER_PARTS]]).astype(np.int64)    # truncates
+        middle = place[HEAD_PARTS][head].mean(0) if head.any() else np.zeros(2)
+        points = np.stack([middle, *place[OTHER_PARTS]]).astype(np.int64)         # truncates
         return points, np.array([head.any(), *visible[OTHER_PARTS]])
 
     def _labels_and_bird(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Part group of each pixel (uint8), and the bird (bool); size x size."""
-        points, seen = self._points(row)
+        points, seen = self.points(row)
         line = np.arange(self.size)
-        x, y = points[seen].T
-        distance = (line - x[:, None])[:, None, :] ** 2 + (line - y[:, None])[:, :, None] ** 2
-        labels = POINT_GROUPS[seen][distance.argmin(0)]                           # the first of equal ones
-        picture = read_segmentation(self.root, self.cub.names[row]).resize((self.size, self.size), Image.Resampling.BICUBIC)
+        x, y = points[seen].T[:, :, None]
+        distance = ((line - x) ** 2)[:, None, :] + ((line - y) ** 2)[:, :, None]
+        labels = POINT_GROUPS[seen][distance.argmin(0)]                           # first of equals
+        picture = self.cub.segmentation(row).resize((self.size,) * 2, Image.Resampling.BICUBIC)
         return labels, np.asarray(picture) > 0

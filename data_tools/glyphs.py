@@ -1,12 +1,13 @@
 """Embedded images whose recognition cue is known: small binary glyphs in noise.
 
     data = glyph_scenes(2000, seed=0)        one glyph of 8 tells the class, three others do not
-    data = mini_birds(2000, seed=0)          12 classes that differ in one, two or three of three parts
+    data = mini_birds(2000, seed=0)          12 classes of three parts, which differ in one to three
 
-    data["images"]   (N, 3, 32, 32) float32, about unit scale     data["labels"]  (N,) int64
-    data["masks"]    (N, 32, 32) bool: box of the class's glyph; mini_birds: (N, 3, 32, 32), box of each part
+    data["images"]   (N, 3, 32, 32) float32, about unit scale
+    data["labels"]   (N,) int64
+    data["masks"]    bool boxes: (N, 32, 32) of the class's glyph, or (N, 3, 32, 32) of each part
 
-The glyphs are the same for every seed, so that a network trained on one set can be tested on another.
+The glyphs are the same for every seed: a network trained on one set can be tested on another.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ def patterns(count: int, seed: int) -> Tensor:
     return torch.rand(count, GLYPH, GLYPH, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
-def _paint(images: Tensor, masks: Tensor, glyphs: Tensor, colors: Tensor, y: Tensor, x: Tensor) -> None:
-    """Add one glyph (N, 7, 7) in a color (N, 3) to each image at (y, x), and mark its box in the masks."""
+def _paint(images: Tensor, masks: Tensor, glyphs: Tensor, colors: Tensor, y: Tensor,
+           x: Tensor) -> None:
+    """Add one glyph (N, 7, 7) in a color (N, 3) to each image at (y, x); mark its box in masks."""
     rows = torch.arange(len(images)).view(-1, 1, 1)
     line = torch.arange(GLYPH)
     ys, xs = y.view(-1, 1, 1) + line.view(1, -1, 1), x.view(-1, 1, 1) + line.view(1, 1, -1)
@@ -37,7 +39,7 @@ def _paint(images: Tensor, masks: Tensor, glyphs: Tensor, colors: Tensor, y: Ten
 def _check(count: int, labels: Tensor | None, classes: int, generator: torch.Generator) -> Tensor:
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
-    drawn = torch.randint(classes, (count,), generator=generator)      # drawn anyway: places and colours stay the same
+    drawn = torch.randint(classes, (count,), generator=generator)      # keeps what follows the same
     if labels is None:
         return drawn
     if labels.shape != (count,) or (count and not 0 <= labels.min() <= labels.max() < classes):
@@ -48,14 +50,15 @@ def _check(count: int, labels: Tensor | None, classes: int, generator: torch.Gen
 
 def glyph_scenes(count: int, seed: int = 0, *, noise: float = 0.3,
                  labels: Tensor | None = None) -> dict[str, Tensor]:
-    """Four glyphs in four of the 4 x 4 cells, in random colours: one of 8 that tell the class, three of 6 others.
+    """Four glyphs in random colours in four of the 4 x 4 cells: one of 8 that tell the class, and
+    three of 6 others.
 
     `labels` (N,) fixes the classes. ValueError: a negative count, labels that do not fit.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = _check(count, labels, CLASSES, generator)
     images = noise * torch.randn(count, 3, SIDE, SIDE, generator=generator)
-    masks = torch.zeros(2, count, SIDE, SIDE, dtype=torch.bool)                # the class's glyph, the others
+    masks = torch.zeros(2, count, SIDE, SIDE, dtype=torch.bool)        # the class's glyph, others
     cells = torch.rand(count, (SIDE // CELL) ** 2, generator=generator).argsort(1)[:, :4]
     others = torch.rand(count, DISTRACTORS, generator=generator).argsort(1)[:, :3] + CLASSES
     glyphs = patterns(CLASSES + DISTRACTORS, seed=1)
@@ -73,7 +76,8 @@ def bird_variants() -> Tensor:
 
 def mini_birds(count: int, seed: int = 0, *, noise: float = 0.4,
                labels: Tensor | None = None) -> dict[str, Tensor]:
-    """One object of three parts at fixed offsets, anywhere in the image; a class is a choice of part variants.
+    """One object of three parts at fixed offsets, anywhere in the image; a class is a choice of
+    variants of the parts.
 
     `labels` (N,) fixes the classes. ValueError: a negative count, labels that do not fit.
     """

@@ -64,7 +64,7 @@ def test_toys(run, tmp_path):
     assert [row["map"] for row in removed["tables"]["R_k"]] == ["gradient", "integrated", "SmoothGrad", "VarGrad", "CAM", "calm-em"]
     found = run(calm_wsol, "wsol", "--preset", "tiny", "--methods", "cam", "calm-em", "--figures", tmp_path / "figures")
     assert {row["map"] for row in found["tables"]["localisation"]} == {"cam", "joint", "posterior", "prior", "superclass"}
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"calm_glyphs.png", "calm_remove.png", "calm_counterfactual_scenes.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"calm_glyphs.png", "calm_remove_glyphs.png", "calm_counterfactual_scenes.png"}
 
 
 def test_photographs_survive_a_kill_and_lend_their_weights(run, tmp_path):

@@ -69,7 +69,7 @@ def test_parts_and_masks_are_those_of_the_released_code(tree, golden):
 def test_merged_parts_are_those_of_the_module(tree, golden):
     parts = cub.CUBParts(tree, size=60)
     for row, (w, h) in enumerate(golden["image_sizes_wh"]):
-        points, seen = parts._points(row)
+        points, seen = parts.points(row)
         expected, ids = calm.merge_cub_parts(parts.located[row], w, h, 60)
         np.testing.assert_array_equal(points[seen], expected.numpy())
         np.testing.assert_array_equal(cub.POINT_GROUPS[seen], ids.numpy())
@@ -112,7 +112,7 @@ def test_batches_through_the_loader(tree):
     ("images.txt", "1 a b c\n", r"images.txt:1: 2 fields expected"),
     ("image_class_labels.txt", "1 1\n", r"image_class_labels.txt: no line for image 2"),
     ("image_class_labels.txt", "".join(f"{n} 900\n" for n in range(1, 100)), r"classes must be in 1\.\."),
-    ("parts/part_locs.txt", "1 1 x 2 1\n", r"part_locs.txt: row 1 must hold numbers"),
+    ("parts/part_locs.txt", "1 1 x 2 1\n", "part_locs.txt: only numbers expected.*'x'"),
     ("parts/part_locs.txt", "1 16 1.0 2.0 1\n", "part 16 does not exist"),
     ("parts/part_locs.txt", "9999 1 1.0 2.0 1\n", "image 9999"),
     ("attributes/class_attribute_labels_continuous.txt", "1 2 3\n", "continuous.txt:1: .* fields expected"),
