@@ -260,11 +260,10 @@ class _Candidates:
         row, column, lower, upper = self.found[0]
         count, value = len(self.limit), (lower + upper) / 2
         if self.screen.exact:
-            least, most = (torch.stack([_kth(row, bound, k, count) for k in ks])
-                           for bound in (lower, upper))
+            least, most = _kth(row, lower, ks, count), _kth(row, upper, ks, count)
             close = ((upper >= least[:, row]) & (lower <= most[:, row])).any(0).nonzero().squeeze(1)
             value[close] = self.exact(row[close], column[close])
-        return torch.stack([_kth(row, value, k, count) for k in ks]).clamp_(min=0)
+        return _kth(row, value, ks, count).clamp_(min=0)
 
 
 def _squared_radii(points: _Points, ks: list[int], screen: _Screen, rows: range,
@@ -323,11 +322,14 @@ def _rank_in_groups(group: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return order, place - torch.where(starts, place, 0).cummax(0).values
 
 
-def _kth(group: Tensor, value: Tensor, k: int, count: int) -> Tensor:
-    """The k-th smallest value of each of the groups 0..count-1; 0 for a group without entries."""
+def _kth(group: Tensor, value: Tensor, ks: list[int], count: int) -> Tensor:
+    """The k-th smallest values (K, count) of groups 0..count-1; 0 for a group without entries."""
     order, rank = _rank_in_groups(group, value)
-    chosen = order[rank == k - 1]
-    return value.new_zeros(count).scatter_(0, group[chosen], value[chosen])
+    out = value.new_zeros(len(ks), count)
+    for row, k in zip(out, ks):
+        chosen = order[rank == k - 1]
+        row[group[chosen]] = value[chosen]
+    return out
 
 
 # ---------------------------------------------------------------- pass 2: who is in whose ball
