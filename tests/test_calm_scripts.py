@@ -1,4 +1,4 @@
-"""The CALM scripts on their smallest preset and on small trees in the real layouts; a killed run goes on to the same figures."""
+"""The CALM scripts on their smallest preset and on small trees; a killed run ends in the same figures."""
 
 import json
 import subprocess
@@ -19,7 +19,20 @@ from test_cub import golden, write_tree  # noqa: F401  (a fixture)
 from data_tools import glyphs, wsol_data
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ["--arch", "small-4", "--size", "16", "--epochs", "2", "--batch", "8", "--lr", "0.05", "--threads", "1"]
+FOLDER = [
+    "--arch",
+    "small-4",
+    "--size",
+    "16",
+    "--epochs",
+    "2",
+    "--batch",
+    "8",
+    "--lr",
+    "0.05",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture
@@ -31,6 +44,7 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
         script.main(["--out", str(tmp_path / out), *map(str, arguments)])
         return json.loads((tmp_path / out / f"{script.__name__}.json").read_text())
+
     yield start
     sys.excepthook = hook
     torch.set_num_threads(threads)
@@ -47,69 +61,215 @@ def image_folder(root, count=10, size=16, classes=3):
                 (root / image_id).parent.mkdir(parents=True, exist_ok=True)
                 pixels = rng.integers(0, 100, (size, size, 3), dtype=np.uint8)
                 x, y = rng.integers(0, size // 2, 2)
-                pixels[y:y + size // 2, x:x + size // 2, label] += 150
+                pixels[y : y + size // 2, x : x + size // 2, label] += 150
                 Image.fromarray(pixels).save(root / image_id)
                 split.image_ids.append(image_id)
                 split.labels[image_id], split.sizes[image_id] = label, (size, size)
                 split.boxes[image_id] = np.array([[x, y, x + size // 2, y + size // 2]])
         wsol_data.write_split(root / "metadata" / name, split)
-    (root / "classes.txt").write_text("".join(f"n{label:08d}\tcolour {label}, hue\n" for label in range(classes)))
+    (root / "classes.txt").write_text(
+        "".join(f"n{label:08d}\tcolour {label}, hue\n" for label in range(classes))
+    )
     return root
 
 
 def test_toys(run, tmp_path):
-    results = run(calm_cub, "cub", "--preset", "tiny", "--methods", "cam", "calm-em", "calm-official", "--figures", tmp_path / "figures")
-    assert [len(results["tables"][t]) for t in ("glyphs", "query", "birds")] == [3, 12, 6] and all(c["holds"] is None for c in results["claims"])
-    removed = run(calm_remove, "remove", "--preset", "tiny", "--samples", "2", "--methods", "cam", "calm-em", "--figures", tmp_path / "figures")
-    assert [row["map"] for row in removed["tables"]["R_k"]] == ["gradient", "integrated", "SmoothGrad", "VarGrad", "CAM", "calm-em"]
-    found = run(calm_wsol, "wsol", "--preset", "tiny", "--methods", "cam", "calm-em", "--figures", tmp_path / "figures")
-    assert {row["map"] for row in found["tables"]["localisation"]} == {"cam", "joint", "posterior", "prior", "superclass"}
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"calm_glyphs.png", "calm_remove_glyphs.png", "calm_counterfactual_scenes.png"}
+    results = run(
+        calm_cub,
+        "cub",
+        "--preset",
+        "tiny",
+        "--methods",
+        "cam",
+        "calm-em",
+        "calm-official",
+        "--figures",
+        tmp_path / "figures",
+    )
+    assert [len(results["tables"][t]) for t in ("glyphs", "query", "birds")] == [3, 12, 6] and all(
+        c["holds"] is None for c in results["claims"]
+    )
+    removed = run(
+        calm_remove,
+        "remove",
+        "--preset",
+        "tiny",
+        "--samples",
+        "2",
+        "--methods",
+        "cam",
+        "calm-em",
+        "--figures",
+        tmp_path / "figures",
+    )
+    assert [row["map"] for row in removed["tables"]["R_k"]] == [
+        "gradient",
+        "integrated",
+        "SmoothGrad",
+        "VarGrad",
+        "CAM",
+        "calm-em",
+    ]
+    found = run(
+        calm_wsol,
+        "wsol",
+        "--preset",
+        "tiny",
+        "--methods",
+        "cam",
+        "calm-em",
+        "--figures",
+        tmp_path / "figures",
+    )
+    assert {row["map"] for row in found["tables"]["localisation"]} == {
+        "cam",
+        "joint",
+        "posterior",
+        "prior",
+        "superclass",
+    }
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "calm_glyphs.png",
+        "calm_remove_glyphs.png",
+        "calm_counterfactual_scenes.png",
+    }
 
 
 def test_photographs_survive_a_kill_and_lend_their_weights(run, tmp_path):
     data = image_folder(tmp_path / "data")
     (tmp_path / "is_a").write_text("top n00000000\ntop n00000001\nother n00000002\n")
-    arguments = ["--data", data, *FOLDER, "--pretrain", 1, "--methods", "cam", "calm-em", "--wordnet", tmp_path / "is_a", "--superclass", "top"]
+    arguments = [
+        "--data",
+        data,
+        *FOLDER,
+        "--pretrain",
+        1,
+        "--methods",
+        "cam",
+        "calm-em",
+        "--wordnet",
+        tmp_path / "is_a",
+        "--superclass",
+        "top",
+    ]
     whole = run(calm_wsol, "whole", *arguments)
-    assert len(whole["tables"]["query"]) == 8 and {"pretrained-cam-seed0", "folder-calm-em-seed0"} <= whole["results"].keys()
-    process = subprocess.Popen([sys.executable, str(ROOT / "benchmarks" / "calm_wsol.py"), "--out", str(tmp_path / "part"), *map(str, arguments),
-                                "--checkpoint-seconds", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert (
+        len(whole["tables"]["query"]) == 8
+        and {"pretrained-cam-seed0", "folder-calm-em-seed0"} <= whole["results"].keys()
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "calm_wsol.py"),
+            "--out",
+            str(tmp_path / "part"),
+            *map(str, arguments),
+            "--checkpoint-seconds",
+            "0",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and not list((tmp_path / "part").glob("folder-*.pt")):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert run(calm_wsol, "part", *arguments, "--checkpoint-seconds", "0", "--resume")["results"] == whole["results"]
-    removed = run(calm_remove, "remove", "--data", data, *FOLDER, "--methods", "cam", "calm-em", "--samples", 1, "--models", tmp_path / "whole",
-                  "--paper", "ImageNet")
+    assert (
+        run(calm_wsol, "part", *arguments, "--checkpoint-seconds", "0", "--resume")["results"]
+        == whole["results"]
+    )
+    removed = run(
+        calm_remove,
+        "remove",
+        "--data",
+        data,
+        *FOLDER,
+        "--methods",
+        "cam",
+        "calm-em",
+        "--samples",
+        1,
+        "--models",
+        tmp_path / "whole",
+        "--paper",
+        "ImageNet",
+    )
     assert [row["paper"] is not None for row in removed["tables"]["R_k"]] == [True] * 6
     with pytest.raises(ValueError, match="no such file; --models"):
-        run(calm_remove, "other", "--data", data, *FOLDER, "--methods", "calm-ml", "--models", tmp_path / "whole")
+        run(
+            calm_remove,
+            "other",
+            "--data",
+            data,
+            *FOLDER,
+            "--methods",
+            "calm-ml",
+            "--models",
+            tmp_path / "whole",
+        )
 
 
 def test_birds_in_the_real_layout(run, tmp_path, golden):  # noqa: F811
     root = write_tree(tmp_path / "CUB_200_2011", golden)
-    results = run(calm_cub, "cub", "--data", root, *FOLDER, "--size", 32, "--batch", 2, "--samples", 1, "--methods", "cam", "calm-em")
+    results = run(
+        calm_cub,
+        "cub",
+        "--data",
+        root,
+        *FOLDER,
+        "--size",
+        32,
+        "--batch",
+        2,
+        "--samples",
+        1,
+        "--methods",
+        "cam",
+        "calm-em",
+    )
     table = {row["map"]: row for row in results["tables"]["cue localisation"]}
-    assert set(table) == {"CAM", "gradient", "integrated", "SmoothGrad", "VarGrad", "calm-em"} and table["CAM"]["paper"] == "24.1 / 28.3 / 32.2"
-    assert results["claims"][0]["holds"] is False             # a toy tree has not the 31, 64 and 96 pairs of CUB
+    assert (
+        set(table) == {"CAM", "gradient", "integrated", "SmoothGrad", "VarGrad", "calm-em"}
+        and table["CAM"]["paper"] == "24.1 / 28.3 / 32.2"
+    )
+    assert (
+        results["claims"][0]["holds"] is False
+    )  # a toy tree has not the 31, 64 and 96 pairs of CUB
 
 
 def test_speed(run):
     results = run(speed_calm, "speed", "--preset", "tiny", "--threads", 1)
-    assert [row["what"] for row in results["tables"]["map"]] == ["classifier, prediction", "CAM prediction", "CAM map", "CALM prediction", "CALM map"]
-    assert {row["map"] for row in results["tables"]["baselines"]} >= {"Grad-CAM", "integrated gradients"}
+    assert [row["what"] for row in results["tables"]["map"]] == [
+        "classifier, prediction",
+        "CAM prediction",
+        "CAM map",
+        "CALM prediction",
+        "CALM map",
+    ]
+    assert {row["map"] for row in results["tables"]["baselines"]} >= {
+        "Grad-CAM",
+        "integrated gradients",
+    }
 
 
 def test_glyphs_are_where_the_masks_say():
     data = glyphs.glyph_scenes(20, seed=3, noise=0.0)
     assert data["images"].shape == (20, 3, 32, 32) and (data["masks"].sum((1, 2)) == 49).all()
-    outside = glyphs.glyph_scenes(20, seed=3, noise=0.0, labels=(data["labels"] + 1) % 8)["images"] - data["images"]
+    outside = (
+        glyphs.glyph_scenes(20, seed=3, noise=0.0, labels=(data["labels"] + 1) % 8)["images"]
+        - data["images"]
+    )
     assert (outside.abs().amax(1).bool() & ~data["masks"]).sum() == 0 and outside.abs().sum() > 0
     birds = glyphs.mini_birds(12, seed=3, noise=0.0, labels=torch.arange(12))
-    assert (birds["images"].amax(1).bool() & ~birds["masks"].any(1)).sum() == 0 and (birds["masks"].sum((2, 3)) == 49).all()
-    assert torch.equal(glyphs.glyph_scenes(4, seed=1)["images"], glyphs.glyph_scenes(4, seed=1)["images"])
-    for call in (lambda: glyphs.glyph_scenes(-1), lambda: glyphs.mini_birds(2, labels=torch.tensor([0, 12]))):
+    assert (birds["images"].amax(1).bool() & ~birds["masks"].any(1)).sum() == 0 and (
+        birds["masks"].sum((2, 3)) == 49
+    ).all()
+    assert torch.equal(
+        glyphs.glyph_scenes(4, seed=1)["images"], glyphs.glyph_scenes(4, seed=1)["images"]
+    )
+    for call in (
+        lambda: glyphs.glyph_scenes(-1),
+        lambda: glyphs.mini_birds(2, labels=torch.tensor([0, 12])),
+    ):
         with pytest.raises(ValueError):
             call()
-
