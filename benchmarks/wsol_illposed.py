@@ -124,7 +124,7 @@ def main(argv=None):
         networks = np.array([[v for k, v in row.items() if k.startswith("net")] for row in step_table])
         figures.line_chart(run.figures / "wsol_illposed.png",
                            {"exact posterior": (list(exact), list(exact.values())),
-                            "network, 3 seeds": (x, networks.mean(1), networks.std(1))}, xlim=(0, 0.75), ylim=(0.75, 1.02),
+                            f"network, {len(networks[0])} seeds": (x, networks.mean(1), networks.std(1))}, xlim=(0, 0.75), ylim=(0.75, 1.02),
                            title="A perfect classifier, and pixel AP", xlabel="p(water | other class) = w0", ylabel="average precision")
         figures.line_chart(run.figures / "wsol_illposed_thresholds.png", curves, title="One method in three calibrations",
                            xlabel="threshold", ylabel="BoxAcc at IoU 50 (%)")

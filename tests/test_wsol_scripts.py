@@ -1,5 +1,6 @@
 """The localization scripts on their smallest preset: results, figures, a kill, two processes, real metadata."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -57,7 +58,7 @@ def test_two_processes_share_training_and_evaluation(tmp_path):
 
 class Alone:
     """What `evaluate` needs of a run of one process."""
-    rank, world_size, device = 0, 1, "cpu"
+    rank, world_size, device, args = 0, 1, "cpu", argparse.Namespace(workers=0)
 
     def sum(self, value):
         return value
