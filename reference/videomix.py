@@ -16,15 +16,14 @@ labels are mixed by volume:
 with r = 1 - lam0, lam0 ~ Beta(alpha, alpha) (in use: alpha from 0.2 to 8), and a uniform centre.
 The box is the same in all frames of a clip: motion stays intact, unlike with a CutMix per frame.
 Boxes are cut off at the border, then counted, so A keeps more than half on average (expected
-pasted volume for alpha = 1: S 0.32, T 0.42, ST 0.24). Here too, with the same call: Mixup,
-FadeMixup (weights linear in time), CutMixup, frame-wise CutMix, Cutout; and RandAugment with one
-draw for all frames. A tuple (slow, fast) of SlowFast's pathways is cut at the same place and time.
+pasted volume for alpha = 1: S 0.32, T 0.42, ST 0.24). With the same call: Mixup, FadeMixup
+(weights linear in time), CutMixup, frame-wise CutMix, Cutout; besides, RandAugment with one draw
+for all frames. A tuple (slow, fast) of SlowFast's pathways is cut at the same place and time.
 
-A box is `(t1, t2, h1, h2, w1, w2)`, half open; `lam` is always the weight of A, the own sample.
-Mix sampled clips after normalisation; re-estimate batch-norm statistics on clean clips before
-testing (`torch.optim.swa_utils.update_bn`). `videomix_localization.py` finds actions in time.
-
-To copy: `sample_cuboid`, `apply_cuboid`, `mix_labels`, or all of it:
+A box is `(t1, t2, h1, h2, w1, w2)`, half open; `lam` is the weight of A, the own sample. Mix
+sampled clips after normalisation, and re-estimate batch-norm statistics on clean clips before a
+test (`torch.optim.swa_utils.update_bn`). To copy: `sample_cuboid`, `apply_cuboid`, `mix_labels`,
+or all of it; `videomix_localization.py` finds actions in time.
 
 >>> mix = VideoMix("S", num_classes=3)
 >>> clips, labels = torch.rand(4, 3, 8, 32, 32), torch.tensor([0, 1, 2, 0])
@@ -47,8 +46,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor, nn
 
 Box = tuple[int, int, int, int, int, int]
-VARIANTS = {"S": (1, 2), "T": (0,), "ST": (0, 1, 2)}          # the axes that are cut
-ROUNDINGS, PLACEMENTS = ("cutmix", "exact"), ("center", "suffix")
+VARIANTS = {"S": (1, 2), "T": (0,), "ST": (0, 1, 2)}      # the axes that are cut
 
 
 def _one_of(name: str, value: Any, accepted: Iterable[str]) -> None:
@@ -75,10 +73,10 @@ def _betas(alpha: float, count: int, generator: torch.Generator | None) -> list[
 
 # ---------------------------------------------------------------- cuboids
 
-def _check_options(variant: str, rounding: str, placement: str = "center") -> None:
+def _check_options(variant: str, rounding: str, placement: str) -> None:
     _one_of("variant", variant, VARIANTS)
-    _one_of("rounding", rounding, ROUNDINGS)
-    _one_of("placement", placement, PLACEMENTS)
+    _one_of("rounding", rounding, ("cutmix", "exact"))
+    _one_of("placement", placement, ("center", "suffix"))
     if placement == "suffix" and variant != "T":
         raise ValueError(f"placement 'suffix' goes with variant 'T', not {variant!r}")
 
@@ -125,8 +123,7 @@ def _check_boxes(boxes: Any, size_thw: Sequence[int], count: int | None = None) 
     rows = torch.as_tensor(boxes).cpu()
     batch = rows.shape[0] if count is None and rows.ndim == 2 else count
     if rows.dtype.is_floating_point or rows.shape not in ((6,), (batch, 6)):
-        raise ValueError(f"boxes must be 6 integers or ({'B' if count is None else count}, 6), "
-                         f"not {rows.dtype} {tuple(rows.shape)}")
+        raise ValueError(f"boxes must be 6 integers, or ({batch or 'B'}, 6), not {[*rows.shape]}")
     rows = rows.reshape(-1, 6).long()
     low, high = rows[:, ::2], rows[:, 1::2]
     wrong = ((low < 0) | (low > high) | (high > torch.tensor(list(size_thw)))).any(1)
@@ -135,15 +132,11 @@ def _check_boxes(boxes: Any, size_thw: Sequence[int], count: int | None = None) 
     return rows
 
 
-def _is_batch(boxes: Any) -> bool:
-    return getattr(boxes, "ndim", 1) == 2
-
-
 def cuboid_lambda(boxes: Box | Tensor, size_thw: Sequence[int]) -> float | Tensor:
     """1 - volume fraction: a float for one box, (B,) float64 for (B, 6)."""
     rows = _check_boxes(boxes, size_thw)
     lam = 1 - (rows[:, 1::2] - rows[:, ::2]).prod(1).double() / math.prod(size_thw)
-    return lam if _is_batch(boxes) else lam.item()
+    return lam if torch.as_tensor(boxes).ndim == 2 else lam.item()
 
 
 def _frame_lambdas(boxes: Box | Tensor, size_thw: Sequence[int]) -> Tensor:
@@ -173,28 +166,44 @@ def _slices(box: Sequence[int]) -> tuple[slice, slice, slice]:
     return tuple(slice(low, high) for low, high in zip(box[::2], box[1::2]))
 
 
+def _cycles(order: list[int]) -> Iterator[list[int]]:
+    """The chains b, order[b], order[order[b]], ... of a permutation."""
+    left = set(range(len(order)))
+    while left:
+        chain = [left.pop()]
+        while order[chain[-1]] in left:
+            chain.append(order[chain[-1]])
+            left.discard(chain[-1])
+        yield chain
+
+
 def apply_cuboid(x: Tensor, boxes: Box | Tensor, perm: Tensor, inplace: bool = False) -> Tensor:
     """Paste the cuboid(s) of x[perm] into x `(B, C, T, H, W)`; boxes: one, or (B, 6) int64.
 
-    Only the cuboids of the partners are gathered, not their clips; with `inplace` nothing else is
-    allocated. Boxes per sample are B slice copies: a mask would read and write the whole batch.
+    With `inplace` only cuboids move, straight to their place along the cycles of the permutation;
+    one clip's cuboid per cycle is kept aside (on a GPU, one box for all: the cuboids of all, in two
+    launches). A mask, or a permuted batch, would read and write all of the clips.
     """
     perm = _check_clips(x, perm)
-    rows = _check_boxes(boxes, x.shape[2:], len(x)).tolist()
-    if not _is_batch(boxes):
-        t, h, w = _slices(rows[0])
-        patch = x[:, :, t, h, w][perm]                # a copy: safe to write over its source
-        out = x if inplace else x.clone()
-        out[:, :, t, h, w] = patch
+    rows, order = _check_boxes(boxes, x.shape[2:], len(x)).tolist(), perm.tolist()
+    if inplace and sorted(order) != list(range(len(x))):
+        raise ValueError(f"perm must be a permutation to mix in place, not {order}")
+    if x.device.type != "cpu" and torch.as_tensor(boxes).ndim == 1:
+        out, place = x if inplace else x.clone(), (slice(None), slice(None), *_slices(rows[0]))
+        out[place] = x[place][perm]
         return out
-    places = [(slice(None), *_slices(row)) for row in rows]
-    patches = [x[b][place] for b, place in zip(perm.tolist(), places)]
-    if inplace:
-        patches = [patch.clone() for patch in patches]
-    out = x if inplace else x.clone()
-    for own, place, patch in zip(out, places, patches):
-        own[place] = patch
-    return out
+    places = [(slice(None), *_slices(row)) for row in rows] * (len(x) if len(rows) == 1 else 1)
+    if not inplace:
+        out = x.clone()
+        for b, partner in enumerate(order):
+            out[b][places[b]] = x[partner][places[b]]
+        return out
+    for chain in _cycles(order):
+        kept = x[chain[0]][places[chain[-1]]].clone()
+        for b in chain[:-1]:
+            x[b][places[b]] = x[order[b]][places[b]]
+        x[chain[-1]][places[chain[-1]]] = kept
+    return x
 
 
 # ---------------------------------------------------------------- blends
@@ -205,31 +214,26 @@ def _weights(lam: float | Tensor, like: Tensor) -> float | Tensor:
         _in_unit("lam", float(lam))
         return float(lam)
     lam = torch.as_tensor(lam)
-    if lam.shape != (len(like),):
-        raise ValueError(f"lam must be a number or ({len(like)},), not {tuple(lam.shape)}")
-    if not ((lam >= 0) & (lam <= 1)).all():
-        raise ValueError(f"lam must be in [0, 1], not {lam.tolist()}")
-    return lam.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+    if lam.shape != (len(like),) or not ((lam >= 0) & (lam <= 1)).all():
+        raise ValueError(f"lam must be a number, or ({len(like)},), in [0, 1], not {lam.tolist()}")
+    return lam.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def _blend(x: Tensor, perm: Tensor, weight: float | Tensor) -> Tensor:
+    perm = _check_clips(x, perm, floating=True)
+    return weight * x + (1 - weight) * x[perm]
 
 
 def mixup_clips(x: Tensor, perm: Tensor, lam: float | Tensor) -> Tensor:
     """lam x + (1 - lam) x[perm] for clips (B, C, T, H, W); lam a number or (B,)."""
-    perm = _check_clips(x, perm, floating=True)
-    lam = _weights(lam, x)
-    return lam * x + (1 - lam) * x[perm]
-
-
-def _blend_frames(x: Tensor, perm: Tensor, weights: Tensor) -> Tensor:
-    perm = _check_clips(x, perm, floating=True)
-    weights = weights.to(x.device, x.dtype).view(1, 1, -1, 1, 1)
-    return weights * x + (1 - weights) * x[perm]
+    return _blend(x, perm, _weights(lam, x))
 
 
 def fade_mixup_clips(x: Tensor, perm: Tensor, lam: float, adj: float) -> Tensor:
     """Mixup whose weight of x at frame t is linspace(lam - adj, lam + adj, T)[t]."""
-    _check_clips(x)
+    _check_clips(x, floating=True)
     lam = _weights(lam, x)
-    return _blend_frames(x, perm, torch.linspace(lam - adj, lam + adj, x.shape[2]))
+    return _blend(x, perm, torch.linspace(lam - adj, lam + adj, x.shape[2]).view(-1, 1, 1).to(x))
 
 
 def _cut_mixup_weight(box: Box, size_thw: Sequence[int], lamt: float, u: float) -> float:
@@ -239,8 +243,8 @@ def _cut_mixup_weight(box: Box, size_thw: Sequence[int], lamt: float, u: float) 
     return lamt * outside if lamt >= 0.5 else lamt * outside + (1 - outside)
 
 
-def cut_mixup_clips(x: Tensor, box: Box, perm: Tensor, lamt: float,
-                    u: float) -> tuple[Tensor, float]:
+def cut_mixup_clips(x: Tensor, box: Box, perm: Tensor, lamt: float, u: float) -> tuple[Tensor,
+                                                                                       float]:
     """CutMixup: mixup with weight `lamt`, and if u < 0.5 one of the two clips pure inside the box
     (the partner for lamt >= 0.5, else the own). Returns clips and the label weight of the own."""
     _in_unit("u", u)
@@ -263,8 +267,7 @@ def _soft_labels(y: Tensor, num_classes: int | None, smoothing: float) -> Tensor
             raise ValueError(f"labels must be in 0..{num_classes - 1}, not {y.tolist()}")
         y = F.one_hot(y.long(), num_classes).float()
     elif y.ndim != 2 or not y.is_floating_point():
-        raise ValueError("y must be (B,) integers or (B, K) floats, "
-                         f"not {y.dtype} {tuple(y.shape)}")
+        raise ValueError(f"y must be (B,) integers or (B, K) floats, not {y.dtype} {[*y.shape]}")
     return (1 - smoothing) * y + smoothing / y.shape[1]
 
 
@@ -293,17 +296,15 @@ def mix_frame_labels(y: Tensor, perm: Tensor, boxes: Box | Tensor, size_thw: Seq
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """mean_b(-sum_k target log softmax(logits)); logits and target (B, K)."""
     if logits.shape != target.shape or logits.ndim != 2:
-        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} "
-                         f"must both be (B, K)")
+        raise ValueError(f"logits {[*logits.shape]} and target {[*target.shape]} must be (B, K)")
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
 def mixed_accuracy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | Tensor) -> float:
     """Mean of lam [prediction = y_a] + (1 - lam) [prediction = y_b], in [0, 1]: logits (B, K),
     y_a and y_b (B,) integers, lam a number or (B,)."""
-    for y in (y_a, y_b):
-        if y.shape != logits.shape[:1] or y.is_floating_point():
-            raise ValueError(f"labels must be (B,) integers, not {y.dtype} {tuple(y.shape)}")
+    if any(y.shape != logits.shape[:1] or y.is_floating_point() for y in (y_a, y_b)):
+        raise ValueError(f"y_a and y_b must be ({len(logits)},) integers")
     hits = [(logits.argmax(1) == y.to(logits.device)).double() for y in (y_a, y_b)]
     lam = _weights(lam, hits[0])
     return (lam * hits[0] + (1 - lam) * hits[1]).mean().item()
@@ -312,22 +313,16 @@ def mixed_accuracy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | Tensor
 # ---------------------------------------------------------------- the augmentations as modules
 
 class MixResult(NamedTuple):
-    """What an augmentation returns.
+    """What an augmentation returns."""
 
-    x: mixed clip(s). target: (B, K). lam: label weight of the own sample, a float, or (B,) float64.
-    perm: (B,) int64. boxes: what was pasted or erased: 6 integers; (B, 6) per sample; (T, 6)
-    frame-wise; None. target_a, target_b: labels as they came in, own and partner's. frame_target:
-    (B, K, T) or None.
-    """
-
-    x: Any
-    target: Tensor
-    lam: float | Tensor
-    perm: Tensor
-    boxes: Any
-    target_a: Tensor
-    target_b: Tensor
-    frame_target: Tensor | None = None
+    x: Any                                # mixed clip, or (slow, fast)
+    target: Tensor                        # (B, K)
+    lam: float | Tensor                   # label weight of the own sample; (B,) float64 per sample
+    perm: Tensor                          # (B,) int64
+    boxes: Any                            # 6 integers; (B, 6) per sample; (T, 6) frame-wise; None
+    target_a: Tensor                      # the labels that came in
+    target_b: Tensor                      # those of the partners
+    frame_target: Tensor | None = None    # (B, K, T)
 
 
 class _Mix(nn.Module):
@@ -338,7 +333,7 @@ class _Mix(nn.Module):
     changes a clip whose frame j stands for frame j * stride of the fast one.
     """
 
-    single_clip = inplace = False                     # whether a batch of one makes sense
+    single_clip = inplace = False         # whether one clip can be augmented; the input overwritten
 
     def __init__(self, alpha: float, prob: float, pairing: str, num_classes: int | None,
                  smoothing: float, allow_single: bool = False, per_sample: bool = False,
@@ -353,16 +348,20 @@ class _Mix(nn.Module):
         _check_options(variant, rounding, placement)
         self.alpha, self.prob, self.pairing, self.per_sample = alpha, prob, pairing, per_sample
         self.num_classes, self.smoothing, self.allow_single = num_classes, smoothing, allow_single
-        self.frame_labels, self.variant = frame_labels, variant
-        self.rounding, self.placement = rounding, placement
+        self.variant, self.rounding, self.placement = variant, rounding, placement
+        self.frame_labels = frame_labels
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], y: Tensor,
                 generator: torch.Generator | None = None) -> MixResult:
         """x: clips (B, C, T, H, W), or (slow, fast); y: (B,) integers or (B, K) soft labels."""
-        slow, fast = x if isinstance(x, (tuple, list)) else (None, x)
-        _check_clips(fast)
+        pathways = isinstance(x, (tuple, list))
+        slow, fast = x if pathways else (x, x)
+        _check_clips(slow), _check_clips(fast)
         count, _, *size = fast.shape
-        stride = 1 if slow is None else _stride(slow, fast)
+        stride = size[0] // max(slow.shape[2], 1)
+        if slow[:, :, :1].shape != fast[:, :, :1].shape or stride * slow.shape[2] != size[0]:
+            raise ValueError(f"slow {[*slow.shape]} and fast {[*fast.shape]} must agree in B, C, H "
+                             f"and W, and the fast frames be a multiple of the slow")
         if len(y) != count:
             raise ValueError(f"y has {len(y)} labels for {count} clips")
         plain = _soft_labels(y, self.num_classes, self.smoothing if self.training else 0.0)
@@ -380,19 +379,19 @@ class _Mix(nn.Module):
             return unchanged
         perm = self._pair(count, generator)
         apply, lam, boxes, frames = self._draw(count, size, perm, generator)
-        if slow is not None:                          # first: it may be a view of the fast one
+        if pathways:                                  # first: it may be a view of the fast one
             shared = slow.untyped_storage().data_ptr() == fast.untyped_storage().data_ptr()
             slow = apply(slow.clone() if self.inplace and shared else slow, stride)
         mixed = apply(fast, 1)
-        return MixResult(mixed if slow is None else (slow, mixed),
+        return MixResult((slow, mixed) if pathways else mixed,
                          mix_labels(y, perm, lam, self.num_classes, self.smoothing), lam,
                          perm.to(fast.device), boxes, y, y[perm.to(y.device)],
                          _mix_over_time(plain, perm, frames) if self.frame_labels else None)
 
     def _pair(self, count: int, generator: torch.Generator | None) -> Tensor:
-        if self.pairing == "flip":
-            return torch.arange(count - 1, -1, -1)
-        return torch.randperm(count, generator=generator)
+        flipped = self.pairing == "flip"
+        return torch.arange(count).flip(0) if flipped else torch.randperm(count,
+                                                                          generator=generator)
 
     def _boxes(self, count: int, size: Sequence[int],
                generator: torch.Generator | None) -> Box | Tensor:
@@ -405,16 +404,6 @@ class _Mix(nn.Module):
         boxes = [sample_cuboid(size, lam, self.variant, self.rounding, self.placement, center)
                  for lam, center in zip(lams, centers)]
         return torch.tensor(boxes) if self.per_sample else boxes[0]
-
-
-def _stride(slow: Tensor, fast: Tensor) -> int:
-    """Frames of the fast pathway per frame of the slow one."""
-    _check_clips(slow)
-    stride = fast.shape[2] // max(slow.shape[2], 1)
-    if slow[:, :, :1].shape != fast[:, :, :1].shape or stride * slow.shape[2] != fast.shape[2]:
-        raise ValueError(f"slow {tuple(slow.shape)} and fast {tuple(fast.shape)} must agree in B, "
-                         f"C, H, W, and the fast frames be a multiple of the slow")
-    return stride
 
 
 def _slower(boxes: Box | Tensor, stride: int) -> Box | Tensor:
@@ -468,7 +457,7 @@ class FadeMixup(_Mix):
         (lam,) = _betas(self.alpha, 1, generator)
         adj = min(lam, 1 - lam) * (2 * _uniform(generator) - 1)
         weights = torch.linspace(lam - adj, lam + adj, size[0])
-        return (lambda clip, stride: _blend_frames(clip, perm, weights[::stride]),
+        return (lambda clip, stride: _blend(clip, perm, weights[::stride].view(-1, 1, 1).to(clip)),
                 lam, None, weights.unsqueeze(0))
 
 
@@ -502,14 +491,14 @@ class FrameCutMix(_Mix):
         places = [sample_cuboid((1, *size[1:]), lam, "S", self.rounding, generator=generator)
                   for _ in range(size[0])]
         boxes = torch.tensor([(t, t + 1, *place[2:]) for t, place in enumerate(places)])
-        pasted = (1 - cuboid_lambda(boxes, size)).sum().item()
+        pasted = (boxes[:, 1::2] - boxes[:, ::2]).prod(1).sum().item()
 
         def apply(clip: Tensor, stride: int) -> Tensor:
             out, partners = clip.clone(), perm.to(clip.device)
             for t, (_, _, h1, h2, w1, w2) in enumerate(boxes[::stride].tolist()):
                 out[:, :, t, h1:h2, w1:w2] = clip[:, :, t, h1:h2, w1:w2][partners]
             return out
-        return apply, 1 - pasted, boxes, None
+        return apply, 1 - pasted / math.prod(size), boxes, None
 
 
 class VideoCutout(_Mix):
@@ -565,25 +554,22 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.AFFINE, matrix, Image.BILINEAR, fillcolor=GREY)
 
 
-def _enhance(kind: type) -> Callable:
-    return lambda im, v: kind(im).enhance(1 + 0.9 * v)
-
-
-# name: op(image, level in [-1, 1])
-_OPS: dict[str, Callable] = {
-    "Identity": lambda im, v: im,
-    "AutoContrast": lambda im, v: ImageOps.autocontrast(im),
-    "Equalize": lambda im, v: ImageOps.equalize(im),
-    "Rotate": lambda im, v: im.rotate(30 * v, resample=Image.BILINEAR, fillcolor=GREY),
-    "Posterize": lambda im, v: ImageOps.posterize(im, max(1, 8 - int(4 * abs(v)))),
-    "Solarize": lambda im, v: ImageOps.solarize(im, 256 - int(256 * abs(v))),
-    "Color": _enhance(ImageEnhance.Color), "Contrast": _enhance(ImageEnhance.Contrast),
-    "Brightness": _enhance(ImageEnhance.Brightness), "Sharpness": _enhance(ImageEnhance.Sharpness),
-    "ShearX": lambda im, v: _affine(im, 1, 0.3 * v, 0, 0, 1, 0),
-    "ShearY": lambda im, v: _affine(im, 1, 0, 0, 0.3 * v, 1, 0),
-    "TranslateX": lambda im, v: _affine(im, 1, 0, 0.45 * v * im.width, 0, 1, 0),
-    "TranslateY": lambda im, v: _affine(im, 1, 0, 0, 0, 1, 0.45 * v * im.height),
-}
+_OPS: list[Callable] = [                  # (image, level in [-1, 1]) -> image
+    lambda im, v: im,
+    lambda im, v: ImageOps.autocontrast(im),
+    lambda im, v: ImageOps.equalize(im),
+    lambda im, v: im.rotate(30 * v, resample=Image.BILINEAR, fillcolor=GREY),
+    lambda im, v: ImageOps.posterize(im, max(1, 8 - int(4 * abs(v)))),
+    lambda im, v: ImageOps.solarize(im, 256 - int(256 * abs(v))),
+    lambda im, v: ImageEnhance.Color(im).enhance(1 + 0.9 * v),
+    lambda im, v: ImageEnhance.Contrast(im).enhance(1 + 0.9 * v),
+    lambda im, v: ImageEnhance.Brightness(im).enhance(1 + 0.9 * v),
+    lambda im, v: ImageEnhance.Sharpness(im).enhance(1 + 0.9 * v),
+    lambda im, v: _affine(im, 1, 0.3 * v, 0, 0, 1, 0),                    # shear along x
+    lambda im, v: _affine(im, 1, 0, 0, 0.3 * v, 1, 0),
+    lambda im, v: _affine(im, 1, 0, 0.45 * v * im.width, 0, 1, 0),        # shift along x
+    lambda im, v: _affine(im, 1, 0, 0, 0, 1, 0.45 * v * im.height),
+]
 
 
 class RandAugment:
@@ -592,22 +578,20 @@ class RandAugment:
 
     def __init__(self, num_ops: int = 2, magnitude: float = 9, consistent: bool = True):
         if num_ops < 0 or not 0 <= magnitude <= 10:
-            raise ValueError(f"num_ops must be >= 0 and magnitude in [0, 10], "
-                             f"not {num_ops} and {magnitude}")
+            raise ValueError(f"num_ops must be >= 0, magnitude 0..10, not {num_ops}, {magnitude}")
         self.num_ops, self.magnitude, self.consistent = num_ops, magnitude, consistent
 
     def __call__(self, clip: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8:
             raise ValueError(f"clip must be uint8 (T, H, W, 3), not {clip.dtype} {clip.shape}")
-        ops = list(_OPS.values())
         shape = (1 if self.consistent else len(clip), self.num_ops)
-        picks = torch.randint(len(ops), shape, generator=generator).expand(len(clip), -1).tolist()
+        picks = torch.randint(len(_OPS), shape, generator=generator).expand(len(clip), -1).tolist()
         signs = torch.randint(2, shape, generator=generator).expand(len(clip), -1).tolist()
         out = np.empty_like(clip)
         for t, frame in enumerate(clip):
             image = Image.fromarray(np.ascontiguousarray(frame))
             for pick, sign in zip(picks[t], signs[t]):
-                image = ops[pick](image, self.magnitude / 10 * (2 * sign - 1))
+                image = _OPS[pick](image, self.magnitude / 10 * (2 * sign - 1))
             out[t] = np.asarray(image)
         return out
 
@@ -637,18 +621,16 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     first, skip, total, warm = 0, 0, epochs * per_epoch, warmup_epochs * per_epoch
     if resume is not None:
-        model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
-        scaler.load_state_dict(resume["scaler"])
+        for key, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
+            part.load_state_dict(resume[key])
         generator.set_state(resume["generator"])
         first, skip = resume["epoch"], resume["batch"]
+    seekable = hasattr(loader, "set_epoch")
     for epoch in range(first, epochs):
-        seekable = hasattr(loader, "set_epoch")
         if seekable:
             loader.set_epoch(epoch, skip)
-        model.train()
-        if mix is not None:
-            mix.train()
+        for module in (model, mix) if mix is not None else (model,):
+            module.train()
         for batch, (x, y, *_) in enumerate(loader, skip if seekable else 0):
             if batch < skip:
                 continue
@@ -667,10 +649,9 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            row = {"step": step, "epoch": epoch, "loss": loss.item(), "lr": rate,
-                   "acc": mixed_accuracy(logits.detach(), y, partner, lam),
-                   "lam": float(torch.as_tensor(lam).mean())}
-            if (yield row) == "state":
+            acc, lam = mixed_accuracy(logits.detach(), y, partner, lam), torch.as_tensor(lam).mean()
+            if (yield {"step": step, "epoch": epoch, "loss": loss.item(), "lr": rate, "acc": acc,
+                       "lam": lam.item()}) == "state":
                 yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                        "scaler": scaler.state_dict(), "generator": generator.get_state(),
                        "epoch": epoch, "batch": batch + 1}
@@ -688,13 +669,12 @@ def evaluate(model: nn.Module, loader: Iterable, num_clips: int = 1, num_crops: 
     model.eval()
     for x, y, *_ in loader:
         x, y = _to(x, device), y.to(device)
-        parts = []
-        for part in x if isinstance(x, tuple) else (x,):
-            part = part.unsqueeze(1) if part.ndim == 5 and views == 1 else part
-            if part.ndim != 6 or part.shape[1] != views:
-                raise ValueError(f"x must be (B, {views}, C, T, H, W), not {tuple(part.shape)}")
-            parts.append(part.flatten(0, 1))
-        logits = model(tuple(parts) if len(parts) > 1 else parts[0])
+        parts = [p.unsqueeze(1) if p.ndim == 5 else p
+                 for p in (x if isinstance(x, tuple) else (x,))]
+        if any(p.ndim != 6 or p.shape[1] != views for p in parts):
+            raise ValueError(f"x must be (B, {views}, C, T, H, W), not {tuple(parts[0].shape)}")
+        parts = tuple(p.flatten(0, 1) for p in parts)
+        logits = model(parts if len(parts) > 1 else parts[0])
         probs = logits.float().softmax(1).unflatten(0, (-1, views)).mean(1)
         best = probs.topk(min(5, probs.shape[1]), dim=1).indices == y.unsqueeze(1)
         top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
@@ -707,10 +687,10 @@ def _demonstrate() -> None:
     generator, size = torch.Generator().manual_seed(0), (64, 256, 256)
     print("pasted volume for alpha = 1: closed form, and mean of 20,000 boxes")
     for variant, expected in (("S", 0.3208), ("T", 0.4167), ("ST", 0.2437)):
-        boxes = [sample_cuboid(size, lam, variant, generator=generator)
-                 for lam in _betas(1.0, 20_000, generator)]
-        volume = 1 - cuboid_lambda(torch.tensor(boxes), size).mean().item()
-        print(f"  {variant:3s} {expected:.4f}   {volume:.4f}")
+        lams = _betas(1.0, 20_000, generator)
+        boxes = torch.tensor([sample_cuboid(size, lam, variant, generator=generator)
+                              for lam in lams])
+        print(f"  {variant:3s} {expected:.4f}   {1 - cuboid_lambda(boxes, size).mean():.4f}")
     fast = torch.rand(4, 3, 32, 16, 16, generator=generator)
     slow, fast = VideoMix("ST", num_classes=4)((fast[:, :, ::4], fast), torch.arange(4)).x
     print("mixed slow pathway = every 4th frame of the fast:", torch.equal(slow, fast[:, :, ::4]))
