@@ -4,11 +4,11 @@
     python benchmarks/wsol_center.py --data METADATA          every split with boxes below METADATA, no image is read
     python benchmarks/wsol_center.py --data METADATA --masks DIR     also PxAP of splits with masks (OpenImages30k)
 
-METADATA is the folder with CUB/test, ILSVRC/test, ... (format: data_tools/wsol_data.py), or any folder with such splits.
+METADATA is the folder with CUB/test, ILSVRC/test, ... or any folder with splits in the format of data_tools/wsol_data.py.
 
-The published table prints 52.5 (ImageNet), 59.7 (CUB) and 45.8 (OpenImages) for this baseline, in a column of MaxBoxAccV2. Those
-of the boxes are another metric, carried over from the first version of the paper: MaxBoxAcc at IoU .5, for ImageNet
-with the first box of each image only. Expected with the released metadata:
+The published table prints 52.5 (ImageNet), 59.7 (CUB) and 45.8 (OpenImages) for this baseline, in a column of
+MaxBoxAccV2. Those of the boxes are another metric, carried over from the first version of the paper: MaxBoxAcc at
+IoU .5, for ImageNet with the first box of each image only. Expected with the released metadata:
 
                                         MaxBoxAcc .3 / .5 / .7        V2
     CUB test                            93.91 / 59.60 / 17.00      56.83
@@ -109,7 +109,8 @@ def main(argv=None):
                 short = center_accuracy(some, split.sizes)[0].max(1)
                 full = as_the_evaluator_counts(some, split.sizes)
                 rows.append({"claim": f"{name}: V2 of 200 images, shortcut and evaluator", "paper": None,
-                             "this run": f"{short.mean():.2f} and {np.mean(full):.2f}", "holds": np.allclose(short, full)})
+                             "this run": f"{short.mean():.2f} and {np.mean(full):.2f}",
+                             "holds": np.allclose(short, full)})
     if run.figures:
         figures.line_chart(run.figures / "wsol_center.png", curves, title="Centre baseline", xlabel="threshold",
                            ylabel="BoxAcc (%)")

@@ -3,12 +3,13 @@
     python benchmarks/wsol_illposed.py [--figures DIR]        about 1 min on one CPU core
 
 1. Ill-posedness. Patches are body, feet (both object), water or other. In images of the class they come with the
-   probabilities .20, .05, .50, .25; elsewhere feet with .05 and water with w0. A perfect classifier knows p(class | patch), and
-   a threshold on it finds the object exactly if and only if every object patch is likelier than every background patch.
-   Water is likelier than feet for w0 < .5: the pixel average precision of the exact posterior is the step .8667 -> 1 at
-   w0 = .5 (until w0 = .7, where feet and other tie). No better classifier helps. A small network trained on rendered patches with image labels follows the step.
-2. The threshold fallacy. The same maps s, s^2 and sqrt(s) are one method in three calibrations. At a fixed threshold their
-   accuracies differ at will; MaxBoxAcc is the same for all.
+   probabilities .20, .05, .50, .25; elsewhere feet with .05 and water with w0. A perfect classifier knows
+   p(class | patch), and a threshold on it finds the object exactly if and only if every object patch is likelier than
+   every background patch. Water is likelier than feet for w0 < .5: the pixel average precision of the exact posterior
+   is the step .8667 -> 1 at w0 = .5 (until w0 = .7, where feet and other tie). No better classifier helps. A small
+   network trained on rendered patches with image labels follows the step.
+2. The threshold fallacy. The same maps s, s^2 and sqrt(s) are one method in three calibrations. At a fixed threshold
+   their accuracies differ at will; MaxBoxAcc is the same for all.
 """
 
 import harness
@@ -44,7 +45,8 @@ def exact_precision(w0: float) -> float:
 def render(kinds: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Noisy 8 x 8 patches (N, 1, 8, 8), one stripe direction or dot pattern per kind."""
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    patterns = torch.stack([torch.sin(1.6 * x), torch.sin(1.6 * y), torch.sin(1.1 * (x + y)), torch.sin(1.6 * x) * torch.sin(1.6 * y)])
+    patterns = torch.stack([torch.sin(1.6 * x), torch.sin(1.6 * y), torch.sin(1.1 * (x + y)),
+                            torch.sin(1.6 * x) * torch.sin(1.6 * y)])
     return (patterns[kinds] + 0.3 * torch.randn(*kinds.shape, 8, 8, generator=generator))[:, None]
 
 
@@ -78,7 +80,8 @@ def calibrations(count: int, seed: int) -> tuple[list[dict], dict]:
     rng, size = np.random.default_rng(seed), 112
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
     centre, width = rng.uniform(-0.5, 0.5, (2, count, 1, 1)), rng.uniform(0.15, 0.5, (2, count, 1, 1))
-    maps = wsol_evaluation.normalize_scoremap(np.exp(-((x - centre[0]) / width[0]) ** 2 - ((y - centre[1]) / width[1]) ** 2))
+    maps = np.exp(-((x - centre[0]) / width[0]) ** 2 - ((y - centre[1]) / width[1]) ** 2)
+    maps = wsol_evaluation.normalize_scoremap(maps)
     boxes = {n: wsol_evaluation.compute_bboxes_from_scoremaps(m, [0.35])[0][0] for n, m in enumerate(maps)}
     rows, curves = [], {}
     for name, power in (("sqrt(s)", 0.5), ("s", 1.0), ("s^2", 2.0)):
@@ -114,9 +117,10 @@ def main(argv=None):
             {"claim": "AP of the exact posterior for .5 < w0 < .7", "paper": 1.0, "this run": exact[0.6],
              "holds": all(abs(v - 1) < 1e-12 for w, v in exact.items() if 0.5 < w < 0.7)},
             {"claim": "trained network, mean for w0 < .5 / > .5", "paper": None,
-             "this run": f"{np.mean(below):.4f} / {np.mean(above):.4f}", "holds": None if tiny else np.mean(below) < np.mean(above)},
-            {"claim": "BoxAcc(.5) of s^2 .. sqrt(s), the same maps", "paper": None, "this run": f"{min(fixed):.1f} .. {max(fixed):.1f}",
-             "holds": max(fixed) - min(fixed) > 20},
+             "this run": f"{np.mean(below):.4f} / {np.mean(above):.4f}",
+             "holds": None if tiny else max(below) < min(above)},
+            {"claim": "BoxAcc(.5) of s^2 .. sqrt(s), the same maps", "paper": None,
+             "this run": f"{min(fixed):.1f} .. {max(fixed):.1f}", "holds": max(fixed) - min(fixed) > 20},
             {"claim": "MaxBoxAcc of s^2 .. sqrt(s)", "paper": None, "this run": f"{min(best):.1f} .. {max(best):.1f}",
              "holds": max(best) - min(best) < 1}]
     if run.figures:
@@ -124,10 +128,11 @@ def main(argv=None):
         networks = np.array([[v for k, v in row.items() if k.startswith("net")] for row in step_table])
         figures.line_chart(run.figures / "wsol_illposed.png",
                            {"exact posterior": (list(exact), list(exact.values())),
-                            f"network, {len(networks[0])} seeds": (x, networks.mean(1), networks.std(1))}, xlim=(0, 0.75), ylim=(0.75, 1.02),
-                           title="A perfect classifier, and pixel AP", xlabel="p(water | other class) = w0", ylabel="average precision")
-        figures.line_chart(run.figures / "wsol_illposed_thresholds.png", curves, title="One method in three calibrations",
-                           xlabel="threshold", ylabel="BoxAcc at IoU 50 (%)")
+                            f"network, {len(networks[0])} seeds": (x, networks.mean(1), networks.std(1))},
+                           xlim=(0, 0.75), ylim=(0.75, 1.02), title="A perfect classifier, and pixel AP",
+                           xlabel="p(water | other class) = w0", ylabel="average precision")
+        figures.line_chart(run.figures / "wsol_illposed_thresholds.png", curves,
+                           title="One method in three calibrations", xlabel="threshold", ylabel="BoxAcc at IoU 50 (%)")
     run.finish(rows=rows, tables={"step": step_table, "calibration": fallacy})
 
 
