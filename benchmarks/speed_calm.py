@@ -252,16 +252,24 @@ def main(argv: list[str] | None = None) -> None:
     images = torch.randn(size, generator=generator).to(run.device)
     labels = torch.randint(1000, (run.args.batch,), generator=generator).to(run.device)
     model, heads = networks(run)
-    tables: dict[str, list[dict]] = {"loss": loss_table(run), "map": [], "baselines": []}
     on_cpu = run.device.type == "cpu"
-    for count in sorted({1, torch.get_num_threads()}) if on_cpu else [torch.get_num_threads()]:
-        torch.set_num_threads(count)
-        run.log(f"{count} threads ...")
-        for name, table in (("map", map_table(run, model, heads, images, labels)),
-                            ("baselines", baseline_table(run, model, images, labels))):
-            tables[name] += [{"threads": count, **row} for row in table]
+    counts = sorted({1, torch.get_num_threads()}) if on_cpu else [torch.get_num_threads()]
+    parts = {("loss", None): lambda: loss_table(run)}
+    for count in counts:
+        parts["map", count] = lambda: map_table(run, model, heads, images, labels)
+        parts["baselines", count] = lambda: baseline_table(run, model, images, labels)
     if not on_cpu:
-        tables["training"] = training_table(run)
+        parts["training", None] = lambda: training_table(run)
+    tables: dict[str, list[dict]] = {}
+    for (table, count), measure in parts.items():
+        name = table if count is None else f"{table}-{count}-threads"
+        if run.recorded(name) is None:
+            run.log(f"{name} ...")
+            if count is not None:
+                torch.set_num_threads(count)
+            run.record(name, measure())
+        threads = {} if count is None else {"threads": count}
+        tables.setdefault(table, []).extend({**threads, **row} for row in run.recorded(name))
     packages = sorted({row["package"] for row in tables["baselines"]} - {"this project"})
     run.log(f"packages beside this project: {', '.join(packages) or 'none is installed'}")
     run.finish(claims_of(tables), tables, packages=packages)

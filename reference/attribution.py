@@ -91,7 +91,7 @@ def _check(images: Tensor, targets: Any, output: str) -> tuple[Tensor, bool]:
     if targets.ndim > 2 or len(targets) != len(images):
         raise ValueError(f"targets must be an int, ({len(images)},) or ({len(images)}, n), "
                          f"not {tuple(targets.shape)}")
-    return targets.long().view(len(images), -1), targets.ndim == 1
+    return targets.long().reshape(len(images), *targets.shape[1:] or (1,)), targets.ndim == 1
 
 
 def _at(scores: Tensor, targets: Tensor) -> Tensor:
@@ -566,6 +566,8 @@ def remove_and_classify(model: nn.Module, loader: Iterable,
     counts, whole, total = torch.zeros(2, len(fractions), dtype=torch.float64), 0, 0
     with _evaluating(model):
         for images, labels, *_ in loader:
+            if images.ndim != 4:
+                raise ValueError(f"loader must give images (B, C, H, W), not {tuple(images.shape)}")
             size, count = tuple(images.shape[2:]), len(images)
             with torch.enable_grad():                         # gradient maps need it
                 maps = map_fn(images, labels).detach().float()

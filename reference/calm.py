@@ -103,7 +103,7 @@ def _class_index(classes: Any, logits: Tensor) -> tuple[Tensor, bool]:
     if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) <= last:
         raise ValueError(f"classes must be in 0..{last}, "
                          f"found {int(classes.min())}..{int(classes.max())}")
-    return classes.view(count, -1), classes.ndim == 1
+    return classes.reshape(count, *classes.shape[1:] or (1,)), classes.ndim == 1
 
 
 class CALMOutput:
@@ -329,10 +329,9 @@ def calm_loss(output: CALMOutput | CAMOutput, labels: Tensor, method: str = "em"
         losses = -output._with_prior(labels, output._log_h()).flatten(1).logsumexp(1)
     else:
         log_joint = output.log_joint(labels).flatten(1)
-        if posterior is not None and posterior.flatten(1).shape != log_joint.shape:
-            raise ValueError(f"posterior must be {(batch, *output.logits.shape[2:])}, "
-                             f"not {tuple(posterior.shape)}")
         if posterior is not None:
+            if posterior.shape != (expected := (batch, *output.logits.shape[2:])):
+                raise ValueError(f"posterior must be {expected}, not {tuple(posterior.shape)}")
             q = posterior.detach().flatten(1)
         elif output.epsilons and temperature == 1:
             q = output.posterior(labels).detach().flatten(1)

@@ -412,6 +412,11 @@ def test_bad_input(case):
         (lambda: at.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"),
         (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
         (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"),
+        (
+            lambda: at.remove_and_classify(net, [(images[0], labels)], None, [0.5]),
+            ValueError,
+            "loader must give images",
+        ),
         (lambda: at.remove_and_classify(net, [], None, [0.5]), ValueError, "loader is empty"),
         (
             lambda: at.remove_and_classify(net, [(images, labels)], lambda x, y: x, [0.5]),

@@ -1,4 +1,4 @@
-"""The CALM scripts on their smallest preset and on small trees; a killed run ends in the same figures."""
+"""The CALM scripts on their smallest preset and on small trees; a killed run ends alike."""
 
 import json
 import subprocess

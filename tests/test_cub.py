@@ -1,4 +1,4 @@
-"""CUB-200-2011 in its real layout, written small: what is read, and what is said of broken trees."""
+"""CUB-200-2011 in its real layout, written small: what is read, what is refused."""
 
 import shutil
 from pathlib import Path
