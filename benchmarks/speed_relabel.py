@@ -1,37 +1,50 @@
-"""Cost of LabelPooling: sparse and separable (this project) against the dense map and RoIAlign of the released code.
+"""Cost of pooled labels: sparse pooling against the dense way, packed store against files.
 
-    python benchmarks/speed_relabel.py                    # one thread, then all; B = 256, C = 1000, 15 x 15 top-5; a minute
+    python benchmarks/speed_relabel.py           # B = 256, C = 1000, 15 x 15 top-5; a minute
     python benchmarks/speed_relabel.py --batch 1024 --device cuda
 
-Both give the same targets (checked first). The dense way scatters the scores into (B, 1000, 15, 15), calls RoIAlign
-(torchvision's compiled one when it is installed, else the one of reference/relabel.py) and a softmax. Memory is the
-peak of the allocations during one call. The floor is reading the stored maps and writing the targets.
+Pooling: both ways give the same targets (checked first). The dense way scatters the scores into (B,
+1000, 15, 15), calls RoIAlign (torchvision's compiled one when it is installed, else the one of
+reference/relabel.py) and a softmax. The floor copies the maps and writes the targets. On one CPU
+thread times are CPU times of the process, otherwise wall times; calls are interleaved, figures are
+medians. Memory is the peak of what torch allocates during a call.
+
+Reading: a batch of maps at random from the packed store, and from one released `.pt` file per
+image.
 """
 
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import harness
 import torch
+from relabel_generate import stopwatch
 
+from data_tools.label_maps import LabelMaps, StoreWriter, generate, read_released, unpack
 from reference import relabel
 
 try:
     import torchvision
     torchvision.ops.roi_align(torch.zeros(1, 1, 2, 2), torch.zeros(1, 5), 1)
-    compiled_roi_align = torchvision.ops.roi_align
-except Exception:                                             # not installed, or without its compiled operators
-    compiled_roi_align = None
+    peer_roi_align, peer = torchvision.ops.roi_align, f"torchvision {torchvision.__version__}"
+except Exception:  # not installed, or without its compiled operators
+    peer_roi_align, peer = relabel.roi_align, "RoIAlign of relabel.py, no torchvision here"
 
 
-def dense_pooling(topk: torch.Tensor, coords: torch.Tensor, num_classes: int = 1000) -> torch.Tensor:
+def dense_pooling(topk: torch.Tensor, coords: torch.Tensor,
+                  num_classes: int = 1000) -> torch.Tensor:
     """The released way, axes put right."""
     maps = topk.new_zeros(len(topk), num_classes, *topk.shape[3:])
     maps.scatter_(1, topk[:, 1].long(), topk[:, 0])
+    rows, columns = topk.shape[3:]
     top, left, height, width = coords.to(topk.dtype).T
     index = torch.arange(len(topk), dtype=topk.dtype, device=topk.device)
-    boxes = torch.stack([index, left * 15 - 0.5, top * 15 - 0.5, (left + width) * 15 - 0.5, (top + height) * 15 - 0.5], 1)
-    return (compiled_roi_align or relabel.roi_align)(maps, boxes, (1, 1))[:, :, 0, 0].softmax(1)
+    boxes = torch.stack([index, left * columns, top * rows, (left + width) * columns,
+                         (top + height) * rows], 1)
+    boxes[:, 1:] -= 0.5
+    return peer_roi_align(maps, boxes, (1, 1))[:, :, 0, 0].softmax(1)
 
 
 def peak_bytes(function, device: torch.device) -> int:
@@ -41,7 +54,8 @@ def peak_bytes(function, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -51,49 +65,94 @@ def peak_bytes(function, device: torch.device) -> int:
     return peak
 
 
-def measure(function, device: torch.device) -> float:
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+def interleaved(functions: dict, repeats: int, clock, label: str, run: harness.Run) -> dict:
+    """{name: times of a call in ms}; in rounds of 50 ms, or one call, each."""
+    times, calls = {name: [] for name in functions}, {}
+    for _ in run.progress(range(repeats + 1), label=label):
+        for name, function in functions.items():
+            began = clock()
+            for _ in range(calls.get(name, 1)):
+                function()
+            times[name].append(1000 * (clock() - began) / calls.get(name, 1))
+            calls.setdefault(name, max(1, int(50 / times[name][0])))
+    return {name: samples[1:] for name, samples in times.items()}  # the first round warms up
+
+
+def pooling(run: harness.Run, topk, coords, repeats: int) -> tuple[list[dict], dict]:
+    """Rows of the table, {threads: ratio of times} and the ratio of memory under "memory"."""
+    def floor():
+        return topk.clone(), topk.new_ones(len(topk), 1000)
+    ways = {"sparse": lambda: relabel.label_pooling(topk, coords),
+            "dense": lambda: dense_pooling(topk, coords), "floor": floor}
+    table, ratios = [], {}
+    every = torch.get_num_threads()
+    for threads in sorted({1, every}) if run.device.type == "cpu" else (every,):
+        torch.set_num_threads(threads)
+        times = interleaved(ways, repeats, stopwatch(run), f"pooling, {threads} threads", run)
+        peaks = {name: peak_bytes(function, run.device) for name, function in ways.items()}
+        table += [{"way": name, "threads": threads, "ms": statistics.median(samples),
+                   "best ms": min(samples), "peak MB": peaks[name] / 1e6}
+                  for name, samples in times.items()]
+        ratios[threads] = statistics.median(d / s for d, s in zip(times["dense"], times["sparse"]))
+        ratios["memory"] = peaks["dense"] / peaks["sparse"]
+    torch.set_num_threads(every)
+    return table, ratios
+
+
+def reading(run: harness.Run, topk, repeats: int) -> list[dict]:
+    """Store and files of the same maps in a temporary folder."""
+    names = [f"n{row % 10:08d}/n{row % 10:08d}_{row}.JPEG" for row in range(len(topk))]
+    with tempfile.TemporaryDirectory() as folder:
+        store, tree = Path(folder, "store"), Path(folder, "tree")
+        k, height, width = topk.shape[2:]
+        writer = StoreWriter(store, names, k=k, height=height, width=width, num_classes=1000)
+        maps = topk.cpu().half().float()
+        for done in (generate(lambda rows: maps[rows], writer), unpack(store, tree)):
+            for _ in done:
+                pass
+        packed, files = LabelMaps(store), sorted(tree.glob("*/*.pt"))
+        order = torch.randperm(len(topk), generator=torch.Generator().manual_seed(0)).tolist()
+        ways = {"packed store": lambda: packed[order],
+                "one file per image": lambda: torch.stack([read_released(files[i]) for i in order])}
+        times = interleaved(ways, repeats, time.perf_counter, "reading", run)
+        size = {"packed store": store.rglob("*"), "one file per image": files}
+        return [{"maps": name, "ms per batch": statistics.median(samples),
+                 "bytes per image": sum(f.stat().st_size for f in size[name]) / len(topk)}
+                for name, samples in times.items()]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=31)
     run = harness.start(parser, argv)
-    batch, repeats = (8, 3) if run.args.preset == "tiny" else (run.args.batch, run.args.repeats)
+    tiny = run.args.preset == "tiny"
+    batch, repeats = (8, 3) if tiny else (run.args.batch, run.args.repeats)
     generator = torch.Generator().manual_seed(run.seeds[0])
     scores = torch.randn(batch, 5, 15, 15, generator=generator).mul(3).add(8)
     classes = torch.rand(batch, 1000, 15, 15, generator=generator).topk(5, dim=1).indices
     topk = torch.stack([scores.sort(1, descending=True).values, classes.float()], 1).to(run.device)
     crop = relabel.RandomResizedCropWithCoords(224, generator=generator)
-    coords = torch.tensor([(i / 375, j / 500, h / 375, w / 500) for i, j, h, w in (crop.choose(500, 375) for _ in range(batch))],
-                          dtype=torch.float64, device=run.device)
-    sparse, dense = lambda: relabel.label_pooling(topk, coords), lambda: dense_pooling(topk, coords)      # noqa: E731
-    # float32 boxes can take one sample row more or less than float64 ones: such rows may differ
-    gaps = (sparse() - dense()).abs().amax(1)
-    table, ratios = [], {}
-    for threads in ([1, torch.get_num_threads()] if run.device.type == "cpu" and torch.get_num_threads() > 1 else [1]):
-        torch.set_num_threads(threads)
-        times = {"sparse": [], "dense": []}
-        for _ in run.progress(range(repeats), label=f"{threads} threads"):
-            times["sparse"].append(measure(sparse, run.device))
-            times["dense"].append(measure(dense, run.device))
-        for name, function in (("sparse", sparse), ("dense", dense)):
-            table.append({"way": name, "threads": threads, "ms": 1000 * statistics.median(times[name]),
-                          "peak MB": peak_bytes(function, run.device) / 1e6})
-        ratios[threads] = statistics.median(d / s for s, d in zip(times["sparse"], times["dense"]))
-    floor = batch * (2 * 5 * 225 * 4 + 1000 * 4)
-    memory = table[1]["peak MB"] / table[0]["peak MB"]
-    peer = "torchvision's compiled RoIAlign" if compiled_roi_align else "no compiled torchvision here: the RoIAlign of relabel.py"
-    run.log(f"dense way with {peer}; floor {floor / 1e6:.1f} MB moved; targets agree to 1e-5 in {(gaps < 1e-5).float().mean():.1%} of the rows")
-    run.finish([{"claim": f"times faster than dense, {threads} threads", "paper": None, "this run": ratio, "holds": ratio >= 100}
-                for threads, ratio in ratios.items()]
-               + [{"claim": "times less memory than dense", "paper": None, "this run": memory, "holds": memory >= 100}],
-               {"pooling": table}, floor_bytes=floor, peer=peer)
+    coords = torch.tensor([crop.choose(500, 375) for _ in range(batch)], dtype=torch.float64)
+    coords = (coords / torch.tensor([375, 500, 375, 500])).to(run.device)
+    # float32 boxes can take one row of samples more or less than float64 ones: such rows may differ
+    gaps = (relabel.label_pooling(topk, coords) - dense_pooling(topk, coords)).abs().amax(1)
+    agree = float((gaps < 1e-5).float().mean())
+    table, ratios = pooling(run, topk, coords, repeats)
+    files = reading(run, topk, min(repeats, 5))
+    claims = [{"claim": "share of targets that agree to 1e-5", "paper": None, "this run": agree,
+               "holds": agree > 0.8}]
+    claims += [{"claim": f"times less memory than dense ({peer})" if what == "memory"
+                else f"times faster than dense, {what} threads ({peer})", "paper": None,
+                "this run": ratio, "holds": None if tiny else ratio >= 100}
+               for what, ratio in ratios.items()]
+    size = files[0]["bytes per image"] / 1000
+    claims += [{"claim": "times faster to read than files", "paper": None, "holds": None,
+                "this run": files[1]["ms per batch"] / files[0]["ms per batch"]},
+               {"claim": "kB per image (15 x 15, top-5), at most 4.6", "paper": 9.4,
+                "this run": size, "holds": None if tiny else size <= 4.6}]
+    run.finish(claims, {"pooling": table, "reading": files}, peer=peer,
+               floor_bytes=batch * (2 * 5 * 225 * 4 + 1000 * 4))
 
 
 if __name__ == "__main__":

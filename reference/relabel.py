@@ -256,21 +256,25 @@ def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: s
         top, left, height, width = left, top, width, height
     a = axis_weights(top * rows - 0.5, (top + height) * rows - 0.5, rows)
     b = axis_weights(left * columns - 0.5, (left + width) * columns - 0.5, columns)
+    a, b = a.transpose(1, 2).unsqueeze(1), b.unsqueeze(1)  # (B, 1, h, 1), (B, 1, 1, w)
     out = topk.new_empty(len(topk), num_classes)
-    block = 32 if topk.device.type == "cpu" else 1024  # images at a time: sums stay in the cache
-    first = num_classes * torch.arange(block, dtype=torch.int32, device=topk.device)
-    first = first.view(-1, 1, 1, 1)
-    for part in (slice(start, start + block) for start in range(0, len(topk), block)):
-        scores, classes = topk[part].unbind(1)
-        values = scores.to(torch.float64, copy=True)
-        values *= (a[part].transpose(1, 2) * b[part]).unsqueeze(1)         # (n, k, h, w)
-        place = classes.int()  # int32, then int64: faster than at once
-        place += first[:len(place)]
-        sums = values.new_zeros(len(values) * num_classes)  # one axis: deterministic on request
-        sums.scatter_add_(0, place.flatten().long(), values.flatten())
-        pooled = sums.view(-1, num_classes).to(_work_dtype(topk.dtype))
-        out[part] = pooled.softmax(1) if softmax else pooled
+    # Some images at a time: sums stay in the cache, and each operation has enough to do.
+    block = 44 if topk.device.type == "cpu" else 1024
+    parts = (t.split(block) for t in (topk[:, 0], topk[:, 1], a, b, out))
+    for scores, classes, y, x, targets in zip(*parts):
+        sums = _class_sums(scores, classes, y * x, num_classes)
+        targets.copy_(sums.softmax(1, _work_dtype(topk.dtype)) if softmax else sums)
+        del sums  # memory at the peak: the result's and one block's
     return out
+
+
+def _class_sums(scores: Tensor, classes: Tensor, cells: Tensor, num_classes: int) -> Tensor:
+    """`(n, C)` float64 sums of scores (n, k, h, w), weighted with cells (n, 1, h, w) float64."""
+    values = (scores * cells).flatten()
+    first = num_classes * torch.arange(len(scores), dtype=torch.int32, device=scores.device)
+    place = classes.int().add_(first.view(-1, 1, 1, 1)).long().flatten()  # via int32: faster
+    sums = values.new_zeros(len(scores) * num_classes)  # one axis: deterministic on request
+    return sums.scatter_add_(0, place, values).view(-1, num_classes)
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
