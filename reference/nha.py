@@ -18,7 +18,7 @@ NHA learns one from trajectories without knowing the modes, how many there are, 
 The file is read in that order after its tools: ODE solvers whose step sizes, time grids, events and
 failures belong to each sample of a batch (`odeint`, `odeint_event`), hybrid simulation
 (`odeint_hybrid`), systems with exact laws (`RenoTCP`), spline flows (`ConditionalFlow1d`).
-Copy the solver part ("ODE solvers" to "systems") alone if that is all you need.
+Copy the solver part ("ODE solvers" to "events") alone if that is all you need.
 
 Conventions: states are (B, n), solutions (T, B, n), times float64 whatever the state's dtype. Fields,
 guards, intensities and jumps are row-wise functions of (t (B,), x (B, n)); they may be called on a
@@ -43,6 +43,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; available: {', '.join(choices)}")
+
+
+def _check_positive(**values: float | None) -> None:
+    """Numbers above 0 (whole ones: at least 1); None stands for "not given"."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, not {value}")
+
 
 # ---- ODE solvers ---------------------------------------------------------------------------------
 # Runge-Kutta: k_i = f(t + c_i h, y + h sum_j a_ij k_j), y(t + h) = y + h sum_i b_i k_i; the rows below
@@ -97,16 +110,14 @@ class Tableau(NamedTuple):
     a: Tensor           # (S, S) strictly lower triangular
     b: Tensor           # (S,)
     error: Tensor       # (S,)
-    dense: Tensor       # (S, 4) float64: y(t + theta h) = y + h sum_i (sum_p dense_ip theta^p) k_i
+    dense: Tensor | None  # (S, 4) float64: y(t + theta h) = y + h sum_i (sum_p dense_ip theta^p) k_i
 
 
 @lru_cache(maxsize=64)
 def _tableau(method: str, dtype: torch.dtype, device: torch.device) -> Tableau:
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
+    _check_choice("method", method, tuple(METHODS))
     m = METHODS[method]
-    stages = len(m["c"]) + 1
-    double = lambda rows: torch.tensor(rows, dtype=torch.float64)
+    stages, double = len(m["c"]) + 1, lambda rows: torch.tensor(rows, dtype=torch.float64)
     a = double([[0.0] * stages] + [row + [0.0] * (stages - len(row)) for row in m["a"]])
     b, error, dense = double(m["b"]) if "b" in m else a[-1], torch.zeros(stages), None
     if "error" in m:
@@ -119,8 +130,8 @@ def _tableau(method: str, dtype: torch.dtype, device: torch.device) -> Tableau:
                                  5 * first - 3 * last + 14 * b - 32 * mid,
                                  2 * last - 2 * first - 8 * b + 16 * mid], 1)
         dense = dense.to(device, torch.float64)
-    return Tableau(m["order"], double([0.0] + m["c"]).to(device), *(
-        v.to(device, dtype) for v in (a, b, error)), dense)
+    a, b, error = (v.to(device, dtype) for v in (a, b, error))
+    return Tableau(m["order"], double([0.0] + m["c"]).to(device), a, b, error, dense)
 
 
 class Stats(NamedTuple):
@@ -138,8 +149,8 @@ class Solution(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """Accepted steps of all samples, packed: step r of sample s is row base[r] + place[s]. Samples with
-    more steps have lower places, so that the rows of step r + 1 continue the first rows of step r."""
+    """Accepted steps of all samples, packed: step r of sample s is row base[r] + place[s]. Samples
+    with more steps have lower places: the rows of step r + 1 continue the first rows of step r."""
     offset: Tensor      # (N,) float64: signed time from the sample's start to the start of the step
     h: Tensor           # (N,) float64, signed
     y: Tensor           # (N, n) state at the start of the step
@@ -161,7 +172,7 @@ def _rms(x: Tensor, shared: bool) -> Tensor:
 
 
 def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, tab: Tableau):
-    """One step of size h (B,) from (t, y), fy = f(t, y): the last stage's input, its slope, all h k."""
+    """One step of size h (B,) from (t, y), fy = f(t, y): last stage's input, its slope, all h k."""
     scale = h.to(y.dtype)[:, None]
     times = (t + tab.c[:, None] * h).to(y.dtype)
     hk = y.new_empty(len(tab.c), *y.shape)
@@ -180,83 +191,42 @@ def _first_step(f, t, y, fy, sign, tab, rtol, atol, shared) -> Tensor:
     d0, d1 = _rms(y / scale, shared), _rms(fy / scale, shared)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
     f1 = f((t + sign * h0).to(y.dtype), y + (sign * h0).to(y.dtype)[:, None] * fy)
-    d2 = _rms((f1 - fy) / scale, shared) / h0
-    largest = torch.maximum(d1, d2)
-    h1 = torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / largest) ** (1 / tab.order))
+    largest = torch.maximum(d1, _rms((f1 - fy) / scale, shared) / h0)
+    h1 = (0.01 / largest) ** (1 / tab.order)
+    h1 = torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1)
     return torch.minimum(100 * h0, h1)
 
 
-class _Watch:
-    """Watches the guards of `_march`: which changed sign during a step, and between which fractions."""
-    FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-
-    def __init__(self, guard: Callable, direction: Tensor, t: Tensor, y: Tensor, fy: Tensor):
-        self.guard, self.direction = guard, direction
-        g, rate = _along_flow(guard, t, y, fy)
-        # Right after an event the guard is zero up to rounding: the side it leaves to counts.
-        near = g.abs() <= 1e-9 * rate.abs() * t.abs().clamp(min=1.0)[:, None].to(g)
-        self.side = torch.where(near, rate, g).sign()
-        self.hit = torch.zeros_like(g, dtype=torch.bool)
-        self.before, self.bracket = torch.zeros_like(g), torch.zeros_like(g)
-
-    def __call__(self, rows, t, h, y, hk, ok, tab) -> Tensor:
-        theta = torch.tensor(self.FRACTIONS, dtype=torch.float64, device=y.device)
-        states = y + torch.einsum("qs,smn->qmn", _dense_weights(theta, tab).to(y.dtype), hk)
-        times = (t + theta[:, None] * h).to(y.dtype)
-        g = self.guard(times.reshape(-1), states.reshape(-1, y.shape[1])).reshape(len(theta), len(rows), -1)
-        side, hit = self.side[rows], torch.zeros_like(g[0], dtype=torch.bool)
-        before, bracket = side, torch.zeros_like(g[0])
-        for q, new in enumerate(g.sign()):
-            new = torch.where(new == 0, side, new)
-            crossed = (new != side) & (side != 0) & ((self.direction == 0) | (self.direction == new))
-            crossed &= ~hit & ok[:, None]
-            hit |= crossed
-            before, bracket = torch.where(crossed, side, before), torch.where(crossed, q * 0.25, bracket)
-            side = new
-        self.side[rows] = torch.where(ok[:, None], side, self.side[rows])
-        fired = hit.any(-1)
-        at = rows[fired]
-        self.hit[at], self.before[at], self.bracket[at] = hit[fired], before[fired], bracket[fired]
-        return fired
-
-
-def _along_flow(guard: Callable, t: Tensor, y: Tensor, fy: Tensor) -> tuple[Tensor, Tensor]:
-    """Guards (B, E) and their total time derivatives g_t + g_y f."""
-    g = lambda t, y: guard(t, y).reshape(len(y), -1)
-    t = t.to(y.dtype).clone()
-    return torch.func.jvp(g, (t, y), (torch.ones_like(t), fy))
-
-
 @torch.no_grad()
-def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10_000, first_step=None,
-           controller="I", watch=None, check_every=None) -> _Steps:
-    """Adaptive steps from `start` (B,) over the signed time `span` (B,), every sample at its own pace.
-
-    Finished samples leave the batch at the next check; on a GPU that is every 8 attempts, since the
-    check is the only point where the host waits. Steps overshoot the end, except under a watch."""
-    samples, sign, end = len(y), span.sign(), span.abs()
+def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10_000,
+           first_step=None, controller="I", watch=None, check_every=None) -> _Steps:
+    """Adaptive steps from `start` (B,) over the signed time `span` (B,), every sample at its own
+    pace. Finished samples leave the batch at the next check; on a GPU that is every 8 attempts, since
+    the check is the only point where the host waits. Steps overshoot the end, except under `watch`."""
+    samples, sign, end, t = len(y), span.sign(), span.abs(), start
     every = check_every or (8 if y.is_cuda else 1)
-    rows, t, offset = torch.arange(samples, device=y.device), start, torch.zeros_like(span)
+    rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
     if first_step is None:
         h = _first_step(f, t, y, fy, sign, tab, rtol, atol, shared)
     else:
         h = torch.as_tensor(first_step, dtype=torch.float64, device=y.device).abs().expand(samples)
-    previous, after_reject = torch.ones_like(h), torch.zeros_like(h, dtype=torch.bool)
-    active, tried, history = end > 0, torch.zeros_like(rows), []
-    failed, underflow = torch.zeros_like(active), torch.zeros_like(active)
+    previous, rejected = torch.ones_like(h), torch.zeros_like(h, dtype=torch.bool)
+    active, counts, tried = end > 0, torch.zeros_like(rows), torch.zeros_like(rows)
+    failed, exceeded = torch.zeros_like(active), False
+    history = [(rows[:0], rows[:0], offset[:0], h[:0], y[:0], y.new_empty(len(tab.c), *y[:0].shape),
+                active[:0])]
     for attempt in itertools.count():
         if attempt % every == 0:
             alive = int(active.sum())
-            if alive == 0:
-                break
-            if attempt >= max_steps:
+            exceeded = alive > 0 and attempt >= max_steps
+            if alive == 0 or exceeded:
                 failed[rows[active]] = True
                 break
             if alive < 0.75 * len(rows):
                 keep = active.nonzero()[:, 0]
-                rows, t, offset, y, fy, h, end, sign, active, previous, after_reject = (
+                rows, t, offset, y, fy, h, end, sign, active, previous, rejected = (
                     v.index_select(0, keep) for v in
-                    (rows, t, offset, y, fy, h, end, sign, active, previous, after_reject))
+                    (rows, t, offset, y, fy, h, end, sign, active, previous, rejected))
         left = end - offset.abs()
         step = torch.minimum(h, left) if watch else h
         signed = sign * step
@@ -265,102 +235,84 @@ def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10
         ratio = _rms(error / (atol + rtol * torch.maximum(y.abs(), y1.abs())), shared)
         ratio = torch.where(ratio.isfinite(), ratio, math.inf)
         ok = (ratio <= 1) & active
-        history.append((rows, offset, signed, y, hk, ok))
+        history.append((rows, counts[rows], offset, signed, y, hk, ok))
         tried.index_add_(0, rows, active.to(tried.dtype))
+        counts.index_add_(0, rows, ok.to(counts.dtype))
         if controller == "PI":
-            grow = 0.9 * ratio ** (-0.7 / tab.order) * previous ** (0.4 / tab.order)
-            factor = grow.clamp(0.2, 10.0).where(~after_reject, grow.clamp(0.2, 1.0))
-            previous, after_reject = torch.where(ok, ratio.clamp(min=1e-4), previous), ~ok
+            factor = 0.9 * ratio ** (-0.7 / tab.order) * previous ** (0.4 / tab.order)
+            factor = factor.clamp(0.2, 10.0).where(~rejected, factor.clamp(0.2, 1.0))
+            previous, rejected = torch.where(ok, ratio.clamp(min=1e-4), previous), ~ok
         else:
             factor = (0.9 * ratio ** (-1 / tab.order)).clamp(max=10.0)
             factor = torch.maximum(factor, torch.where(ratio < 1, 1.0, 0.2))
-        stalled = active & ((offset + signed == offset) | (t + offset + signed == t + offset))
-        new = torch.where(ok, offset + signed, offset)
-        offset = torch.where(ok & (step >= left), sign * end, new) if watch else new
-        y, fy = torch.where(ok[:, None], y1, y), torch.where(ok[:, None], f1, fy)
-        h = h * factor if not watch else torch.where(ok & (step < h) & (factor > 1), h, step * factor)
-        active = active & (offset.abs() < end) & ~stalled
-        underflow.index_put_((rows,), stalled & ~(ok & (offset.abs() >= end)), accumulate=True)
+        reached = offset + signed
+        stalled = active & ((reached == offset) | (t + reached == t + offset))
         if watch and bool(ok.any()):
-            active &= ~watch(rows, t + history[-1][1], signed, history[-1][3], hk, ok, tab)
-    return _pack(history, samples, tried, failed, underflow, max_steps, len(tab.c) - 1,
-                 1 + (first_step is None), y, start)
+            active = active & ~watch(rows, t + offset, signed, y, hk, ok, tab)
+        offset = torch.where(ok, torch.where(step >= left, sign * end, reached), offset)
+        y, fy = torch.where(ok[:, None], y1, y), torch.where(ok[:, None], f1, fy)
+        h = torch.where(ok & (step < h) & (factor > 1), h, step * factor)
+        active = active & (offset.abs() < end)
+        failed[rows] |= stalled & active
+        active = active & ~stalled
 
-
-def _pack(history, samples, tried, failed, underflow, max_steps, per_step, at_start, y, start) -> _Steps:
-    device = y.device
-    if history:
-        rows, offset, h, states, hk, ok = (torch.cat(v, 1 if i == 4 else 0)
-                                           for i, v in enumerate(zip(*history)))
-        keep = ok.nonzero()[:, 0]
-        rows = rows[keep]
-    else:
-        rows = keep = torch.zeros(0, dtype=torch.long, device=device)
-        offset = h = start.new_zeros(0)
-        states, hk = y.new_zeros(0, y.shape[1]), y.new_zeros(per_step + 1, 0, y.shape[1])
-    counts = torch.bincount(rows, minlength=samples)
+    rows, rank, offset, h, states, hk, ok = (torch.cat(v, int(i == 5)) for i, v in
+                                                 enumerate(zip(*history)))
     order = counts.argsort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(samples, device=device)
-    longest = int(counts.max())
-    width = samples - torch.searchsorted(counts[order].flip(0), torch.arange(longest, device=device),
-                                         right=True)
-    base = F.pad(width.cumsum(0), (1, 0))
-    by_row = rows.argsort(stable=True)                       # history is in time order within a sample
-    first = counts.cumsum(0) - counts
-    rank = torch.empty_like(rows)
-    rank[by_row] = torch.arange(len(rows), device=device) - first[rows[by_row]]
-    perm = torch.empty_like(rows)
-    perm[base[rank] + place[rows]] = torch.arange(len(rows), device=device)
-    keep, sample, rank = keep[perm], rows[perm], rank[perm]
-    offset, h = offset[keep], h[keep]
-    ends = torch.full((samples, max(longest, 1)), math.inf, dtype=torch.float64, device=device)
-    ends[sample, rank] = (offset + h).abs()
+    place, keep = order.argsort(), ok.nonzero()[:, 0]
+    keep = keep[(rank * samples + place[rows])[keep].argsort()]
+    rows, rank, offset, h = rows[keep], rank[keep], offset[keep], h[keep]
+    base = F.pad(torch.bincount(rank).cumsum(0), (1, 0))
+    ends = h.new_full((samples, max(len(base) - 1, 1)), math.inf)
+    ends[rows, rank] = (offset + h).abs()
     message = ""
-    if bool((failed | underflow).any()):
-        which = (failed | underflow).nonzero()[:, 0]
-        reason = f"max_steps={max_steps} exceeded" if bool(failed.any()) else "the step size underflowed"
-        last = ends[which[0]].masked_fill(ends[which[0]] == math.inf, 0).max()
-        message = (f"{reason} for {len(which)} of {samples} samples, first sample {int(which[0])}, "
+    if bool(failed.any()):
+        which, first = int(failed.sum()), int(failed.nonzero()[0, 0])
+        reason = f"max_steps={max_steps} exceeded" if exceeded else "the step size underflowed"
+        last = ends[first].masked_fill(ends[first] == math.inf, 0).max()
+        message = (f"{reason} for {which} of {samples} samples, first sample {first}, "
                    f"|t - t0| = {float(last):.6g}")
-    stats = Stats(counts, tried - counts, at_start + per_step * tried, ~(failed | underflow))
-    return _Steps(offset, h, states[keep], hk.index_select(1, keep), sample, base, place, counts, ends,
-                  stats, message)
+    evaluations = 1 + (first_step is None) + (len(tab.c) - 1) * tried
+    stats = Stats(counts, tried - counts, evaluations, ~failed)
+    return _Steps(offset, h, states[keep], hk[:, keep], rows, base, place, counts, ends, stats, message)
+
+
+def _dense(y: Tensor, hk: Tensor, theta: Tensor, tab: Tableau) -> Tensor:
+    """States (..., n) at fractions theta (...) of steps from y (..., n) with hk (S, ..., n)."""
+    weights = _dense_weights(theta, tab).to(y.dtype)
+    return y + torch.einsum("...s,s...n->...n", weights, hk)
 
 
 def _dense_weights(theta: Tensor, tab: Tableau) -> Tensor:
-    powers = torch.stack([theta, theta.square(), theta**3, theta**4], -1)
-    return powers @ tab.dense.t()
+    return torch.stack([theta, theta.square(), theta**3, theta**4], -1) @ tab.dense.t()
 
 
 def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, tab: Tableau) -> Tensor:
     """States of `sample` (Q,) at signed times `offset` (Q,) from its start; NaN beyond a failure."""
     if len(steps.h) == 0:
         return y0[sample]
-    ends = steps.ends[sample]
     distance = offset.detach().abs()
-    rank = torch.searchsorted(ends, distance[:, None])[:, 0]
+    rank = torch.searchsorted(steps.ends[sample], distance[:, None])[:, 0]
     last = steps.counts[sample] - 1
     index = steps.base[rank.minimum(last).clamp(min=0)] + steps.place[sample]
     index = index.clamp(max=len(steps.h) - 1)
     theta = (offset - steps.offset[index]) / steps.h[index]
-    weights = _dense_weights(theta, tab).to(y0.dtype)
-    y = steps.y[index] + torch.einsum("qs,sqn->qn", weights, steps.hk[:, index])
+    y = _dense(steps.y[index], steps.hk[:, index], theta, tab)
     y = torch.where((distance == 0)[:, None], y0[sample], y)
     beyond = ~steps.stats.success[sample] & (rank > last) & (distance > 0)
     return y.masked_fill(beyond[:, None], math.nan)
 
 
-# Gradients of a solve. The accepted steps are a fixed program, so only they are differentiated. A step's
-# stage inputs are known from the forward pass: f is evaluated once more on the inputs of ALL steps as
-# one batch, its Jacobians come from n batched vector products, and what remains sequential is small
-# linear algebra. The parameters then get their gradient from one more batched product. That is worth
-# it while n products cost less than many small calls; wider states replay the steps one by one.
+# Gradients of a solve. The accepted steps are a fixed program, so only they are differentiated. A
+# step's stage inputs are known from the forward pass: f is evaluated once more on the inputs of ALL
+# steps as one batch, its Jacobians come from n batched vector products, and what remains sequential is
+# small linear algebra. The parameters then get their gradient from one more batched product. That is
+# worth it while n products cost less than many small calls; wider states replay the steps one by one.
 BATCHED_JACOBIAN = 8
 
 
 class _Unroll(torch.autograd.Function):
-    """Identity on the packed (y, hk) whose backward returns gradients to y0 and to every f evaluation."""
+    """Identity on the packed (y, hk) whose backward returns gradients to y0 and to every f call."""
 
     @staticmethod
     def forward(ctx, k, y0, points, steps, tab):
@@ -379,7 +331,8 @@ class _Unroll(torch.autograd.Function):
             unit[:, j] = 1
             row = torch.autograd.grad(k, points, unit, retain_graph=True, allow_unused=True)[0]
             jacobian.append(torch.zeros_like(k) if row is None else row)
-        first, jacobian = torch.stack(jacobian, 1).split([len(k) - (stages - 1) * total, (stages - 1) * total])
+        later = (stages - 1) * total
+        first, jacobian = torch.stack(jacobian, 1).split([len(k) - later, later])
         jacobian = jacobian.view(stages - 1, total, n, n)
         grad_y, grad_hk = grad_y.clone(), grad_hk.clone()
         base, scale = steps.base.tolist(), steps.h.to(grad_y.dtype)[:, None]
@@ -399,7 +352,8 @@ class _Unroll(torch.autograd.Function):
                 flat[:i].addr_(a[i, :i], at_stage.reshape(-1))
             end, slope = gy, g[0] * h
         grad_y0 = grad_y.new_zeros(len(steps.place), n)
-        grad_y0[steps.sample[: len(end)]] = end + torch.bmm(slope.unsqueeze(1), first).squeeze(1)
+        to_y0 = end + torch.bmm(slope.unsqueeze(1), first).squeeze(1)
+        grad_y0[steps.sample[: len(end)]] = to_y0
         return torch.cat([slope, grad_hk[1:].reshape(-1, n)]), grad_y0, None, None, None
 
 
@@ -409,33 +363,31 @@ def _stage_points(steps: _Steps, start: Tensor, tab: Tableau) -> tuple[Tensor, T
     return start[steps.sample] + steps.offset + tab.c[:, None] * steps.h, points
 
 
-def _trace(f: Callable, y0: Tensor, start: Tensor, steps: _Steps, tab: Tableau,
-           one_time: bool = False) -> _Steps:
-    """The same steps with `y` and `hk` attached to the graph of y0, start and everything f uses."""
+def _trace(f: Callable, y0: Tensor, start: Tensor, steps: _Steps, tab: Tableau) -> _Steps:
+    """The same steps, `y` and `hk` attached to the graph of y0, start and everything f uses."""
     if len(steps.h) == 0:
         return steps
-    stages, n = len(tab.c), y0.shape[1]
-    rows = int(steps.base[1])
-    if n <= BATCHED_JACOBIAN and not one_time:
+    n, rows = y0.shape[1], int(steps.base[1])
+    if n <= BATCHED_JACOBIAN:
         times, points = _stage_points(steps, start, tab)
         times = torch.cat([times[0, :rows], times[1:].reshape(-1)])
         points = torch.cat([points[0, :rows], points[1:].reshape(-1, n)]).requires_grad_()
         k = f(times.to(y0.dtype), points)
         if not k.requires_grad:                         # f depends neither on y nor on a parameter
             k = k + 0 * points
-        return steps._replace(**dict(zip(("y", "hk"), _Unroll.apply(k, y0, points, steps, tab))))
+        y, hk = _Unroll.apply(k, y0, points, steps, tab)
+        return steps._replace(y=y, hk=hk)
     order = steps.place.argsort()
     y, states, all_hk = y0[order[:rows]], [], []
     fy = f(start[order[:rows]].to(y0.dtype), y)
     for lo, hi in itertools.pairwise(steps.base.tolist()):
-        y, fy = y[: hi - lo], fy[: hi - lo]
-        h, times = steps.h[lo:hi], start[order[: hi - lo]] + steps.offset[lo:hi]
-        scale = h.to(y.dtype)[:, None]
+        y, h, hk = y[: hi - lo], steps.h[lo:hi], []
+        t, scale = start[order[: hi - lo]] + steps.offset[lo:hi], h.to(y.dtype)[:, None]
         states.append(y)
-        hk = [fy * scale]
-        for i in range(1, stages):
+        hk.append(fy[: hi - lo] * scale)
+        for i in range(1, len(tab.c)):
             point = y + torch.tensordot(tab.a[i, :i], torch.stack(hk), 1)
-            fy = f((times + tab.c[i] * h).to(y.dtype), point)
+            fy = f((t + tab.c[i] * h).to(y.dtype), point)
             hk.append(fy * scale)
         all_hk.append(torch.stack(hk))
         y = point
@@ -448,52 +400,52 @@ class _Adjoint(torch.autograd.Function):
     over the finished steps, and takes one batched vector product."""
 
     @staticmethod
-    def forward(ctx, f, y0, times, options, solved, *params):
-        ctx.f, ctx.options = f, options
+    def forward(ctx, f, y0, times, tab, options, solved, *params):
+        ctx.f, ctx.tab, ctx.options = f, tab, options
         ctx.save_for_backward(solved, times, *params)
         return solved.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        f, (ys, times, *params) = ctx.f, ctx.saved_tensors
-        n = ys.shape[2]
-        tab = _tableau(ctx.options["method"], ys.dtype, ys.device)
-        options = {k: v for k, v in ctx.options.items() if k != "method"}
+        f, tab, (ys, times, *params) = ctx.f, ctx.tab, ctx.saved_tensors
+        n, samples = ys.shape[2], torch.arange(ys.shape[1], device=ys.device)
         slopes = f(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
         grad_t = (slopes * grad).sum(-1).to(times.dtype)
         grad_p = [torch.zeros_like(p) for p in params]
 
         def augmented(t, s):
             with torch.enable_grad():
-                y = s[:, :n].detach().requires_grad_()
+                y, pull = s[:, :n].detach().requires_grad_(), None
                 k = f(t, y)
-                pull = torch.autograd.grad(k, y, s[:, n:], allow_unused=True)[0] if k.requires_grad else None
+                if k.requires_grad:
+                    pull = torch.autograd.grad(k, y, s[:, n:], allow_unused=True)[0]
             return torch.cat([k.detach(), torch.zeros_like(y) if pull is None else -pull], 1)
 
         a = grad[-1]
         for i in range(len(times) - 1, 0, -1):
             s, span = torch.cat([ys[i], a], 1), times[i - 1] - times[i]
-            steps = _march(augmented, s, augmented(times[i].to(s.dtype), s), times[i], span, tab, **options)
+            fs = augmented(times[i].to(s.dtype), s)
+            steps = _march(augmented, s, fs, times[i], span, tab, **ctx.options)
             if steps.message:
                 raise RuntimeError(f"adjoint: {steps.message}; grad='backprop' has no backward solve")
-            a = _interpolate(steps, torch.arange(len(s), device=s.device), span, s, tab)[:, n:]
+            a = _interpolate(steps, samples, span, s, tab)[:, n:]
             if params:
                 t, points = _stage_points(steps, times[i], tab)
                 theta = ((span[steps.sample] - steps.offset) / steps.h).clamp(max=1)
-                weight = _dense_weights(theta, tab).t() * steps.h
+                weight = (_dense_weights(theta, tab).t() * steps.h)[..., None].to(s.dtype)
                 with torch.enable_grad():
                     k = f(t.reshape(-1).to(s.dtype), points[..., :n].reshape(-1, n))
-                    pull = (points[..., n:] * weight[..., None].to(s.dtype)).reshape(-1, n)
+                    pull = (points[..., n:] * weight).reshape(-1, n)
                     found = torch.autograd.grad(k, params, pull, allow_unused=True)
                 grad_p = [g if d is None else g - d for g, d in zip(grad_p, found)]
             if i == 1:
                 grad_t[0] = -(a * slopes[0]).sum(-1)
             a = a + grad[i - 1]
-        return None, a, grad_t, None, None, *grad_p
+        return None, a, grad_t, None, None, None, *grad_p
 
 
-def _check_state(f: Callable, t: Tensor, y: Tensor) -> Tensor:
+def _first_slope(f: Callable, t: Tensor, y: Tensor) -> Tensor:
     fy = f(t.to(y.dtype), y)
     if fy.shape != y.shape:
         raise ValueError(f"f returned shape {tuple(fy.shape)}, the state has shape {tuple(y.shape)}")
@@ -503,20 +455,20 @@ def _check_state(f: Callable, t: Tensor, y: Tensor) -> Tensor:
     return fy
 
 
-def _check_y0(y0: Tensor, name: str = "y0") -> None:
+def _check_problem(name: str, y0: Tensor, method: str, adaptive: str = "") -> Tableau:
+    """`adaptive` names what cannot use a fixed-step method."""
     if not isinstance(y0, Tensor) or not y0.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, not {getattr(y0, 'dtype', type(y0))}")
+        got = getattr(y0, "dtype", type(y0))
+        raise TypeError(f"{name} must be a floating point tensor, not {got}")
     if y0.dim() != 2 or y0.numel() == 0:
         raise ValueError(f"{name} must be (B, n) and not empty, not {tuple(y0.shape)}")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; available: {', '.join(choices)}")
+    if adaptive and method in FIXED_STEP:
+        raise ValueError(f"{adaptive} needs an adaptive method, not {method!r}")
+    return _tableau(method, y0.dtype, y0.device)
 
 
 def _check_times(t, y0: Tensor) -> Tensor:
-    """(T, B) float64 times, strictly monotone per sample; a per-sample grid may repeat its last time."""
+    """(T, B) float64 times, monotone per sample; a per-sample grid may repeat its last time."""
     t = torch.as_tensor(t, device=y0.device).to(torch.float64)
     if t.dim() not in (1, 2) or t.shape[0] < 1 or (t.dim() == 2 and t.shape[1] != len(y0)):
         raise ValueError(f"t must be (T,) or (T, {len(y0)}) with T >= 1, not {tuple(t.shape)}")
@@ -528,22 +480,6 @@ def _check_times(t, y0: Tensor) -> Tensor:
     return t if t.dim() == 2 else t[:, None].expand(-1, len(y0))
 
 
-def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size: float | None) -> tuple[Tensor, int]:
-    """Fixed steps through `times` (T, B): one per interval, or equal ones no longer than step_size."""
-    m = METHODS[method]
-    ys, count = [y], 0
-    for t, t1 in itertools.pairwise(times):
-        parts = 1
-        if step_size is not None:
-            parts = max(1, math.ceil(float((t1 - t).abs().max()) / step_size - 1e-9))
-        h = (t1 - t) / parts
-        for part in range(parts):
-            y = _fixed_step(f, t + part * h, h, y, m)
-        count += parts
-        ys.append(y)
-    return torch.stack(ys), count
-
-
 def _fixed_step(f: Callable, t: Tensor, h: Tensor, y: Tensor, m: dict) -> Tensor:
     scale, k = h.to(y.dtype)[:, None], [f(t.to(y.dtype), y)]
     combine = lambda weights: sum(w * k_i for w, k_i in zip(weights, k) if w)
@@ -552,71 +488,84 @@ def _fixed_step(f: Callable, t: Tensor, h: Tensor, y: Tensor, m: dict) -> Tensor
     return y + scale * combine(m["b"])
 
 
-def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 1e-6, atol: float = 1e-8,
-           grad: str = "backprop", per_sample: bool = True, step_size: float | None = None,
-           max_steps: int = 10_000, first_step: float | None = None, controller: str = "I",
-           dense: bool = False, on_failure: str = "raise", params: Sequence[Tensor] | None = None,
-           vector_time: bool = True) -> Solution:
-    """Solve dy/dt = f(t, y), y(t[0]) = y0 (B, n) at times t (T,) or (T, B), increasing or decreasing.
+def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tuple[Tensor, int]:
+    """Fixed steps through `times` (T, B): one per interval, or equal ones no longer than step_size."""
+    ys, count = [y], 0
+    for t, t1 in itertools.pairwise(times):
+        parts = 1
+        if step_size is not None:
+            parts = max(1, math.ceil(float((t1 - t).abs().max()) / step_size - 1e-9))
+        h = (t1 - t) / parts
+        for part in range(parts):
+            y = _fixed_step(f, t + part * h, h, y, METHODS[method])
+        count += parts
+        ys.append(y)
+    return torch.stack(ys), count
 
-    f(t (B,), y (B, n)) -> (B, n); with vector_time=False t is a scalar. Adaptive methods (bosh3, dopri5,
-    tsit5) choose steps for each sample (per_sample=False: one step for the batch, as torchdiffeq) and
-    interpolate at t; fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take one step per interval
-    of t, or steps of at most `step_size`. `max_steps` counts attempts. Gradients (first order):
+
+def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 1e-6,
+           atol: float = 1e-8, grad: str = "backprop", per_sample: bool = True,
+           step_size: float | None = None, max_steps: int = 10_000, first_step: float | None = None,
+           controller: str = "I", dense: bool = False, on_failure: str = "raise",
+           params: Sequence[Tensor] | None = None, vector_time: bool = True) -> Solution:
+    """Solve dy/dt = f(t, y), y(t[0]) = y0 (B, n) at times t (T,) or (T, B), rising or falling.
+
+    f(t (B,), y (B, n)) -> (B, n); with vector_time=False t is a scalar. Adaptive methods (bosh3,
+    dopri5, tsit5) choose steps for each sample (per_sample=False: one step for the batch, as
+    torchdiffeq) and interpolate at t; fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take one
+    step per interval of t, or steps of at most `step_size`. `max_steps` counts attempts. Gradients
+    (first order):
         backprop  of the accepted steps, to y0, t and whatever f uses; exact for the numerical solution
         adjoint   of a second ODE backwards: memory of the outputs only; to y0, t and `params`
     on_failure="mask" gives NaN rows from the failure on and stats.success False instead of an error.
     Solution.dense(t), t scalar or (B,), is any state in between (dense=True, adaptive methods)."""
-    _check_y0(y0)
-    tab = _tableau(method, y0.dtype, y0.device)
-    for name, value, choices in (("grad", grad, ("backprop", "adjoint", "none")),
-                                 ("controller", controller, ("I", "PI")),
-                                 ("on_failure", on_failure, ("raise", "mask"))):
-        _check_choice(name, value, choices)
-    for name, value in (("rtol", rtol), ("atol", atol), ("step_size", step_size), ("max_steps", max_steps),
-                        ("first_step", first_step)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, not {value}")
+    tab, fixed = _check_problem("y0", y0, method), method in FIXED_STEP
+    _check_choice("grad", grad, ("backprop", "adjoint", "none"))
+    _check_choice("controller", controller, ("I", "PI"))
+    _check_choice("on_failure", on_failure, ("raise", "mask"))
+    _check_positive(rtol=rtol, atol=atol, step_size=step_size, max_steps=max_steps,
+                    first_step=first_step)
     times = _check_times(t, y0)
-    fixed, shared = method in FIXED_STEP, not per_sample
     same_times = not isinstance(t, Tensor) or t.dim() == 1
-    if shared and not same_times:
+    if not per_sample and not same_times:
         raise ValueError("per_sample=False takes one time grid t (T,), not one per sample")
     if fixed and (dense or grad == "adjoint"):
         raise ValueError(f"dense output and the adjoint need an adaptive method, not {method!r}")
-    one_time, field = not vector_time and same_times and (fixed or shared), f
-    if one_time:
+    field = f
+    if not vector_time and fixed and same_times:
         field = lambda t, y: f(t[0], y)
     elif not vector_time:
         field = lambda t, y: torch.vmap(lambda t, y: f(t, y[None])[0])(t, y)
     tracing = grad != "none" and torch.is_grad_enabled()
     with torch.set_grad_enabled(tracing):
-        f0 = _check_state(field, times[0].detach(), y0.detach() if grad == "adjoint" else y0)
+        f0 = _first_slope(field, times[0].detach(), y0.detach() if grad == "adjoint" else y0)
         if fixed:
             ys, count = _fixed(field, y0, times, method, step_size)
             steps = torch.full((len(y0),), count, device=y0.device)
             ok = ys[-1].detach().isfinite().all(-1)
             return Solution(ys, torch.as_tensor(t), Stats(steps, 0 * steps, len(tab.c) * steps, ok), None)
     start, span = times[0], times[-1] - times[0]
-    limits = dict(rtol=rtol, atol=atol, max_steps=max_steps, controller=controller, shared=shared)
+    limits = dict(rtol=rtol, atol=atol, max_steps=max_steps, controller=controller,
+                  shared=not per_sample)
     steps = _march(field, y0.detach(), f0.detach(), start.detach(), span.detach(), tab,
                    first_step=first_step, **limits)
     if steps.message and on_failure == "raise":
         raise RuntimeError(f"odeint: {steps.message}")
     needs = tracing and (y0.requires_grad or times.requires_grad or f0.requires_grad)
     if needs and grad == "backprop":
-        steps = _trace(field, y0, start, steps, tab, one_time)
+        steps = _trace(field, y0, start, steps, tab)
     sample = torch.arange(len(y0), device=y0.device)
-    rest = (times[1:] - start).reshape(-1)
     with torch.set_grad_enabled(needs and grad == "backprop"):
+        rest = (times[1:] - start).reshape(-1)
         later = _interpolate(steps, sample.repeat(len(times) - 1), rest, y0, tab)
         ys = torch.cat([y0[None], later.view(len(times) - 1, *y0.shape)])
     if needs and grad == "adjoint":
         if params is None:
-            params = [p for p in f.parameters() if p.requires_grad] if isinstance(f, nn.Module) else []
+            params = f.parameters() if isinstance(f, nn.Module) else []
+            params = [p for p in params if p.requires_grad]
             if f0.requires_grad and not params:
                 raise ValueError("grad='adjoint' needs params= when f is not an nn.Module")
-        ys = _Adjoint.apply(field, y0, times, dict(limits, method=method), ys, *params)
+        ys = _Adjoint.apply(field, y0, times, tab, limits, ys, *params)
 
     def evaluate(t) -> Tensor:
         at = torch.as_tensor(t, dtype=torch.float64, device=y0.device).expand(len(y0)) - start
@@ -635,15 +584,57 @@ class EventResult(NamedTuple):
     fired: Tensor       # (B,) bool
 
 
+def _along_flow(guard: Callable, t: Tensor, y: Tensor, fy: Tensor) -> tuple[Tensor, Tensor]:
+    """Guards (B, E) and their total time derivatives g_t + g_y f."""
+    t = t.to(y.dtype).clone()
+    return torch.func.jvp(lambda t, y: guard(t, y).reshape(len(y), -1), (t, y),
+                          (torch.ones_like(t), fy))
+
+
+class _Watch:
+    """Watches guards during `_march`, four times per step: `hit` (B, E), the sign `before` the
+    crossing, and the quarter of the step (`bracket` to `bracket` + 1/4) in which it lies."""
+
+    def __init__(self, guard: Callable, direction: Tensor, t: Tensor, y: Tensor, fy: Tensor):
+        self.guard, self.direction = guard, direction
+        g, rate = _along_flow(guard, t, y, fy)
+        # Right after an event the guard is zero up to rounding: the side it leaves to counts.
+        near = g.abs() <= 1e-9 * rate.abs() * t.abs().clamp(min=1.0)[:, None].to(g)
+        self.side = torch.where(near, rate, g).sign()
+        self.hit = torch.zeros_like(g, dtype=torch.bool)
+        self.before, self.bracket = torch.zeros_like(g), torch.zeros_like(g)
+
+    def __call__(self, rows, t, h, y, hk, ok, tab) -> Tensor:
+        theta = torch.tensor((0.25, 0.5, 0.75, 1.0), dtype=torch.float64, device=y.device)
+        theta = theta[:, None].expand(-1, len(y))
+        states = _dense(y, hk[:, None], theta, tab)
+        times = (t + theta * h).to(y.dtype)
+        g = self.guard(times.reshape(-1), states.reshape(-1, y.shape[1])).reshape(*theta.shape, -1)
+        side, hit = self.side[rows], torch.zeros_like(g[0], dtype=torch.bool)
+        before, bracket = side, torch.zeros_like(g[0])
+        for q, new in enumerate(g.sign()):
+            new = torch.where(new == 0, side, new)
+            wanted = (self.direction == 0) | (self.direction == new)
+            crossed = (new != side) & (side != 0) & wanted & ~hit & ok[:, None]
+            hit |= crossed
+            before, bracket = torch.where(crossed, side, before), bracket.masked_fill(crossed, q / 4)
+            side = new
+        self.side[rows] = torch.where(ok[:, None], side, self.side[rows])
+        fired = hit.any(-1)
+        at = rows[fired]
+        self.hit[at], self.before[at], self.bracket[at] = hit[fired], before[fired], bracket[fired]
+        return fired
+
+
 def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits):
     """Solve each sample from `start` to its first event or t_max: (EventResult, steps).
 
-    The root is bracketed on the dense output, then polished by Newton on the true flow (the last step is
-    taken again to the event). With t*, y* of that constant-size step attached to the graph,
+    The root is bracketed on the dense output, then polished by Newton on the true flow (the last step
+    is taken again to the event). With t*, y* of that constant-size step attached to the graph,
         t_event = t* - g(t*, y*) / (g_t + g_y f),   y_event = y* + f(y*) (t_event - t*)
     have the right values (g = 0) and, by the implicit function theorem, the right derivatives."""
     clean, begin = y0.detach(), start.detach()
-    f0 = _check_state(f, begin, y0)
+    f0 = _first_slope(f, begin, y0)
     needs = torch.is_grad_enabled() and any(v.requires_grad for v in (f0, y0, start))
     with torch.no_grad():
         f0 = f0.detach()
@@ -654,15 +645,14 @@ def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits)
         last = steps.base[steps.counts - 1] + steps.place
         y, hk, h, t = steps.y[last], steps.hk[:, last], steps.h[last], begin + steps.offset[last]
         rows, event = watch.hit.nonzero(as_tuple=True)
-        low, before = watch.bracket[rows, event].double(), watch.before[rows, event]
-        width = 0.25
+        low, before, width = watch.bracket[rows, event].double(), watch.before[rows, event], 0.25
+        pick = lambda g, index: g.gather(1, index[:, None])[:, 0]
         for _ in range(30 if len(rows) else 0):
             width /= 2
             theta = low + width
-            state = y[rows] + torch.einsum("qs,sqn->qn", _dense_weights(theta, tab).to(y), hk[:, rows])
+            state = _dense(y[rows], hk[:, rows], theta, tab)
             g = guard((t[rows] + theta * h[rows]).to(y.dtype), state).reshape(len(rows), -1)
-            same = g.gather(1, event[:, None])[:, 0].sign() * before >= 0
-            low = torch.where(same, theta, low)
+            low = torch.where(pick(g, event).sign() * before >= 0, theta, low)
         root = torch.full_like(watch.bracket, math.inf, dtype=torch.float64)
         root[rows, event] = low + width
         theta, which = root.min(1)                           # ties: the lowest index
@@ -670,23 +660,23 @@ def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits)
         best, fy = torch.where(fired, theta, 1.0) * h, hk[0] / h.to(y.dtype)[:, None]
         for _ in range(3):
             y1, f1, hk = _attempt(f, t, best, y, fy, tab)
-            g, rate = (v.gather(1, which[:, None])[:, 0].double()
-                       for v in _along_flow(guard, t + best, y1, f1))
+            g, rate = (pick(v, which).double() for v in _along_flow(guard, t + best, y1, f1))
             shift = torch.where(fired & (rate.abs() > grazing_tol), g / rate, 0.0)
             best = torch.minimum((best - shift.clamp(-0.01 * h, 0.01 * h)).clamp(min=0), h)
         y1, f1, hk = _attempt(f, t, best, y, fy, tab)
         steps.h[last], steps.hk[:, last] = best, hk
         steps.ends[torch.arange(len(y)), steps.counts - 1] = steps.offset[last] + best
+        grazing = fired & (rate.abs() <= grazing_tol)
     if needs:
-        if bool((fired & (rate.abs() <= grazing_tol)).any()):
-            row = int((fired & (rate.abs() <= grazing_tol)).nonzero()[0, 0])
-            raise RuntimeError(f"sample {row} touches guard {int(which[row])} without crossing it: the event "
-                               "time has no derivative")
+        if bool(grazing.any()):
+            row = int(grazing.nonzero()[0, 0])
+            raise RuntimeError(f"sample {row} touches guard {int(which[row])} without crossing it: the "
+                               "event time has no derivative")
         steps = _trace(f, y0, start, steps, tab)
     reached = start + steps.offset[last] + best
     state = steps.y[last] + torch.einsum("s,sbn->bn", tab.b, steps.hk[:, last])
-    g, rate = _along_flow(guard, reached, state, f1)
-    g, rate = g.gather(1, which[:, None])[:, 0], rate.gather(1, which[:, None])[:, 0].detach()
+    g, rate = (pick(v, which) for v in _along_flow(guard, reached, state, f1))
+    rate = rate.detach()
     moved = reached - torch.where(fired & (rate != 0), g / rate, torch.zeros_like(g))
     t_event = torch.where(fired, moved, t_max)
     y_event = state + f1 * (t_event - reached).to(y.dtype)[:, None]
@@ -698,22 +688,21 @@ def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, directi
                  grazing_tol=1e-12) -> EventResult:
     """First zero of guard(t, y) -> (B,) or (B, E) for every sample on its own, from t0 (float or (B,)).
 
-    direction: 0 both, +1 upwards, -1 downwards, one int or one per guard. The guard is sampled four times
-    per step, so that two crossings within a step are seen. A guard that is 0 at t0 does not fire there."""
-    _check_y0(y0)
-    if method in FIXED_STEP:
-        raise ValueError(f"odeint_event needs an adaptive method, not {method!r}")
+    direction: 0 both, +1 upwards, -1 downwards, one int or one per guard. The guard is sampled four
+    times per step, so that two crossings within a step are seen. A guard that is 0 at t0 does not fire
+    there. A guard that is only touched (slope below grazing_tol) gives no gradient: RuntimeError."""
+    tab = _check_problem("y0", y0, method, "odeint_event")
     _check_choice("controller", controller, ("I", "PI"))
-    start = torch.as_tensor(t0, dtype=torch.float64, device=y0.device).expand(len(y0))
-    end = torch.as_tensor(t_max, dtype=torch.float64, device=y0.device).expand(len(y0))
+    _check_positive(rtol=rtol, atol=atol, max_steps=max_steps, first_step=first_step)
+    start, end = (torch.as_tensor(v, dtype=torch.float64, device=y0.device).expand(len(y0))
+                  for v in (t0, t_max))
     if not bool((end > start).all()):
         raise ValueError("t_max must be later than t0")
     direction = torch.as_tensor(direction, device=y0.device).to(y0.dtype)
-    if not bool(torch.isin(direction, torch.tensor([-1.0, 0, 1]).to(direction)).all()):
+    if not bool((direction.abs().eq(1) | direction.eq(0)).all()):
         raise ValueError("direction must be -1, 0 or 1")
-    return _to_event(f, y0, start, end, guard, direction, _tableau(method, y0.dtype, y0.device), grazing_tol,
-                     rtol=rtol, atol=atol, max_steps=max_steps, first_step=first_step,
-                     controller=controller)[0]
+    return _to_event(f, y0, start, end, guard, direction, tab, grazing_tol, rtol=rtol, atol=atol,
+                     max_steps=max_steps, first_step=first_step, controller=controller)[0]
 
 
 # ---- hybrid systems ------------------------------------------------------------------------------
@@ -740,17 +729,16 @@ class StochasticEvent(NamedTuple):
 
 
 class HybridSystem:
-    """fields[z](t, x) -> dx/dt in mode z; the order of `events` gives their ids, and ties their winner."""
+    """fields[z](t, x) -> dx/dt in mode z; the order of `events` gives their ids, and ties' winners."""
     keep_thresholds = False     # clocks that lose a race keep their draw: not Markov, see RenoTCP
 
     def __init__(self, fields: Sequence[Callable], events: Sequence[Event | StochasticEvent]):
         if not fields:
             raise ValueError("fields must hold at least one vector field")
         for event in events:
-            for name in ("source", "target"):
-                mode = getattr(event, name)
-                if mode is not None and not 0 <= mode < len(fields):
-                    raise ValueError(f"{name} {mode} of event {event.name!r} is not one of {len(fields)} modes")
+            for name, z in (("source", event.source), ("target", event.target)):
+                if z is not None and not 0 <= z < len(fields):
+                    raise ValueError(f"{name} {z} of event {event.name!r} is not one of {len(fields)} modes")
         self.fields, self.events = list(fields), list(events)
 
     def flow(self, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
@@ -761,7 +749,7 @@ class HybridSystem:
 
 
 def _on_rows(mask: Tensor, function: Callable, t: Tensor, x: Tensor, otherwise: Tensor) -> Tensor:
-    """`function` on the rows of `mask` only, so that it is never evaluated where it does not apply."""
+    """`function` on the rows of `mask` only: it is never evaluated where it does not apply."""
     rows = mask.nonzero()[:, 0]
     if len(rows) == 0:
         return otherwise
@@ -791,8 +779,8 @@ class HybridSolution(NamedTuple):
         x = torch.cat([self.ys[:, row], self.x_pre[row, :k], self.x_post[row, :k]])
         mode = torch.cat([self.modes[:, row], self.mode_pre[row, :k], self.mode_post[row, :k]])
         # At an event's own time: the state before, the one after, then outputs (which are after).
-        rank = torch.cat([torch.full((len(self.ys),), 2), torch.zeros(k), torch.ones(k)]).to(at.device)
-        order = rank.argsort(stable=True)
+        rank = torch.tensor([2, 0, 1]).repeat_interleave(torch.tensor([len(self.ys), k, k]))
+        order = rank.to(at.device).argsort(stable=True)
         order = order[times[order].argsort(stable=True)]
         return times[order], x[order], mode[order]
 
@@ -812,9 +800,74 @@ class HybridSolution(NamedTuple):
                 "censored": censored[keep]}
 
 
-@torch.no_grad()
-def _draw_thresholds(shape, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return -torch.log1p(-torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device))
+class _Leg(NamedTuple):
+    """What happens to some samples from one event to the next."""
+    stop: Tensor        # time of the event, inf for none
+    which: Tensor       # id of the event
+    x_pre: Tensor
+    x_post: Tensor
+    z_post: Tensor
+    state: Callable     # (row, k) -> states of `row` at times t[k] before `stop`
+
+
+def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
+              max_events: int | None = None, terminal: Tensor | None = None) -> HybridSolution:
+    """Legs from event to event, all samples at once: advance(rows, start, x, z) -> _Leg."""
+    (b, n), device = x0.shape, x0.device
+    z0 = torch.as_tensor(z0, device=device).long().expand(b)
+    if not bool(((z0 >= 0) & (z0 < n_modes)).all()):
+        raise ValueError(f"z0 must be modes in 0..{n_modes - 1}")
+    rows, start, x, z = torch.arange(b, device=device), t[:1].expand(b), x0, z0
+    outputs, events = [], []
+    while len(rows) and (max_events is None or len(events) < max_events):
+        leg = advance(rows, start, x, z)
+        at, row = ((t[:, None] >= start) & (t[:, None] < leg.stop)).nonzero(as_tuple=True)
+        outputs.append((at, rows[row], leg.state(row, at), z[row]))
+        fired = (leg.stop <= t[-1]).nonzero()[:, 0]
+        if len(fired) == 0:
+            break
+        rows, z_pre, before = rows[fired], z[fired], start[fired]
+        start, which, x_pre, x, z = (v[fired] for v in leg[:5])
+        events.append((rows, start, which, x_pre, x, z_pre, z))
+        go = (start - before) > 1e-12 * start.abs().clamp(min=1)
+        if terminal is not None:
+            go &= ~terminal[which]
+        last = go & (start >= t[-1])                            # the event falls on the last output
+        outputs.append((torch.full_like(rows[last], len(t) - 1), rows[last], x[last], z[last]))
+        go = go & ~last
+        rows, start, x, z = rows[go], start[go], x[go], z[go]
+    at, row, states, modes = (torch.cat(v) for v in zip(*outputs))
+    ys = x0.new_full((len(t), b, n), math.nan).index_put((at, row), states)
+    modes = z0.new_full((len(t), b), -1).index_put((at, row), modes)
+    n_events = torch.bincount(torch.cat([rows[:0], *(e[0] for e in events)]), minlength=b)
+
+    def column(i: int, empty: Tensor) -> Tensor:
+        filled = [empty.index_put((e[0],), e[i]) for e in events]
+        return torch.stack(filled, 1) if filled else empty[:, None][:, :0]
+
+    none, nowhere = torch.full_like(z0, -1), torch.full_like(x0, math.nan)
+    return HybridSolution(ys, modes, column(1, t.new_full((b,), math.nan)), column(2, none), n_events,
+                          column(3, nowhere), column(4, nowhere), column(5, none), column(6, none))
+
+
+class _Clocks:
+    """Thresholds s ~ Exp(1) of `count` clocks per sample, drawn anew after every event; with `keep` the
+    clocks that did not fire keep theirs."""
+
+    def __init__(self, samples: int, count: int, like: Tensor, keep: bool, generator):
+        self.options = dict(generator=generator, dtype=like.dtype, device=like.device)
+        self.fired = torch.ones(samples, count, dtype=torch.bool, device=like.device)
+        self.values, self.keep = like.new_zeros(samples, count), keep
+
+    @torch.no_grad()
+    def draw(self, rows: Tensor) -> Tensor:
+        fresh = -torch.log1p(-torch.rand(len(rows), self.values.shape[1], **self.options))
+        self.values[rows] = torch.where(self.fired[rows], fresh, self.values[rows])
+        return self.values[rows]
+
+    def record(self, rows: Tensor, fired: Tensor) -> None:
+        """`fired` (R, count): which clock fired; for the others `keep` decides."""
+        self.fired[rows] = fired if self.keep else torch.ones_like(fired)
 
 
 def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *, generator: torch.Generator | None = None,
@@ -823,199 +876,162 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *, generator: torch.G
     """Simulate a batch of hybrid systems through all their events; differentiable in x0, the fields'
     parameters and the jumps, event times included (the saltation matrix comes out by itself).
 
-    Random events use the time change: dLambda_i/dt = lambda_i joins the state, and event i is the zero of
-    Lambda_i - s_i, s_i ~ Exp(1). At an output time equal to an event time `ys` is the state after it."""
-    _check_y0(x0, "x0")
-    if method in FIXED_STEP:
-        raise ValueError(f"odeint_hybrid needs an adaptive method, not {method!r}")
-    tab = _tableau(method, x0.dtype, x0.device)
+    Random events use the time change: dLambda_i/dt = lambda_i joins the state, and event i is the zero
+    of Lambda_i - s_i, s_i ~ Exp(1). At an output time equal to an event time `ys` is the state after."""
+    tab = _check_problem("x0", x0, method, "odeint_hybrid")
+    _check_positive(max_events=max_events, rtol=rtol, atol=atol)
     t = torch.as_tensor(t, dtype=torch.float64, device=x0.device)
     if t.dim() != 1 or len(t) < 2 or not bool((t.diff() > 0).all()):
         raise ValueError("t must be (T,), T >= 2, strictly increasing")
     (b, n), device = x0.shape, x0.device
-    z0 = torch.as_tensor(z0, device=device).long().expand(b)
-    if not bool(((z0 >= 0) & (z0 < len(system.fields))).all()):
-        raise ValueError(f"z0 must be modes in 0..{len(system.fields) - 1}")
     events = system.events or [Event(lambda t, x: torch.ones_like(t))]        # no event: never fires
-    clocks = [i for i, e in enumerate(events) if isinstance(e, StochasticEvent)]
-    c = len(clocks)
-    active = lambda event, z: (torch.ones_like(z, dtype=torch.bool) if event.source is None
-                               else z == event.source)
+    ids = [i for i, event in enumerate(events) if isinstance(event, StochasticEvent)]
+    c, clocks = len(ids), _Clocks(b, len(ids), x0, system.keep_thresholds, generator)
 
-    def flow(time, s):                  # s = [x, integrated rates, thresholds, mode]
-        x, z = s[:, :n], s[:, -1].detach().round().long()
-        zero = torch.zeros_like(s[:, 0])
-        rates = [_on_rows(active(events[i], z), events[i].intensity, time, x, zero) for i in clocks]
-        return torch.cat([system.flow(time, x, z), *(r[:, None] for r in rates),
-                          torch.zeros_like(s[:, n + c:])], 1)
+    def unpack(s):                      # s = [x, integrated rates, thresholds, mode]
+        return s[:, :n], s[:, -1].detach().round().long()
+
+    def active(event, z):
+        return torch.ones_like(z, dtype=torch.bool) if event.source is None else z == event.source
+
+    def flow(time, s):
+        (x, z), zero = unpack(s), torch.zeros_like(s[:, 0])
+        rates = [_on_rows(active(events[i], z), events[i].intensity, time, x, zero)[:, None] for i in ids]
+        return torch.cat([system.flow(time, x, z), *rates, torch.zeros_like(s[:, n + c:])], 1)
 
     def guard(time, s):
-        x, z, g = s[:, :n], s[:, -1].detach().round().long(), []
+        (x, z), g, never = unpack(s), [], torch.full_like(s[:, 0], -1.0)
         for i, event in enumerate(events):
             if isinstance(event, StochasticEvent):
-                j = n + clocks.index(i)
-                g.append(torch.where(active(event, z), s[:, j] - s[:, j + c], -1.0))
+                j = n + ids.index(i)
+                g.append(torch.where(active(event, z), s[:, j] - s[:, j + c], never))
             else:
-                g.append(_on_rows(active(event, z), event.guard, time, x, torch.full_like(s[:, 0], -1.0)))
+                g.append(_on_rows(active(event, z), event.guard, time, x, never))
         return torch.stack(g, 1)
 
     direction = torch.tensor([e.direction for e in events], device=device).to(x0.dtype)
-    terminal = torch.tensor([e.terminal for e in events], device=device)
-    rows, start, x, z = torch.arange(b, device=device), t[:1].expand(b), x0, z0
-    thresholds, outputs, columns = _draw_thresholds((b, c), x0, generator), [], []
-    while len(rows):
+
+    def advance(rows, start, x, z) -> _Leg:
+        thresholds = clocks.draw(rows)
         s = torch.cat([x, torch.zeros_like(thresholds), thresholds, z[:, None].to(x.dtype)], 1)
-        found, steps = _to_event(flow, s, start, t[-1].expand(len(rows)), guard, direction, tab, 0.0,
-                                 rtol=rtol, atol=atol)
-        t_event, fired, which = found.t_event, found.fired, found.which
-        inside = (t[:, None] >= start) & ((t[:, None] < t_event) | ~fired)
-        at, row = inside.nonzero(as_tuple=True)
-        outputs.append((at, rows[row], _interpolate(steps, row, t[at] - start[row], s, tab)[:, :n], z[row]))
-        keep = fired.nonzero()[:, 0]
-        zeno = (t_event - start)[keep] <= 1e-12 * t_event[keep].abs().clamp(min=1)
-        rows, start, which, z_pre = rows[keep], t_event[keep], which[keep], z[keep]
-        x_pre, thresholds = found.y_event[keep, :n], thresholds[keep]
-        x, z = x_pre, z_pre.clone()
+        (stop, y, which, fired), steps = _to_event(flow, s, start, t[-1].expand(len(rows)), guard,
+                                                   direction, tab, 0.0, rtol=rtol, atol=atol)
+        clocks.record(rows, which[:, None] == torch.tensor(ids, device=device))
+        x_pre, x_post, z_post = y[:, :n], y[:, :n], z
         for i, event in enumerate(events):
             if event.jump is not None:
-                x = _on_rows(which == i, event.jump, start.to(x.dtype), x_pre, x)
-            z = torch.where(which == i, z if event.target is None else event.target, z)
-        if len(rows):
-            columns.append((rows, start, which, x_pre, x, z_pre, z))
-        fresh = _draw_thresholds(thresholds.shape, x0, generator)
-        if system.keep_thresholds:
-            fresh = torch.where(which[:, None] == torch.tensor(clocks, device=device), fresh, thresholds)
-        last = (start >= t[-1]) & ~terminal[which]              # the event falls on the last output
-        outputs.append((torch.full_like(rows[last], len(t) - 1), rows[last], x[last], z[last]))
-        go = ~terminal[which] & ~zeno & (start < t[-1])
-        rows, start, x, z, thresholds = rows[go], start[go], x[go], z[go], fresh[go]
-        if len(columns) >= max_events:
-            break
-    at, row, states, modes = (torch.cat(v) for v in zip(*outputs))
-    ys = x0.new_full((len(t), b, n), math.nan).index_put((at, row), states)
-    modes_at = z0.new_full((len(t), b), -1).index_put((at, row), modes)
-    return HybridSolution(ys, modes_at, *_event_columns(columns, b, n, x0, t))
+                x_post = _on_rows(which == i, event.jump, stop.to(x.dtype), x_pre, x_post)
+            if event.target is not None:
+                z_post = torch.where(which == i, event.target, z_post)
+        state = lambda row, k: _interpolate(steps, row, t[k] - start[row], s, tab)[:, :n]
+        return _Leg(torch.where(fired, stop, math.inf), which, x_pre, x_post, z_post, state)
 
-
-def _event_columns(columns: list, b: int, n: int, x0: Tensor, t: Tensor) -> list[Tensor]:
-    """Per round (rows, times, ids, x_pre, x_post, mode_pre, mode_post) -> the padded (B, K) fields."""
-    count = torch.zeros(b, dtype=torch.long, device=x0.device)
-    for column in columns:
-        count[column[0]] += 1
-    fields = []
-    for i, fill in enumerate((math.nan, -1, math.nan, math.nan, -1, -1), 1):
-        like = (t, count, x0, x0, count, count)[i - 1]
-        shape = (b, n) if like is x0 else (b,)
-        empty = like.new_full(shape, fill)
-        stack = [empty.index_put((column[0],), column[i]) for column in columns]
-        fields.append(torch.stack(stack, 1) if stack else like.new_full((b, 0, *shape[1:]), fill))
-    return [fields[0], fields[1], count, *fields[2:]]
+    terminal = torch.tensor([e.terminal for e in events], device=device)
+    return _simulate(advance, x0, z0, t, len(system.fields), max_events, terminal)
 
 
 class RenoTCP(HybridSystem):
     """On-off TCP Reno (Hespanha's model with the paper's constants): x = (window w, packets sent s).
 
-    Modes: 0 off; 1 slow start, w' = 0.693 w / (n_ack rtt); 2 congestion avoidance, w' = 1 / (n_ack rtt);
-    s' = w / rtt in 1 and 2. Events: 0 file arrives (0 -> 1), 1 file ends (1 -> 0), 2 packet lost (1 -> 2,
-    w halves), 3 packet lost (2 -> 2, w halves), 4 file ends (2 -> 0). A new file is drawn at every
-    event; clocks="official" keeps the threshold of the clock that lost a race, as the published
-    simulator does, which is no longer a Markov process and makes pieces longer."""
+    Modes: 0 off; 1 slow start, w' = 0.693 w / (n_ack rtt); 2 congestion avoidance, w' = 1/(n_ack rtt);
+    s' = w / rtt in 1 and 2. Events: 0 file arrives (0 -> 1), 1 file ends (1 -> 0), 2 packet lost
+    (1 -> 2, w halves), 3 packet lost (2 -> 2, w halves), 4 file ends (2 -> 0). clocks="official" keeps
+    the threshold of the clock that lost a race, as the published simulator does, which is no longer a
+    Markov process and makes pieces longer."""
 
-    def __init__(self, *, rtt=1.0, n_ack=2.0, w0=0.693, tau_off=3.0, k=20.0, p_drop=0.05, clocks="exact"):
+    def __init__(self, *, rtt=1.0, n_ack=2.0, w0=0.693, tau_off=3.0, k=20.0, p_drop=0.05,
+                 clocks="exact"):
         _check_choice("clocks", clocks, ("exact", "official"))
-        self.a, self.beta, self.w0, self.rtt, self.tau_off = 0.693 / (n_ack * rtt), 1 / (n_ack * rtt), w0, rtt, tau_off
+        _check_positive(rtt=rtt, n_ack=n_ack, w0=w0, tau_off=tau_off, k=k, p_drop=p_drop)
+        self.a, self.beta = 0.693 / (n_ack * rtt), 1 / (n_ack * rtt)
+        self.w0, self.rtt, self.tau_off = w0, rtt, tau_off
         self.end_rate, self.drop_rate = 1 / (k * rtt), p_drop / rtt
         self.keep_thresholds = clocks == "official"
         field = lambda growth: lambda t, x: torch.stack([growth(x[:, 0]), x[:, 0] / rtt], 1)
         rate = lambda r: lambda t, x: r * x[:, 0]
         off = lambda t, x: torch.zeros_like(x)
+        arrive = lambda t, x: torch.zeros_like(x) + x.new_tensor([w0, 0.0])
         lost = lambda t, x: x * x.new_tensor([0.5, 1.0])
-        event = StochasticEvent
-        super().__init__(
-            [lambda t, x: torch.zeros_like(x), field(lambda w: self.a * w),
-             field(lambda w: self.beta * torch.ones_like(w))],
-            [event(lambda t, x: torch.full_like(x[:, 0], 1 / tau_off),
-                   lambda t, x: torch.zeros_like(x) + x.new_tensor([w0, 0.0]), 0, 1, "file arrives"),
-             event(rate(self.end_rate), off, 1, 0, "file ends"),
-             event(rate(self.drop_rate), lost, 1, 2, "packet lost"),
-             event(rate(self.drop_rate), lost, 2, 2, "packet lost"),
-             event(rate(self.end_rate), off, 2, 0, "file ends")])
+        arrivals = lambda t, x: torch.full_like(x[:, 0], 1 / tau_off)
+        fields = [off, field(lambda w: self.a * w), field(lambda w: self.beta * torch.ones_like(w))]
+        super().__init__(fields, [
+            StochasticEvent(arrivals, arrive, 0, 1, "file arrives"),
+            StochasticEvent(rate(self.end_rate), off, 1, 0, "file ends"),
+            StochasticEvent(rate(self.drop_rate), lost, 1, 2, "packet lost"),
+            StochasticEvent(rate(self.drop_rate), lost, 2, 2, "packet lost"),
+            StochasticEvent(rate(self.end_rate), off, 2, 0, "file ends")])
 
     def sample_exact(self, n: int, t_end: float = 100.0, n_points: int = 2000, *,
                      generator: torch.Generator | None = None, dtype=torch.float64) -> HybridSolution:
         """n trajectories from x = 0, mode 0, without solving: the clocks' inverses are elementary."""
-        if n < 1 or n_points < 2 or not t_end > 0:
-            raise ValueError(f"n, n_points >= 2 and t_end must be positive, not {n}, {n_points}, {t_end}")
-        t, count = torch.linspace(0, t_end, n_points, dtype=torch.float64), torch.zeros(n, dtype=torch.long)
-        x, z, start = t.new_zeros(n, 2), count.clone(), t.new_zeros(n)
+        _check_positive(n=n, t_end=t_end)
+        if n_points < 2:
+            raise ValueError(f"n_points must be at least 2, not {n_points}")
+        t = torch.linspace(0, t_end, n_points, dtype=torch.float64)
+        clocks = _Clocks(n, 5, t, self.keep_thresholds, generator)
         race = torch.tensor([[0, 0], [2, 1], [3, 4]])            # a mode's two clocks; ties: lost first
-        per_window = torch.tensor([0.0, self.end_rate, self.drop_rate, self.drop_rate, self.end_rate])
-        per_window = per_window.double()
-        s = _draw_thresholds((n, 5), t, generator)
-        ys, modes = t.new_zeros(n_points, n, 2), torch.zeros(n_points, n, dtype=torch.long)
-        rows, columns = torch.arange(n), []
-        while len(rows):
-            pair = race[z]
-            threshold = s.gather(1, pair) / per_window[pair].clamp(min=1e-300)
-            least, winner = threshold.min(1)
-            w, which = x[:, 0], pair.gather(1, winner[:, None])[:, 0]
-            grow = torch.log1p(self.a * least / w) / self.a
-            climb = (-w + (w * w + 2 * self.beta * least).sqrt()) / self.beta
-            tau = torch.where(z == 0, self.tau_off * s[:, 0], torch.where(z == 1, grow, climb))
-            at, row = ((t[:, None] >= start) & (t[:, None] < start + tau)).nonzero(as_tuple=True)
-            ys[at, rows[row]] = self._exact_flow(x[row], z[row], t[at] - start[row])
-            modes[at, rows[row]] = z[row]
-            go = (start + tau < t_end).nonzero()[:, 0]
-            x_pre, z_pre = self._exact_flow(x, z, tau)[go], z[go]
-            rows, start, which, s = rows[go], (start + tau)[go], which[go], s[go]
-            z = torch.tensor([1, 0, 2, 2, 0])[which]
-            x = torch.where((z == 2)[:, None], x_pre * t.new_tensor([0.5, 1.0]), 0.0)
-            x[z == 1, 0] = self.w0
-            if len(rows):
-                columns.append((rows, start, which, x_pre.to(dtype), x.to(dtype), z_pre, z))
-            fresh = _draw_thresholds(s.shape, t, generator)
-            s = torch.where(F.one_hot(which, 5).bool(), fresh, s) if self.keep_thresholds else fresh
-        return HybridSolution(ys.to(dtype), modes, *_event_columns(columns, n, 2, ys[0].to(dtype), t))
+        rates = t.new_tensor([1.0, self.end_rate, self.drop_rate, self.drop_rate, self.end_rate])
+
+        def advance(rows, start, x, z) -> _Leg:
+            pair, w = race[z], x[:, 0]
+            area, winner = (clocks.draw(rows).gather(1, pair) / rates[pair]).min(1)    # integral of w
+            which = pair.gather(1, winner[:, None])[:, 0]
+            clocks.record(rows, F.one_hot(which, 5).bool())
+            grow = torch.log1p(self.a * area / w) / self.a
+            climb = (-w + (w * w + 2 * self.beta * area).sqrt()) / self.beta
+            tau = torch.where(z == 0, self.tau_off * area, torch.where(z == 1, grow, climb))
+            x_pre, z_post = self._exact_flow(x, z, tau), torch.tensor([1, 0, 2, 2, 0])[which]
+            halved = x_pre * t.new_tensor([0.5, 1.0])
+            x_post = torch.where((z_post == 2)[:, None], halved, torch.zeros_like(x))
+            x_post[z_post == 1, 0] = self.w0
+            state = lambda row, k: self._exact_flow(x[row], z[row], t[k] - start[row])
+            return _Leg(start + tau, which, x_pre, x_post, z_post, state)
+
+        found = _simulate(advance, t.new_zeros(n, 2), 0, t, 3)
+        return found._replace(ys=found.ys.to(dtype), x_pre=found.x_pre.to(dtype),
+                              x_post=found.x_post.to(dtype))
+
+    def _area(self, tau: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        """Integral of the window over tau from w, in modes 1 and 2."""
+        climb = w * tau + self.beta * tau.square() / 2
+        return torch.where(z == 1, w * torch.expm1(self.a * tau) / self.a, climb)
 
     def _exact_flow(self, x: Tensor, z: Tensor, tau: Tensor) -> Tensor:
-        w, s = x.unbind(-1)
-        on = (z > 0).to(x.dtype)
-        slow_w = w * torch.exp(self.a * tau)
-        slow_s = w * torch.expm1(self.a * tau) / self.a
-        new_w = torch.where(z == 1, slow_w, w + on * self.beta * tau)
-        area = torch.where(z == 1, slow_s, on * (w * tau + self.beta * tau.square() / 2))
-        return torch.stack([new_w, s + area / self.rtt], -1)
+        (w, s), on = x.unbind(-1), z > 0
+        new_w = torch.where(z == 1, w * torch.exp(self.a * tau), w + on * self.beta * tau)
+        return torch.stack([new_w, s + on * self._area(tau, z, w) / self.rtt], -1)
 
     def survival(self, tau: Tensor, z: int, w: Tensor | float = 0.0) -> Tensor:
         """Exact P(next event later than tau) in mode z, entered with window w (exact clocks)."""
-        total, tau = self.end_rate + self.drop_rate, torch.as_tensor(tau)
+        tau = torch.as_tensor(tau)
         if z == 0:
             return torch.exp(-tau / self.tau_off)
-        area = w * torch.expm1(self.a * tau) / self.a if z == 1 else w * tau + self.beta * tau.square() / 2
-        return torch.exp(-total * area)
+        area = self._area(tau, torch.tensor(z), torch.as_tensor(w))
+        return torch.exp(-(self.end_rate + self.drop_rate) * area)
 
 
 class BouncingBall(HybridSystem):
     """x = (height, velocity); at the ground the velocity becomes -e times itself."""
 
     def __init__(self, g: float = 9.81, e: float = 0.8):
-        super().__init__(
-            [lambda t, x: torch.stack([x[:, 1], torch.full_like(x[:, 1], -g)], 1)],
-            [Event(lambda t, x: x[:, 0], lambda t, x: torch.stack([torch.zeros_like(x[:, 0]), -e * x[:, 1]], 1),
-                   direction=-1, name="bounce")])
+        fall = lambda t, x: torch.stack([x[:, 1], torch.full_like(x[:, 1], -g)], 1)
+        bounce = lambda t, x: torch.stack([torch.zeros_like(x[:, 0]), -e * x[:, 1]], 1)
+        super().__init__([fall], [Event(lambda t, x: x[:, 0], bounce, direction=-1, name="bounce")])
 
 
 class SwitchingLinear(HybridSystem):
-    """Planar system with three regions: x >= 2 turns, x < 2 descends (y >= 0) or rises (y < 0)."""
+    """Planar system with three regions: for x >= 2 it turns around (-2, 0), for x < 2 it drifts down, to
+    the left where y >= 0 and to the right where y < 0."""
 
     def __init__(self):
-        constant = lambda vx, vy: lambda t, x: torch.zeros_like(x) + x.new_tensor([vx, vy])
-        side = lambda sign: lambda t, x: torch.where(sign * x[:, 1] >= 0, 2 - x[:, 0], -1.0)
+        turn = lambda t, x: torch.stack([-x[:, 1], x[:, 0] + 2], 1)
+        drift = lambda vx: lambda t, x: torch.zeros_like(x) + x.new_tensor([vx, -1.0])
         right, height = (lambda t, x: x[:, 0] - 2), (lambda t, x: x[:, 1])
-        super().__init__(
-            [lambda t, x: torch.stack([-x[:, 1], x[:, 0] + 2], 1), constant(-1.0, -1.0), constant(1.0, -1.0)],
-            [Event(right, None, 1, 0, 1), Event(right, None, 2, 0, 1), Event(side(1), None, 0, 1, 1),
-             Event(side(-1), None, 0, 2, 1), Event(height, None, 1, 2, -1), Event(height, None, 2, 1, 1)])
+        leave = lambda sign: lambda t, x: torch.where(sign * x[:, 1] >= 0, 2 - x[:, 0], -1.0)
+        super().__init__([turn, drift(-1.0), drift(1.0)], [
+            Event(right, None, 1, 0, 1), Event(right, None, 2, 0, 1),
+            Event(leave(1), None, 0, 1, 1), Event(leave(-1), None, 0, 2, 1),
+            Event(height, None, 1, 2, -1), Event(height, None, 2, 1, 1)])
 
     @staticmethod
     def region(x: Tensor) -> Tensor:
@@ -1033,9 +1049,13 @@ class WheeledRobot(HybridSystem):
 
     def __init__(self, policy: Callable | None = None, targets: Sequence[Sequence[float]] = TARGETS):
         self.policy = policy or self.steer
-        to = lambda target: lambda t, x: self.dynamics(
-            t, torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1))[:, :3]
-        super().__init__([to(tuple(target)) for target in targets], [])
+
+        def heading_for(target):
+            def field(t, x):
+                return self.dynamics(t, torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1))[:, :3]
+            return field
+
+        super().__init__([heading_for(tuple(target)) for target in targets], [])
 
     @staticmethod
     def steer(state: Tensor) -> Tensor:
@@ -1047,10 +1067,9 @@ class WheeledRobot(HybridSystem):
 
     def dynamics(self, t: Tensor, state: Tensor) -> Tensor:
         """For odeint: state (B, 5) = (px, py, heading, target), the target stays."""
-        speed, turn = self.policy(state).unbind(-1)
-        th = state[:, 2]
-        return torch.cat([torch.stack([torch.cos(th) * speed, torch.sin(th) * speed, turn], 1),
-                          torch.zeros_like(state[:, 3:])], 1)
+        (speed, turn), th = self.policy(state).unbind(-1), state[:, 2]
+        motion = torch.stack([torch.cos(th) * speed, torch.sin(th) * speed, turn], 1)
+        return torch.cat([motion, torch.zeros_like(state[:, 3:])], 1)
 
 
 # ---- normalizing flows ---------------------------------------------------------------------------
@@ -1058,11 +1077,11 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
                               tail_bound: float | None = None, identity_init: bool = False,
                               min_bin_width: float = 1e-3, min_bin_height: float = 1e-3,
                               min_derivative: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Monotone spline of Durkan et al. (Neural Spline Flows, 2019): (y, log |dy/dx|), x of any shape (...).
+    """Monotone spline of Durkan et al. (Neural Spline Flows, 2019): (y, log |dy/dx|), x of any shape.
 
-    w, h (..., K) are unnormalised bin widths and heights. tail_bound=B: d (..., K - 1) inner slopes, the
-    identity outside [-B, B]; tail_bound=None: [0, 1] onto itself with d (..., K + 1). With identity_init,
-    zero parameters are the identity, and the slope at the bounds is exactly 1."""
+    w, h (..., K) are unnormalised bin widths and heights. tail_bound=B: d (..., K - 1) inner slopes,
+    the identity outside [-B, B]; tail_bound=None: [0, 1] onto itself with d (..., K + 1). With
+    identity_init, zero parameters are the identity, and the slope at the bounds is exactly 1."""
     bins, tails = w.shape[-1], tail_bound is not None
     for name, least in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
         if least * bins > 1:
@@ -1071,7 +1090,8 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
         raise ValueError(f"w, h, d end in {bins}, {h.shape[-1]}, {d.shape[-1]}; expected K, K, "
                          f"{'K - 1' if tails else 'K + 1'}")
     low, high = (-tail_bound, tail_bound) if tails else (0.0, 1.0)
-    if not tails and bool(((x < low) | (x > high)).any()):
+    inside = (x >= low) & (x <= high)
+    if not tails and not bool(inside.all()):
         raise ValueError("x must lie in [0, 1] when tail_bound is None")
 
     def knots(raw, least):
@@ -1083,17 +1103,17 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
     beta = math.log(2) / (1 - min_derivative) if identity_init else 1.0
     slopes = min_derivative + F.softplus(d, beta=beta)
     if tails:
-        one = torch.ones_like(slopes[..., :1] if bins > 1 else w[..., :1])
-        slopes = torch.cat([one, slopes, one], -1)
+        slopes = F.pad(slopes, (1, 1), value=1.0)
     (xs, widths), (ys, heights) = knots(w, min_bin_width), knots(h, min_bin_height)
-    inside = ((x >= low) & (x <= high)) if tails else torch.ones_like(x, dtype=torch.bool)
     # Outside points are computed at the bound and then replaced: nothing depends on data-sized masks.
-    v = x.clamp(low, high)
-    shape = torch.broadcast_shapes(v.shape, w.shape[:-1])
-    v = v.expand(shape)
+    shape = torch.broadcast_shapes(x.shape, w.shape[:-1])
+    v = x.clamp(low, high).expand(shape)
     edges = (ys if inverse else xs)[..., 1:-1].expand(*shape, bins - 1).contiguous()
     bin_ = torch.searchsorted(edges.detach(), v.detach()[..., None].contiguous(), right=True)
-    pick = lambda table, shift=0: table.expand(*shape, table.shape[-1]).gather(-1, bin_ + shift)[..., 0]
+
+    def pick(table, shift=0):
+        return table.expand(*shape, table.shape[-1]).gather(-1, bin_ + shift)[..., 0]
+
     x0, y0, width, height = pick(xs), pick(ys), pick(widths), pick(heights)
     d0, d1, delta = pick(slopes), pick(slopes, 1), height / width
     bend = d0 + d1 - 2 * delta
@@ -1101,24 +1121,28 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
         rise = v - y0
         a, b, c = rise * bend + height * (delta - d0), height * d0 - rise * bend, -delta * rise
         theta = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
-        out = theta * width + x0
     else:
         theta = (v - x0) / width
     mixed = theta * (1 - theta)
     below = delta + bend * mixed
-    if not inverse:
+    if inverse:
+        out = theta * width + x0
+    else:
         out = y0 + height * (delta * theta * theta + d0 * mixed) / below
     slope = delta * delta * (d1 * theta * theta + 2 * delta * mixed + d0 * (1 - theta) ** 2)
     logdet = torch.log(slope) - 2 * torch.log(below)
-    logdet = -logdet if inverse else logdet
-    return torch.where(inside, out, x), torch.where(inside, logdet, 0.0)
+    return torch.where(inside, out, x), torch.where(inside, -logdet if inverse else logdet, 0.0)
 
 
-def _mlp(sizes: Sequence[int], zero_last: bool = True) -> nn.Sequential:
-    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU())][:-1]
-    if zero_last:
-        nn.init.zeros_(layers[-1].weight), nn.init.zeros_(layers[-1].bias)
+def _mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with SiLU between them; the last one starts at zero."""
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())][:-1]
+    nn.init.zeros_(layers[-1].weight), nn.init.zeros_(layers[-1].bias)
     return nn.Sequential(*layers)
+
+
+def _as_shape(shape) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
 class ConditionalFlow1d(nn.Module):
@@ -1126,28 +1150,26 @@ class ConditionalFlow1d(nn.Module):
 
     log p(tau) = log N(g(u)) + log g'(u) - log scale - log tau. The parameters are one row per `group`
     (mode pairs of EventModule), plus a network of the context c (..., context_dim). Starts log-normal."""
-    TAIL = 3.0
+    SPLINE = dict(tail_bound=3.0, identity_init=True)
 
     def __init__(self, context_dim: int = 0, n_layers: int = 1, n_bins: int = 8, hidden: int = 32,
                  n_groups: int = 1):
         super().__init__()
-        for name, value in (("n_layers", n_layers), ("n_bins", n_bins), ("n_groups", n_groups)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        _check_positive(n_layers=n_layers, n_bins=n_bins, n_groups=n_groups, hidden=hidden)
         self.context_dim, self.n_bins, self.n_groups = context_dim, n_bins, n_groups
         size = 2 + n_layers * (3 * n_bins - 1)
         self.raw = nn.Parameter(torch.zeros(n_groups, size))
-        self.net = _mlp((context_dim + n_groups, hidden, hidden, size)) if context_dim else None
+        self.net = _mlp(context_dim + n_groups, hidden, hidden, size) if context_dim else None
 
     def _rows(self, shape, c: Tensor | None, group) -> tuple[Tensor, Tensor, list]:
         group = torch.as_tensor(group, device=self.raw.device).expand(shape)
-        raw = self.raw[group]
+        raw, k = self.raw[group], self.n_bins
         if (c is None) != (self.net is None):
-            raise ValueError(f"the context must have {self.context_dim} features, got {c if c is None else c.shape}")
+            got = c if c is None else tuple(c.shape)
+            raise ValueError(f"the context must have {self.context_dim} features, got {got}")
         if c is not None:
             c = c.expand(*shape, self.context_dim)
             raw = raw + self.net(torch.cat([c, F.one_hot(group, self.n_groups).to(c)], -1))
-        k = self.n_bins
         layers = [p.split((k, k, k - 1), -1) for p in raw[..., 2:].split(3 * k - 1, -1)]
         return raw[..., 0], raw[..., 1], layers
 
@@ -1159,14 +1181,14 @@ class ConditionalFlow1d(nn.Module):
         log_x = x.to(shift.dtype).log()
         u, logdet = (log_x - shift) * torch.exp(-log_scale), -log_scale - log_x
         for layer in layers:
-            u, step = rational_quadratic_spline(u, *layer, tail_bound=self.TAIL, identity_init=True)
+            u, step = rational_quadratic_spline(u, *layer, **self.SPLINE)
             logdet = logdet + step
         return u, logdet
 
     def _from_base(self, u: Tensor, c, group) -> Tensor:
         shift, log_scale, layers = self._rows(u.shape, c, group)
         for layer in reversed(layers):
-            u, _ = rational_quadratic_spline(u, *layer, inverse=True, tail_bound=self.TAIL, identity_init=True)
+            u, _ = rational_quadratic_spline(u, *layer, inverse=True, **self.SPLINE)
         return torch.exp(u * torch.exp(log_scale) + shift)
 
     def log_prob(self, x: Tensor, c: Tensor | None = None, *, group=0) -> Tensor:
@@ -1175,8 +1197,8 @@ class ConditionalFlow1d(nn.Module):
 
     def sample(self, shape, c: Tensor | None = None, generator: torch.Generator | None = None, *,
                group=0) -> Tensor:
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        u = torch.randn(shape, generator=generator, dtype=self.raw.dtype, device=self.raw.device)
+        u = torch.randn(_as_shape(shape), generator=generator, dtype=self.raw.dtype,
+                        device=self.raw.device)
         return self._from_base(u, c, group)
 
     def cdf(self, x: Tensor, c: Tensor | None = None, *, group=0) -> Tensor:
@@ -1187,23 +1209,24 @@ class ConditionalFlow1d(nn.Module):
         return torch.special.log_ndtr(-self._base(x, c, group)[0])
 
     def icdf(self, p: Tensor, c: Tensor | None = None, *, group=0) -> Tensor:
-        if bool(((p < 0) | (p > 1)).any()):
+        if not bool(((p >= 0) & (p <= 1)).all()):
             raise ValueError("p must be probabilities")
         return self._from_base(torch.special.ndtri(p), c, group)
 
 
 class _VectorFlow(nn.Module):
-    """x (..., dim) -> standard normal z; layers below give forward (z, logdet) and inverse (x, logdet)."""
+    """x (..., dim) -> normal z; layers below give forward (z, logdet) and inverse (x, logdet)."""
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         z, logdet = self(x, c)
         return logdet - 0.5 * (z * z).sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
 
-    def sample(self, shape, c: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    def sample(self, shape, c: Tensor | None = None,
+               generator: torch.Generator | None = None) -> Tensor:
         like = next(self.parameters())
-        return self.inverse(torch.randn(*shape, self.dim, generator=generator, dtype=like.dtype,
-                                        device=like.device), c)[0]
+        z = torch.randn(*_as_shape(shape), self.dim, generator=generator, dtype=like.dtype,
+                        device=like.device)
+        return self.inverse(z, c)[0]
 
 
 class AffineCoupling(_VectorFlow):
@@ -1215,14 +1238,17 @@ class AffineCoupling(_VectorFlow):
             raise ValueError(f"dim must be at least 2, not {dim}")
         self.dim, self.flip, self.cut = dim, flip, dim // 2
         kept = dim - self.cut if flip else self.cut
-        self.net = _mlp((kept + context_dim, hidden, hidden, 2 * (dim - kept)))
+        self.net = _mlp(kept + context_dim, hidden, hidden, 2 * (dim - kept))
 
     def _apply_half(self, x: Tensor, c: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
         a, b = x.split((self.cut, self.dim - self.cut), -1)
         kept, moved = (b, a) if self.flip else (a, b)
         log_scale, shift = self.net(kept if c is None else torch.cat([kept, c], -1)).chunk(2, -1)
         log_scale = 2 * torch.tanh(log_scale / 2)
-        moved = moved * log_scale.exp() + shift if sign > 0 else (moved - shift) * (-log_scale).exp()
+        if sign > 0:
+            moved = moved * log_scale.exp() + shift
+        else:
+            moved = (moved - shift) * (-log_scale).exp()
         return torch.cat((moved, kept) if self.flip else (kept, moved), -1), sign * log_scale.sum(-1)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1233,26 +1259,25 @@ class AffineCoupling(_VectorFlow):
 
 
 class MaskedAutoregressiveFlow(_VectorFlow):
-    """z_i = (x_i - shift_i) exp(-log_scale_i), both functions of x_1..x_{i-1} (Papamakarios et al., 2017),
-    by one masked network (MADE); the inverse takes `dim` passes."""
+    """z_i = (x_i - shift_i) exp(-log_scale_i), both functions of x_1..x_{i-1} (Papamakarios et al.,
+    2017), by one masked network (MADE); the inverse takes `dim` passes."""
 
     def __init__(self, dim: int, context_dim: int = 0, hidden: int = 32):
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, not {dim}")
+        _check_positive(dim=dim)
         self.dim = dim
         inputs, units = torch.arange(1, dim + 1), torch.arange(hidden) % max(dim - 1, 1) + 1
         units = units if dim > 1 else torch.zeros(hidden)        # one dimension: the context alone
         self.register_buffer("mask_in", (units[:, None] >= inputs).float())
         self.register_buffer("mask_out", (inputs.repeat(2)[:, None] > units).float())
-        self.first, self.context = nn.Linear(dim, hidden), nn.Linear(context_dim, hidden) if context_dim else None
-        self.last = nn.Linear(hidden, 2 * dim)
-        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+        self.first, self.last = nn.Linear(dim, hidden), _mlp(hidden, 2 * dim)[0]
+        self.context = nn.Linear(context_dim, hidden) if context_dim else None
 
     def _conditionals(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         units = F.linear(x, self.first.weight * self.mask_in, self.first.bias)
         units = F.silu(units if c is None else units + self.context(c))
-        shift, log_scale = F.linear(units, self.last.weight * self.mask_out, self.last.bias).chunk(2, -1)
+        out = F.linear(units, self.last.weight * self.mask_out, self.last.bias)
+        shift, log_scale = out.chunk(2, -1)
         return shift, 2 * torch.tanh(log_scale / 2)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1269,25 +1294,24 @@ class MaskedAutoregressiveFlow(_VectorFlow):
 
 # ---- event module --------------------------------------------------------------------------------
 class EventModule(nn.Module):
-    """Law of (time to the next event, next mode) given the mode, a flow of the time for each mode pair.
+    """Law of (time to the next event, next mode) given the mode: a flow of the time per mode pair.
 
     estimator "joint": p(z'|z, c) p(tau|z, z', c). "race": every target z' has its own clock and the
-    earliest wins, so an event contributes log f_{zz'}(tau) + sum_{z'' != z'} log S_{zz''}(tau). The observed
-    times are minima already: fitting f alone and racing the fits would make every event come too early.
-    Targets never seen from a mode take no part once `initialize` has counted them."""
+    earliest wins, so an event contributes log f_{zz'}(tau) + sum_{z'' != z'} log S_{zz''}(tau). The
+    observed times are minima already: fitting f alone and racing the fits would make every event come
+    too early. Targets never seen from a mode take no part once `initialize` has counted them. A context
+    (N, context_dim), the state at the start of the piece say, is standardised as `initialize` saw it."""
 
-    def __init__(self, n_modes: int, context_dim: int = 0, estimator: str = "joint", n_layers: int = 1,
-                 n_bins: int = 8):
+    def __init__(self, n_modes: int, context_dim: int = 0, estimator: str = "joint",
+                 n_layers: int = 1, n_bins: int = 8):
         super().__init__()
-        if n_modes < 1:
-            raise ValueError(f"n_modes must be at least 1, not {n_modes}")
+        _check_positive(n_modes=n_modes)
         _check_choice("estimator", estimator, ("joint", "race"))
         self.n_modes, self.context_dim, self.estimator = n_modes, context_dim, estimator
         self.flow = ConditionalFlow1d(context_dim, n_layers, n_bins, n_groups=n_modes * n_modes)
-        self.transition = nn.Parameter(torch.zeros(n_modes, n_modes))
-        self.transition_net = None
+        self.transition, self.transition_net = nn.Parameter(torch.zeros(n_modes, n_modes)), None
         if context_dim and estimator == "joint":
-            self.transition_net = _mlp((context_dim + n_modes, 32, 32, n_modes))
+            self.transition_net = _mlp(context_dim + n_modes, 32, 32, n_modes)
         self.register_buffer("possible", torch.ones(n_modes, n_modes, dtype=torch.bool))
         self.register_buffer("center", torch.zeros(context_dim))
         self.register_buffer("spread", torch.ones(context_dim))
@@ -1303,11 +1327,12 @@ class EventModule(nn.Module):
             self.center.copy_(context.mean(0)), self.spread.copy_(context.std(0).clamp(min=1e-6))
         pair, log_tau = (z * m + z2)[seen], tau[seen].to(self.transition).log()
         total = torch.bincount(pair, minlength=m * m).to(log_tau)
-        mean = torch.zeros_like(total).index_add_(0, pair, log_tau) / total.clamp(min=1)
-        spread = torch.zeros_like(total).index_add_(0, pair, (log_tau - mean[pair]) ** 2) / total.clamp(min=1)
+        average = lambda v: torch.zeros_like(total).index_add_(0, pair, v) / total.clamp(min=1)
+        mean = average(log_tau)
+        deviation = average((log_tau - mean[pair]) ** 2).sqrt().clamp(min=0.01)
         overall = log_tau.std(correction=0).clamp(min=0.1)
         self.flow.raw[:, 0] = torch.where(total > 0, mean, log_tau.mean())
-        self.flow.raw[:, 1] = torch.where(total > 1, spread.sqrt().clamp(min=0.01), overall).log()
+        self.flow.raw[:, 1] = torch.where(total > 1, deviation, overall).log()
         counts = total.view(m, m)
         self.possible.copy_((counts > 0) | (counts.sum(1, keepdim=True) == 0))
         self.transition.copy_(torch.where(self.possible, (counts + 1e-3).log(), 0.0))
@@ -1315,11 +1340,11 @@ class EventModule(nn.Module):
     def _check(self, tau, z, z2, censored):
         censored = torch.zeros_like(z, dtype=torch.bool) if censored is None else censored.bool()
         if not tau.shape == z.shape == z2.shape == censored.shape or tau.dim() != 1:
-            raise ValueError(f"tau, z, z2, censored must be (N,), not {tuple(tau.shape)}, {tuple(z.shape)}, "
-                             f"{tuple(z2.shape)}, {tuple(censored.shape)}")
-        z2 = torch.where(censored, 0, z2)
-        if bool((tau <= 0).any()) or not bool(tau.isfinite().all()):
+            shapes = ", ".join(str(tuple(v.shape)) for v in (tau, z, z2, censored))
+            raise ValueError(f"tau, z, z2, censored must be (N,), not {shapes}")
+        if not bool(((tau > 0) & tau.isfinite()).all()):
             raise ValueError("tau must be positive and finite")
+        z2 = torch.where(censored, 0, z2)
         if bool(((torch.stack([z, z2]) < 0) | (torch.stack([z, z2]) >= self.n_modes)).any()):
             raise ValueError(f"modes must lie in 0..{self.n_modes - 1}")
         return tau, z, z2, censored
@@ -1327,35 +1352,35 @@ class EventModule(nn.Module):
     def _scaled(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else (context - self.center) / self.spread
 
-    def _each_target(self, z: Tensor, context: Tensor | None) -> dict:
+    def _each_target(self, z: Tensor, scaled: Tensor | None) -> dict:
         group = z[:, None] * self.n_modes + torch.arange(self.n_modes, device=z.device)
-        c = None if context is None else context[:, None].expand(-1, self.n_modes, -1)
+        c = None if scaled is None else scaled[:, None].expand(-1, self.n_modes, -1)
         return dict(group=group, c=c)
 
-    def _transition_logits(self, z: Tensor, context: Tensor | None) -> Tensor:
+    def _transition_logits(self, z: Tensor, scaled: Tensor | None) -> Tensor:
         logits = self.transition[z]
         if self.transition_net is not None:
-            logits = logits + self.transition_net(torch.cat([context, F.one_hot(z, self.n_modes).to(context)], 1))
+            modes = F.one_hot(z, self.n_modes).to(scaled)
+            logits = logits + self.transition_net(torch.cat([scaled, modes], 1))
         return logits.masked_fill(~self.possible[z], -math.inf)
 
     def transition_probs(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """p(z'|z, c) (N, m)."""
         if self.estimator != "joint":
-            raise ValueError("transition_probs needs estimator 'joint'; in a race the probabilities follow "
-                             "from the clocks")
+            raise ValueError("transition_probs needs estimator 'joint'; in a race the probabilities "
+                             "follow from the clocks")
         return self._transition_logits(z, self._scaled(context)).softmax(-1)
 
     def log_prob(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None, censored=None) -> Tensor:
-        """Log-likelihood (N,) of "next event after tau, to z2", or of "none until tau" where censored."""
+        """Log-likelihood (N,) of "next event after tau, to z2", where censored of "none until tau"."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
-        context = self._scaled(context)
-        each, possible = self._each_target(z, context), self.possible[z]
+        scaled, possible = self._scaled(context), self.possible[z]
         all_tau = tau[:, None].expand(-1, self.n_modes)
-        survive = self.flow.log_survival(all_tau, **each)
-        own = self.flow.log_prob(tau, context, group=z * self.n_modes + z2)
+        survive = self.flow.log_survival(all_tau, **self._each_target(z, scaled))
+        own = self.flow.log_prob(tau, scaled, group=z * self.n_modes + z2)
         pick = lambda v: v.gather(1, z2[:, None])[:, 0]
         if self.estimator == "joint":
-            targets = self._transition_logits(z, context).log_softmax(-1)
+            targets = self._transition_logits(z, scaled).log_softmax(-1)
             joined = torch.where(possible, targets + survive, -math.inf)
             return torch.where(censored, joined.logsumexp(-1), pick(targets) + own)
         survive = torch.where(possible, survive, 0.0)
@@ -1367,11 +1392,12 @@ class EventModule(nn.Module):
     def sample(self, z: Tensor, context: Tensor | None = None, *,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw (time to the next event, next mode), both (N,)."""
+        scaled = self._scaled(context)
         if self.estimator == "joint":
             z2 = torch.multinomial(self.transition_probs(z, context), 1, generator=generator)[:, 0]
-            context = self._scaled(context)
-            return self.flow.sample(z.shape, context, generator, group=z * self.n_modes + z2), z2
-        clocks = self.flow.sample((len(z), self.n_modes), generator=generator, **self._each_target(z, self._scaled(context)))
+            return self.flow.sample(z.shape, scaled, generator, group=z * self.n_modes + z2), z2
+        each = self._each_target(z, scaled)
+        clocks = self.flow.sample((len(z), self.n_modes), generator=generator, **each)
         return clocks.masked_fill(~self.possible[z], math.inf).min(1)
 
 
@@ -1397,29 +1423,34 @@ def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None, jump_threshold:
 
     mode             the given labels change
     jump_threshold   |x_i - x_{i-1}| >= threshold * x_{i-1} > 0 in the first coordinate (TCP: 0.5)
-    changepoint      neither labels nor a rule: the increment differs from the extrapolated last slope by
-                     more than changepoint * (median increment of the 11 around); first of a run of such i
+    changepoint      neither labels nor a rule: the increment differs from the extrapolated last slope
+                     by more than changepoint * (median increment of the 11 around); first of a run
     Pieces with fewer than 2 samples are dropped; the last piece is censored."""
-    if t.dim() != 1 or x.dim() != 2 or len(t) != len(x) or (mode is not None and len(mode) != len(t)):
-        raise ValueError(f"t (T,), x (T, n) and mode (T,) must agree, got {tuple(t.shape)}, {tuple(x.shape)}, "
-                         f"{None if mode is None else tuple(mode.shape)}")
+    if t.dim() != 1 or x.dim() != 2 or not len(t) == len(x) == len(t if mode is None else mode):
+        raise ValueError(f"t (T,), x (T, n) and mode (T,) must agree, got {tuple(t.shape)}, "
+                         f"{tuple(x.shape)}, {None if mode is None else tuple(mode.shape)}")
     if mode is None and jump_threshold is None and changepoint is None:
         raise ValueError("give mode, jump_threshold or changepoint")
     start = torch.zeros(len(t), dtype=torch.bool, device=x.device)
     if mode is not None:
         start[1:] |= mode[1:] != mode[:-1]
     if jump_threshold is not None:
-        start[1:] |= ((x[1:, 0] - x[:-1, 0]).abs() >= jump_threshold * x[:-1, 0]) & (x[:-1, 0] > 0)
+        u = x[:, 0]
+        start[1:] |= (u.diff().abs() >= jump_threshold * u[:-1]) & (u[:-1] > 0)
     if changepoint is not None and len(t) > 2:
         dx, dt = x.diff(dim=0), t.diff()[:, None].to(x)
         slope = torch.where(dt > 0, dx / dt.clamp(min=1e-12), 0.0)
         residual = (dx[1:] - slope[:-1] * dt[1:]).norm(dim=-1)
-        size = F.pad(dx.norm(dim=-1)[None, None], (5, 5), mode="replicate")[0, 0].unfold(0, 11, 1)
-        off = residual > changepoint * size.median(-1).values[1:] + 1e-9
+        around = F.pad(dx.norm(dim=-1)[None, None], (5, 5), mode="replicate")[0, 0].unfold(0, 11, 1)
+        off = residual > changepoint * around.median(-1).values[1:] + 1e-9
         start[2:] |= off & ~F.pad(off, (1, -1))
-    cuts = [0, *start.nonzero()[:, 0].tolist(), len(t)]
-    return [Piece(t[a:b], x[a:b], None if mode is None else int(mode[a]), b == len(t))
-            for a, b in itertools.pairwise(cuts) if b - a >= 2]
+    return _cut(t, x, mode, start.nonzero()[:, 0].tolist(), lambda labels: labels[0], True)
+
+
+def _cut(t, x, mode, cuts: list[int], label: Callable, censored: bool) -> list[Piece]:
+    return [Piece(t[a:b], x[a:b], None if mode is None else int(label(mode[a:b])),
+                  censored and b == len(t))
+            for a, b in itertools.pairwise([0, *cuts, len(t)]) if b - a >= 2]
 
 
 def jitter_boundaries(pieces: Sequence[Piece], probability: float = 0.1, width: int = 10, *,
@@ -1427,29 +1458,26 @@ def jitter_boundaries(pieces: Sequence[Piece], probability: float = 0.1, width: 
     """Badly segmented pieces of one trajectory: each inner boundary moves, with `probability`, by up to
     width - 1 samples either way. A piece's label becomes the most frequent one of its samples."""
     lengths = torch.tensor([len(p.t) for p in pieces])
-    t, x = torch.cat([p.t for p in pieces]), torch.cat([p.x for p in pieces])
+    t, x, mode = torch.cat([p.t for p in pieces]), torch.cat([p.x for p in pieces]), None
     cuts = lengths.cumsum(0)[:-1]
     move = torch.randint(0, width, cuts.shape, generator=generator)
     move = torch.where(torch.rand(cuts.shape, generator=generator) < 0.5, move, -move)
     move = torch.where(torch.rand(cuts.shape, generator=generator) < probability, move, 0)
-    cuts = (cuts + move).clamp(0, len(t)).cummax(0).values
-    labelled = all(p.mode is not None for p in pieces)
-    mode = torch.tensor([p.mode for p in pieces]).repeat_interleave(lengths) if labelled else None
-    return [Piece(t[a:b], x[a:b], int(mode[a:b].mode().values) if labelled else None,
-                  b == len(t) and pieces[-1].censored)
-            for a, b in itertools.pairwise([0, *cuts.tolist(), len(t)]) if b - a >= 2]
+    cuts = (cuts + move).clamp(0, len(t)).cummax(0).values.tolist()
+    if all(p.mode is not None for p in pieces):
+        mode = torch.tensor([p.mode for p in pieces]).repeat_interleave(lengths)
+    return _cut(t, x, mode, cuts, lambda labels: labels.mode().values, pieces[-1].censored)
 
 
 def pack_pieces(pieces: Sequence[Piece], n_features_steps: int = 5) -> PaddedPieces:
     """Pad pieces to one batch; features: the first states of each, in time order, 0 where too short."""
     if not pieces or max(len(p.t) for p in pieces) < 2:
         raise ValueError("pieces must hold at least one piece with 2 samples")
-    if n_features_steps < 1:
-        raise ValueError(f"n_features_steps must be at least 1, not {n_features_steps}")
-    x = nn.utils.rnn.pad_sequence([p.x for p in pieces], batch_first=True)
+    _check_positive(n_features_steps=n_features_steps)
+    pad = lambda sequences: nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    t, x = pad([p.t for p in pieces]), pad([p.x for p in pieces])
     lengths = torch.tensor([len(p.t) for p in pieces], device=x.device)
     index = torch.arange(x.shape[1], device=x.device)
-    t = nn.utils.rnn.pad_sequence([p.t for p in pieces], batch_first=True)
     t = t.gather(1, index.minimum(lengths[:, None] - 1))
     first = F.pad(x, (0, 0, 0, max(0, n_features_steps - x.shape[1])))[:, :n_features_steps]
     return PaddedPieces(t, x, index < lengths[:, None], first.flatten(1), lengths)
@@ -1458,35 +1486,32 @@ def pack_pieces(pieces: Sequence[Piece], n_features_steps: int = 5) -> PaddedPie
 # ---- Neural Hybrid Automata ----------------------------------------------------------------------
 class _Sparsemax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, dim):
-        z = z - z.amax(dim, keepdim=True)
-        ordered = z.sort(dim, descending=True).values
-        total = ordered.cumsum(dim)
-        k = torch.arange(1, z.shape[dim] + 1, device=z.device, dtype=z.dtype)
-        k = k.view([-1 if i == dim % z.dim() else 1 for i in range(z.dim())])
-        size = (1 + k * ordered > total).sum(dim, keepdim=True)
-        tau = (total.gather(dim, size - 1) - 1) / size
-        p = (z - tau).clamp(min=0)
+    def forward(ctx, z):
+        z = z - z.amax(-1, keepdim=True)
+        ordered = z.sort(-1, descending=True).values
+        total = ordered.cumsum(-1)
+        k = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+        size = (1 + k * ordered > total).sum(-1, keepdim=True)
+        p = (z - (total.gather(-1, size - 1) - 1) / size).clamp(min=0)
         ctx.save_for_backward(p > 0)
-        ctx.dim = dim
         return p
 
     @staticmethod
     def backward(ctx, grad):
         support, = ctx.saved_tensors
-        mean = (grad * support).sum(ctx.dim, keepdim=True) / support.sum(ctx.dim, keepdim=True)
-        return support * (grad - mean), None
+        mean = (grad * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
+        return support * (grad - mean)
 
 
 def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
     """Euclidean projection of z onto the simplex (Martins and Astudillo, 2016)."""
-    return _Sparsemax.apply(z, dim)
+    return _Sparsemax.apply(z.movedim(dim, -1)).movedim(-1, dim)
 
 
 def straight_through(logits: Tensor, *, sample: Tensor | None = None,
                      generator: torch.Generator | None = None) -> Tensor:
-    """One-hot draw of Categorical(softmax(logits)) with the gradient of the softmax, (S, m). `sample`: the
-    one-hot rows to use instead of drawing. Up to rounding exactly one-hot: do not compare with ==."""
+    """One-hot draw of Categorical(softmax(logits)) with the gradient of the softmax, (S, m). `sample`:
+    the one-hot rows to use instead. Up to rounding exactly one-hot: do not compare with ==."""
     p = logits.softmax(-1)
     if sample is None:
         drawn = torch.multinomial(p.detach(), 1, generator=generator)[:, 0]
@@ -1497,23 +1522,22 @@ def straight_through(logits: Tensor, *, sample: Tensor | None = None,
 class ModeEncoder(nn.Module):
     """features (S, in_features) -> q (S, n_modes) on the simplex.
 
-    kind "ste": one-hot with the softmax's gradient, a draw in training and the argmax in eval (the authors'
-    code draws in both); "gumbel": the same with Gumbel-softmax; "softmax", "sparsemax": mixtures.
-    `mode` overrides: "sample" or "argmax" give one-hot rows for every kind. dropout=None: the small net."""
+    kind "ste": one-hot with the softmax's gradient, a draw in training and the argmax in eval (the
+    authors' code draws in both); "gumbel": the same with Gumbel-softmax; "softmax", "sparsemax":
+    mixtures. `mode`: "sample" or "argmax" give one-hot rows for every kind. dropout=None: a small net."""
 
     def __init__(self, in_features: int, n_modes: int, kind: str = "ste", dropout: float | None = 0.3,
                  temperature: float = 1.0):
         super().__init__()
         _check_choice("kind", kind, ("ste", "softmax", "sparsemax", "gumbel"))
-        if n_modes < 1 or in_features < 1 or not temperature > 0:
-            raise ValueError(f"n_modes, in_features and temperature must be positive, not {n_modes}, "
-                             f"{in_features}, {temperature}")
-        self.kind, self.temperature, self.n_modes = kind, temperature, n_modes
+        _check_positive(n_modes=n_modes, in_features=in_features, temperature=temperature)
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must be None or in [0, 1), not {dropout}")
-        width, self.dropout = (32 if dropout is None else 64), dropout
-        self.layers = nn.ModuleList([nn.Linear(in_features, width), nn.Linear(width, width),
-                                     nn.Linear(width, width), nn.Linear(width, n_modes, bias=False)])
+        self.kind, self.temperature, self.n_modes, self.dropout = kind, temperature, n_modes, dropout
+        width = 32 if dropout is None else 64
+        self.layers = nn.ModuleList([
+            nn.Linear(in_features, width), nn.Linear(width, width), nn.Linear(width, width),
+            nn.Linear(width, n_modes, bias=False)])
         self.register_buffer("alive", torch.ones(n_modes, dtype=torch.bool))      # see NHA.prune
 
     def logits(self, features: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -1521,39 +1545,37 @@ class ModeEncoder(nn.Module):
         for layer, activation in zip(self.layers, (torch.relu, torch.relu, torch.tanh)):
             h = layer(h)
             if self.dropout and self.training:          # drawn from `generator`, as nn.Dropout cannot
-                keep = torch.rand(h.shape, generator=generator, dtype=h.dtype, device=h.device) >= self.dropout
-                h = h * keep / (1 - self.dropout)
+                noise = torch.rand(h.shape, generator=generator, dtype=h.dtype, device=h.device)
+                h = h * (noise >= self.dropout) / (1 - self.dropout)
             h = activation(h)
         return self.layers[-1](h).masked_fill(~self.alive, -math.inf)
 
     def forward(self, features: Tensor, *, mode: str | None = None,
                 generator: torch.Generator | None = None) -> Tensor:
+        logits = self.logits(features, generator=generator)
         if mode is not None:
             _check_choice("mode", mode, ("sample", "argmax"))
-        logits = self.logits(features, generator=generator)
-        if mode is None:
-            if self.kind == "softmax":
-                return logits.softmax(-1)
-            if self.kind == "sparsemax":
-                return sparsemax(logits)
+        else:
+            if self.kind in ("softmax", "sparsemax"):
+                return logits.softmax(-1) if self.kind == "softmax" else sparsemax(logits)
             mode = "sample" if self.training else "argmax"
-        if mode == "argmax":
-            return straight_through(logits, sample=F.one_hot(logits.argmax(-1), self.n_modes).to(logits))
-        if self.kind == "gumbel":
-            uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
-            noisy = (logits - (-uniform.clamp(1e-20).log()).log()) / self.temperature
-            return straight_through(noisy, sample=F.one_hot(noisy.argmax(-1), self.n_modes).to(logits))
-        return straight_through(logits, generator=generator)
+        if mode == "sample" and self.kind != "gumbel":
+            return straight_through(logits, generator=generator)
+        if mode == "sample":
+            noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype,
+                               device=logits.device)
+            logits = (logits - (-noise.clamp(1e-20).log()).log()) / self.temperature
+        return straight_through(logits, sample=F.one_hot(logits.argmax(-1), self.n_modes).to(logits))
 
 
 class ModeDecoder(nn.Module):
     """dx/dt = sum_j q_j f_j(x[inputs]): f_j affine (hidden=None) or Linear Tanh Linear, all modes in one
     stacked product. The last layer starts at zero, so that every mode starts as "constant"."""
 
-    def __init__(self, state_dim: int, n_modes: int, hidden: int | None = None, inputs: slice = slice(0, 1)):
+    def __init__(self, state_dim: int, n_modes: int, hidden: int | None = None,
+                 inputs: slice = slice(0, 1)):
         super().__init__()
-        if n_modes < 1 or state_dim < 1:
-            raise ValueError(f"n_modes and state_dim must be at least 1, not {n_modes}, {state_dim}")
+        _check_positive(n_modes=n_modes, state_dim=state_dim, hidden=hidden)
         self.state_dim, self.hidden, self.inputs = state_dim, hidden, inputs
         n_in = len(range(state_dim)[inputs])
         if hidden is not None:
@@ -1578,8 +1600,8 @@ class ModeDecoder(nn.Module):
 
 
 class _Phi2(torch.autograd.Function):
-    """phi2(z) = (e^z - 1 - z) / z^2, phi2' = (phi1 - 2 phi2) / z with phi1 = (e^z - 1) / z; by their series
-    where the quotients cancel."""
+    """phi2(z) = (e^z - 1 - z) / z^2, phi2' = (phi1 - 2 phi2) / z with phi1 = (e^z - 1) / z; by their
+    series where the quotients cancel."""
 
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
@@ -1599,7 +1621,7 @@ class _Phi2(torch.autograd.Function):
 
 
 class JumpMaps(nn.Module):
-    """x+ = A_{zz'} x + b_{zz'}, by least squares on the states around events (the identity where none)."""
+    """x+ = A_{zz'} x + b_{zz'}, least squares on the states around events (the identity where none)."""
 
     def __init__(self, n_modes: int, state_dim: int):
         super().__init__()
@@ -1622,11 +1644,12 @@ class JumpMaps(nn.Module):
 class NHA(nn.Module):
     """Encoder, decoder, and for generation an EventModule and a jump map (x, z, z') -> x+."""
 
-    def __init__(self, encoder: ModeEncoder, decoder: ModeDecoder, event_module: EventModule | None = None,
-                 jump: Callable | None = None):
+    def __init__(self, encoder: ModeEncoder, decoder: ModeDecoder,
+                 event_module: EventModule | None = None, jump: Callable | None = None):
         super().__init__()
         self.encoder, self.decoder, self.event_module, self.jump = encoder, decoder, event_module, jump
-        self.register_buffer("merged", torch.eye(encoder.n_modes))     # encoder's modes -> decoder's, see prune
+        # The encoder's modes -> the decoder's, which `prune` reduces.
+        self.register_buffer("merged", torch.eye(encoder.n_modes))
 
     def encode(self, features: Tensor, *, mode: str | None = None,
                generator: torch.Generator | None = None) -> Tensor:
@@ -1635,31 +1658,29 @@ class NHA(nn.Module):
     def decode(self, x0: Tensor, q: Tensor, t: Tensor, *, solver: str = "rk4") -> Tensor:
         """States (S, L, n) at times t (S, L) (repeats allowed) from x0 (S, n) in modes q (S, m).
 
-        "rk4": classical, one step per interval, all pieces in parallel. "exact": affine modes driven by one
-        coordinate u have u' = a u + b, x_i' = c_i u + d_i, so
-            x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi2(a tau) (a u0 + b),  phi2(z) = (e^z - 1 - z) / z^2."""
+        "rk4": classical, one step per interval, all pieces in parallel. "exact": affine modes driven by
+        one coordinate u have u' = a u + b, x_i' = c_i u + d_i, so with phi2(z) = (e^z - 1 - z) / z^2
+            x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi2(a tau) (a u0 + b)."""
         _check_choice("solver", solver, ("rk4", "exact"))
         tau = (t - t[:, :1]).to(x0.dtype)
-        if solver == "rk4":
-            ys, f = [x0], lambda t, x: self.decoder(t, x, q)
-            for step in tau.diff(dim=1).unbind(1):
-                ys.append(_fixed_step(f, t[:, 0], step, ys[-1], METHODS["rk4"]))
-            return torch.stack(ys, 1)
-        return self._exact(x0, q, tau)
+        if solver == "exact":
+            row = torch.arange(len(x0), device=x0.device).repeat_interleave(tau.shape[1])
+            return self._exact(x0, q, tau.flatten(), row).view(*tau.shape, x0.shape[1])
+        ys, f = [x0], lambda t, x: self.decoder(t, x, q)
+        for step in tau.diff(dim=1).unbind(1):
+            ys.append(_fixed_step(f, t[:, 0], step, ys[-1], METHODS["rk4"]))
+        return torch.stack(ys, 1)
 
-    def _exact(self, x0: Tensor, q: Tensor, tau: Tensor, row: Tensor | None = None) -> Tensor:
-        """The closed form at times tau (S, L), or at times tau (N,) of pieces row (N,)."""
-        driver = range(self.decoder.state_dim)[self.decoder.inputs]
-        if self.decoder.hidden is not None or len(driver) != 1:
+    def _exact(self, x0: Tensor, q: Tensor, tau: Tensor, row: Tensor) -> Tensor:
+        """The closed form (N, n) at times tau (N,) of pieces row (N,)."""
+        u, n = range(self.decoder.state_dim)[self.decoder.inputs], x0.shape[1]
+        if self.decoder.hidden is not None or len(u) != 1:
             raise ValueError("solver 'exact' needs affine modes (hidden=None) driven by one coordinate")
         c, d = torch.einsum("sm,mn->sn", q, self.decoder.weight[..., 0]), q @ self.decoder.bias
-        u0, a, b = (v[:, driver] for v in (x0, c, d))
-        per_piece = torch.cat([x0, c, c * u0 + d, a, a * u0 + b], 1)
-        per_piece = per_piece[:, None] if row is None else per_piece[row]
-        n = x0.shape[1]
-        x0, c, slope, a, rise = per_piece.split((n, n, n, 1, 1), -1)
-        bend = tau.square() * _Phi2.apply(a[..., 0] * tau) * rise[..., 0]
-        return x0 + slope * tau[..., None] + c * bend[..., None]
+        slope, a = c * x0[:, u] + d, c[:, u]
+        x0, c, slope, a = torch.cat([x0, c, slope, a], 1)[row].split((n, n, n, 1), -1)
+        tau = tau[:, None]
+        return x0 + slope * tau + c * (tau.square() * _Phi2.apply(a * tau) * slope[:, u])
 
     def reconstruct(self, pieces: PaddedPieces, *, mode: str | None = None, solver: str = "rk4",
                     generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -1670,57 +1691,49 @@ class NHA(nn.Module):
     @torch.no_grad()
     def generate(self, x0: Tensor, z0, t_end: float, *, generator: torch.Generator | None = None,
                  n_points: int = 201) -> HybridSolution:
-        """Draw (time, next mode), flow until then, jump, repeat; outputs on linspace(0, t_end, n_points)."""
+        """Draw (time, next mode), flow until then, jump, repeat; outputs on linspace(0, t_end,
+        n_points). The event module's context is the state at the start of the piece."""
         if self.event_module is None:
             raise ValueError("generate needs an event_module")
-        (b, n), device, m = x0.shape, x0.device, len(self.decoder.bias)
-        solver = "exact" if self.decoder.hidden is None and len(range(n)[self.decoder.inputs]) == 1 else "rk4"
-        t = torch.linspace(0, t_end, n_points, dtype=torch.float64, device=device)
-        rows, x, z = torch.arange(b, device=device), x0, torch.as_tensor(z0, device=device).long().expand(b)
-        start, columns = t.new_zeros(b), []
-        ys, modes = x0.new_zeros(n_points, b, n), z.new_zeros(n_points, b)
-        while len(rows):
+        m, n_in = len(self.decoder.bias), len(range(x0.shape[1])[self.decoder.inputs])
+        solver = "exact" if self.decoder.hidden is None and n_in == 1 else "rk4"
+        t = torch.linspace(0, t_end, n_points, dtype=torch.float64, device=x0.device)
+
+        def advance(rows, start, x, z) -> _Leg:
             context = x if self.event_module.context_dim else None
             tau, z2 = self.event_module.sample(z, context, generator=generator)
-            stop = (start + tau.double().clamp(min=1e-9)).clamp(max=2 * t_end)
-            grid = torch.cat([start[:, None], t.expand(len(rows), -1).clamp(start[:, None], stop[:, None]),
-                              stop[:, None]], 1)
+            stop = start + tau.double().clamp(min=1e-9)
+            begin, end = start[:, None], stop.clamp(max=2 * t_end)[:, None]
+            grid = torch.cat([begin, t.expand(len(rows), -1).clamp(begin, end), end], 1)
             path = self.decode(x, F.one_hot(z, m).to(x), grid, solver=solver)
-            row, at = ((t >= start[:, None]) & (t < stop[:, None])).nonzero(as_tuple=True)
-            ys[at, rows[row]], modes[at, rows[row]] = path[row, at + 1], z[row]
-            go = (stop <= t_end).nonzero()[:, 0]
-            rows, start, x_pre, z_pre, z = rows[go], stop[go], path[go, -1], z[go], z2[go]
-            x = x_pre if self.jump is None else self.jump(x_pre, z_pre, z)
-            ended = start >= t_end                             # an event on the last output
-            ys[-1, rows[ended]], modes[-1, rows[ended]] = x[ended], z[ended]
-            if len(rows):
-                columns.append((rows, start, torch.zeros_like(rows), x_pre, x, z_pre, z))
-            rows, start, x, z = rows[~ended], start[~ended], x[~ended], z[~ended]
-        return HybridSolution(ys, modes, *_event_columns(columns, b, n, x0, t))
+            x_pre = path[:, -1]
+            x_post = x_pre if self.jump is None else self.jump(x_pre, z, z2)
+            return _Leg(stop, torch.zeros_like(rows), x_pre, x_post, z2, lambda row, k: path[row, k + 1])
+
+        return _simulate(advance, x0, z0, t, m)
 
     @torch.no_grad()
     def prune(self, pieces: PaddedPieces, eps: float = 0.01, delta: float = 0.05) -> list[int]:
-        """Drop modes that fewer than eps of the pieces use, merge mode j into a more used k when
-        mean |f_j - f_k| / (|f_j| + |f_k|) < delta over the states of both. Returns the modes kept; labels
-        are 0..len - 1 in that order afterwards. An event module must be fitted again."""
-        labels = self.encode(pieces.features, mode="argmax").argmax(-1)
-        m = len(self.decoder.bias)
+        """Drop modes that fewer than eps of the pieces use, merge mode j into a more used k when the
+        mean of |f_j - f_k| / (|f_j| + |f_k|) over the states of both is below delta. Returns the modes
+        kept; labels are 0..len - 1 in that order afterwards. Fit the event module again."""
+        labels, m = self.encode(pieces.features, mode="argmax").argmax(-1), len(self.decoder.bias)
         usage = torch.bincount(labels, minlength=m) / len(labels)
-        states, owner = pieces.x[pieces.mask], labels[:, None].expand_as(pieces.mask)[pieces.mask]
-        f = self.decoder.fields(states)
+        f = self.decoder.fields(pieces.x[pieces.mask])
+        owner = labels[:, None].expand_as(pieces.mask)[pieces.mask]
+
+        def difference(j: int, k: int) -> Tensor:
+            at = (owner == j) | (owner == k)
+            scale = f[at, j].norm(dim=-1) + f[at, k].norm(dim=-1)
+            return ((f[at, j] - f[at, k]).norm(dim=-1) / scale.clamp(min=1e-12)).mean()
+
         kept, column = [], torch.full((m,), -1, device=labels.device)
         for j in usage.argsort(descending=True, stable=True).tolist():
             if usage[j] < eps or usage[j] == 0:
                 break
-            for place, k in enumerate(kept):
-                at = (owner == j) | (owner == k)
-                scale = f[at, j].norm(dim=-1) + f[at, k].norm(dim=-1)
-                gap = (f[at, j] - f[at, k]).norm(dim=-1) / scale.clamp(min=1e-12)
-                if gap.mean() < delta:
-                    column[j] = place
-                    break
-            else:
-                column[j] = len(kept)
+            same = [place for place, k in enumerate(kept) if difference(j, k) < delta]
+            column[j] = same[0] if same else len(kept)
+            if not same:
                 kept.append(j)
         merge = F.one_hot(column.clamp(min=0), len(kept)).to(self.merged) * (column >= 0)[:, None]
         self.merged = self.merged @ merge
@@ -1731,6 +1744,17 @@ class NHA(nn.Module):
 
 
 # ---- losses, measures, training ------------------------------------------------------------------
+def _per_piece(error: Tensor, mask: Tensor) -> Tensor:
+    """Sum over state dimensions, mean over a piece's times, mean over pieces (section 3.2)."""
+    if error.shape[:-1] != mask.shape:
+        raise ValueError(f"mask must be {tuple(error.shape[:-1])}, not {tuple(mask.shape)}")
+    return (error.masked_fill(~mask[..., None], 0.0).flatten(1).sum(1) / mask.sum(1)).mean()
+
+
+def _relative(xhat: Tensor, x: Tensor) -> Tensor:
+    return 50 * (xhat - x).abs() / (xhat.abs() + x.abs() + 0.01)
+
+
 def reconstruction_loss(xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Squared error: sum over state dimensions, mean over a piece's times, mean over pieces."""
     return _per_piece((xhat - x).square(), mask)
@@ -1738,30 +1762,43 @@ def reconstruction_loss(xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 def smape(xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Symmetric percentage error 100 |xhat - x| / (|xhat| + |x| + 0.01) / 2, averaged like the loss."""
-    return 50 * _per_piece((xhat - x).abs() / (xhat.abs() + x.abs() + 0.01), mask)
-
-
-def _per_piece(error: Tensor, mask: Tensor) -> Tensor:
-    if error.shape[:-1] != mask.shape:
-        raise ValueError(f"mask must be {tuple(error.shape[:-1])}, not {tuple(mask.shape)}")
-    return (error.masked_fill(~mask[..., None], 0.0).flatten(1).sum(1) / mask.sum(1)).mean()
+    return _per_piece(_relative(xhat, x), mask)
 
 
 def v_measure(true, pred, beta: float = 1.0) -> tuple[float, float, float]:
     """(homogeneity, completeness, V) of two labelings (Rosenberg and Hirschberg, 2007)."""
     true, pred = (torch.as_tensor(v).detach().cpu().flatten() for v in (true, pred))
     if len(true) != len(pred) or len(true) == 0:
-        raise ValueError(f"true and pred must have one length above 0, not {len(true)} and {len(pred)}")
+        raise ValueError(f"true and pred must have one length above 0, not {len(true)}, {len(pred)}")
     joint = torch.stack([v.unique(return_inverse=True)[1] for v in (true, pred)])
     table = torch.zeros(*(joint.amax(1) + 1), dtype=torch.float64)
     table.index_put_(tuple(joint), torch.ones(len(true), dtype=torch.float64), accumulate=True)
     p = table / len(true)
     entropy = lambda q: float(-torch.special.xlogy(q, q).sum())
     classes, clusters, both = entropy(p.sum(1)), entropy(p.sum(0)), entropy(p)
-    h = 1.0 if classes == 0 else 1 - (both - clusters) / classes
-    c = 1.0 if clusters == 0 else 1 - (both - classes) / clusters
-    h, c = max(h, 0.0), max(c, 0.0)
+    h = 1.0 if classes == 0 else max(1 - (both - clusters) / classes, 0.0)
+    c = 1.0 if clusters == 0 else max(1 - (both - classes) / clusters, 0.0)
     return h, c, (1 + beta) * h * c / (beta * h + c) if beta * h + c > 0 else 0.0
+
+
+def _descend(model: nn.Module, optimizer, step: Callable, epochs: int,
+             generator: torch.Generator | None, resume: dict | None) -> Iterator[dict[str, float]]:
+    """step(epoch) -> (loss, what to yield). `send("state")` hands out a snapshot for `resume`."""
+    first = 0
+    if resume is not None:
+        first = resume["epoch"]
+        model.load_state_dict(resume["model"]), optimizer.load_state_dict(resume["optimizer"])
+        if generator is not None:
+            generator.set_state(resume["generator"])
+    for epoch in range(first, epochs):
+        loss, row = step(epoch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (yield {"epoch": epoch, **{k: float(v) for k, v in row.items()}}) == "state":
+            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                   "epoch": epoch + 1,
+                   "generator": None if generator is None else generator.get_state()}
 
 
 def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000, enc_lr: float = 3e-4,
@@ -1771,84 +1808,66 @@ def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000,
     """Full-batch training of encoder and decoder; yields {"epoch", "loss", "smape", "n_used"} and, with
     `true_modes`, "v" (of the labels the epoch used). `send("state")` hands out a snapshot for `resume`.
     Dropout and sampled modes draw from `generator`."""
-    groups = [{"params": model.encoder.parameters(), "lr": enc_lr}, {"params": model.decoder.parameters(), "lr": dec_lr}]
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    first = _restore(model, optimizer, generator, resume)
-    row, column = pieces.mask.nonzero(as_tuple=True)
-    x0, target, lengths = pieces.x[:, 0], pieces.x[row, column], pieces.lengths.to(pieces.x.dtype)
+    optimizer = torch.optim.AdamW([{"params": model.encoder.parameters(), "lr": enc_lr},
+                                   {"params": model.decoder.parameters(), "lr": dec_lr}], fused=True)
+    row, column = pieces.mask.nonzero(as_tuple=True)           # the samples that exist, no padding
+    x0, target = pieces.x[:, 0], pieces.x[row, column]
     tau = (pieces.t[row, column] - pieces.t[row, 0]).to(x0.dtype)
-    weight = (1 / (lengths * len(lengths)))[row, None]
-    model.train()
-    for epoch in range(first, epochs):
+    weight = (1 / (pieces.lengths.to(x0.dtype) * len(x0)))[row, None]
+
+    def step(epoch: int) -> tuple[Tensor, dict]:
         q = model.encode(pieces.features, generator=generator)
-        if solver == "exact":                                  # only the samples that exist, no padding
+        if solver == "exact":
             xhat = model._exact(x0, q, tau, row)
         else:
             xhat = model.decode(x0, q, pieces.t, solver=solver)[row, column]
-        error = xhat - target
-        loss = (error.square() * weight).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            percent = 50 * (error.abs() / (xhat.abs() + target.abs() + 0.01) * weight).sum()
-        labels = q.detach().argmax(-1)
-        out = {"epoch": epoch, "loss": loss.item(), "smape": percent.item(), "n_used": float(len(labels.unique()))}
+        loss, labels = ((xhat - target).square() * weight).sum(), q.detach().argmax(-1)
+        out = {"loss": loss.detach(), "smape": (_relative(xhat.detach(), target) * weight).sum(),
+               "n_used": len(labels.unique())}
         if true_modes is not None:
             out["v"] = v_measure(true_modes, labels)[2]
-        if (yield out) == "state":
-            yield _snapshot(model, optimizer, generator, epoch + 1)
+        return loss, out
+
+    model.train()
+    yield from _descend(model, optimizer, step, epochs, generator, resume)
 
 
-def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, *, context=None, censored=None,
-                       epochs: int = 500, lr: float = 1e-2, generator: torch.Generator | None = None,
+def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
+                       censored=None, epochs: int = 500, lr: float = 1e-2,
+                       generator: torch.Generator | None = None,
                        resume: dict | None = None) -> Iterator[dict[str, float]]:
-    """Maximum likelihood, full batch; yields {"epoch", "nll"}. Calls `initialize` first."""
+    """Maximum likelihood, full batch, cosine learning rate; yields {"epoch", "nll"}. Calls `initialize`
+    first. `send("state")` hands out a snapshot for `resume`."""
     if resume is None:
         module.initialize(tau, z, z2, context=context, censored=censored)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr, fused=True)
-    for epoch in range(_restore(module, optimizer, generator, resume), epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
+
+    def step(epoch: int) -> tuple[Tensor, dict]:
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        optimizer.param_groups[0]["lr"] = lr * decay
         nll = -module.log_prob(tau, z, z2, context=context, censored=censored).mean()
-        optimizer.zero_grad(set_to_none=True)
-        nll.backward()
-        optimizer.step()
-        if (yield {"epoch": epoch, "nll": nll.item()}) == "state":
-            yield _snapshot(module, optimizer, generator, epoch + 1)
+        return nll, {"nll": nll.detach()}
 
-
-def _snapshot(model: nn.Module, optimizer, generator: torch.Generator | None, epoch: int) -> dict:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
-            "generator": None if generator is None else generator.get_state()}
-
-
-def _restore(model: nn.Module, optimizer, generator: torch.Generator | None, state: dict | None) -> int:
-    if state is None:
-        return 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if generator is not None:
-        generator.set_state(state["generator"])
-    return state["epoch"]
+    yield from _descend(module, optimizer, step, epochs, generator, resume)
 
 
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(0)
-    tcp = RenoTCP()
-    runs = tcp.sample_exact(5, generator=generator, dtype=torch.float32)
-    grid = torch.linspace(0, 100, 2000)
-    pieces = [p for i in range(5) for p in segment(*(v.float() for v in runs.trajectory(grid, i)[:2]),
-                                                   mode=runs.trajectory(grid, i)[2], jump_threshold=0.5)]
-    batch, truth = pack_pieces(pieces), [p.mode for p in pieces]
+    runs = RenoTCP().sample_exact(5, generator=generator, dtype=torch.float32)
+    found = []
+    for i in range(5):
+        t, x, mode = runs.trajectory(torch.linspace(0, 100, 2000), i)
+        found += segment(t.float(), x, mode=mode, jump_threshold=0.5)
+    batch, truth = pack_pieces(found), [p.mode for p in found]
     model = NHA(ModeEncoder(10, 3), ModeDecoder(2, 3))
-    print(f"{len(pieces)} pieces of 5 TCP trajectories; 3 modes, none of them labelled")
+    print(f"{len(found)} pieces of 5 TCP trajectories; 3 modes, none of them labelled")
     for row in train_mode_recovery(model, batch, epochs=1500, solver="exact", generator=generator):
         if row["epoch"] % 300 == 299:
             print(f"epoch {row['epoch'] + 1:5d}  loss {row['loss']:.5f}")
     labels = model.eval().encode(batch.features).argmax(-1)
     print("mode  pieces  dw/dt =  a w + b       (true: 0.3465 w in slow start, 0.5 in avoidance)")
     for j, count in enumerate(labels.bincount(minlength=3).tolist()):
-        print(f"{j:4d} {count:7d}  {model.decoder.weight[j, 0, 0]:+.4f} w {model.decoder.bias[j, 0]:+.4f}")
+        a, b = model.decoder.weight[j, 0, 0], model.decoder.bias[j, 0]
+        print(f"{j:4d} {count:7d}  {a:+.4f} w {b:+.4f}")
     print("homogeneity, completeness, V against {off, slow start}, {avoidance}: "
           + ", ".join(f"{v:.3f}" for v in v_measure([int(z == 2) for z in truth], labels)))
