@@ -77,11 +77,11 @@ class CocoImages:
         return open_and(self, index, decode), self.labels[index]
 
     def label_maps(self, rows: Iterable[int], cells: int, k: int | None = None,
-                   share: float = 0.0) -> torch.Tensor:
+                   share: float = 0.1) -> torch.Tensor:
         """(n, 2, k, cells, cells) float32 from the masks, as reference/relabel.py pools them.
 
-        Score 1 where a class covers more than `share` of a cell, 0 elsewhere. k: by default enough
-        for the image with the most classes.
+        Score 1 where a class covers more than `share` of a cell (an outline that touches a cell may
+        cover 1/16 of it), 0 elsewhere. k: by default enough for the image with the most classes.
         """
         rows = list(rows)
         k = int(max(1, self.labels[rows].sum(1).max())) if k is None else k
@@ -89,7 +89,7 @@ class CocoImages:
             raise ValueError(f"k must be in 1..{len(self.classes)}, not {k}")
         out = np.zeros((len(rows), 2, k, cells, cells), dtype=np.float32)
         for at, row in enumerate(rows):
-            named = np.argsort(~self.labels[row], kind="stable")[:k]  # the classes present, then others
+            named = np.argsort(~self.labels[row], kind="stable")[:k]  # those present come first
             out[at, 1] = named.reshape(k, 1, 1)
             place_of = {int(number): place for place, number in enumerate(named)}
             for number, entry in self._objects[row]:
@@ -99,9 +99,9 @@ class CocoImages:
         return torch.from_numpy(out)
 
     def _shares(self, row: int, entry: dict, cells: int, fine: int = 16) -> np.ndarray:
-        """(cells, cells) share of each cell that an annotation covers, counted on fine x fine points.
+        """(cells, cells) share of each cell under an annotation, counted on fine x fine points.
 
-        From its segmentation, or its box where it has none.
+        Its segmentation counts, or its box where it has none.
         """
         side, shape = cells * fine, entry.get("segmentation")
         scale = side / self.sizes[row]
@@ -113,7 +113,7 @@ class CocoImages:
             pen = ImageDraw.Draw(canvas)
             x, y, w, h = entry["bbox"]
             for polygon in shape or [[x, y, x + w, y, x + w, y + h, x, y + h]]:
-                points = np.reshape(polygon, (-1, 2)) * scale - 0.5  # pixel centres are integers here
+                points = np.reshape(polygon, (-1, 2)) * scale - 0.5  # of pixel centres
                 pen.polygon([tuple(point) for point in points.tolist()], fill=1)
         return np.asarray(canvas).reshape(cells, fine, cells, fine).mean((1, 3))
 
