@@ -58,7 +58,7 @@ PAPER = Settings("resnet152", 224, 1024, 300, 128, 1, **pcme.RECIPES["coco"], lo
 PRESETS = {
     "default": Settings("tiny", 64, 64, 64, 64, 2, (10,), ({"lr": 2e-3},)),
     "tiny": Settings("tiny", 32, 16, 8, 16, 2, (1,), ({"lr": 2e-3},), samples=3),
-    "small": Settings("small-16", 64, 128, 128, 64, 3, (6,), ({"lr": 1e-3},), crop=0.5, word_drop=0.1, erasing=0.2),
+    "small": Settings("small-16", 64, 128, 128, 32, 2, (6,), ({"lr": 2e-3},), shift=5.0, crop=0.7, word_drop=0.1, erasing=0.2),
     "paper": PAPER,
 }
 METHODS = {                                                   # criterion of the settings, and whether it draws samples

@@ -414,11 +414,12 @@ def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
     with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file):
             word, *values = line.rstrip("\n ").rsplit(" ", dim)     # some words contain spaces
-            if number == 0 and len(line.split()) == 2:        # fastText's header: count, dimension
-                values = [""] * int(line.split()[1])
-            if len(values) != dim or (dim > 1 and number == 0 and " " in word):
+            header = number == 0 and len(line.split()) == 2   # fastText: count, dimension
+            if header and line.split()[1] == str(dim):
+                continue
+            if len(values) != dim or (number == 0 and " " in word):
                 raise ValueError(f"{path}, line {number + 1}: not a word and {dim} numbers; is dim right?")
-            if word in wanted and word not in found and values[0]:
+            if word in wanted and word not in found:
                 found[word] = np.array(values, dtype=np.float32)
             if progress is not None and number % 100_000 == 99_999:
                 progress(number + 1)
