@@ -60,9 +60,7 @@ def seconds(function: Callable, device: torch.device) -> float:
 
 def interleaved(functions: dict[str, Callable], repeats: int,
                 device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each repetition, all functions in turn, after one call of each."""
-    for function in functions.values():
-        function()
+    """Seconds of each repetition, all functions in turn."""
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -121,6 +119,7 @@ def map_table(run: harness.Run, model: nn.Module, heads: dict, images: Tensor,
         functions[f"{name} prediction"] = lambda net=net: net(images).probs()
         functions[f"{name} map"] = lambda net=net, kind=kind: calm.attribution_map(
             net(images), labels, kind)
+    interleaved(functions, 1, run.device)                     # warm-up
     times = interleaved(functions, 3 * run.args.repeats, run.device)
     table = []
     for name, values in times.items():
@@ -137,10 +136,15 @@ def scaled(maps: Tensor, side: int) -> Tensor:
     return attribution.normalize_map(attribution.resize_map(maps.clamp(min=0), side), "minmax")
 
 
+def smaller(images: Tensor, labels: Tensor) -> tuple[tuple, tuple]:
+    """(images, labels) for the costly baselines: two and one, of half the side."""
+    return tuple((images[:n, :, ::2, ::2], labels[:n]) for n in (2, 1))
+
+
 def ours_of(model: nn.Module, images: Tensor, labels: Tensor, steps: int,
             noise: Tensor) -> dict[str, Callable]:
-    """{baseline: function -> maps}; the costly ones on fewer or smaller images."""
-    layer, few, one = model.layer4, (images[:2], labels[:2]), (images[:1, :, ::2, ::2], labels[:1])
+    """{baseline: function -> maps}."""
+    layer, few, one = model.layer4, *smaller(images, labels)
     cams = {"Grad-CAM": attribution.grad_cam, "Grad-CAM++": attribution.grad_cam_pp,
             "Score-CAM": attribution.score_cam, "Ablation-CAM": attribution.ablation_cam}
     work = {name: (lambda f=f, on=(images, labels) if "Grad" in name else one:
@@ -154,7 +158,7 @@ def ours_of(model: nn.Module, images: Tensor, labels: Tensor, steps: int,
 def peers_of(model: nn.Module, images: Tensor, labels: Tensor,
              steps: int) -> dict[tuple[str, str], Callable]:
     """{(baseline, package): function -> maps} of the packages that are installed."""
-    layer, few, one = model.layer4, (images[:2], labels[:2]), (images[:1, :, ::2, ::2], labels[:1])
+    layer, few, one = model.layer4, *smaller(images, labels)
     work = {}
     if package := installed("pytorch_grad_cam"):
         targets = importlib.import_module("pytorch_grad_cam.utils.model_targets")
@@ -187,24 +191,30 @@ def peers_of(model: nn.Module, images: Tensor, labels: Tensor,
     return work
 
 
-def baseline_table(run: harness.Run, model: nn.Module, images: Tensor,
-                   labels: Tensor) -> list[dict]:
-    steps, table = 8, []
-    noise = torch.randn(steps, 2, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+def baseline_tables(run: harness.Run, model: nn.Module, images: Tensor,
+                    labels: Tensor) -> dict[str, Callable[[], list[dict]]]:
+    """{baseline: what measures it}."""
+    few, steps = smaller(images, labels)[0][0], 8
+    noise = torch.randn(steps, *few.shape, generator=torch.Generator().manual_seed(0))
     peers = peers_of(model, images, labels, steps)
-    for name, own in ours_of(model, images, labels, steps, noise.to(images.device)).items():
+
+    def measure(name: str, own: Callable) -> list[dict]:
         functions = {"this project": own}
         functions |= {package: f for (baseline, package), f in peers.items() if baseline == name}
         maps = {package: scaled(f(), images.shape[-1]) for package, f in functions.items()}
-        repeats = run.args.repeats if "Grad" in name or "grad" in name else min(3, run.args.repeats)
-        times = interleaved(functions, repeats, run.device)
+        costly = name in ("Score-CAM", "Ablation-CAM")        # a forward pass per channel
+        repeats = min(2, run.args.repeats) if costly else run.args.repeats
+        times, table = interleaved(functions, repeats, run.device), []
         for package, values in times.items():
             ratio = statistics.median(b / a for a, b in zip(times["this project"], values))
             gap = float((maps[package] - maps["this project"]).abs().max())
             table.append({"map": name, "package": package, "ms": 1000 * statistics.median(values),
                           "x this project": ratio,
                           "difference": gap if name != "SmoothGrad" else None})      # other noise
-    return table
+        return table
+
+    ours = ours_of(model, images, labels, steps, noise.to(images.device))
+    return {name: lambda name=name, own=own: measure(name, own) for name, own in ours.items()}
 
 
 def training_table(run: harness.Run) -> list[dict]:
@@ -233,6 +243,7 @@ def training_table(run: harness.Run) -> list[dict]:
                 loss.backward()
                 optimizer.step()
                 return loss.item()
+        interleaved({name: step}, 2, run.device)              # warm-up
         values = interleaved({name: step}, run.args.repeats, run.device)[name]
         table.append({"step": name, "images/s": run.args.batch / statistics.median(values)})
     return table
@@ -257,19 +268,21 @@ def main(argv: list[str] | None = None) -> None:
     parts = {("loss", None): lambda: loss_table(run)}
     for count in counts:
         parts["map", count] = lambda: map_table(run, model, heads, images, labels)
-        parts["baselines", count] = lambda: baseline_table(run, model, images, labels)
+        for baseline, measure in baseline_tables(run, model, images, labels).items():
+            parts[f"baselines {baseline}", count] = measure
     if not on_cpu:
         parts["training", None] = lambda: training_table(run)
     tables: dict[str, list[dict]] = {}
-    for (table, count), measure in parts.items():
-        name = table if count is None else f"{table}-{count}-threads"
+    for (part, count), measure in parts.items():
+        name = part.replace(" ", "-") + ("" if count is None else f"-{count}-threads")
         if run.recorded(name) is None:
             run.log(f"{name} ...")
             if count is not None:
                 torch.set_num_threads(count)
             run.record(name, measure())
         threads = {} if count is None else {"threads": count}
-        tables.setdefault(table, []).extend({**threads, **row} for row in run.recorded(name))
+        rows = [{**threads, **row} for row in run.recorded(name)]
+        tables.setdefault(part.split()[0], []).extend(rows)
     packages = sorted({row["package"] for row in tables["baselines"]} - {"this project"})
     run.log(f"packages beside this project: {', '.join(packages) or 'none is installed'}")
     run.finish(claims_of(tables), tables, packages=packages)
