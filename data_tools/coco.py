@@ -64,7 +64,8 @@ class CocoImages:
         return len(self._files)
 
     def name(self, index: int) -> str:
-        return self._files[index]
+        """`<folder>/<file>`."""
+        return f"{self.root.name}/{self._files[index]}"
 
     def open(self, index: int) -> Image.Image:
         """The image, header read. Raises BadImage with the file's name."""
