@@ -1,9 +1,9 @@
 """VideoMix: when mixing cuboids of videos helps a classifier, and when it hurts.
 
-    python benchmarks/videomix.py                        # S, T, ST over epochs and p: 15 minutes on
-    a core python benchmarks/videomix.py --table augmentations  # every augmentation of the
-    comparison: 6 minutes python benchmarks/videomix.py --table kinetics       # backbones with and
-    without it: 6 minutes python benchmarks/videomix.py --table ssv2           # sampled by
+    python benchmarks/videomix.py                        # S, T, ST over epochs and p; five minutes
+    on a core python benchmarks/videomix.py --table augmentations  # these and every other
+    augmentation: 9 minutes python benchmarks/videomix.py --table kinetics       # backbones with
+    and without it: 6 minutes python benchmarks/videomix.py --table ssv2           # sampled by
     segments; what a flip does: 4 minutes python benchmarks/videomix.py --table thumos         #
     actions in time from video labels: 4 minutes python benchmarks/videomix.py --table ava
     # boxes and CAMs after pretraining: 4 minutes torchrun --nproc_per_node=8 benchmarks/videomix.py
@@ -92,31 +92,29 @@ def measure(model: nn.Module, train: dict, test: dict, biased: dict | None = Non
 
 # ---------------------------------------------------------------- classification of embedded videos
 
-SIZES = {"default": {"count": 600, "tests": 1000, "epochs": 30, "side": 16},
+SIZES = {"default": {"count": 600, "tests": 1000, "epochs": 20, "side": 16},
          "tiny": {"count": 40, "tests": 40, "epochs": 1, "side": 16},
          "paper": {"count": 5000, "tests": 5000, "epochs": 60, "side": 64}}
 EMBEDDED = ("slowonly18", "slowfast18", "tsm18", "ClipNet")
 
 
 def settings_of(table: str, epochs: int) -> list[Setting]:
-    """What a table compares; class scenes start from half the epochs, the short schedule."""
+    """What a table compares. variants: S, T, ST, p and the length of training on own scenes, and
+    the control, whose class scenes are trained for half the epochs (the short schedule) and twice.
+    augmentations: these, and every other augmentation."""
     def cell(method="none", p=1.0, times=1.0, videos="own scenes", network="ClipNet"):
         return Setting(method, p, max(1, round(times * epochs)), videos, network)
-    if table == "augmentations":
-        return [cell(method) for method in METHODS]
     if table == "kinetics":
         return [cell(method, network=network) for network in EMBEDDED for method in ("none", "S")]
     if table == "ssv2":
         return [cell(method, videos="segments", network=network) for network in ("tsm18", "ClipNet")
                 for method in ("none", "S", "flip")]
-    own = [cell(method, times=times) for times in (0.5, 1, 4) for method in ("none", "S")]
-    own += [cell(method, p) for method,
-            p in (("T", 1.0), ("ST", 1.0), ("S", 0.5), ("T", 0.5), ("ST", 0.5))]
-    own += [cell("S", 0.5, 4)]
-    control = [cell(method, p, 0.5, "class scenes") for method, p in
-               (("none", 1.0), ("S", 1.0), ("T", 1.0), ("ST", 1.0), ("S", 0.5))]
-    return own + control + [cell(method, p, 2, "class scenes") for method, p in
-                            (("none", 1.0), ("S", 1.0), ("S", 0.5))]
+    variants = [*(cell(method) for method in METHODS[:4]), cell("S", 0.5), cell(times=4),
+                cell("S", times=4),
+                *(cell(method, times=0.5, videos="class scenes") for method in METHODS[:4]),
+                *(cell(method, times=2, videos="class scenes") for method in METHODS[:2])]
+    return variants + [cell(method)
+                       for method in METHODS[4:]] if table == "augmentations" else variants
 
 
 def scene_sets(kind: str, size: dict, seed: int) -> tuple[dict, dict, dict | None]:
@@ -154,10 +152,19 @@ def study(run: harness.Run, settings: list[Setting]) -> Results:
 
 def classify(run: harness.Run) -> None:
     """Tables variants, augmentations, kinetics and ssv2 on embedded videos."""
-    table = run.args.table
-    results = study(run, settings_of(table, SIZES[run.args.preset]["epochs"]))
-    columns = ("train", "test", "ECE") + (("biased test", "scene reliance") if table == "variants"
-                                          else ())
+    table, epochs = run.args.table, SIZES[run.args.preset]["epochs"]
+    results = study(run, settings_of(table, epochs))
+    tables = {table: table_of(results, ("train", "test", "ECE"), "test")}
+    if table in ("variants", "augmentations"):        # the second holds the first
+        every = {s: seeds for s, seeds in results.items() if s.epochs == epochs
+                 and s.videos == "own scenes"
+                 and s.p == 1}
+        of_variants = {s: results[s] for s in settings_of("variants", epochs)}
+        tables = {"variants": table_of(of_variants,
+                                       ("train", "test", "ECE", "biased test", "scene reliance"),
+                                       "test")}
+        if table == "augmentations":
+            tables["augmentations"] = table_of(every, ("train", "test", "ECE"), "test")
     claims = claims_of(results, "test")
     for setting, seeds in results.items():
         if table == "ssv2" and setting.augmentation == "flip":
@@ -168,37 +175,38 @@ def classify(run: harness.Run) -> None:
                            "this run": text, "holds": {"hurts": True, "helps": False}.get(effect)})
     if run.figures and run.is_main:
         draw_study(run, results)
-    run.finish(claims, {table: table_of(results, columns, "test")})
+    run.finish(claims, tables)
 
 
 def draw_study(run: harness.Run, results: Results) -> None:
-    """Accuracy over the length of training, or by augmentation; and the mixed clips themselves."""
+    """Accuracy by augmentation and by length of training; and the mixed clips themselves."""
     scores = {setting: mean_error([s["test"] for s in seeds]) for setting, seeds in results.items()}
-    if run.args.table == "augmentations":
-        short = [s.augmentation.replace("RandAugment", "RandAug").replace("Mixup", "mixup")
-                 for s in scores]
+    epochs, table = SIZES[run.args.preset]["epochs"], run.args.table
+    if table == "augmentations":
+        cells = {s: score for s, score in scores.items() if s[1:4] == (1.0, epochs, "own scenes")}
+        short = [s.augmentation.replace("RandAugment", "RandAug").replace("frame", "fr.")
+                 for s in cells]
         figures.bar_chart(run.figures / "videomix_augmentations.png", short,
-                          {"accuracy": tuple(zip(*scores.values()))},
-                          title="Accuracy on clips with new scenes (mean and standard error)",
-                          ylabel="%",
-                          ylim=(0, 100), size=(900, 360))
+                          {"accuracy": tuple(zip(*cells.values()))}, ylim=(0, 100),
+                          size=(1000, 360), ylabel="%",
+                          title="Accuracy on clips with new scenes (mean and standard error)")
         draw_mixes(run)
-    for kind in ("own scenes", "class scenes") if run.args.table == "variants" else ():
+    if table in ("variants", "augmentations"):
         curves = {}
-        for method, p in (("none", 1.0), ("S", 1.0), ("S", 0.5)):
-            cells = sorted((s.epochs, score) for s, score in scores.items() if s[:2] == (method, p)
-                           and s.videos == kind)
-            if len(cells) > 1:
-                epochs, (means, errors) = [e for e, _ in cells], zip(*(score for _, score in cells))
-                curves["none" if method == "none" else f"S-VideoMix, p = {p:g}"] = (epochs, means,
-                                                                                    errors)
-        figures.line_chart(run.figures / f"videomix_{kind.replace(' ', '_')}.png", curves,
-                           markers=True, logx=True,
-                           title=f"{kind.capitalize()}: accuracy over the length of training",
+        for kind in ("own scenes", "class scenes"):
+            for method in ("none", "S"):
+                cells = sorted((s.epochs, score) for s, score in scores.items()
+                               if s[:2] == (method, 1.0) and s.videos == kind)
+                lengths, (means, errors) = [length for length,
+                                            _ in cells], zip(*(score for _, score in cells))
+                curves[f"{kind}, {'S-VideoMix' if method == 'S' else 'none'}"] = (lengths, means,
+                                                                                  errors)
+        figures.line_chart(run.figures / "videomix_lengths.png", curves, markers=True, logx=True,
                            ylim=(0, 100),
-                           xlabel="epochs", ylabel="%", size=(520, 360),
-                           xticks=[(e, str(e)) for e in sorted({s.epochs for s in scores
-                                                                if s.videos == kind})])
+                           title="Accuracy on new scenes over the length of training",
+                           xlabel="epochs",
+                           ylabel="%", xticks=[(e, str(e))
+                                               for e in sorted({s.epochs for s in scores})])
 
 
 def draw_mixes(run: harness.Run) -> None:

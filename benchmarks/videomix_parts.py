@@ -101,6 +101,7 @@ class ClipNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
                                         generator=generator)
         nn.init.normal_(self.fc.weight, 0, 0.01, generator=generator)
+        nn.init.zeros_(self.fc.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.features(x)

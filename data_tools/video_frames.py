@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
@@ -352,14 +353,15 @@ class ClipTransform:
         def enough(width: int, height: int) -> tuple[int, int]:
             factor = short / min(width, height)
             return max(1, int(width * factor)), max(1, int(height * factor))
-        frames, clips = read(enough), []
+        frames, clips = np.stack([np.asarray(frame) for frame in read(enough)]), []
+        height, width = frames.shape[1:3]
+        side = max(1, round(min(height, width) * size / short))
         for across, down in places:
-            out = np.empty((len(frames), size, size, 3), np.uint8)
-            for frame, target in zip(frames, out):
-                side = min(frame.size) * size / short
-                left, top = across * (frame.width - side), down * (frame.height - side)
-                box = (left, top, min(left + side, frame.width), min(top + side, frame.height))
-                target[:] = frame.resize((size, size), Image.BILINEAR, box)
+            top, left = round(down * (height - side)), round(across * (width - side))
+            out = torch.from_numpy(frames[:, top:top + side, left:left + side]).permute(0, 3, 1, 2)
+            if side != size:                          # on uint8: several times faster than Pillow
+                out = F.interpolate(out, (size, size), mode="bilinear", antialias=True)
+            out = out.permute(0, 2, 3, 1).numpy()
             out = out[:, :, ::-1] if mirrored else out
             out = self.augment(out, generator) if self.augment is not None else out
             clips.append(np.ascontiguousarray(out))
