@@ -184,7 +184,7 @@ def train_teacher(run: harness.Run, name: str, dataset, num_classes: int, *, arc
     last = run.drive(name, steps, epochs * len(loader))
     run.save(name, model.state_dict())
     run.record(name, {"loss": last.get("loss")})
-    return model
+    return load_weights(model, path)  # the same statistics of BatchNorm in every process
 
 
 class OneHot:

@@ -221,8 +221,8 @@ def steps_of(run, method, seed, preset, data, resume=None):
                    maps=data["maps"] if kind == "map" else None,
                    keep=data["keep"] if kind == "clean" else None)
     if not len(loader):
-        raise ValueError(f"the {len(loader.loader.dataset)} training images of {method} do not fill "
-                         f"a batch of {preset.batch}")
+        raise ValueError(f"the {len(loader.loader.dataset)} training images of {method} do not "
+                         f"fill a batch of {preset.batch}")
     if preset.arch.startswith("resnet") and "cutmix_prob" in options:        # the paper's recipe
         optimizer = AdamP(model.parameters(), 2e-3, weight_decay=1e-2, nesterov=True)
     else:
@@ -301,7 +301,7 @@ def prepare(run, preset):
             store = run.out / f"store-{fingerprint(teacher)}"
             data["maps"], spent = annotate(run, train, teacher, store, size=preset.whole,
                                            num_classes=kinds, arch=arch, k=min(5, kinds))
-            if spent["images"]:
+            if run.recorded("generation") is None:
                 run.record("generation", spent)
             run.log(f"label maps: {spent['images']} images in {spent['seconds']:.0f} s")
     if needs_maps and len(data["maps"]) != len(train):
@@ -383,7 +383,7 @@ def finish(run, preset, data):
     step, generation = run.recorded("cost"), run.recorded("generation")
     if "one-hot" in step:
         epoch = len(data["train"]) // preset.batch / 1000
-        once = generation["seconds"] if generation else None
+        once = generation["seconds"] or None if generation else None
         tables["cost"] = [{"targets": m, "ms per step": ms, "s per epoch": ms * epoch,
                            "of one-hot's": ms / step["one-hot"],
                            "once, s": once if "relabel" in m else None} for m, ms in step.items()]

@@ -125,3 +125,38 @@ def test_augmentation_of_the_paper(run):
                             (-0.5836, -0.6948, 0.4203)])
     along = (shift * torch.tensor(study.MEAN_STD[1])) @ vectors  # the eigenvectors are columns
     assert along.std(0).tolist() == pytest.approx([0.02175, 0.00188, 0.00045], rel=0.1)
+
+
+def test_multi_label_study_on_the_coco_layout(tmp_path, run):
+    import test_coco
+    for split, seed in (("train2017", 0), ("val2017", 1)):
+        (tmp_path / split).mkdir()
+
+        def many(content):
+            rng = np.random.default_rng(seed)
+            content["images"], content["annotations"] = [], []
+            for number in range(70):
+                name = f"{number:012d}.png"
+                pixels = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name)
+                content["images"].append({"id": number, "file_name": name,
+                                          "width": 30, "height": 24})
+                content["annotations"].append(test_coco.annotation(
+                    number, number, (1, 13, 90)[number % 3], bbox=[0, 0, 15, 24]))
+        path = test_coco.tree(tmp_path, many)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        path.rename(tmp_path / "annotations" / f"instances_{split}.json")
+    results = run("relabel_coco", tmp_path / "out", "--data", tmp_path, "--arch", "small-4",
+                  "--size", 16)
+    rows = results["tables"]["multi-label"]
+    assert [row["targets"] for row in rows] == ["image", "machine", "oracle"]
+    assert len(results["claims"]) == 3 and (tmp_path / "out" / "oracle" / "store.json").exists()
+
+
+def test_mean_average_precision(run):
+    from relabel_coco import mean_average_precision
+    scores = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.7, 0.3, 0.0], [0.6, 0.4, 0.0]])
+    labels = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]]).bool()
+    first = (1 + 2 / 3) / 2  # positives at ranks 1 and 3
+    second = (1 / 2 + 2 / 3) / 2  # at ranks 2 and 3; the third class has none and does not count
+    assert mean_average_precision(scores, labels) == pytest.approx(50 * (first + second))
