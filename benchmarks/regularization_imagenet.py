@@ -168,7 +168,8 @@ def main(argv=None):
                     device=run.device, amp=run.amp_dtype or False, resume=run.resumed(name),
                     generator=torch.Generator().manual_seed(1000 * seed + run.rank)), total)
                 row = study.measure(net, val, mean, std, occlusion=size // 2, ood=ood,
-                                    corrupted=corrupted, severities=severities, pgd_images=few)
+                                    corrupted=corrupted, severities=severities,
+                                    sample=study.batches(few_images, few_labels))
                 errors = {n: float(np.mean(e)) for n, e in row["corruptions"].items()}
                 row["mce"] = robustness.mce(errors) / 100
                 row = run.record(name, row)
