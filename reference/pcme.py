@@ -10,12 +10,12 @@ Two items match with probability
 
     p = E sigmoid(2 (b - a |z - z'|)),  z ~ N(mu, sigma^2),  z' ~ N(mu', sigma'^2),  a, b learned,
 
-estimated from all J^2 pairs of J samples each (the factor 2 is that of the published code). The loss
-is the negative log-likelihood of match / no match over all pairs of a batch. sigma needs no label: it
-grows for vague captions and occluded images, and predicts where retrieval fails.
+estimated from all J^2 pairs of J samples each (the factor 2 is that of the published code). The
+loss is the negative log-likelihood of match / no match over all pairs of a batch. sigma needs no
+label: it grows for vague captions and occluded images, and predicts where retrieval fails.
 
-What to copy: any two towers that give (mu, log sigma) + `sample_gaussian` + `MCSoftContrastiveLoss` +
-`pairwise_similarity`; or only the metrics.
+What to copy: any two towers that give (mu, log sigma) + `sample_gaussian` + `MCSoftContrastiveLoss`
++ `pairwise_similarity`; or only the metrics.
 
     >>> head_i, head_t = GaussianHead(512, 64), GaussianHead(300, 64)      # on any pair of towers
     >>> criterion = MCSoftContrastiveLoss(init_shift=5, init_negative_scale=5, vib_beta=1e-4)
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-DISTANCE_EPS = 1e-6                                           # inside the root of every sample distance
+DISTANCE_EPS = 1e-6                                       # inside the root of every sample distance
 
 
 # ---------------------------------------------------------------- heads (paper, section 3.2)
@@ -78,7 +78,7 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 class PIENet(nn.Module):
-    """LayerNorm(out + sigmoid(Linear(attention pooling of x))): a global state refined by local ones.
+    """LayerNorm(out + sigmoid(Linear(attention pooling of x))): a global state, refined locally.
 
     out (B, d_out), x (B, T, d_in) -> out, attention (B, T, K), residual; K = n_embeds > 1 adds an
     axis (B, K, d_out) to out and residual. Not L2-normalised: the encoders do that.
@@ -135,7 +135,7 @@ class UncertaintyModuleText(nn.Module):
 
 
 class GaussianHead(nn.Module):
-    """x (B, d_in) -> mu (B, d_out) of unit norm and logsigma (B, d_out), first near `init_logsigma`."""
+    """x (B, d_in) -> unit mu (B, d_out) and logsigma (B, d_out), at first near `init_logsigma`."""
 
     def __init__(self, d_in: int, d_out: int, init_logsigma: float = -3.0):
         super().__init__()
@@ -155,10 +155,10 @@ def _xavier_linear(d_in: int, d_out: int) -> nn.Linear:
 
 
 def _sentence_state(rnn: nn.GRU, x: Tensor, lengths: Tensor, final_state: str) -> Tensor:
-    """(B, D) state of a bidirectional GRU over right-padded x (B, T, d), without packing or host syncs.
+    """(B, D) state of a bidirectional GRU over right-padded x (B, T, d), without host syncs.
 
-    "last_position" reads both directions at the last word, as the published model does: its backward
-    half has seen that one word only. "both_ends" reads the backward half at the first word.
+    "last_position" reads both directions at the last word, as the published model does: its
+    backward half has seen that one word only. "both_ends" reads it at the first word.
     """
     def run(sequence: Tensor, suffix: str) -> Tensor:
         weights = [getattr(rnn, f"{name}_l0{suffix}")
@@ -211,7 +211,7 @@ class EncoderImage(nn.Module):
 
 
 class EncoderText(nn.Module):
-    """Gaussians of token sequences (B, T), padded on the right, with lengths (B,) int64 in any order.
+    """Gaussians of token sequences (B, T), padded on the right, lengths (B,) int64 in any order.
 
     Two bidirectional GRUs (mean and uncertainty) give the sentence states; attention reads the word
     vectors. Returns the dict of `EncoderImage`, attention over the T words.
@@ -315,7 +315,7 @@ class PCME(nn.Module):
                  if shape(state.get(name)) != shape(own.get(name))
                  and (name in state or not name.endswith("num_batches_tracked"))]
         if wrong:
-            raise ValueError(f"state_dict does not fit: {'; '.join(wrong[:4])} ({len(wrong)} in all)")
+            raise ValueError(f"state_dict does not fit: {'; '.join(wrong[:4])} ({len(wrong)})")
         self.load_state_dict(state, strict=False)
 
 
@@ -391,7 +391,7 @@ def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> 
     shape = (len(images), len(captions))
     if matched is None:
         if shape[0] != shape[1]:
-            raise ValueError(f"matched is needed for different numbers of images and captions {shape}")
+            raise ValueError(f"matched is needed for {shape[0]} images and {shape[1]} captions")
         return torch.eye(shape[0], dtype=torch.bool, device=images.device)
     matched = torch.as_tensor(matched, device=images.device)
     if matched.shape != shape:
@@ -423,25 +423,25 @@ class MCSoftContrastiveLoss(nn.Module):
 
     For samples z of the image and z' of the caption, with s = b - a |z - z'| (equations 1-4):
 
-        nll(match)    = -log mean_{J^2} sigmoid( 2 s)     total = 2 sum_pairs nll
-        nll(no match) = -log mean_{J^2} sigmoid(-2 s)             + uniform_lambda * U
-                                                                  + vib_beta * (KL_image + KL_caption)
+        nll(match)    = -log mean_{J^2} sigmoid( 2 s)     loss = 2 sum_pairs nll
+        nll(no match) = -log mean_{J^2} sigmoid(-2 s)            + uniform_lambda * U
+                                                                 + vib_beta * (KL_i + KL_c)
 
-    U = log mean_{p<q} exp(-2 |x_p - x_q|^2) over (at most 128 drawn rows of) all samples spreads them
-    out. KL, per item and dimension, keeps sigma from collapsing: "official" -(1 + l - m^2 - e^l) / 2
-    with l = logsigma read as a log variance and m the mean of the samples; "std" the exact
+    U = log mean_{p<q} exp(-2 |x_p - x_q|^2) over (at most 128 drawn rows of) all samples spreads
+    them out. KL, per item and dimension, keeps sigma from collapsing: "official" -(1 + l - m^2 -
+    e^l) / 2 with l = logsigma read as a log variance and m the mean of the samples; "std" the exact
     -(1 + 2 l - mu^2 - e^(2 l)) / 2.
 
     a (`negative_scale`) and b (`shift`) are unconstrained: an a that falls to 0 is a failed run.
     block: images per block; the pair matrix of a block is recomputed in the backward pass, which
-    bounds the memory to O(block * J * Nc * J). deterministic_weight adds InfoNCE on the means, which
-    helps training from scratch. Distances are computed in float32 or float64 even under autocast.
+    bounds the memory to O(block * J * Nc * J). deterministic_weight adds InfoNCE on the means,
+    which helps training from scratch. Distances are never computed in half precision.
     """
 
-    def __init__(self, init_shift: float = 15, init_negative_scale: float = 15, num_samples: int = 7,
-                 uniform_lambda: float = 0.0, vib_beta: float = 0.0, reduction: str = "sum",
-                 kl_convention: str = "official", block: int | None = None, *,
-                 deterministic_weight: float = 0.0):
+    def __init__(self, init_shift: float = 15, init_negative_scale: float = 15,
+                 num_samples: int = 7, uniform_lambda: float = 0.0, vib_beta: float = 0.0,
+                 reduction: str = "sum", kl_convention: str = "official",
+                 block: int | None = None, *, deterministic_weight: float = 0.0):
         super().__init__()
         _check_choice(("sum", "mean", "none"), reduction=reduction)
         _check_choice(("official", "std"), kl_convention=kl_convention)
@@ -498,7 +498,7 @@ class MCSoftContrastiveLoss(nn.Module):
     def _nll(self, images: Tensor, captions: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
         """(Ni, Nc) negative log-likelihoods, and the share of each that is due to matching."""
         s = self._logits(images, captions)
-        if matched.dtype == torch.bool:                       # one log-likelihood per pair is enough
+        if matched.dtype == torch.bool:                      # one log-likelihood per pair is enough
             sign = torch.where(matched, 1.0, -1.0).to(s.dtype)[:, None, :, None]
             nll = -_log_mean_sigmoid(sign * s)
             return nll, nll * matched
@@ -521,7 +521,7 @@ class MCSoftContrastiveLoss(nn.Module):
         if len(x) < 2:
             raise ValueError(f"the uniformity term needs at least 2 rows, got {len(x)}")
         upper = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
-        squared = _squared(x, x)[upper]                       # no root: no NaN gradient at duplicates
+        squared = _squared(x, x)[upper]                     # no root: no NaN gradient at duplicates
         return torch.logsumexp(-2 * squared, 0) - math.log(len(squared))
 
     def _kl(self, samples: Tensor, logsigma: Tensor | None, mu: Tensor | None, side: str) -> Tensor:
@@ -546,7 +546,7 @@ class MCSoftContrastiveLoss(nn.Module):
 
 
 class ClosedFormSampledDistanceLoss(nn.Module):
-    """PCME++: logit = b - a (|mu - mu'|^2 + sum sigma^2 + sum sigma'^2), cross-entropy over all pairs.
+    """PCME++: cross-entropy over all pairs of b - a (|mu - mu'|^2 + sum sigma^2 + sum sigma'^2).
 
     smoothness_alpha weighs the same loss with pseudo-positives: pairs scored at least as high as
     their row's own match. No samples are drawn. The arguments are log VARIANCES.
@@ -565,25 +565,27 @@ class ClosedFormSampledDistanceLoss(nn.Module):
         """(Ni, D), (Nc, D) -> loss (mean over pairs, times 2) and its parts as detached tensors."""
         _check(2, image_mean=image_mean, caption_mean=caption_mean, image_log_var=image_log_var,
                caption_log_var=caption_log_var)
-        if image_mean.shape != image_log_var.shape or caption_mean.shape != caption_log_var.shape:
-            raise ValueError(f"means and log variances must have equal shapes, got image_log_var "
-                             f"{tuple(image_log_var.shape)} for {tuple(image_mean.shape)}, caption_"
-                             f"log_var {tuple(caption_log_var.shape)} for {tuple(caption_mean.shape)}")
-        sides = (image_mean, image_log_var), (caption_mean, caption_log_var)
-        (images, image_l), (captions, caption_l) = ((_wide(m), _wide(l)) for m, l in sides)
+        for name, mean, log_var in (("image", image_mean, image_log_var),
+                                    ("caption", caption_mean, caption_log_var)):
+            if mean.shape != log_var.shape:
+                raise ValueError(f"{name}_log_var must be {tuple(mean.shape)} as {name}_mean, "
+                                 f"got {tuple(log_var.shape)}")
+        images, captions = _wide(image_mean), _wide(caption_mean)
+        image_l, caption_l = _wide(image_log_var), _wide(caption_log_var)
         matched = _check_matched(matched, images, captions).to(images.dtype)
         with torch.autocast(images.device.type, enabled=False):
             spread = image_l.exp().sum(1, keepdim=True) + caption_l.exp().sum(1)
             logits = self.shift - self.negative_scale * (_squared(images, captions) + spread)
             loss = 2 * F.binary_cross_entropy_with_logits(logits, matched)
             pseudo, vib = torch.zeros((), dtype=torch.int64), images.new_zeros(())
-            for way, target in ((logits, matched), (logits.T, matched.T)) * bool(self.smoothness_alpha):
+            ways = ((logits, matched), (logits.T, matched.T)) if self.smoothness_alpha else ()
+            for way, target in ways:
                 best, index = target.max(dim=1, keepdim=True)
                 above = way >= way.gather(1, index)
                 smooth = F.binary_cross_entropy_with_logits(way, torch.where(above, best, target))
                 loss = loss + self.smoothness_alpha * smooth
                 pseudo = pseudo + above.sum().cpu() - len(target)
-            if self.vib_beta:                                 # left out where it explodes, as published
+            if self.vib_beta:                             # left out where it explodes, as published
                 vib = _vib(images, image_l).mean() + _vib(captions, caption_l).mean()
                 loss = loss + self.vib_beta * torch.where(vib > 1e4, 0.0, vib)
         parts = {"loss": loss, "n_pseudo_positives": pseudo, "vib_loss": vib,
@@ -647,7 +649,7 @@ def _info_nce(logits: Tensor, matched: Tensor) -> Tensor:
     return loss
 
 
-# ---------------------------------------------------------------- similarities (larger = more similar)
+# ---------------------------------------------------------------- similarities, larger = closer
 
 def _cross(m1, v1, m2, v2):
     """sum ((m1 - m2)^2 + v1) / v2 for all pairs, as one matrix product."""
@@ -688,11 +690,11 @@ def _csd(m1, l1, m2, l2):
 
 
 def _moment(m1, l1, m2, l2, shift, scale):
-    """E sigmoid(2 (b - a |delta|)), delta ~ N(m1 - m2, v), v = v1 + v2, |delta|^2 as a scaled chi-square.
+    """E sigmoid(2 (b - a |delta|)), delta ~ N(m1 - m2, v), v = v1 + v2, without samples.
 
-    Its mean m = sum (d^2 + v) and variance s2 = sum (2 v^2 + 4 d^2 v) are matrix products; the
-    chi-square with k = 2 m^2 / s2 degrees of freedom is a cubed Gaussian (Wilson-Hilferty), averaged
-    at 16 Gauss-Hermite nodes.
+    |delta|^2 is taken for a scaled chi-square: its mean m = sum (d^2 + v) and its variance s2 =
+    sum (2 v^2 + 4 d^2 v) are matrix products, and with k = 2 m^2 / s2 degrees of freedom it is a
+    cubed Gaussian (Wilson-Hilferty), averaged here at 16 Gauss-Hermite nodes.
     """
     v1, v2 = (2 * l1).exp(), (2 * l2).exp()
     mean = -_csd(m1, l1, m2, l2)
@@ -701,7 +703,8 @@ def _moment(m1, l1, m2, l2, shift, scale):
     variance = left @ right.T
     variance += (2 * v1.square() + 4 * m1.square() * v1).sum(1, keepdim=True)
     variance += (2 * v2.square() + 4 * m2.square() * v2).sum(1)
-    h = variance.clamp(min=0) / (9 * mean.square()).clamp(min=torch.finfo(mean.dtype).tiny)   # 2 / 9k
+    tiny = torch.finfo(mean.dtype).tiny
+    h = variance.clamp(min=0) / (9 * mean.square()).clamp(min=tiny)                  # 2 / (9 k)
     nodes, weights = np.polynomial.hermite_e.hermegauss(16)
     score = torch.zeros_like(mean)
     for x, weight in zip(nodes.tolist(), (weights / weights.sum()).tolist()):
@@ -720,7 +723,7 @@ POINTS = {                                                    # mu (n, D), mu (m
     "min": lambda q, g: -(q[:, None] - g).square().amin(-1),
     "max": lambda q, g: -(q[:, None] - g).square().amax(-1),
 }
-GAUSSIANS = {                                                 # mu, logsigma (n, D), mu, logsigma (m, D)
+GAUSSIANS = {                                             # mu, logsigma (n, D), mu, logsigma (m, D)
     "wasserstein": lambda m1, l1, m2, l2: -_squared(torch.cat([m1, l1.exp()], 1),
                                                     torch.cat([m2, l2.exp()], 1)),
     "elk": _elk,
@@ -744,16 +747,16 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
                         out: Tensor | None = None, device=None, dtype=None) -> Tensor:
     """(Nq, Ng) similarities, larger = more similar, in tiles of at most `block` x 4 `block` items.
 
-    matching_prob, log_matching_prob (ranks the same, never saturates), matmul (sum of the products of
-    all sample pairs): q, g are samples (N, J, D). mean (mu . mu'), l2, min, max (over dimensions): q, g
-    are mu (N, D). The others take mu and log standard deviations (N, D): wasserstein (squared), elk
-    (log expected likelihood), bhattacharyya, kl = -KL(query || gallery), reverse_kl, js (=
-    -(2 Jeffreys + 2 D)), csd (PCME++'s expected squared distance), match_prob_moment (the match
-    probability at J -> infinity, without samples); kl_official and reverse_kl_official have the sign
-    error of the public code.
+    matching_prob, log_matching_prob (ranks the same, never saturates), matmul (sum of the products
+    of all sample pairs): q, g are samples (N, J, D). mean (mu . mu'), l2, min, max (over
+    dimensions): q, g are mu (N, D). The others take mu and log standard deviations (N, D):
+    wasserstein (squared), elk (log expected likelihood), bhattacharyya, kl = -KL(query || gallery),
+    reverse_kl, js (= -(2 Jeffreys + 2 D)), csd (PCME++'s expected squared distance),
+    match_prob_moment (the match probability at J -> infinity, without samples); kl_official and
+    reverse_kl_official have the sign error of the public code.
 
-    Computed on `device` in `dtype` (default: those of q; half precision is scored in float32); `out`
-    (Nq, Ng) is filled.
+    Computed on `device` in `dtype` (default: those of q; half precision is scored in float32);
+    `out` (Nq, Ng) is filled.
     """
     _check_choice(METHODS, method=method)
     if block is not None and block < 1:
@@ -797,13 +800,13 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
 
 # ---------------------------------------------------------------- retrieval metrics
 
-ROWS = 256                                                    # queries ranked at once: bounds the memory
+ROWS = 256                                               # queries ranked at once: bounds the memory
 
 
 def _similarity(sim) -> Tensor:
     sim = _wide(torch.as_tensor(sim))
     if sim.ndim != 2 or 0 in sim.shape:
-        raise ValueError(f"sim must be a non-empty (queries, gallery) matrix, got {tuple(sim.shape)}")
+        raise ValueError(f"sim must be non-empty (queries, gallery), got {tuple(sim.shape)}")
     if not all(torch.isfinite(part).all() for part in sim.split(ROWS)):
         raise ValueError("sim holds NaN or infinite values; they cannot be ranked")
     return sim
@@ -918,7 +921,8 @@ def coco_recalls(sim, image_ids, caption_image_ids, folds: int | None = 5) -> di
     """Recalls in PERCENT of sim (images, captions) in both directions.
 
     {i2t,t2i}_{recall_1,recall_5,recall_10,rsum,medr,meanr}; with folds also nfold_...: means over
-    consecutive blocks of images, each with its own captions ("1K" is 5 folds of COCO's 5,000 images).
+    consecutive blocks of images, each with its own captions ("1K" is 5 folds of COCO's 5,000
+    images).
     """
     sim = _similarity(sim)
     images, captions = _aligned(sim, image_ids=image_ids, caption_image_ids=caption_image_ids)
@@ -978,17 +982,19 @@ def plausible_match_codes(instances: dict | list,
 def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
          folds: int | None = None, drop_last: bool = False,
          annotated=None) -> dict[str, float | np.ndarray]:
-    """Plausible-Match R-Precision (section 4.1): items whose codes differ in at most zeta bits match.
+    """Plausible-Match R-Precision (section 4.1): items whose codes differ in at most zeta bits
+    match.
 
-    sim (Ni, Nc); codes (Ni, K) binary; caption_image_index (Nc,) row of each caption's image; annotated
-    (Ni,) bool, False: the image and its captions take no part. PERCENT means over zetas and queries
-    (and folds, consecutive image blocks cut before unannotated images leave): {i2t,t2i}_pmrp,
-    {i2t,t2i}_pmr1 (the top item is plausible). Without folds also {i2t,t2i}_rprecision,
-    {i2t,t2i}_r1, arrays (len(zetas), queries). drop_last loses the last item of every full ranking, as
-    the public ranking files do.
+    sim (Ni, Nc); codes (Ni, K) binary; caption_image_index (Nc,) row of each caption's image;
+    annotated (Ni,) bool, False: the image and its captions take no part. PERCENT means over zetas
+    and queries (and folds, consecutive image blocks cut before unannotated images leave):
+    {i2t,t2i}_pmrp, {i2t,t2i}_pmr1 (the top item is plausible). Without folds also
+    {i2t,t2i}_rprecision, {i2t,t2i}_r1, arrays (len(zetas), queries). drop_last loses the last item
+    of every full ranking, as the public ranking files do.
 
-    Against human labels, plausible matches have precision 65.3 / 56.6 and recall 56.5 / 61.8 percent;
-    COCO's own pairs have 96.9 / 96.4 and 21.1 / 13.8 (ECCV Caption, image to text / text to image).
+    Against human labels, plausible matches have precision 65.3 / 56.6 and recall 56.5 / 61.8
+    percent; COCO's own pairs have 96.9 / 96.4 and 21.1 / 13.8 (ECCV Caption, image to text / text
+    to image).
     """
     sim = _similarity(sim)
     count = len(sim)
@@ -1007,12 +1013,13 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
         inside[rows] = keep[rows].bool()
         images, captions = inside.nonzero().flatten(), inside[owner].nonzero().flatten()
         if not len(captions):
-            raise ValueError(f"annotated leaves no caption of images {rows.start or 0}..{rows.stop - 1}")
+            raise ValueError(f"annotated leaves no caption of images {rows.start}..{rows.stop - 1}")
         ways = {"i2t": (sim, images, captions, codes, codes[owner]),
                 "t2i": (sim.T, captions, images, codes[owner], codes)}
         result = {}
         for way, (scores, queries, gallery, q_codes, g_codes) in ways.items():
-            values = torch.empty(2, len(zetas), len(queries), dtype=torch.float64, device=sim.device)
+            values = torch.empty(2, len(zetas), len(queries), dtype=torch.float64,
+                                 device=sim.device)
             for part, target in zip(queries.split(ROWS), values.split(ROWS, dim=2)):
                 _plausible_precision(target, scores[part], gallery, q_codes[part], g_codes[gallery],
                                      zetas, drop_last)
@@ -1020,19 +1027,20 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
         return result
 
     parts = [score(rows) for rows in _folds(count, folds or 1)]
-    result = {f"{way}_{short}": 100 * float(np.mean([part[f"{way}_{name}"].mean() for part in parts]))
+    result = {f"{way}_{short}": 100 * float(np.mean([p[f"{way}_{name}"].mean() for p in parts]))
               for way in ("i2t", "t2i") for short, name in (("pmrp", "rprecision"), ("pmr1", "r1"))}
     return result if folds is not None else {**result, **parts[0]}
 
 
 def _plausible_precision(target: Tensor, scores: Tensor, gallery: Tensor, q_codes: Tensor,
                          g_codes: Tensor, zetas: Sequence[int], drop_last: bool) -> None:
-    """R-Precision and R@1 of some queries, ranked over `gallery` columns, into target (2, zetas, queries).
+    """R-Precision and R@1 of some queries, ranked over `gallery` columns, into target (2, zetas,
+    queries).
 
     No ranking is formed: the R-th largest score of a row tells which items are among its first R.
     """
     hamming = q_codes @ (1 - g_codes).T + (1 - q_codes) @ g_codes.T
-    if drop_last:                                             # the last of a stable descending order
+    if drop_last:                                            # the last of a stable descending order
         last = scores.shape[1] - 1 - scores.flip(1).argmin(1)
         hamming = hamming.masked_fill(gallery == last[:, None], math.inf)
     scores = scores[:, gallery]
@@ -1056,7 +1064,7 @@ def _plausible_precision(target: Tensor, scores: Tensor, gallery: Tensor, q_code
 # ---------------------------------------------------------------- uncertainty
 
 def uncertainty(logsigma, kind: str = "geometric_mean") -> Tensor:
-    """(N, D) log standard deviations -> (N,): "geometric_mean" mean_k logsigma, "trace" sum sigma^2."""
+    """logsigma (N, D) -> (N,): "geometric_mean" mean_k logsigma, or "trace" sum_k sigma^2."""
     logsigma = _wide(torch.as_tensor(logsigma))
     if logsigma.ndim != 2:
         raise ValueError(f"logsigma must be (N, D), got {tuple(logsigma.shape)}")
@@ -1065,10 +1073,11 @@ def uncertainty(logsigma, kind: str = "geometric_mean") -> Tensor:
 
 
 def uncertainty_bins(u, metric, n_bins: int = 10) -> dict[str, np.ndarray | float]:
-    """Means of u and metric (N,) in n_bins bins of rising u, floor(N / n_bins) each, the rest left out.
+    """Means of u and metric (N,) in n_bins bins of rising u, floor(N / n_bins) each, the rest left
+    out.
 
-    metric, uncertainty (n_bins,); correlation: Pearson of bin index and metric, strongly negative for
-    an uncertainty that predicts failure.
+    metric, uncertainty (n_bins,); correlation: Pearson of bin index and metric, strongly negative
+    for an uncertainty that predicts failure.
     """
     u, metric = np.asarray(u, dtype=np.float64), np.asarray(metric, dtype=np.float64)
     if u.ndim != 1 or u.shape != metric.shape or not 2 <= n_bins <= len(u):
@@ -1086,7 +1095,7 @@ def _check_ratios(ratios: Sequence[float]) -> None:
 
 
 def occlude(images: Tensor, ratio: float, seed: int = 0) -> Tensor:
-    """Images (N, C, H, W) with a zero (grey) rectangle over `ratio` of the area, at a random place."""
+    """Images (N, C, H, W) with a zero (grey) rectangle over `ratio` of the area, anywhere."""
     height, width = images.shape[-2:]
     h, w = round(height * math.sqrt(ratio)), round(width * math.sqrt(ratio))
     place = torch.rand(2, len(images), generator=torch.Generator().manual_seed(seed))
@@ -1097,15 +1106,17 @@ def occlude(images: Tensor, ratio: float, seed: int = 0) -> Tensor:
     return images.masked_fill(hidden.unsqueeze(1).to(images.device), 0.0)
 
 
-def drop_words(tokens: Tensor, lengths: Tensor, ratio: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) and lengths without `ratio` of the words; the first and last, the markers, stay."""
+def drop_words(tokens: Tensor, lengths: Tensor, ratio: float,
+               seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens (N, T) and lengths without `ratio` of the words; the end markers stay."""
     lengths = _check_lengths(tokens, lengths)
     position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     word = (position > 0) & (position < lengths.unsqueeze(1) - 1)
     draw = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
     turn = draw.masked_fill(~word, 2.0).argsort(1).argsort(1)          # words leave in this order
     gone = word & (turn < (word.sum(1, keepdim=True) * ratio).round())
-    order = (gone | (position >= lengths.unsqueeze(1))).to(torch.uint8).sort(dim=1, stable=True).indices
+    absent = (gone | (position >= lengths.unsqueeze(1))).to(torch.uint8)
+    order = absent.sort(dim=1, stable=True).indices
     kept = lengths - gone.sum(1)
     return tokens.gather(1, order).masked_fill(position >= kept.unsqueeze(1), 0), kept
 
@@ -1137,10 +1148,11 @@ _BREAKS = r"""`+ | \.{2,} | -- | [«“‘„»”’] | [][(){}<>;@\#$%&?!*\u20
     | [:,] (?!\d)                                             # 10:30 and 1,000 stay whole
     | \. (?= (?: [])}>'»”’\s] | (?<!\s)" )* $ )               # the period that ends the caption
     | (?<!\w) ' (?! (?:re|ve|ll|[mtsdn])\b ) (?=\w """        # an apostrophe that opens a quotation
-_QUOTES = r"""(?P<opening> (?<![^\s(\[{<`«“‘„]) " | (?<=[\s(\[{<`«“‘„]) '' ) | (?P<closing> " | '' )"""
+_QUOTES = r"""(?P<opening> (?<![^\s(\[{<`«“‘„]) " | (?<=[\s(\[{<`«“‘„]) '' )
+    | (?P<closing> " | '' )"""
 _TOKENS = {
     legacy: re.compile(rf"""{_QUOTES} | {breaks}
-                        | (?P<word> [a-z]+ (?!\S) | (?: (?! " | '' | {breaks} ) \S )+ )""", re.VERBOSE)
+                    | (?P<word> [a-z]+ (?!\S) | (?: (?! " | '' | {breaks} ) \S )+ )""", re.VERBOSE)
     for legacy, breaks in ((False, _BREAKS + ")"), (True, _BREAKS + r"\b)"))}
 _CLITICS = re.compile(r"(.*?[^'])('ll|'re|'ve|n't)?('[smd]?)?")
 _JOINED = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "d'ye": 1,
@@ -1152,7 +1164,8 @@ def tokenize(caption: str, legacy_quotes: bool = False) -> list[str]:
     """Lower-cased tokens of one sentence in the Penn Treebank manner of the published vocabularies.
 
     legacy_quotes=True splits a leading apostrophe before a single letter only, as was done when
-    those vocabularies were made. Sentences are not separated: only a period at the very end is split.
+    those vocabularies were made. Sentences are not separated: only a period at the very end is
+    split.
     """
     if not isinstance(caption, str):
         raise TypeError(f"caption must be a string, got {type(caption).__name__}")
@@ -1173,7 +1186,7 @@ def tokenize(caption: str, legacy_quotes: bool = False) -> list[str]:
 # ---------------------------------------------------------------- training
 
 _FROZEN = ("img_enc.cnn", "txt_enc.embed")
-# The published recipes: train(..., **RECIPES["coco"]). Phase 1 keeps the backbone and the word vectors.
+# The published recipes: train(..., **RECIPES["coco"]). Phase 1 keeps backbone and word vectors.
 RECIPES = {
     "coco": {"epochs": (30, 30), "phases": ({"lr": 2e-4, "t_max": 30, "frozen": _FROZEN},
                                             {"lr": 2e-5, "t_max": 30})},
@@ -1189,12 +1202,13 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
     """The training loop; yields one dict of floats per step.
 
     loader gives (images, tokens, lengths), then image ids, then the image ids of the captions where
-    these differ: with ids, captions of one image in a batch count as its matches (the published code
-    takes them for negatives). epochs: of each phase. A phase {"lr", "t_max" (default: its epochs),
-    "frozen" (prefixes of parameter names)} starts a new `optimizer(parameters, lr=...)` (the paper:
-    AdamP) and a cosine to 0 over t_max, stepped once per epoch. clip: gradient norm of the model, not
-    of the criterion. Frozen batch norm still moves its statistics, as published, unless freeze_bn.
-    amp: encoders under autocast; samples and loss stay in float32. seed draws the samples.
+    these differ: with ids, captions of one image in a batch count as its matches (the published
+    code takes them for negatives). epochs: of each phase. A phase {"lr", "t_max" (default: its
+    epochs), "frozen" (prefixes of parameter names)} starts a new `optimizer(parameters, lr=...)`
+    (the paper: AdamP) and a cosine to 0 over t_max, stepped once per epoch. clip: gradient norm of
+    the model, not of the criterion. Frozen batch norm still moves its statistics, as published,
+    unless freeze_bn. amp: encoders under autocast; samples and loss stay in float32. seed draws the
+    samples.
 
     In a process group the samples of all ranks are gathered, so that the loss and its gradient are
     those of the whole batch (ranks need equal batches). Send "state" for a snapshot; `resume` takes
@@ -1261,7 +1275,7 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
 
 
 def _batches(loader: Iterable, epoch: int, skip: int) -> Iterator[tuple[int, Sequence]]:
-    """The numbered batches of an epoch from `skip` on; a loader with `set_epoch` begins there itself."""
+    """The numbered batches of an epoch from `skip` on; `set_epoch` lets a loader begin there."""
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch, skip)
         return enumerate(loader, skip)
@@ -1288,7 +1302,7 @@ def _ranks() -> int:
 
 
 def _gathered(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order; only the own rows carry a gradient (see `_reduce_gradients`)."""
+    """Rows of all ranks in rank order; only the own ones carry a gradient."""
     if _ranks() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(_ranks())]
@@ -1298,7 +1312,7 @@ def _gathered(x: Tensor) -> Tensor:
 
 
 def _reduce_gradients(weights: list[Tensor], own: list[Tensor]) -> None:
-    """Sum the weights' gradients over the ranks (each saw its own rows); average the criterion's."""
+    """Sum the weights' gradients over the ranks (of their own rows); average the criterion's."""
     for parameter in weights + own if _ranks() > 1 else ():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
@@ -1309,29 +1323,24 @@ def _reduce_gradients(weights: list[Tensor], own: list[Tensor]) -> None:
 
 # ---------------------------------------------------------------- demonstration
 
-def attribute_world(count: int, generator: torch.Generator, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images with 6 attributes of 6 values, captions that name some of them.
-
-    Features (N, 64), captions (N, 36) multi-hot, values (N, 6).
-    """
-    values = torch.randint(6, (count, 6), generator=generator)
-    hot = F.one_hot(values, 6).float()
-    order = torch.rand(count, 6, generator=generator).argsort(1)
-    mentioned = order < torch.randint(1, 7, (count, 1), generator=generator)
-    image = hot.flatten(1) @ mix + 0.1 * torch.randn(count, 64, generator=generator)
-    return image, (hot * mentioned.unsqueeze(-1)).flatten(1), values
-
-
 def _demonstrate() -> None:
+    """Images with 6 attributes of 6 values, captions that name some of them."""
     g = torch.Generator().manual_seed(0)
     mix = torch.randn(36, 64, generator=g) / math.sqrt(6)
+
+    def world(count: int) -> tuple[Tensor, Tensor, None]:
+        hot = F.one_hot(torch.randint(6, (count, 6), generator=g), 6).float()
+        order = torch.rand(count, 6, generator=g).argsort(1)
+        named = order < torch.randint(1, 7, (count, 1), generator=g)
+        images = hot.flatten(1) @ mix + 0.1 * torch.randn(count, 64, generator=g)
+        return images, (hot * named.unsqueeze(-1)).flatten(1), None
+
     model = PCME(*(nn.Sequential(nn.Linear(d, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
                                  GaussianHead(256, 32, -2.0)) for d in (64, 36)))
-    batches = ((*attribute_world(128, g, mix)[:2], None) for _ in range(200))
-    for _ in train(model, MCSoftContrastiveLoss(15, 15, vib_beta=1e-5), batches, epochs=1,
-                   phases=({"lr": 1e-3},), clip=None):
+    for _ in train(model, MCSoftContrastiveLoss(15, 15, vib_beta=1e-5),
+                   (world(128) for _ in range(200)), epochs=1, phases=({"lr": 1e-3},), clip=None):
         pass
-    captions = attribute_world(2000, g, mix)[1]
+    captions = world(2000)[1]
     u = uncertainty(model.encode_text(captions)["logsigma"].detach())
     print("A caption that says less is more uncertain: mean log sigma by the number of attributes "
           "it names, after 200 steps")
