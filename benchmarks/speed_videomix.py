@@ -156,38 +156,37 @@ def python_share(run: harness.Run, size: tuple[int, int, int]) -> dict:
 
 def loading(run: harness.Run, videos: int, rounds: int) -> tuple[list[dict], list[dict]]:
     rng, rows = np.random.default_rng(run.seeds[0]), []
+    seeded = lambda number: torch.Generator().manual_seed(number)      # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
         root = harness.Path(folder)
         for video in range(videos):
             (root / str(video)).mkdir()
-            picture = Image.fromarray(rng.integers(0, 256, (32, 43, 3),
-                                                   dtype=np.uint8)).resize((340, 256),
-                                                                           Image.BICUBIC)
+            noise = rng.integers(0, 256, (32, 43, 3), dtype=np.uint8)
+            picture = Image.fromarray(noise).resize((340, 256), Image.BICUBIC)
             for number in range(64):
                 name = root / str(video) / video_frames.FRAME.format(number + 1)
                 picture.rotate(number, resample=Image.BILINEAR).save(name, quality=90)
             rows.append((str(video), 64, 0))
         video_frames.write_index(root / "index.txt", rows)
-        dataset = video_frames.VideoFolder(root / "index.txt", 8, 8, train=True)
-        small = video_frames.VideoFolder(root / "index.txt", 8, 8, train=True,
-                                         transform=video_frames.ClipTransform(112, True,
-                                                                              (128, 160)))
-        loader = video_frames.VideoLoader(dataset, videos)
+        half = video_frames.ClipTransform(112, True, (128, 160))
+        index = root / "index.txt"
+        large = video_frames.VideoFolder(index, 8, 8, train=True)
+        small = video_frames.VideoFolder(index, 8, 8, train=True, transform=half)
+        loader = video_frames.VideoLoader(large, videos)
 
-        def floor(number: int, at_least=None) -> None:
+        def decode(number: int, at_least=None) -> None:
             for video in range(videos):
-                chosen, = dataset.indices(64, torch.Generator().manual_seed(number))
-                dataset.open(video).read(chosen, at_least)
-        functions = {"decode only, full size": lambda i: floor(i),
-                     "clips of 224": lambda i: [dataset.clip(dataset.open(v),
-                                                             torch.Generator().manual_seed(i))
-                                                             for v in range(videos)],
+                (chosen,) = large.indices(64, seeded(number))
+                large.open(video).read(chosen, at_least)
+
+        def clips(number: int, dataset: video_frames.VideoFolder) -> None:
+            for video in range(videos):
+                dataset.clip(dataset.open(video), seeded(number))
+        functions = {"decode only, full size": decode,
+                     "clips of 224": lambda i: clips(i, large),
                      "clips of 224, VideoLoader": lambda i: [None for _ in loader],
-                     "decode only, half size": lambda i: floor(i, lambda width,
-                                                               height: (width // 2, height // 2)),
-                     "clips of 112": lambda i: [small.clip(small.open(v),
-                                                           torch.Generator().manual_seed(i))
-                                                           for v in range(videos)]}
+                     "decode only, half size": lambda i: decode(i, lambda w, h: (w // 2, h // 2)),
+                     "clips of 112": lambda i: clips(i, small)}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         times = {name: [] for name in functions}
@@ -212,8 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"
-    size, batch, rounds = ((4, 32, 32), 4, 3) if tiny else ((32, 224, 224), run.args.batch,
-                                                            run.args.rounds)
+    size = (4, 32, 32) if tiny else (32, 224, 224)
+    batch, rounds = (4, 3) if tiny else (run.args.batch, run.args.rounds)
     run.log(f"PyTorchVideo {'timed' if pytorchvideo_mix else 'not installed'}, "
             f"torchvision {'timed' if torchvision_transforms else 'not installed'}")
     table, claims = mixing(run, batch, size, rounds)

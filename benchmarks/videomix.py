@@ -156,13 +156,10 @@ def classify(run: harness.Run) -> None:
     results = study(run, settings_of(table, epochs))
     tables = {table: table_of(results, ("train", "test", "ECE"), "test")}
     if table in ("variants", "augmentations"):        # the second holds the first
-        every = {s: seeds for s, seeds in results.items() if s.epochs == epochs
-                 and s.videos == "own scenes"
-                 and s.p == 1}
+        every = {s: seeds for s, seeds in results.items() if s[1:4] == (1.0, epochs, "own scenes")}
         of_variants = {s: results[s] for s in settings_of("variants", epochs)}
-        tables = {"variants": table_of(of_variants,
-                                       ("train", "test", "ECE", "biased test", "scene reliance"),
-                                       "test")}
+        columns = ("train", "test", "ECE", "biased test", "scene reliance")
+        tables = {"variants": table_of(of_variants, columns, "test")}
         if table == "augmentations":
             tables["augmentations"] = table_of(every, ("train", "test", "ECE"), "test")
     claims = claims_of(results, "test")
@@ -197,10 +194,9 @@ def draw_study(run: harness.Run, results: Results) -> None:
             for method in ("none", "S"):
                 cells = sorted((s.epochs, score) for s, score in scores.items()
                                if s[:2] == (method, 1.0) and s.videos == kind)
-                lengths, (means, errors) = [length for length,
-                                            _ in cells], zip(*(score for _, score in cells))
-                curves[f"{kind}, {'S-VideoMix' if method == 'S' else 'none'}"] = (lengths, means,
-                                                                                  errors)
+                lengths, pairs = zip(*cells)
+                name = f"{kind}, {'S-VideoMix' if method == 'S' else 'none'}"
+                curves[name] = (lengths, *zip(*pairs))
         figures.line_chart(run.figures / "videomix_lengths.png", curves, markers=True, logx=True,
                            ylim=(0, 100),
                            title="Accuracy on new scenes over the length of training",
@@ -268,8 +264,8 @@ def actions_in_time(run: harness.Run) -> None:
         found = [detect(model, synthetic.to_float(video)) for video in test["videos"]]
         truths = [(span.unsqueeze(0), label.view(1))
                   for span, label in zip(test["intervals"], test["labels"])]
-        if run.figures and run.is_main and setting.augmentation in ("none",
-                                                                    "S") and seed == run.seeds[0]:
+        shown = setting.augmentation in ("none", "S") and seed == run.seeds[0]
+        if run.figures and run.is_main and shown:
             draw_sequences(run, setting.augmentation, model, test)
         scores = localization.detection_ap(found, truths)
         return measure(model, train, test) | {key: 100 * value for key, value in scores.items()}

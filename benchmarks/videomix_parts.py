@@ -37,8 +37,7 @@ class EachClip(nn.Module):
     def forward(self, x: Tensor, y: Tensor,
                 generator: torch.Generator | None = None) -> vm.MixResult:
         target = F.one_hot(y, self.classes).float()
-        pixels = ((x * 0.3 + 0.5) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 4,
-                                                                              1).cpu().numpy()
+        pixels = synthetic.to_uint8(x * 0.3 + 0.5).permute(0, 2, 3, 4, 1).cpu().numpy()
         changed = np.stack([self.change(clip, generator) for clip in pixels])
         x = synthetic.to_float(torch.from_numpy(changed).permute(0, 4, 1, 2, 3)).to(x.device)
         return vm.MixResult(x, target, 1.0, torch.arange(len(y)), None, y, y)
@@ -128,6 +127,11 @@ def mean_error(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(spread)
 
 
+def as_text(values: list[float]) -> str:
+    mean, error = mean_error(values) if values else (math.nan, math.nan)
+    return "-" if not values else f"{mean:.1f} ± {error:.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
 def versus(values: list[float], base: list[float]) -> tuple[str, str]:
     """The paired difference as text, and what it amounts to."""
     mean, error = mean_error([v - b for v, b in zip(values, base)])
@@ -168,9 +172,7 @@ def table_of(results: Results, columns: tuple[str, ...], main: str) -> list[dict
         row = {key: getattr(setting, key) for key in keys}
         for column in columns:
             values = [s[column] for s in seeds if column in s]
-            mean, error = mean_error(values) if values else (math.nan, math.nan)
-            row[column] = "-" if not values else f"{mean:.1f}" + (f" ± {error:.1f}"
-                                                                  if len(values) > 1 else "")
+            row[column] = as_text(values)
         if setting != setting.base and setting.base in results:
             row["to none"], row["effect"] = versus(*([s[main] for s in results[key]]
                                                      for key in (setting, setting.base)))
@@ -212,8 +214,8 @@ def detect(model: nn.Module, video: Tensor, least: float = 0.1) -> tuple[Tensor,
     return segments_of(*sequence_of(model, video), least)
 
 
-def segments_of(sequence: Tensor, probs: Tensor, least: float = 0.1) -> tuple[Tensor, Tensor,
-                                                                              Tensor]:
+def segments_of(sequence: Tensor, probs: Tensor,
+                least: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
     parts = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0))]
     for label in (probs >= least).nonzero().flatten().tolist():
         segments, scores = localization.localize_actions(sequence[label])

@@ -243,8 +243,8 @@ def _cut_mixup_weight(box: Box, size_thw: Sequence[int], lamt: float, u: float) 
     return lamt * outside if lamt >= 0.5 else lamt * outside + (1 - outside)
 
 
-def cut_mixup_clips(x: Tensor, box: Box, perm: Tensor, lamt: float, u: float) -> tuple[Tensor,
-                                                                                       float]:
+def cut_mixup_clips(x: Tensor, box: Box, perm: Tensor, lamt: float,
+                    u: float) -> tuple[Tensor, float]:
     """CutMixup: mixup with weight `lamt`, and if u < 0.5 one of the two clips pure inside the box
     (the partner for lamt >= 0.5, else the own). Returns clips and the label weight of the own."""
     _in_unit("u", u)
@@ -389,9 +389,8 @@ class _Mix(nn.Module):
                          _mix_over_time(plain, perm, frames) if self.frame_labels else None)
 
     def _pair(self, count: int, generator: torch.Generator | None) -> Tensor:
-        flipped = self.pairing == "flip"
-        return torch.arange(count).flip(0) if flipped else torch.randperm(count,
-                                                                          generator=generator)
+        order = torch.randperm(count, generator=generator)
+        return torch.arange(count).flip(0) if self.pairing == "flip" else order
 
     def _boxes(self, count: int, size: Sequence[int],
                generator: torch.Generator | None) -> Box | Tensor:

@@ -11,13 +11,15 @@ def seeded(seed=0):
 
 
 def test_the_mean_of_the_maps_is_the_logits():
-    features, weight = torch.randn(2, 5, 4, 3, 6, generator=seeded()).double(), torch.randn(7, 5,
-                                                                                            generator=seeded(1)).double()
+    features, weight = (
+        torch.randn(2, 5, 4, 3, 6, generator=seeded()).double(),
+        torch.randn(7, 5, generator=seeded(1)).double(),
+    )
     bias = torch.randn(7, generator=seeded(2)).double()
     logits = features.mean((2, 3, 4)) @ weight.T + bias
-    maps, sequence = vl.class_activation_maps(features, weight,
-                                              bias), vl.class_activation_sequence(features, weight,
-                                                                                  bias)
+    maps, sequence = vl.class_activation_maps(features, weight, bias), vl.class_activation_sequence(
+        features, weight, bias
+    )
     assert maps.shape == (2, 7, 4, 3, 6) and sequence.shape == (2, 7, 4)
     assert torch.allclose(maps.mean((2, 3, 4)), logits) and torch.allclose(sequence.mean(2), logits)
     assert torch.allclose(vl.class_activation_maps(features, weight), maps - bias.view(-1, 1, 1, 1))
@@ -26,8 +28,9 @@ def test_the_mean_of_the_maps_is_the_logits():
 def test_iou_of_segments_and_boxes():
     a, b = torch.tensor([[0.0, 2], [3, 5]]), torch.tensor([[1.0, 3], [3, 5], [9, 9]])
     assert torch.allclose(vl.interval_iou(a, b), torch.tensor([[1 / 3, 0, 0], [0, 1, 0]]).double())
-    boxes = vl.interval_iou(torch.tensor([[0, 0, 2, 2]]),
-                            torch.tensor([[1, 1, 3, 3], [0, 0, 2, 1], [2, 0, 4, 2]]))
+    boxes = vl.interval_iou(
+        torch.tensor([[0, 0, 2, 2]]), torch.tensor([[1, 1, 3, 3], [0, 0, 2, 1], [2, 0, 4, 2]])
+    )
     assert torch.allclose(boxes, torch.tensor([[1 / 7, 1 / 2, 0]]).double())
 
 
@@ -51,16 +54,25 @@ def test_segments_of_a_sequence():
 
 def naive_ap(detections, truths, label, limit):
     """The definition, detection by detection."""
-    rows = sorted(((-float(score), video, index) for video,
-                   (_, labels, scores) in enumerate(detections)
-                   for index, (score, k) in enumerate(zip(scores, labels)) if k == label))
-    free = {(video, index) for video, (_, labels) in enumerate(truths) for index,
-            k in enumerate(labels) if k == label}
+    rows = sorted(
+        (
+            (-float(score), video, index)
+            for video, (_, labels, scores) in enumerate(detections)
+            for index, (score, k) in enumerate(zip(scores, labels))
+            if k == label
+        )
+    )
+    free = {
+        (video, index)
+        for video, (_, labels) in enumerate(truths)
+        for index, k in enumerate(labels)
+        if k == label
+    }
     total, hits, ap = len(free), 0, 0.0
     for rank, (_, video, index) in enumerate(rows, 1):
         s, e = detections[video][0][index].tolist()
         best, chosen = -1.0, None
-        for (v, i) in sorted(free):
+        for v, i in sorted(free):
             if v == video:
                 a, b = truths[v][0][i].tolist()
                 shared = max(0.0, min(e, b) - max(s, a))
@@ -80,9 +92,16 @@ def test_average_precision_by_definition():
     def segments(count):
         start = torch.rand(count, generator=generator) * 8
         return torch.stack([start, start + 0.5 + 3 * torch.rand(count, generator=generator)], 1)
+
     truths = [(segments(4), torch.randint(2, (4,), generator=generator)) for _ in range(6)]
-    detections = [(segments(8), torch.randint(3, (8,), generator=generator),
-                   torch.rand(8, generator=generator)) for _ in range(6)]
+    detections = [
+        (
+            segments(8),
+            torch.randint(3, (8,), generator=generator),
+            torch.rand(8, generator=generator),
+        )
+        for _ in range(6)
+    ]
     found = vl.detection_ap(detections, truths, (0.1, 0.3, 0.5))
     for limit in (0.1, 0.3, 0.5):
         expected = sum(naive_ap(detections, truths, label, limit) for label in (0, 1)) / 2
@@ -94,12 +113,16 @@ def test_a_second_detection_of_the_same_action_is_wrong():
     one = torch.tensor([0])
     truth = [(torch.tensor([[0.0, 10]]), one)]
     twice = [(torch.tensor([[0.0, 10], [0, 9]]), torch.tensor([0, 0]), torch.tensor([0.5, 0.9]))]
-    assert vl.detection_ap(twice, truth, (0.5, 0.95)) == {"mAP@0.5": 1.0, "mAP@0.95": 0.5,
-                                                          "mAP": 0.75}
+    assert vl.detection_ap(twice, truth, (0.5, 0.95)) == {
+        "mAP@0.5": 1.0,
+        "mAP@0.95": 0.5,
+        "mAP": 0.75,
+    }
     nothing = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0))]
     assert vl.detection_ap(nothing, truth)["mAP"] == 0
-    assert vl.average_precision(torch.tensor([1.0, 0, 1]),
-                                2).item() == pytest.approx((1 + 2 / 3) / 2)
+    assert vl.average_precision(torch.tensor([1.0, 0, 1]), 2).item() == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
 
 
 def test_bad_input():

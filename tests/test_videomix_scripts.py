@@ -1,5 +1,5 @@
-"""The VideoMix scripts run on their smallest preset and on real frames, survive a kill, and refuse what
-does not fit."""
+"""The VideoMix scripts run on their smallest preset and on real frames, survive a kill, and refuse
+what does not fit."""
 
 import json
 import subprocess
@@ -16,8 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(out, *arguments, script="videomix"):
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--preset", "tiny", "--threads", "1",
-               "--out", str(out), *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / f"{script}.py"),
+        "--preset",
+        "tiny",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+        *map(str, arguments),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -31,7 +40,9 @@ def finish(out, *arguments, script="videomix", code=0):
 def write_frames(folder, clip):
     folder.mkdir(parents=True)
     for number, frame in enumerate(clip.permute(1, 2, 3, 0).numpy(), 1):
-        Image.fromarray(np.ascontiguousarray(frame)).save(folder / video_frames.FRAME.format(number))
+        Image.fromarray(np.ascontiguousarray(frame)).save(
+            folder / video_frames.FRAME.format(number)
+        )
 
 
 def test_the_study_survives_a_kill(tmp_path):
@@ -45,14 +56,25 @@ def test_the_study_survives_a_kill(tmp_path):
     assert again["results"] == whole["results"] and again["tables"] == whole["tables"]
     rows = whole["tables"]["variants"]
     assert {row["augmentation"] for row in rows} == {"none", "S", "T", "ST"}
-    assert {row["videos"] for row in rows} == {"own scenes", "class scenes"} and all(row["paper"] is None for row in rows)
+    assert {row["videos"] for row in rows} == {"own scenes", "class scenes"} and all(
+        row["paper"] is None for row in rows
+    )
     assert any(row["scene reliance"] != "-" for row in rows)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["videomix_lengths.png"]
 
 
 def test_localisation_tables(tmp_path):
-    found = finish(tmp_path / "time", "--table", "thumos", "--seeds", 2, "--figures", tmp_path / "figures")
-    assert [row["augmentation"] for row in found["tables"]["thumos"]] == ["none", "Mixup", "frame CutMix", "S", "T", "ST"]
+    found = finish(
+        tmp_path / "time", "--table", "thumos", "--seeds", 2, "--figures", tmp_path / "figures"
+    )
+    assert [row["augmentation"] for row in found["tables"]["thumos"]] == [
+        "none",
+        "Mixup",
+        "frame CutMix",
+        "S",
+        "T",
+        "ST",
+    ]
     assert all(0 <= seed["mAP@0.5"] <= 100 for seed in found["results"].values())
     assert len(list((tmp_path / "figures").glob("videomix_sequence_*.png"))) == 4
     boxes = finish(tmp_path / "boxes", "--table", "ava", "--seeds", 1)
@@ -67,10 +89,29 @@ def test_real_frames(tmp_path):
     video_frames.write_index(tmp_path / "set" / "train.txt", rows[:8])
     video_frames.write_index(tmp_path / "set" / "val.txt", rows[4:])
     options = ("--seeds", 1, "--batch-size", 4, "--data", tmp_path / "set")
-    found = finish(tmp_path / "a", *options, "--table", "kinetics", "--networks", "slowfast18", "--methods", "none", "S")
+    found = finish(
+        tmp_path / "a",
+        *options,
+        "--table",
+        "kinetics",
+        "--networks",
+        "slowfast18",
+        "--methods",
+        "none",
+        "S",
+    )
     assert [row["augmentation"] for row in found["tables"]["kinetics"]] == ["none", "S"]
     assert all(0 <= row["top1"] <= row["top5"] <= 100 for row in found["results"].values())
-    found = finish(tmp_path / "b", *options, "--table", "ssv2", "--networks", "tsm18", "--methods", "RandAugment")
+    found = finish(
+        tmp_path / "b",
+        *options,
+        "--table",
+        "ssv2",
+        "--networks",
+        "tsm18",
+        "--methods",
+        "RandAugment",
+    )
     assert len(found["results"]) == 1
     thumos = tmp_path / "thumos"
     (thumos / "annotation").mkdir(parents=True)
@@ -79,8 +120,18 @@ def test_real_frames(tmp_path):
         write_frames(thumos / "frames" / f"video_{long}_{number:07d}", clip)
         with open(thumos / "annotation" / f"Class{label}_{part}.txt", "a") as file:
             file.write(f"video_{long}_{number:07d} 0.2 0.8\n")
-    found = finish(tmp_path / "c", *options[:4], "--data", thumos, "--table", "thumos", "--networks", "slowonly18",
-                   "--methods", "S")
+    found = finish(
+        tmp_path / "c",
+        *options[:4],
+        "--data",
+        thumos,
+        "--table",
+        "thumos",
+        "--networks",
+        "slowonly18",
+        "--methods",
+        "S",
+    )
     assert set(found["tables"]["thumos"][0]) >= {"mAP@0.1", "mAP@0.9"}
     text = finish(tmp_path / "d", *options[:4], "--data", tmp_path, "--table", "kinetics", code=1)
     assert "train.txt" in text and "Traceback" not in text
@@ -89,5 +140,7 @@ def test_real_frames(tmp_path):
 def test_speed(tmp_path):
     found = finish(tmp_path, script="speed_videomix")
     ways = {row["way"]: row for row in found["tables"]["mixing"]}
-    assert {"in place", "copy", "flip-based peer"} <= set(ways) and ways["in place"]["peak / cuboids"] <= 1
+    assert {"in place", "copy", "flip-based peer"} <= set(ways) and ways["in place"][
+        "peak / cuboids"
+    ] <= 1
     assert len(found["tables"]["loading"]) == 5
