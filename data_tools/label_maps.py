@@ -1,29 +1,31 @@
-"""Dense label maps on disk: a packed store of a few large files, and the released one-file-per-image tree.
+"""Dense label maps on disk: a packed store of a few large files, and the released tree of many.
 
-A label map holds, for every cell of an h x w grid over an image, the k highest class scores of an annotator and their
-classes: a `(2, k, h, w)` tensor, [0] scores and [1] classes. The released maps of ReLabel (arXiv:2101.05022) are a tree
-`<wnid>/<image stem>.pt` of 1.28 million such float32 files. The store keeps int16 classes and float16 scores in
-memory-mapped shards: 4.5 kB an image at 15 x 15 top-5 instead of 9.4 kB, a handful of files instead of one per image.
+A label map holds, for every cell of an h x w grid over an image, the k highest class scores of an
+annotator and their classes: a `(2, k, h, w)` tensor, [0] scores and [1] classes. The released maps
+of ReLabel (arXiv:2101.05022) are a tree `<wnid>/<image stem>.pt` of 1.28 million such float32
+files. The store keeps int16 classes and float16 scores in memory-mapped shards: 4.5 kB an image at
+15 x 15 top-5 instead of 9.4 kB, a handful of files instead of one per image.
 
-    STORE/store.json             k, h, w, number of classes and images, shard size, a note on the annotator
-    STORE/images.txt             one image a line, `<wnid>/<stem>`, in the order of the records
-    STORE/shard-00000.npy        records (classes int16 (k, h, w), scores float16 (k, h, w))
-    STORE/shard-00000.sha256     its checksum; written last, so a shard with one is whole
+    STORE/store.json           k, h, w, number of classes and images, shard size, the annotator
+    STORE/images.txt           one image a line, `<wnid>/<stem>`, in the order of the records
+    STORE/shard-00000.npy      records (classes int16 (k, h, w), scores float16 (k, h, w))
+    STORE/shard-00000.sha256   its checksum; written last, so a shard with one is whole
 
     writer = StoreWriter("store", images, k=5, height=15, width=15, num_classes=1000)
-    for start, stop in writer.missing():                     # shards not there yet: this is how a run resumes
+    for start, stop in writer.missing():                     # shards not there: so a run resumes
         writer.write(start, maps_of(images[start:stop]))     # (stop - start, 2, k, h, w)
     store = LabelMaps("store")
     topk = store[[3, 14, 15]]                                # (3, 2, k, h, w) float32
 
-    python -m data_tools.label_maps pack RELEASED_TREE STORE        the released tree into a store (resumes)
-    python -m data_tools.label_maps unpack STORE TREE               and back
-    python -m data_tools.label_maps verify STORE                    checksums, ranges, doubled classes
+    python -m data_tools.label_maps pack TREE STORE         the released tree into a store (resumes)
+    python -m data_tools.label_maps unpack STORE TREE       and back
+    python -m data_tools.label_maps verify STORE            checksums, ranges, doubled classes
 
-Which axis is which: the maps a convolutional annotator produces are (rows, columns). How the released files are laid
-out is not documented, and the released training code hands (y, x) coordinates to a function that takes (x, y). Both
-fit together if the files are transposed. `pack --transpose` swaps the two map axes on the way in, for a tree that turns
-out to be stored (columns, rows); compare one map with its image before deciding.
+Which axis is which: the maps a convolutional annotator produces are (rows, columns). How the
+released files are laid out is not documented, and the released training code hands (y, x)
+coordinates to a function that takes (x, y). Both fit together if the files are transposed.
+`pack --transpose` swaps the two map axes on the way in, for a tree that turns out to be stored
+(columns, rows); compare one map with its image before deciding.
 """
 
 import argparse
@@ -42,9 +44,10 @@ FORMAT = 1
 
 
 class LabelMaps:
-    """A complete store, read by memory map. `len()`, `images`, `index(image)`, `store[i]`, `store[[i, j]]`.
+    """A complete store, read by memory map: `images`, `index(image)`, `store[i]`, `store[[i, j]]`.
 
-    ValueError names the file when the store is unfinished or damaged in shape; `verify` checks the contents.
+    ValueError names the file when the store is unfinished or damaged in shape; `verify` checks the
+    contents.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -53,12 +56,24 @@ class LabelMaps:
         self.images = (self.folder / "images.txt").read_text(encoding="utf-8").splitlines()
         count, size = self.meta["count"], self.meta["shard_size"]
         if len(self.images) != count:
-            raise ValueError(f"{self.folder / 'images.txt'} has {len(self.images)} lines, store.json says {count}")
-        missing = [p.name for p in map(self._path, range(-(-count // size))) if not p.with_suffix(".sha256").exists()]
+            raise ValueError(
+                f"{self.folder / 'images.txt'} has {len(self.images)} lines, "
+                f"store.json says {count}"
+            )
+        missing = [
+            p.name
+            for p in map(self._path, range(-(-count // size)))
+            if not p.with_suffix(".sha256").exists()
+        ]
         if missing:
-            raise ValueError(f"{self.folder} is unfinished: {len(missing)} shards are missing, the first is {missing[0]}; "
-                             "run its generation again, it goes on where it stopped")
-        self._shards: dict[int, np.ndarray] = {}              # opened on first use, so that worker processes open their own
+            raise ValueError(
+                f"{self.folder} is unfinished: {len(missing)} shards are missing, the first is "
+                f"{missing[0]}; "
+                "run its generation again, it goes on where it stopped"
+            )
+        self._shards: dict[
+            int, np.ndarray
+        ] = {}  # opened on first use, so that worker processes open their own
         self._rows: dict[str, int] | None = None
 
     def __len__(self) -> int:
@@ -68,7 +83,7 @@ class LabelMaps:
         return {**self.__dict__, "_shards": {}}
 
     def index(self, image: str | Path) -> int:
-        """The record of an image, given its path: the last two parts count, up to the first dot of the name."""
+        """The record of an image by its path: the last two parts, up to the first dot, count."""
         if self._rows is None:
             self._rows = {name: row for row, name in enumerate(self.images)}
         key = image_key(image)
@@ -84,7 +99,10 @@ class LabelMaps:
         rows = np.where(rows < 0, rows + len(self), rows)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"rows must be in 0..{len(self) - 1}, not {rows.min()}..{rows.max()}")
-        out = np.empty((len(rows), 2, self.meta["k"], self.meta["height"], self.meta["width"]), dtype=np.float32)
+        out = np.empty(
+            (len(rows), 2, self.meta["k"], self.meta["height"], self.meta["width"]),
+            dtype=np.float32,
+        )
         shard = rows // self.meta["shard_size"]
         for number in np.unique(shard):
             mine = np.flatnonzero(shard == number)
@@ -104,73 +122,134 @@ class LabelMaps:
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self._path(number)} cannot be read: {error}") from error
             if array.dtype != _record(self.meta) or array.shape != expected:
-                raise ValueError(f"{self._path(number)} holds {array.shape} {array.dtype}, expected {expected} {_record(self.meta)}")
+                raise ValueError(
+                    f"{self._path(number)} holds {array.shape} {array.dtype}, "
+                    f"expected {expected} {_record(self.meta)}"
+                )
             self._shards[number] = array
         return self._shards[number]
 
 
 class StoreWriter:
-    """Writes a store shard by shard; several processes may write different shards of the same store.
+    """Writes a store shard by shard; several processes may write different shards of one store.
 
-    images: paths or keys in the order of the records. A folder that holds a store of other images or another shape is
-    refused with ValueError. `annotator` is a note kept in store.json.
+    images: paths or keys in the order of the records. A folder that holds a store of other images
+    or another shape is refused with ValueError. `annotator` is a note kept in store.json.
     """
 
-    def __init__(self, folder: str | Path, images: Iterable[str | Path], *, k: int, height: int, width: int,
-                 num_classes: int, shard_size: int = 8192, annotator: str = "") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        images: Iterable[str | Path],
+        *,
+        k: int,
+        height: int,
+        width: int,
+        num_classes: int,
+        shard_size: int = 8192,
+        annotator: str = "",
+    ) -> None:
         if not 1 <= k <= num_classes or num_classes > 2**15 or min(height, width, shard_size) < 1:
-            raise ValueError(f"need 1 <= k <= num_classes <= 32768 and positive sizes, not k={k}, num_classes={num_classes}, "
-                             f"height={height}, width={width}, shard_size={shard_size}")
+            raise ValueError(
+                f"need 1 <= k <= num_classes <= 32768 and positive sizes, not k={k}, "
+                f"num_classes={num_classes}, "
+                f"height={height}, width={width}, shard_size={shard_size}"
+            )
         self.folder, keys = Path(folder), [image_key(image) for image in images]
         if len(set(keys)) != len(keys):
-            raise ValueError(f"images must be different; {len(keys) - len(set(keys))} keys of {len(keys)} repeat")
-        self.meta = {"format": FORMAT, "count": len(keys), "k": k, "height": height, "width": width,
-                     "num_classes": num_classes, "shard_size": shard_size, "annotator": annotator}
+            raise ValueError(
+                f"images must be different; {len(keys) - len(set(keys))} keys of {len(keys)} repeat"
+            )
+        self.meta = {
+            "format": FORMAT,
+            "count": len(keys),
+            "k": k,
+            "height": height,
+            "width": width,
+            "num_classes": num_classes,
+            "shard_size": shard_size,
+            "annotator": annotator,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{key}\n" for key in keys)
         if (self.folder / "store.json").exists():
             before = _read_meta(self.folder)
-            changed = {name: (before.get(name), value) for name, value in self.meta.items() if before.get(name) != value}
+            changed = {
+                name: (before.get(name), value)
+                for name, value in self.meta.items()
+                if before.get(name) != value
+            }
             if changed or (self.folder / "images.txt").read_text(encoding="utf-8") != lines:
-                raise ValueError(f"{self.folder} holds another store (differs in {', '.join(changed) or 'images'}); "
-                                 "give a new folder, or delete this one")
+                raise ValueError(
+                    f"{self.folder} holds another store "
+                    f"(differs in {', '.join(changed) or 'images'}); "
+                    "give a new folder, or delete this one"
+                )
         else:
             _write(self.folder / "images.txt", lines.encode())
             _write(self.folder / "store.json", (json.dumps(self.meta, indent=1) + "\n").encode())
 
     def missing(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, int]]:
-        """Record ranges (start, stop) of the shards that are not written yet; each process gets every R-th shard."""
+        """Record ranges (start, stop) of shards to write; each process gets every R-th shard."""
         size = self.meta["shard_size"]
         for number, start in enumerate(range(0, self.meta["count"], size)):
-            if number % world_size == rank and not _shard_path(self.folder, number).with_suffix(".sha256").exists():
+            if (
+                number % world_size == rank
+                and not _shard_path(self.folder, number).with_suffix(".sha256").exists()
+            ):
                 yield start, min(start + size, self.meta["count"])
 
     def write(self, start: int, maps: torch.Tensor | np.ndarray) -> None:
-        """One whole shard: maps `(n, 2, k, h, w)` for the records from `start`. ValueError names the first bad image."""
+        """One whole shard: maps `(n, 2, k, h, w)` of the records from `start`.
+
+        ValueError names the first image with a bad map.
+        """
         size, count = self.meta["shard_size"], self.meta["count"]
         maps = maps.detach().cpu().numpy() if isinstance(maps, torch.Tensor) else np.asarray(maps)
-        expected = (min(size, count - start), 2, self.meta["k"], self.meta["height"], self.meta["width"])
+        expected = (
+            min(size, count - start),
+            2,
+            self.meta["k"],
+            self.meta["height"],
+            self.meta["width"],
+        )
         if start % size or maps.shape != expected:
-            raise ValueError(f"maps must be the whole shard {expected} from a multiple of {size}, not {maps.shape} from {start}")
+            raise ValueError(
+                f"maps must be the whole shard {expected} from a multiple of {size}, "
+                f"not {maps.shape} from {start}"
+            )
         with np.errstate(over="ignore"):
             records = np.empty(len(maps), dtype=_record(self.meta))
             records["scores"], records["classes"] = maps[:, 0], maps[:, 1]
         if problem := _problem(records, self.meta, exact=maps[:, 1]):
-            name = (self.folder / "images.txt").read_text(encoding="utf-8").splitlines()[start + problem[0]]
+            name = (
+                (self.folder / "images.txt")
+                .read_text(encoding="utf-8")
+                .splitlines()[start + problem[0]]
+            )
             raise ValueError(f"map of {name}: {problem[1]}")
         buffer = io.BytesIO()
         np.save(buffer, records, allow_pickle=False)
         path = _shard_path(self.folder, start // size)
         _write(path, buffer.getbuffer())
-        _write(path.with_suffix(".sha256"), hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
+        _write(
+            path.with_suffix(".sha256"),
+            hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n",
+        )
 
 
-def generate(annotate: Callable[[list[int]], torch.Tensor], writer: StoreWriter, *, batch_size: int = 256,
-             rank: int = 0, world_size: int = 1) -> Iterator[dict]:
+def generate(
+    annotate: Callable[[list[int]], torch.Tensor],
+    writer: StoreWriter,
+    *,
+    batch_size: int = 256,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[dict]:
     """Fill the missing shards: `annotate(rows)` returns the maps `(n, 2, k, h, w)` of those images.
 
-    Yields {"image": records done by this process, "total": of how many, "rows": of this batch} after every batch. A
-    killed run loses the shard it was writing, nothing else.
+    Yields {"image": records done by this process, "total": of how many, "rows": of this batch}
+    after every batch. A killed run loses the shard it was writing, nothing else.
     """
     todo = list(writer.missing(rank, world_size))
     total, done = sum(stop - start for start, stop in todo), 0
@@ -187,6 +266,7 @@ def generate(annotate: Callable[[list[int]], torch.Tensor], writer: StoreWriter,
 
 # ---------------------------------------------------------------- the released tree
 
+
 def image_key(image: str | Path) -> str:
     """`<folder>/<stem>` from a path: the last two parts, the name up to its first dot."""
     parts = Path(image).parts
@@ -196,45 +276,67 @@ def image_key(image: str | Path) -> str:
 
 
 def released_maps(folder: str | Path) -> list[Path]:
-    """The `.pt` files of a released tree `<wnid>/<stem>.pt`, sorted. ValueError if there are none."""
+    """The files of a released tree `<wnid>/<stem>.pt`, sorted. ValueError if there are none."""
     files = sorted(Path(folder).glob("*/*.pt"))
     if not files:
-        raise ValueError(f"{folder} holds no <wnid>/<stem>.pt files: give the folder that relabel_imagenet.tar unpacks to")
+        raise ValueError(
+            f"{folder} holds no <wnid>/<stem>.pt files: "
+            "give the folder that relabel_imagenet.tar unpacks to"
+        )
     return files
 
 
 def read_released(path: str | Path, transpose: bool = False) -> torch.Tensor:
-    """One released file as `(2, k, h, w)` float32; ValueError names a file that holds anything else."""
+    """One released file as `(2, k, h, w)` float32; ValueError names a file that is none."""
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from error
     if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.shape[0] != 2:
-        raise ValueError(f"{path} must hold one (2, k, h, w) tensor, not {getattr(value, 'shape', type(value).__name__)}")
+        found = getattr(value, "shape", type(value).__name__)
+        raise ValueError(f"{path} must hold one (2, k, h, w) tensor, not {found}")
     return (value.transpose(2, 3) if transpose else value).float()
 
 
-def pack(source: str | Path, store: str | Path, *, num_classes: int = 1000, shard_size: int = 8192,
-         transpose: bool = False, annotator: str = "released maps") -> Iterator[dict]:
+def pack(
+    source: str | Path,
+    store: str | Path,
+    *,
+    num_classes: int = 1000,
+    shard_size: int = 8192,
+    transpose: bool = False,
+    annotator: str = "released maps",
+) -> Iterator[dict]:
     """The released tree into a store; yields progress as `generate` does and resumes like it."""
     files = released_maps(source)
     first = read_released(files[0], transpose)
-    writer = StoreWriter(store, files, k=first.shape[1], height=first.shape[2], width=first.shape[3],
-                         num_classes=num_classes, shard_size=shard_size,
-                         annotator=f"{annotator}, map axes swapped" if transpose else annotator)
+    writer = StoreWriter(
+        store,
+        files,
+        k=first.shape[1],
+        height=first.shape[2],
+        width=first.shape[3],
+        num_classes=num_classes,
+        shard_size=shard_size,
+        annotator=f"{annotator}, map axes swapped" if transpose else annotator,
+    )
 
     def annotate(rows: list[int]) -> torch.Tensor:
         maps = [read_released(files[row], transpose) for row in rows]
         for row, m in zip(rows, maps):
             if m.shape != first.shape:
-                raise ValueError(f"{files[row]} holds {tuple(m.shape)}, the first file holds {tuple(first.shape)}")
+                raise ValueError(
+                    f"{files[row]} holds {tuple(m.shape)}, "
+                    f"the first file holds {tuple(first.shape)}"
+                )
         return torch.stack(maps)
 
     yield from generate(annotate, writer)
 
 
 def unpack(store: str | Path, folder: str | Path) -> Iterator[dict]:
-    """A store into the released tree, one `.pt` file per image; files that are there are left alone."""
+    """A store into the released tree, one `.pt` file per image; files there already stay."""
     maps, folder = LabelMaps(store), Path(folder)
     for row, image in enumerate(maps.images):
         path = folder / f"{image}.pt"
@@ -247,7 +349,7 @@ def unpack(store: str | Path, folder: str | Path) -> Iterator[dict]:
 
 
 def verify(folder: str | Path) -> Iterator[str]:
-    """One line per problem: a shard whose checksum differs, a record with scores or classes that cannot be."""
+    """One line per problem: a checksum that differs, scores or classes that cannot be."""
     maps = LabelMaps(folder)
     size = maps.meta["shard_size"]
     for number in range(-(-len(maps) // size)):
@@ -266,6 +368,7 @@ def verify(folder: str | Path) -> Iterator[str]:
 
 # ---------------------------------------------------------------- small parts
 
+
 def _record(meta: dict) -> np.dtype:
     grid = (meta["k"], meta["height"], meta["width"])
     return np.dtype([("classes", "<i2", grid), ("scores", "<f2", grid)])
@@ -275,15 +378,26 @@ def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npy"
 
 
-def _problem(records: np.ndarray, meta: dict, exact: np.ndarray | None = None) -> tuple[int, str] | None:
+def _problem(
+    records: np.ndarray, meta: dict, exact: np.ndarray | None = None
+) -> tuple[int, str] | None:
     """(row, what is wrong) of the first record that no annotator can have produced."""
     classes = records["classes"]
     ordered = np.sort(classes, axis=1)
     for wrong, text in [
-        (~np.isfinite(records["scores"]), "a score is not finite, or too large for float16 (65504)"),
-        ((classes < 0) | (classes >= meta["num_classes"]), f"a class is outside 0..{meta['num_classes'] - 1}"),
+        (
+            ~np.isfinite(records["scores"]),
+            "a score is not finite, or too large for float16 (65504)",
+        ),
+        (
+            (classes < 0) | (classes >= meta["num_classes"]),
+            f"a class is outside 0..{meta['num_classes'] - 1}",
+        ),
         (ordered[:, 1:] == ordered[:, :-1], "a cell names the same class twice"),
-        (classes != (classes if exact is None else exact), "a class is not an integer in the range of int16"),
+        (
+            classes != (classes if exact is None else exact),
+            "a class is not an integer in the range of int16",
+        ),
     ]:
         rows = np.flatnonzero(wrong.any(axis=(1, 2, 3)))
         if len(rows):
@@ -317,13 +431,18 @@ def _write(path: Path, content) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.label_maps", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.label_maps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("source"), packing.add_argument("store")
     packing.add_argument("--num-classes", type=int, default=1000)
-    packing.add_argument("--transpose", action="store_true", help="the files are (columns, rows): swap the map axes")
+    packing.add_argument(
+        "--transpose", action="store_true", help="the files are (columns, rows): swap the map axes"
+    )
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("store"), unpacking.add_argument("tree")
     commands.add_parser("verify").add_argument("store")
@@ -331,10 +450,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "verify":
             problems = list(verify(args.store))
-            print("\n".join(problems) if problems else f"{args.store}: {len(LabelMaps(args.store))} maps, all well")
+            print(
+                "\n".join(problems)
+                if problems
+                else f"{args.store}: {len(LabelMaps(args.store))} maps, all well"
+            )
             return bool(problems)
-        steps = (pack(args.source, args.store, num_classes=args.num_classes, transpose=args.transpose)
-                 if args.command == "pack" else unpack(args.store, args.tree))
+        steps = (
+            pack(args.source, args.store, num_classes=args.num_classes, transpose=args.transpose)
+            if args.command == "pack"
+            else unpack(args.store, args.tree)
+        )
         step = {"image": 0, "total": 0}
         for step in steps:
             if step["image"] % 1024 < step["rows"]:

@@ -139,7 +139,7 @@ def load_label_map(path: str | Path) -> Tensor:
     try:
         m = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # damaged, or objects in it
-        reason = f"{error}".splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} must hold one (2, k, h, w) tensor: {reason}") from error
     if not isinstance(m, Tensor) or m.ndim != 4 or m.shape[0] != 2:
         found = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
@@ -304,7 +304,7 @@ def _check_coords(coords: Tensor, topk: Tensor) -> Tensor:
     if isinstance(coords, (list, tuple)) and len(coords) == 4 and all(
             isinstance(c, Tensor) and c.ndim == 1 for c in coords):
         coords = torch.stack(list(coords), 1)
-    coords = torch.as_tensor(coords, device=topk.device).to(torch.float64)
+    coords = torch.as_tensor(coords, dtype=torch.float64, device=topk.device)
     if coords.shape != (len(topk), 4):
         raise ValueError(f"coords must be ({len(topk)}, 4), one (top, left, height, width) per "
                          f"map, not {tuple(coords.shape)}")

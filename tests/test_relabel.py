@@ -25,7 +25,9 @@ def seeded(seed=0):
 
 def dense(g, key, shape):
     out = torch.zeros(shape, dtype=torch.float64)
-    out[g[f"{key}__row"].astype(int), g[f"{key}__col"].astype(int)] = torch.from_numpy(g[f"{key}__val"])
+    out[g[f"{key}__row"].astype(int), g[f"{key}__col"].astype(int)] = torch.from_numpy(
+        g[f"{key}__val"]
+    )
     return out
 
 
@@ -37,10 +39,13 @@ def random_topk(generator, batch=3, k=4, h=6, w=9, classes=20, dtype=torch.float
 
 def random_coords(generator, batch):
     size = 0.1 + 0.9 * torch.rand(batch, 2, generator=generator, dtype=torch.float64)
-    return torch.cat([torch.rand(batch, 2, generator=generator, dtype=torch.float64) * (1 - size), size], 1)
+    return torch.cat(
+        [torch.rand(batch, 2, generator=generator, dtype=torch.float64) * (1 - size), size], 1
+    )
 
 
 # ---------------------------------------------------------------- values of the released code
+
 
 @pytest.mark.parametrize("name", POOLING)
 def test_label_pooling_equals_the_released_code(name):
@@ -53,14 +58,18 @@ def test_label_pooling_equals_the_released_code(name):
         pooled = label_pooling(topk.double(), coords, axes=axes, softmax=False)
         assert (pooled - expected)[steady].abs().max() < 1e-5
         targets = label_pooling(topk, coords, axes=axes)
-        target = torch.from_numpy(g["target_f64" if axes == "official" else "target_xy_correct_f64"])
+        target = torch.from_numpy(
+            g["target_f64" if axes == "official" else "target_xy_correct_f64"]
+        )
         assert targets.dtype == torch.float32 and (targets - target)[steady].abs().max() < 5e-5
     maps = relabel.get_labelmaps(topk.double())
     assert maps.shape == (len(topk), 1000, *topk.shape[3:])
     aligned = roi_align(maps, boxes, (1, 1))[:, :, 0, 0]
     assert (aligned - dense(g, "pooled_logits_f64", (len(topk), 1000))).abs().max() < 1e-10
     official = torch.from_numpy(g["target_official_f32"])
-    assert (roi_align(maps.float(), boxes.float(), 1)[:, :, 0, 0].softmax(1) - official).abs().max() < 5e-5
+    assert (
+        roi_align(maps.float(), boxes.float(), 1)[:, :, 0, 0].softmax(1) - official
+    ).abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -82,12 +91,21 @@ def test_cutmix_and_loss_equal_the_released_code(name):
     g = load(name)
     images, targets = torch.from_numpy(g["images"]), torch.from_numpy(g["targets"])
     kept = images.clone(), targets.clone()
-    out, soft, lam = relabel.cutmix(images, targets, box=g["bbox_r1_c1_r2_c2"], perm=torch.from_numpy(g["perm"]),
-                                    smoothing=float(g["smoothing"]))
-    assert torch.equal(out, torch.from_numpy(g["images_out"])) and lam == pytest.approx(float(g["lam_out"]), abs=1e-12)
+    out, soft, lam = relabel.cutmix(
+        images,
+        targets,
+        box=g["bbox_r1_c1_r2_c2"],
+        perm=torch.from_numpy(g["perm"]),
+        smoothing=float(g["smoothing"]),
+    )
+    assert torch.equal(out, torch.from_numpy(g["images_out"])) and lam == pytest.approx(
+        float(g["lam_out"]), abs=1e-12
+    )
     assert (soft - torch.from_numpy(g["targets_out"])).abs().max() < 1e-6
     assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1])
-    loss = relabel.SoftTargetCrossEntropy()(torch.from_numpy(g["logits"]).double(), torch.from_numpy(g["targets_out"]).double())
+    loss = relabel.SoftTargetCrossEntropy()(
+        torch.from_numpy(g["logits"]).double(), torch.from_numpy(g["targets_out"]).double()
+    )
     assert float(loss) == pytest.approx(float(g["loss_f64"]), abs=1e-6)
 
 
@@ -96,12 +114,16 @@ def test_learning_rates_equal_the_released_code(key):
     g = load("lr_schedule.npz")
     lr, epochs, warmup, per_epoch = g[f"{key}__init_epochs_warmup_itersperepoch"]
     epochs, per_epoch = int(epochs), int(per_epoch)
-    rates = [relabel.lr_at(e, i, per_epoch, epochs, lr, int(warmup), schedule=key.split("_")[0])
-             for e in range(epochs) for i in range(per_epoch)]
+    rates = [
+        relabel.lr_at(e, i, per_epoch, epochs, lr, int(warmup), schedule=key.split("_")[0])
+        for e in range(epochs)
+        for i in range(per_epoch)
+    ]
     np.testing.assert_allclose(rates, g[key], rtol=1e-12, atol=1e-18)
 
 
 # ---------------------------------------------------------------- identities
+
 
 def scalar_roi(channel, x1, y1, x2, y2):
     """RoIAlign to one value, sample by sample."""
@@ -118,8 +140,9 @@ def scalar_roi(channel, x1, y1, x2, y2):
             y0, x0 = int(y), int(x)
             yn, xn = min(y0 + 1, rows - 1), min(x0 + 1, columns - 1)
             fy, fx = y - y0, x - x0
-            total += ((1 - fy) * ((1 - fx) * channel[y0, x0] + fx * channel[y0, xn])
-                      + fy * ((1 - fx) * channel[yn, x0] + fx * channel[yn, xn]))
+            total += (1 - fy) * ((1 - fx) * channel[y0, x0] + fx * channel[y0, xn]) + fy * (
+                (1 - fx) * channel[yn, x0] + fx * channel[yn, xn]
+            )
     return total / (gh * gw)
 
 
@@ -130,7 +153,9 @@ def test_pooling_equals_a_scalar_loop_on_non_square_maps():
     pooled = label_pooling(topk, coords, 20, softmax=False)
     for b, (i, j, h, w) in enumerate(coords.tolist()):
         for c in range(20):
-            value = scalar_roi(maps[b, c], j * 9 - 0.5, i * 6 - 0.5, (j + w) * 9 - 0.5, (i + h) * 6 - 0.5)
+            value = scalar_roi(
+                maps[b, c], j * 9 - 0.5, i * 6 - 0.5, (j + w) * 9 - 0.5, (i + h) * 6 - 0.5
+            )
             assert float(pooled[b, c]) == pytest.approx(value, abs=1e-11)
     assert torch.allclose(label_pooling(topk, coords, 20), pooled.softmax(1))
     assert torch.equal(label_pooling(topk[:1], coords[:1], 20), label_pooling(topk, coords, 20)[:1])
@@ -139,12 +164,51 @@ def test_pooling_equals_a_scalar_loop_on_non_square_maps():
     assert label_pooling(topk.half(), coords, 20).dtype == torch.float16
 
 
+def test_batches_of_any_size_and_any_number_of_classes():
+    generator = seeded(6)
+    for batch, classes in ((100, 7), (45, 1), (1, 3000)):
+        shape = {"batch": batch, "classes": classes, "k": min(4, classes), "h": 3, "w": 5}
+        topk, coords = random_topk(generator, **shape), random_coords(generator, batch)
+        together = label_pooling(topk, coords, classes)
+        maps = relabel.get_labelmaps(topk, classes)
+        boxes = torch.stack(
+            [
+                coords[:, 1] * 5,
+                coords[:, 0] * 3,
+                (coords[:, 1] + coords[:, 3]) * 5,
+                (coords[:, 0] + coords[:, 2]) * 3,
+            ],
+            1,
+        )
+        index = torch.arange(batch, dtype=torch.float64)[:, None]
+        dense_way = roi_align(maps, torch.cat([index, boxes - 0.5], 1), 1)[:, :, 0, 0].softmax(1)
+        assert torch.allclose(together, dense_way, atol=1e-12)
+        row = batch // 2
+        assert torch.equal(
+            label_pooling(topk[row : row + 1], coords[row : row + 1], classes),
+            together[row : row + 1],
+        )
+    assert label_pooling(topk[:0], coords[:0], 3000).shape == (0, 3000)
+
+
+def test_coordinates_as_collated():
+    generator = seeded(7)
+    topk, coords = random_topk(generator), random_coords(generator, 3)
+    collated = torch.utils.data.default_collate([tuple(row) for row in coords.tolist()])
+    assert torch.equal(label_pooling(topk, collated, 20), label_pooling(topk, coords, 20))
+    assert torch.equal(label_pooling(topk, coords.tolist(), 20), label_pooling(topk, coords, 20))
+
+
 def test_transposing_the_map_and_the_crop_is_the_official_axis_order():
     generator = seeded(1)
     topk, coords = random_topk(generator, h=7, w=7), random_coords(generator, 3)
     swapped = coords[:, [1, 0, 3, 2]]
-    assert torch.equal(label_pooling(topk, coords, 20, axes="official"), label_pooling(topk, swapped, 20))
-    assert torch.allclose(label_pooling(topk.transpose(3, 4), coords, 20, "official"), label_pooling(topk, coords, 20))
+    assert torch.equal(
+        label_pooling(topk, coords, 20, axes="official"), label_pooling(topk, swapped, 20)
+    )
+    assert torch.allclose(
+        label_pooling(topk.transpose(3, 4), coords, 20, "official"), label_pooling(topk, coords, 20)
+    )
 
 
 def test_whole_crop_with_all_classes_is_the_pooled_classifier():
@@ -176,14 +240,20 @@ def test_annotator_from_a_bound_method_runs_in_eval_mode():
     net = Net()
     annotator = relabel.to_dense_classifier(net.forward_features, net.head)
     images = torch.randn(2, 3, 4, 4, generator=seeded())
-    assert torch.equal(relabel.generate_label_maps(annotator, images, 3), relabel.generate_label_maps(annotator, images, 3))
+    assert torch.equal(
+        relabel.generate_label_maps(annotator, images, 3),
+        relabel.generate_label_maps(annotator, images, 3),
+    )
     assert net.training and net.drop.training
 
 
 def test_roi_align_gradient():
     generator = seeded(3)
     data = torch.randn(2, 2, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    boxes = torch.tensor([[1, 0.3, 0.2, 3.1, 2.7], [0, -0.5, -0.5, 2.0, 1.0], [1, 2.0, 1.0, 6.0, 5.5]], dtype=torch.float64)
+    boxes = torch.tensor(
+        [[1, 0.3, 0.2, 3.1, 2.7], [0, -0.5, -0.5, 2.0, 1.0], [1, 2.0, 1.0, 6.0, 5.5]],
+        dtype=torch.float64,
+    )
     assert torch.autograd.gradcheck(lambda t: roi_align(t, boxes, (2, 3), 0.9, 2, True), data)
     assert roi_align(data, boxes[:0], 2).shape == (0, 2, 2, 2)
 
@@ -194,12 +264,20 @@ def test_variants_and_label_cleaning():
     localized = relabel.label_variant(topk, coords, "localized-multi", 20)
     assert torch.equal(localized, label_pooling(topk, coords, 20))
     single = relabel.label_variant(topk, coords, "localized-single", 20)
-    assert torch.equal(single.argmax(1), localized.argmax(1)) and torch.equal(single.sum(1), torch.ones(3).double())
+    assert torch.equal(single.argmax(1), localized.argmax(1)) and torch.equal(
+        single.sum(1), torch.ones(3).double()
+    )
     whole = label_pooling(topk, [[0, 0, 1, 1]] * 3, 20)
     assert torch.equal(relabel.label_variant(topk, coords, "global-multi", 20), whole)
-    assert torch.equal(relabel.label_variant(topk, coords, "global-single", 20), F.one_hot(whole.argmax(1), 20).double())
+    assert torch.equal(
+        relabel.label_variant(topk, coords, "global-single", 20),
+        F.one_hot(whole.argmax(1), 20).double(),
+    )
     ranked = whole.argsort(1, descending=True)
-    assert relabel.accepted_labels(topk, ranked[:, 0], 20).all() and not relabel.accepted_labels(topk, ranked[:, 1], 20).any()
+    assert (
+        relabel.accepted_labels(topk, ranked[:, 0], 20).all()
+        and not relabel.accepted_labels(topk, ranked[:, 1], 20).any()
+    )
     assert relabel.accepted_labels(topk, ranked[:, 1], 20, rank=2).all()
 
 
@@ -210,15 +288,24 @@ def test_random_crops_follow_the_rule():
     for _ in range(300):
         out, (i, j, h, w) = crop(image)
         top, left, height, width = round(i * 30), round(j * 50), round(h * 30), round(w * 50)
-        assert (i, j, h, w) == (top / 30, left / 50, height / 30, width / 50) and i + h <= 1 and j + w <= 1
+        assert (
+            (i, j, h, w) == (top / 30, left / 50, height / 30, width / 50)
+            and i + h <= 1
+            and j + w <= 1
+        )
         again = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.BILINEAR)
         assert out.size == (16, 16) and out.tobytes() == again.tobytes()
         areas.append(h * w)
     assert 0.07 < min(areas) and 0.3 < np.mean(areas) < 0.55
-    for size, expected in [((400, 2), (0, 198, 2, 3)), ((2, 400), (198, 0, 3, 2))]:      # no crop fits: the central one
+    for size, expected in [
+        ((400, 2), (0, 198, 2, 3)),
+        ((2, 400), (198, 0, 3, 2)),
+    ]:  # no crop fits: the central one
         never = relabel.RandomResizedCropWithCoords(4, scale=(1, 1), generator=seeded())
         assert never.choose(*size) == expected
-    first, second = (relabel.RandomResizedCropWithCoords(4, generator=seeded(9)).choose(90, 70) for _ in range(2))
+    first, second = (
+        relabel.RandomResizedCropWithCoords(4, generator=seeded(9)).choose(90, 70) for _ in range(2)
+    )
     assert first == second
 
 
@@ -228,12 +315,15 @@ def test_random_cutmix_boxes():
         mixed, soft, lam = relabel.cutmix(images, targets, generator=seeded(seed))
         kept = (mixed == images).flatten(1).float().mean(1)
         moved = soft.diagonal() < 1
-        assert torch.allclose(kept[moved], torch.full_like(kept[moved], lam)) and torch.allclose(soft.sum(1), torch.ones(4))
+        assert torch.allclose(kept[moved], torch.full_like(kept[moved], lam)) and torch.allclose(
+            soft.sum(1), torch.ones(4)
+        )
         assert torch.allclose(soft.diagonal()[moved], torch.full_like(kept[moved], lam))
     assert relabel.cutmix(images, targets, lam=1.0, generator=seeded())[2] == 1.0
 
 
 # ---------------------------------------------------------------- training
+
 
 def toy_training(seed, epochs=3, resume=None, **options):
     generator = seeded(seed)
@@ -241,11 +331,28 @@ def toy_training(seed, epochs=3, resume=None, **options):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    loader = [(torch.randn(4, 3, 4, 4, generator=generator), random_topk(generator, 4, dtype=torch.float32),
-               random_coords(generator, 4)) for _ in range(5)]
+    loader = [
+        (
+            torch.randn(4, 3, 4, 4, generator=generator),
+            random_topk(generator, 4, dtype=torch.float32),
+            random_coords(generator, 4),
+        )
+        for _ in range(5)
+    ]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, relabel.train(model, loader, optimizer, epochs, warmup_epochs=1, cutmix_prob=0.5, cutmix_off_epochs=1,
-                                num_classes=20, generator=seeded(7), resume=resume, **options)
+    return model, relabel.train(
+        model,
+        loader,
+        optimizer,
+        epochs,
+        warmup_epochs=1,
+        cutmix_prob=0.5,
+        cutmix_off_epochs=1,
+        num_classes=20,
+        generator=seeded(7),
+        resume=resume,
+        **options,
+    )
 
 
 def test_training_lowers_the_loss_and_resumes_exactly():
@@ -254,7 +361,11 @@ def test_training_lowers_the_loss_and_resumes_exactly():
     assert len(losses) == 60 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     _, steps = toy_training(0)
     whole = list(steps)
-    assert [s["step"] for s in whole] == list(range(15)) and whole[0]["lr"] == 0.0 and whole[5]["lr"] == pytest.approx(0.1)
+    assert (
+        [s["step"] for s in whole] == list(range(15))
+        and whole[0]["lr"] == 0.0
+        and whole[5]["lr"] == pytest.approx(0.1)
+    )
     _, steps = toy_training(0)
     for _ in range(7):
         next(steps)
@@ -265,6 +376,7 @@ def test_training_lowers_the_loss_and_resumes_exactly():
 
 def saved(state):
     import io
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -277,8 +389,39 @@ def test_training_on_targets_variants_and_with_a_teacher():
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 20))
     assert len(list(toy_training(0, teacher=teacher)[1])) == 15
     model, data = nn.Linear(4, 3), [(torch.randn(2, 4, generator=seeded()), torch.eye(3)[:2])]
-    step, = relabel.train(model, data, torch.optim.SGD(model.parameters(), lr=0.1), 1, smoothing=0.1)
+    (step,) = relabel.train(
+        model, data, torch.optim.SGD(model.parameters(), lr=0.1), 1, smoothing=0.1
+    )
     assert step["epoch"] == 0 and step["lr"] == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_in_half_precision_resumes(dtype):
+    whole = list(toy_training(0, epochs=2, amp_dtype=dtype)[1])
+    assert all(np.isfinite(step["loss"]) for step in whole)
+    _, steps = toy_training(0, epochs=2, amp_dtype=dtype)
+    for _ in range(4):
+        next(steps)
+    snapshot = torch.load(saved(steps.send("state")), weights_only=True)
+    assert list(toy_training(0, epochs=2, amp_dtype=dtype, resume=snapshot)[1]) == whole[4:]
+
+
+def test_another_criterion():
+    model = nn.Linear(4, 3)
+    data = [(torch.randn(2, 4, generator=seeded()), torch.eye(3)[:2])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = nn.BCEWithLogitsLoss()
+    expected = criterion(model(data[0][0]), data[0][1]).item()
+    (step,) = relabel.train(model, data, optimizer, 1, criterion=criterion)
+    assert step["loss"] == pytest.approx(expected)
+
+
+def test_frozen_parts_stay_in_evaluation_mode():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    model.train()
+    model[1].eval()
+    relabel.evaluate(model, [(torch.randn(2, 3, 2, 2, generator=seeded()), torch.tensor([0, 1]))])
+    assert model.training and model[2].training and not model[1].training
 
 
 def test_evaluate_counts_single_and_multiple_labels():
@@ -294,10 +437,14 @@ def test_evaluate_counts_single_and_multiple_labels():
 
 # ---------------------------------------------------------------- files and bad input
 
+
 def test_label_map_files(tmp_path):
     m = torch.randn(2, 5, 15, 15, generator=seeded())
     relabel.save_label_map(tmp_path / "a.pt", m)
-    assert torch.equal(relabel.load_label_map(tmp_path / "a.pt"), m) and len(list(tmp_path.iterdir())) == 1
+    assert (
+        torch.equal(relabel.load_label_map(tmp_path / "a.pt"), m)
+        and len(list(tmp_path.iterdir())) == 1
+    )
     torch.save({"x": m}, tmp_path / "b.pt")
     torch.save(m[0], tmp_path / "c.pt")
     for name in ("b.pt", "c.pt"):
@@ -307,20 +454,40 @@ def test_label_map_files(tmp_path):
         relabel.save_label_map(tmp_path / "d.pt", m[0])
 
 
+def test_damaged_label_map_files(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"nothing")
+    torch.save(Path("code"), tmp_path / "b.pt")
+    (tmp_path / "c.pt").touch()
+    for name in ("a.pt", "b.pt", "c.pt"):
+        with pytest.raises(ValueError, match=f"{name} must hold one"):
+            relabel.load_label_map(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        relabel.load_label_map(tmp_path / "d.pt")
+
+
 def test_bad_input():
     generator = seeded(5)
     topk, coords = random_topk(generator, h=6, w=9), random_coords(generator, 3)
+
     def changed(position, value):
         out = topk.clone()
         out[0, position, 0, 0, 0] = value
         return out
+
     for arguments, words in [
-        ((topk, coords - 0.5), "coords must lie"), ((topk, coords + torch.tensor([0, 0, 1.0, 0])), "coords must lie"),
-        ((topk, coords * torch.tensor([1, 1, 0.0, 1])), "coords must lie"), ((topk, coords[:2]), "one .* per map"),
-        ((topk, coords[:, :3]), "coords must be"), ((topk, coords, 20, "official"), "square maps"),
-        ((topk, coords, 20, "yx"), "axes must be"), ((topk[0], coords), "topk must be"), ((topk, coords, 3), "0..2"),
-        ((changed(1, -1), coords, 20), "classes"), ((changed(1, 0.5), coords, 20), "classes"),
-        ((changed(0, float("nan")), coords, 20), "not finite"), ((topk, coords * float("nan"), 20), "coords must lie"),
+        ((topk, coords - 0.5), "coords must lie"),
+        ((topk, coords + torch.tensor([0, 0, 1.0, 0])), "coords must lie"),
+        ((topk, coords * torch.tensor([1, 1, 0.0, 1])), "coords must lie"),
+        ((topk, coords[:2]), "one .* per map"),
+        ((topk, coords[:, :3]), "coords must be"),
+        ((topk, coords, 20, "official"), "square maps"),
+        ((topk, coords, 20, "yx"), "axes must be"),
+        ((topk[0], coords), "topk must be"),
+        ((topk, coords, 3), "0..2"),
+        ((changed(1, -1), coords, 20), "classes"),
+        ((changed(1, 0.5), coords, 20), "classes"),
+        ((changed(0, float("nan")), coords, 20), "not finite"),
+        ((topk, coords * float("nan"), 20), "coords must lie"),
         ((topk.long(), coords), "floating-point"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -333,8 +500,11 @@ def test_bad_input():
         annotator(torch.zeros(1, 5, 2, 2))
     with pytest.raises(TypeError, match="nn.Linear"):
         relabel.to_dense_classifier(nn.Identity(), nn.Identity())
-    with pytest.raises(ValueError, match="schedule"):
-        relabel.lr_at(9, 0, 1, 10, 0.1, schedule="step")
+    for epoch in (0, 9):
+        with pytest.raises(ValueError, match="schedule"):
+            relabel.lr_at(epoch, 0, 1, 10, 0.1, schedule="step")
+    with pytest.raises(ValueError, match="bfloat16 cannot number 1000 classes"):
+        label_pooling(topk.bfloat16(), coords)
     with pytest.raises(ValueError, match="variant"):
         relabel.label_variant(topk, coords, "local", 20)
     with pytest.raises(ValueError, match="lam must"):
