@@ -29,7 +29,7 @@ def batch(n=6, size=8, classes=4, seed=0):
     return torch.randn(n, 3, size, size, generator=gen(seed)), torch.arange(n) % classes
 
 
-# ---- cutmix, mixup, cutout -------------------------------------------------------------------------
+# ---- cutmix, mixup, cutout ----
 
 
 def test_boxes_equal_the_published_ones():
@@ -179,7 +179,7 @@ def test_gaussian_noise():
     assert wide.min() == 0 and wide.max() == 1 and R.gaussian_noise(x, 5.0, None, gen()).min() < 0
 
 
-# ---- losses ----------------------------------------------------------------------------------------
+# ---- losses ----
 
 
 @pytest.mark.parametrize("eps", ["0", "0.05", "0.1", "0.3", "1"])
@@ -231,7 +231,7 @@ def test_loss_errors():
             call()
 
 
-# ---- manifold mixup --------------------------------------------------------------------------------
+# ---- manifold mixup ----
 
 
 def small_net(seed=0, classes=4):
@@ -281,7 +281,7 @@ def test_manifold_mixup_draws_and_cleans_up():
                 pass
 
 
-# ---- ShakeDrop and DropBlock -----------------------------------------------------------------------
+# ---- ShakeDrop and DropBlock ----
 
 
 def test_shake_drop_equals_the_published_layer():
@@ -379,7 +379,7 @@ def test_drop_block_gamma_and_warm_up():
             R.ShakeDrop(**bad)
 
 
-# ---- combinations and training ---------------------------------------------------------------------
+# ---- combinations and training ----
 
 
 def test_regularizer_equals_its_parts():

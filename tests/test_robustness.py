@@ -44,7 +44,7 @@ class Net(nn.Module):
         return self.fc(F.softplus(self.conv(x)).flatten(1))
 
 
-# ---- attacks and occlusion -------------------------------------------------------------------------
+# ---- attacks and occlusion ----
 
 
 def test_fgsm_and_pgd_equal_torchattacks():
@@ -130,7 +130,7 @@ def test_occlude_keeps_and_blanks_complementary_pixels():
             R.occlude(x, **bad)
 
 
-# ---- corruption errors -----------------------------------------------------------------------------
+# ---- corruption errors ----
 
 
 def test_mce_of_the_reference_is_one_hundred():
@@ -174,7 +174,7 @@ def test_corruption_errors_asks_each_severity():
     assert asked[:2] == [("fog", 1), ("fog", 2)] and len(asked) == 10
 
 
-# ---- calibration -----------------------------------------------------------------------------------
+# ---- calibration ----
 
 
 @pytest.mark.parametrize("case", ["a", "b", "tiny"])
@@ -296,7 +296,7 @@ def test_calibration_errors():
             R.expected_calibration_error(z, y, **bad)
 
 
-# ---- out of distribution ---------------------------------------------------------------------------
+# ---- out of distribution ----
 
 
 @pytest.mark.parametrize("case", ["easy", "hard", "ties", "inv", "small"])
@@ -383,7 +383,7 @@ def test_odin_equals_the_published_steps_on_normalised_input():
     torch.testing.assert_close(R.odin(net, x, 0.0, 1000.0, mean, std), before, atol=1e-7, rtol=0)
 
 
-# ---- running a model -------------------------------------------------------------------------------
+# ---- running a model ----
 
 
 def test_predict_and_evaluate():
