@@ -483,7 +483,7 @@ class PixelAP:
         positives = histogram[1].sum().cpu() + (int(below) if self.count_underflow else 0)
         precision, recall = true / (true + false), true / positives
         gain = torch.diff(recall, prepend=recall.new_zeros(1))
-        ap = 100 * float((precision * gain)[true + false > 0].sum())
+        ap = 100 * float((precision * gain)[true + false > 0].sum()) if positives else math.nan
         return {"ap": ap, "precision": precision.numpy(), "recall": recall.numpy()}
 
     def _exact(self) -> tuple[Tensor, int]:

@@ -325,6 +325,7 @@ def test_pixel_ap_counts_anything_once():
         for m, mask in zip(maps, masks.bool()):
             parts.update(m.numpy(), mask.numpy())
         assert whole.compute()["ap"] == pytest.approx(parts.compute()["ap"], rel=1e-12)
+    assert all(np.isnan(PixelAP(kind).compute()["ap"]) for kind in (None, "even", "log"))
     perfect = PixelAP(thresholds=None)
     perfect.update(masks.double(), masks)
     assert perfect.compute()["ap"] == pytest.approx(100)
