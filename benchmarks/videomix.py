@@ -207,11 +207,10 @@ def draw_study(run: harness.Run, results: Results) -> None:
 
 def draw_mixes(run: harness.Run) -> None:
     """Frames 1, 3, 5 and 7 of the same two clips under every mix."""
-    data = synthetic.videos(2, 64, seed=3)
+    data = synthetic.videos(2, 48, seed=3, noise=0.0)
     x = data["videos"].float() / 255
     tiles, titles = [], []
-    for name in ("none", "S", "T", "ST", "frame CutMix", "Mixup", "FadeMixup", "CutMixup",
-                 "Cutout"):
+    for name in METHODS[:9]:
         mix = augmentation(name, CLASSES)
         if mix is not None:
             mix.pairing = "flip"
@@ -219,7 +218,7 @@ def draw_mixes(run: harness.Run) -> None:
                     or 0.3 < _changed(mix, x, data["labels"], s) < 0.6)
         mixed = x if mix is None else mix(x, data["labels"], torch.Generator().manual_seed(seed)).x
         tiles += [mixed[0, :, t] for t in (0, 2, 4, 6)]
-        titles += [name, "", "", ""]
+        titles += [name.replace("frame", "fr."), "", "", ""]
     figures.image_grid(run.figures / "videomix_mixes.png", tiles, titles, columns=12, cell=72)
 
 
@@ -284,17 +283,15 @@ def draw_sequences(run: harness.Run, method: str, model: nn.Module, test: dict) 
         chart = figures.Chart((0, 24), (low, high + 0.3 * (high - low)), size=(420, 260),
                               xlabel="frame",
                               title=f"Class activation, trained with {method} (video {number})")
+        names = {label: "true class", (label + 1) % CLASSES: "other classes"}
         for k in range(CLASSES):
-            chart.line(np.arange(24) + 0.5, sequence[k], figures.COLORS[0] if k == label
-                       else "#bbbbbb",
-                       {label: "true class", (label + 1) % CLASSES: "other classes"}.get(k, ""))
+            color = figures.COLORS[0] if k == label else "#bbbbbb"
+            chart.line(np.arange(24) + 0.5, sequence[k], color, names.get(k, ""))
         segments, _ = localization.localize_actions(sequence[label])
-        for (left, right), color, name, level in (((start, end), figures.COLORS[2], "true interval",
-                                                   0.12),
-                                                  (segments[0].tolist(), figures.COLORS[1], "found",
-                                                   0.06)):
-            height = high + level * (high - low)
-            chart.line([left, right], [height, height], color, name, width=4)
+        bars = [("true interval", [start, end], figures.COLORS[2], 0.12)]
+        bars += [("found", best.tolist(), figures.COLORS[1], 0.06) for best in segments[:1]]
+        for name, ends, color, level in bars:
+            chart.line(ends, [high + level * (high - low)] * 2, color, name, width=4)
         chart.save(run.figures / f"videomix_sequence_{method}_{number}.png")
 
 
@@ -328,8 +325,7 @@ def box_features(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
     model.eval()
     maps = torch.cat([features_of(model, part).mean(2) for part in data["videos"].split(200)])
     side, key = data["videos"].shape[-1], data["videos"].shape[2] // 2
-    # an actor at the border: its first part
-    boxes = data["boxes"][:, key].clamp(max=side).to(maps)
+    boxes = data["boxes"][:, key].clamp(max=side).to(maps)      # at the border: its first part
     rows = torch.cat([torch.arange(len(maps)).unsqueeze(1).to(maps), boxes], 1)
     return relabel.roi_align(maps, rows, 1, maps.shape[-1] / side, aligned=True).flatten(1)
 

@@ -251,21 +251,24 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
     return {"images": images, "labels": labels, "masks": masks, "boxes": mask_boxes(masks), "backgrounds": backgrounds}
 
 
-# ---------------------------------------------------------------- videos: the class is a direction of motion
+# ------------------------------------------------ videos: the class is a direction of motion
 
 def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classes: int = 4,
            rho: float | None = None, action_frames: int | None = None, speed: float = 2.0,
            noise: float = 0.05, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """A square of random colour and place moves over a still scene; the class is its direction, one of `classes`.
+    """A square of random colour and place moves over a still scene; the class is its direction, one
+    of `classes`.
 
-    It moves `speed` pixels of 16 a frame on a torus (what leaves on one side comes back on the other), so that no single
-    frame tells the class. rho None: every clip has a smooth random scene of its own. rho in [0, 1]: the scene is one of
-    `classes` fixed ones, the class's own with probability rho and else a random one. action_frames: the square moves
-    only during that many consecutive frames and stands still before and after (an untrimmed video; None: always).
+    It moves `speed` pixels of 16 a frame on a torus (what leaves on one side comes back on the
+    other), so that no single frame tells the class. rho None: every clip has a smooth random scene
+    of its own. rho in [0, 1]: the scene is one of `classes` fixed ones, the class's own with
+    probability rho and else a random one. action_frames: the square moves only during that many
+    consecutive frames and stands still before and after (an untrimmed video; None: always).
 
-    Returns videos (N, 3, T, S, S) uint8; labels (N,) int64; scenes (N,) int64, -1 for scenes of their own; masks
-    (N, T, S, S) bool, True on the square; boxes (N, T, 4) int64 x0, y0, x1, y1 with 0 <= x0, y0 < S, coordinates modulo
-    S, upper edges exclusive; intervals (N, 2) int64, first frame of the action and the one after its last.
+    Returns videos (N, 3, T, S, S) uint8; labels (N,) int64; scenes (N,) int64, -1 for scenes of
+    their own; masks (N, T, S, S) bool, True on the square; boxes (N, T, 4) int64 x0, y0, x1, y1
+    with 0 <= x0, y0 < S, coordinates modulo S, upper edges exclusive; intervals (N, 2) int64, first
+    frame of the action and the one after its last.
     """
     action = frames if action_frames is None else action_frames
     if count < 0 or size < 8 or classes < 2 or not 1 <= action <= frames:
@@ -280,31 +283,41 @@ def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classe
         scenes_of = torch.full((count,), -1)
     else:
         telling = torch.rand(count, generator=generator) < rho
-        scenes_of = torch.where(telling, labels, torch.randint(classes, (count,), generator=generator))
-    shared = torch.rand(classes, 3, 4, 4, generator=torch.Generator().manual_seed(7919))    # the same for every seed
+        scenes_of = torch.where(telling, labels,
+                                torch.randint(classes, (count,), generator=generator))
+    # the same for every seed
+    shared = torch.rand(classes, 3, 4, 4, generator=torch.Generator().manual_seed(7919))
     out = torch.empty(count, 3, frames, size, size, dtype=torch.uint8)
     masks = torch.empty(count, frames, size, size, dtype=torch.bool)
-    boxes, intervals = torch.empty(count, frames, 4, dtype=torch.int64), torch.empty(count, 2, dtype=torch.int64)
+    boxes, intervals = torch.empty(count, frames, 4, dtype=torch.int64), torch.empty(count, 2,
+                                                                                     dtype=torch.int64)
     side, pixel = size // 4, torch.arange(size)
     for start in range(0, count, CHUNK):
         part = slice(start, min(start + CHUNK, count))
         label, n = labels[part], len(labels[part])
         first = torch.randint(frames - action + 1, (n, 1), generator=generator)
-        moved = (torch.arange(frames) - first).clamp(0, action - 1) * (speed * size / 16)             # (n, T)
+        # (n, T)
+        moved = (torch.arange(frames) - first).clamp(0, action - 1) * (speed * size / 16)
         angle = 2 * math.pi * label / classes
         heading = torch.stack([angle.cos(), angle.sin()], 1)
-        corner = torch.randint(size, (n, 1, 2), generator=generator) + moved.unsqueeze(2) * heading.unsqueeze(1)
-        corner = corner.round().long() % size                                                         # (n, T, 2): x, y
-        covered = (pixel - corner.unsqueeze(3)) % size < side                                         # (n, T, 2, S)
+        corner = torch.randint(size, (n, 1, 2),
+                               generator=generator) + moved.unsqueeze(2) * heading.unsqueeze(1)
+        # (n, T, 2): x, y
+        corner = corner.round().long() % size
+        # (n, T, 2, S)
+        covered = (pixel - corner.unsqueeze(3)) % size < side
         mask = covered[:, :, 0].unsqueeze(2) & covered[:, :, 1].unsqueeze(3)
-        grid = torch.rand(n, 3, 4, 4, generator=generator) if rho is None else shared[scenes_of[part]]
+        grid = torch.rand(n, 3, 4, 4,
+                          generator=generator) if rho is None else shared[scenes_of[part]]
         scene = torch.nn.functional.interpolate(grid, (size, size), mode="bilinear").unsqueeze(2)
         color = uniform(generator, 0, 1, n, 3, 1, 1, 1)
         clip = torch.where(mask.unsqueeze(1), color, scene)
         clip = clip + noise * torch.randn(clip.shape, generator=generator)
         out[part], masks[part] = to_uint8(clip), mask
-        boxes[part], intervals[part] = torch.cat([corner, corner + side], 2), torch.cat([first, first + action], 1)
-    return {"videos": out, "labels": labels, "scenes": scenes_of, "masks": masks, "boxes": boxes, "intervals": intervals}
+        boxes[part], intervals[part] = torch.cat([corner, corner + side],
+                                                 2), torch.cat([first, first + action], 1)
+    return {"videos": out, "labels": labels, "scenes": scenes_of, "masks": masks, "boxes": boxes,
+            "intervals": intervals}
 
 
 # ---------------------------------------------------------------- captions of rendered shapes, with all matches known
