@@ -1,19 +1,22 @@
-"""PCME against deterministic and triplet training: recall, R-Precision, plausible-match R-Precision (PMRP).
+"""PCME against deterministic and triplet training: recall, R-Precision, plausible matches (PMRP).
 
     python benchmarks/pcme_coco.py                                # rendered shapes, about 5 minutes
     python benchmarks/pcme_coco.py --seeds 3 --figures figures --record
     python benchmarks/pcme_coco.py --data flickr8k_64 --preset small --seeds 2 --record flickr8k_64
-    torchrun --nproc_per_node=8 benchmarks/pcme_coco.py --data /data/coco --preset paper --ids dataset_coco.json \\
-        --trunk-weights resnet152.pth --glove glove.840B.300d.txt --amp bf16 --workers 8 --methods PCME triplet
+    torchrun --nproc_per_node=8 benchmarks/pcme_coco.py --data /data/coco --preset paper \\
+        --ids dataset_coco.json --trunk-weights resnet152.pth --glove glove.840B.300d.txt \\
+        --amp bf16 --workers 8 --methods PCME "hard triplet"
 
---data is COCO (annotations/ and images, with --ids: Karpathy's dataset_coco.json or a folder of id lists) or
-Flickr8k. Preset small trains a small residual net from scratch on images of 64 pixels; preset paper is the published
-recipe (ResNet-152, 1024 dimensions, 30 + 30 epochs; 46 hours on a V100).
+--data is COCO (annotations/ and images, with --ids: Karpathy's dataset_coco.json or a folder of id
+lists) or Flickr8k. Preset small trains a small residual net from scratch on images of 64 pixels;
+preset paper is the published recipe (ResNet-152, 1024 dimensions, 30 + 30 epochs; 46 hours on a
+V100).
 
-Rendered shapes: 1 to 3 shapes an image, captions that tell more or less of them, so that all matches are known
-exactly ("plausible"); the PMRP analogue compares which colours and shapes two images hold. Paper, COCO 1K: PCME has the
-best PMRP (45.0 image to text, 46.0 text to image) with R@1 68.8 and 54.6; the triplet loss with hard negatives (PVSE
-K = 1) has 40.3, 41.8 with 66.7, 53.5; the means of PCME's Gaussians alone 45.0, 45.9 with 68.0, 54.6.
+Rendered shapes: 1 to 3 shapes an image, captions that tell more or less of them, so that all
+matches are known exactly ("plausible"); the PMRP analogue compares which colours and shapes two
+images hold. Paper, COCO 1K: PCME has the best PMRP (45.0 image to text, 46.0 text to image) with
+R@1 68.8 and 54.6; the triplet loss with hard negatives (PVSE K = 1) has 40.3, 41.8 with 66.7, 53.5;
+the means of PCME's Gaussians alone 45.0, 45.9 with 68.0, 54.6.
 """
 
 import json
@@ -34,8 +37,9 @@ from reference.adamp import AdamP
 
 
 class Settings(NamedTuple):
-    """One preset. With k > 1 a step takes `batch` images with k captions each, else `batch` captions with their images."""
-    trunk: str                                                # "tiny", "small-WIDTH", "resnet50", ...
+    """One preset. A step takes `batch` captions with their images, or images with k > 1 captions."""
+
+    trunk: str  # "tiny", "small-WIDTH", "resnet50", ...
     side: int
     embed_dim: int
     word_dim: int
@@ -43,40 +47,73 @@ class Settings(NamedTuple):
     k: int
     epochs: tuple[int, ...]
     phases: tuple[dict, ...]
-    shift: float = 15.0                                       # initial a and b of the match probability
-    point_shift: float = 5.0                                  # the same for points instead of Gaussians
+    shift: float = 15.0  # initial a and b of the match probability
+    point_shift: float = 5.0  # the same for points instead of Gaussians
     vib_beta: float = 1e-5
     uniform_lambda: float = 0.0
-    log_sigma: float | None = -3.0                            # where training from scratch starts; None: as published
-    crop: float | None = None                                 # smallest area of the random crops; None: no crops
+    log_sigma: float | None = -3.0  # where training from scratch starts; None: as published
+    crop: float | None = None  # smallest area of the random crops; None: no crops
     word_drop: float = 0.0
     erasing: float = 0.0
     samples: int = 7
 
 
-PAPER = Settings("resnet152", 224, 1024, 300, 128, 1, **pcme.RECIPES["coco"], log_sigma=None, crop=0.08, word_drop=0.1, erasing=0.2)
+PAPER = Settings(
+    "resnet152",
+    224,
+    1024,
+    300,
+    128,
+    1,
+    **pcme.RECIPES["coco"],
+    log_sigma=None,
+    crop=0.08,
+    word_drop=0.1,
+    erasing=0.2,
+)
 PRESETS = {
     "default": Settings("tiny", 64, 64, 64, 64, 2, (10,), ({"lr": 2e-3},)),
     "tiny": Settings("tiny", 32, 16, 8, 16, 2, (1,), ({"lr": 2e-3},), samples=3),
-    "small": Settings("small-16", 64, 128, 128, 32, 2, (6,), ({"lr": 2e-3},), shift=5.0, crop=0.7, word_drop=0.1, erasing=0.2),
+    "small": Settings(
+        "small-16",
+        64,
+        128,
+        128,
+        32,
+        2,
+        (6,),
+        ({"lr": 2e-3},),
+        shift=5.0,
+        crop=0.7,
+        word_drop=0.1,
+        erasing=0.2,
+    ),
     "paper": PAPER,
 }
-METHODS = {                                                   # criterion of the settings, and whether it draws samples
-    "PCME": (lambda s: pcme.MCSoftContrastiveLoss(s.shift, s.shift, s.samples, s.uniform_lambda, s.vib_beta), True),
+METHODS = {  # criterion of the settings, and whether it draws samples
+    "PCME": (
+        lambda s: pcme.MCSoftContrastiveLoss(
+            s.shift, s.shift, s.samples, s.uniform_lambda, s.vib_beta
+        ),
+        True,
+    ),
     "deterministic": (lambda s: pcme.MCSoftContrastiveLoss(s.point_shift, s.point_shift), False),
     "triplet": (lambda s: pcme.TripletLoss(0.2, max_violation=False), False),
     "hard triplet": (lambda s: pcme.TripletLoss(0.2), False),
 }
-REFERENCE = {                                                 # COCO 1K: PMRP i2t, t2i, R@1 i2t, t2i
-    "PCME, match probability": (45.0, 46.0, 68.8, 54.6), "PCME, mean only": (45.0, 45.9, 68.0, 54.6),
+REFERENCE = {  # COCO 1K: PMRP i2t, t2i, R@1 i2t, t2i
+    "PCME, match probability": (45.0, 46.0, 68.8, 54.6),
+    "PCME, mean only": (45.0, 45.9, 68.0, 54.6),
     "hard triplet, mean only": (40.3, 41.8, 66.7, 53.5),
 }
 
 
 # ---------------------------------------------------------------- data
 
+
 class Problem(NamedTuple):
-    """What a method is trained and judged on. plausible (Ni, Nc) bool and codes (Ni, K), annotated (Ni,): where known."""
+    """Data to train and judge on; plausible (Ni, Nc), codes (Ni, K), annotated where known."""
+
     train: captions.CaptionSet
     test: captions.CaptionSet
     vocabulary: captions.Vocabulary
@@ -88,44 +125,67 @@ class Problem(NamedTuple):
 def caption_set(scenes: dict, labels: torch.Tensor | None = None) -> captions.CaptionSet:
     """Embedded scenes as a caption set."""
     count, total = len(scenes["images"]), len(scenes["captions"])
-    return captions.CaptionSet(scenes["images"], np.arange(count), scenes["captions"], np.arange(total),
-                               np.repeat(np.arange(count), total // count), None if labels is None else labels.numpy())
+    return captions.CaptionSet(
+        scenes["images"],
+        np.arange(count),
+        scenes["captions"],
+        np.arange(total),
+        np.repeat(np.arange(count), total // count),
+        None if labels is None else labels.numpy(),
+    )
 
 
 def embedded(settings: Settings, tiny: bool) -> Problem:
     train = synthetic.captioned_shapes(64 if tiny else 3000, settings.side, seed=20)
     test = synthetic.captioned_shapes(25 if tiny else 500, settings.side, seed=21)
-    return Problem(caption_set(train), caption_set(test), captions.Vocabulary.of(train["captions"], pcme.tokenize),
-                   synthetic.caption_matches(test["objects"], test["mentions"], test["relations"]),
-                   synthetic.scene_codes(test["objects"]))
+    return Problem(
+        caption_set(train),
+        caption_set(test),
+        captions.Vocabulary.of(train["captions"], pcme.tokenize),
+        synthetic.caption_matches(test["objects"], test["mentions"], test["relations"]),
+        synthetic.scene_codes(test["objects"]),
+    )
 
 
 def folder(run: harness.Run, settings: Settings) -> Problem:
     root, ids = run.args.data, run.args.ids
     if (root / "annotations").exists():
         if ids is None:
-            raise ValueError("COCO needs --ids: Karpathy's dataset_coco.json, or a folder of id lists")
+            raise ValueError(
+                "COCO needs --ids: Karpathy's dataset_coco.json, or a folder of id lists"
+            )
         train, test = (captions.coco_captions(root, split, ids) for split in ("train", "test"))
         codes, annotated = pcme.plausible_match_codes(captions.coco_instances(root), test.image_ids)
     else:
         train, test = (captions.flickr8k(root, split) for split in ("train", "test"))
         codes = annotated = None
-    if settings.side <= 64:                                   # small images stay in memory
-        train, test = (data.in_memory(loader.EvalTransform(settings.side, 1.0)) for data in (train, test))
+    if settings.side <= 64:  # small images stay in memory
+        train, test = (
+            data.in_memory(loader.EvalTransform(settings.side, 1.0)) for data in (train, test)
+        )
     words = run.args.vocabulary
-    vocabulary = captions.Vocabulary.load(words, pcme.tokenize) if words else captions.Vocabulary.of(train.captions, pcme.tokenize)
+    vocabulary = (
+        captions.Vocabulary.load(words, pcme.tokenize)
+        if words
+        else captions.Vocabulary.of(train.captions, pcme.tokenize)
+    )
     return Problem(train, test, vocabulary, None, codes, annotated)
 
 
 # ---------------------------------------------------------------- model
 
+
 def build_model(settings: Settings, words: int, seed: int) -> pcme.PCME:
-    """The two towers with weights that follow from the seed (the global generator is left as it was)."""
+    """The two towers with weights that follow from the seed (the global generator stays)."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         trunk, width = build_trunk(settings.trunk)
-        model = pcme.PCME(pcme.EncoderImage(trunk, width, settings.embed_dim, settings.samples),
-                          pcme.EncoderText(words, settings.word_dim, settings.embed_dim, n_samples_inference=settings.samples))
+        model = pcme.PCME(
+            pcme.EncoderImage(trunk, width, settings.embed_dim, settings.samples),
+            pcme.EncoderText(
+                words, settings.word_dim, settings.embed_dim, n_samples_inference=settings.samples
+            ),
+        )
     if settings.log_sigma is not None:
         for tower in (model.img_enc, model.txt_enc):
             nn.init.constant_(tower.uncertain_net.fc.bias, settings.log_sigma)
@@ -136,73 +196,157 @@ def build_trunk(name: str) -> tuple[nn.Module, int]:
     """A network that gives feature maps, and its channels."""
     if name == "tiny":
         widths = (3, 16, 32, 64, 128)
-        layers = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-                  for a, b in zip(widths, widths[1:])]
+        layers = [
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in zip(widths, widths[1:])
+        ]
         return nn.Sequential(*layers), widths[-1]
-    if name.startswith("small-"):                             # 2 x 2 pixels become channels: a 3x3 stem at half the side
-        net = resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), 0, in_chans=12, width=int(name[6:]), small_stem=True)
+    if name.startswith("small-"):  # 2 x 2 pixels become channels: a 3x3 stem at half the side
+        net = resnet.ResNet(
+            resnet.BasicBlock, (1, 1, 1, 1), 0, in_chans=12, width=int(name[6:]), small_stem=True
+        )
     else:
         net = getattr(resnet, name)(num_classes=0)
     net.forward = net.forward_features
-    return (nn.Sequential(nn.PixelUnshuffle(2), net) if name.startswith("small-") else net), net.num_features
+    return (
+        nn.Sequential(nn.PixelUnshuffle(2), net) if name.startswith("small-") else net
+    ), net.num_features
 
 
 def load_pretrained(run: harness.Run, model: pcme.PCME, vocabulary: captions.Vocabulary) -> None:
     """ImageNet weights of the trunk and GloVe vectors, where the arguments name them."""
     if run.args.trunk_weights:
         state = torch.load(run.args.trunk_weights, map_location="cpu", weights_only=True)
-        model.img_enc.cnn.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+        model.img_enc.cnn.load_state_dict(
+            {k: v for k, v in state.items() if not k.startswith("fc.")}
+        )
     if run.args.glove:
-        vectors, missing = captions.read_glove(run.args.glove, vocabulary.word2idx, model.txt_enc.embed.embedding_dim)
+        vectors, missing = captions.read_glove(
+            run.args.glove, vocabulary.word2idx, model.txt_enc.embed.embedding_dim
+        )
         captions.set_word_vectors(model.txt_enc.embed, vocabulary, vectors)
         run.log(f"word vectors for {len(vectors)} words, none for {len(missing)}")
 
 
-def train_method(run: harness.Run, name: str, problem: Problem, settings: Settings, criterion: nn.Module, sampled: bool,
-                 seed: int, pairs: str | None = None, adapt: Callable[[nn.Module], None] | None = None) -> pcme.PCME:
+def train_method(
+    run: harness.Run,
+    name: str,
+    problem: Problem,
+    settings: Settings,
+    criterion: nn.Module,
+    sampled: bool,
+    seed: int,
+    pairs: str | None = None,
+    adapt: Callable[[nn.Module], None] | None = None,
+) -> pcme.PCME:
     """Train a model of its own (each tower changed by `adapt`), save it as `name`-weights."""
-    model = build_model(settings if sampled else settings._replace(samples=0), len(problem.vocabulary), seed)
+    model = build_model(
+        settings if sampled else settings._replace(samples=0), len(problem.vocabulary), seed
+    )
     for tower in (model.img_enc, model.txt_enc) if adapt else ():
         adapt(tower)
     load_pretrained(run, model, problem.vocabulary)
     model, criterion = model.to(run.device), criterion.to(run.device)
     if run.args.compile:
         model.img_enc.cnn.compile()
-    transform = None if settings.crop is None else loader.TrainTransform(settings.side, (settings.crop, 1.0), interpolation="bilinear")
-    if pairs == "classes":                                    # the published CUB recipe crops nothing
-        transform = loader.EvalTransform(settings.side, 0.875, "bilinear") if settings.side > 64 else None
+    transform = (
+        None
+        if settings.crop is None
+        else loader.TrainTransform(settings.side, (settings.crop, 1.0), interpolation="bilinear")
+    )
+    if pairs == "classes":  # the published CUB recipe crops nothing
+        transform = (
+            loader.EvalTransform(settings.side, 0.875, "bilinear") if settings.side > 64 else None
+        )
     batches = captions.PairBatches(
-        problem.train, problem.vocabulary, settings.batch, transform=transform, word_drop=settings.word_drop,
-        pairs=pairs or ("images" if settings.k > 1 else "captions"), captions_per_image=settings.k,
-        erasing=settings.erasing, seed=seed, workers=run.args.workers, device=run.device, rank=run.rank, world_size=run.world_size)
-    steps = pcme.train(model, criterion, batches, epochs=settings.epochs, phases=settings.phases, optimizer=AdamP,
-                       amp=run.amp_dtype, seed=seed, resume=run.resumed(name))
+        problem.train,
+        problem.vocabulary,
+        settings.batch,
+        transform=transform,
+        word_drop=settings.word_drop,
+        pairs=pairs or ("images" if settings.k > 1 else "captions"),
+        captions_per_image=settings.k,
+        erasing=settings.erasing,
+        seed=seed,
+        workers=run.args.workers,
+        device=run.device,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
+    steps = pcme.train(
+        model,
+        criterion,
+        batches,
+        epochs=settings.epochs,
+        phases=settings.phases,
+        optimizer=AdamP,
+        amp=run.amp_dtype,
+        seed=seed,
+        resume=run.resumed(name),
+    )
     run.drive(name, steps, sum(settings.epochs) * len(batches))
     run.save(f"{name}-weights", {"model": model.state_dict(), "criterion": criterion.state_dict()})
     return model
 
 
 @torch.no_grad()
-def encode(run: harness.Run, model: pcme.PCME, data: captions.CaptionSet, vocabulary: captions.Vocabulary, side: int) -> dict:
-    """image_mu, image_logsigma (Ni, D), caption_mu, caption_logsigma (Nc, D) on the run's device."""
+def encode(
+    run: harness.Run,
+    model: pcme.PCME,
+    data: captions.CaptionSet,
+    vocabulary: captions.Vocabulary,
+    side: int,
+) -> dict:
+    """image_mu, image_logsigma (Ni, D), caption_mu, caption_logsigma (Nc, D) on the run's
+    device.
+    """
     model.eval()
-    transform = None if isinstance(data.images, torch.Tensor) else loader.EvalTransform(side, 0.875, "bilinear")
-    images = loader.Loader(data, 128, transform=transform, workers=run.args.workers, device=run.device,
-                           normalize=(loader.IMAGENET_MEAN, loader.IMAGENET_STD))
+    transform = (
+        None
+        if isinstance(data.images, torch.Tensor)
+        else loader.EvalTransform(side, 0.875, "bilinear")
+    )
+    images = loader.Loader(
+        data,
+        128,
+        transform=transform,
+        workers=run.args.workers,
+        device=run.device,
+        normalize=(loader.IMAGENET_MEAN, loader.IMAGENET_STD),
+    )
     out = {"image": [model.encode_image(batch, num_samples=0) for batch, _ in images]}
-    parts = [data.captions[i:i + 512] for i in range(0, len(data.captions), 512)]
-    out["caption"] = [model.encode_text(*(x.to(run.device) for x in vocabulary(part)), num_samples=0) for part in parts]
-    return {f"{kind}_{key}": torch.cat([o[key] for o in batches]).float() for kind, batches in out.items() for key in ("mu", "logsigma")}
+    parts = [data.captions[i : i + 512] for i in range(0, len(data.captions), 512)]
+    out["caption"] = [
+        model.encode_text(*(x.to(run.device) for x in vocabulary(part)), num_samples=0)
+        for part in parts
+    ]
+    return {
+        f"{kind}_{key}": torch.cat([o[key] for o in batches]).float()
+        for kind, batches in out.items()
+        for key in ("mu", "logsigma")
+    }
 
 
-def similarities(codes: dict, criterion: nn.Module, samples: int, seed: int) -> dict[str, torch.Tensor]:
+def similarities(
+    codes: dict, criterion: nn.Module, samples: int, seed: int
+) -> dict[str, torch.Tensor]:
     """{score: (Ni, Nc)}: the log match probability for Gaussians, and the cosine of the means."""
     scores = {"mean only": pcme.pairwise_similarity(codes["image_mu"], codes["caption_mu"], "mean")}
     if samples:
         generator = torch.Generator(codes["image_mu"].device).manual_seed(seed)
-        drawn = [pcme.sample_gaussian(codes[f"{kind}_mu"], codes[f"{kind}_logsigma"], samples, generator) for kind in ("image", "caption")]
-        scores = {"match probability": pcme.pairwise_similarity(
-            *drawn, "log_matching_prob", shift=criterion.shift.item(), negative_scale=criterion.negative_scale.item()), **scores}
+        drawn = [
+            pcme.sample_gaussian(codes[f"{kind}_mu"], codes[f"{kind}_logsigma"], samples, generator)
+            for kind in ("image", "caption")
+        ]
+        scores = {
+            "match probability": pcme.pairwise_similarity(
+                *drawn,
+                "log_matching_prob",
+                shift=criterion.shift.item(),
+                negative_scale=criterion.negative_scale.item(),
+            ),
+            **scores,
+        }
     return scores
 
 
@@ -213,29 +357,45 @@ def judge(sim: torch.Tensor, problem: Problem, folds: int | None) -> dict[str, f
     result = {name: value for name, value in recalls.items() if "recall" in name}
     if problem.codes is not None:
         for prefix, parts in (("", None), ("nfold_", folds)) if folds else (("", None),):
-            match = pcme.pmrp(sim, problem.codes, test.owner, folds=parts, annotated=problem.annotated)
+            match = pcme.pmrp(
+                sim, problem.codes, test.owner, folds=parts, annotated=problem.annotated
+            )
             result |= {f"{prefix}{way}_pmrp": match[f"{way}_pmrp"] for way in ("i2t", "t2i")}
     if problem.plausible is not None:
         for way, s, p in (("i2t", sim, problem.plausible), ("t2i", sim.T, problem.plausible.T)):
-            result |= {f"{way}_rp": 100 * pcme.r_precision(s, p), f"{way}_plausible1": 100 * pcme.recall_at_k(s, p, 1)}
+            result |= {
+                f"{way}_rp": 100 * pcme.r_precision(s, p),
+                f"{way}_plausible1": 100 * pcme.recall_at_k(s, p, 1),
+            }
     return result
 
 
 # ---------------------------------------------------------------- the study
 
+
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:3])
-    parser.add_argument("--epochs", type=int, nargs="+", help="of each phase, instead of the preset's")
-    parser.add_argument("--gather", type=Path, nargs="+", default=(), help="folders of runs whose finished methods are taken over")
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", help="of each phase, instead of the preset's"
+    )
+    parser.add_argument(
+        "--gather",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="folders of runs whose finished methods are taken over",
+    )
     add_data_arguments(parser)
     run = harness.start(parser, argv)
     settings = PRESETS[run.args.preset]
     if run.args.epochs:
         settings = settings._replace(epochs=tuple(run.args.epochs))
     gather(run)
-    problem = folder(run, settings) if run.args.data else embedded(settings, run.args.preset == "tiny")
-    folds = 5 if len(problem.test) == 5000 else None          # COCO's "1K" figures
+    problem = (
+        folder(run, settings) if run.args.data else embedded(settings, run.args.preset == "tiny")
+    )
+    folds = 5 if len(problem.test) == 5000 else None  # COCO's "1K" figures
     for seed in run.seeds:
         for method in run.args.methods:
             name, (make, sampled) = run_name(method, seed), METHODS[method]
@@ -253,19 +413,32 @@ def run_name(method: str, seed: int) -> str:
 
 
 def gather(run: harness.Run) -> None:
-    """Take over what other runs with the same data, preset and epochs have recorded (methods or seeds may be split)."""
+    """Take over what other runs with the same data, preset and epochs have recorded (methods or
+    seeds may be split).
+    """
     for other in run.args.gather:
         arguments = json.loads((other / "run.json").read_text())
         for name in ("data", "preset", "epochs"):
             if arguments[name] != harness.plain(getattr(run.args, name)):
-                raise ValueError(f"--gather {other}: --{name} was {arguments[name]} there, is {getattr(run.args, name)} here")
+                raise ValueError(
+                    f"--gather {other}: --{name} was {arguments[name]} there, "
+                    f"is {getattr(run.args, name)} here"
+                )
         for name, value in json.loads((other / "recorded.json").read_text())["results"].items():
             run.record(name, value)
 
 
 def add_data_arguments(parser) -> None:
-    parser.add_argument("--ids", type=Path, help="COCO: Karpathy's dataset_coco.json, or a folder of *_ids.npy or .txt")
-    parser.add_argument("--vocabulary", type=Path, help="JSON {word: id} (default: words that occur 4 times in training)")
+    parser.add_argument(
+        "--ids",
+        type=Path,
+        help="COCO: Karpathy's dataset_coco.json, or a folder of *_ids.npy or .txt",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=Path,
+        help="JSON {word: id} (default: words that occur 4 times in training)",
+    )
     parser.add_argument("--trunk-weights", type=Path, help="ImageNet checkpoint of the trunk")
     parser.add_argument("--glove", type=Path, help="text file of word vectors")
 
@@ -276,10 +449,14 @@ def spread(values: list[float]) -> str:
 
 
 def gap(first: list[float], second: list[float]) -> tuple[str, bool | None]:
-    """Paired difference of two methods over the seeds; judged from three seeds on, at two standard errors."""
+    """Paired difference of two methods over the seeds; judged from three seeds on, at two standard
+    errors.
+    """
     gains = [a - b for a, b in zip(first, second)]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    return f"{statistics.mean(gains):+.1f} ± {error:.1f}", statistics.mean(gains) > 2 * error if len(gains) >= 3 else None
+    return f"{statistics.mean(gains):+.1f} ± {error:.1f}", (
+        statistics.mean(gains) > 2 * error if len(gains) >= 3 else None
+    )
 
 
 def finish(run: harness.Run, prefix: str) -> None:
@@ -289,27 +466,66 @@ def finish(run: harness.Run, prefix: str) -> None:
             for score, figures_ in run.recorded(run_name(method, seed)).items():
                 for name, value in figures_.items():
                     values.setdefault(f"{method}, {score}", {}).setdefault(name, []).append(value)
-    shown = {f"{prefix}{way}_{name}": f"{way} {title}" for name, title in (("rp", "R-P"), ("pmrp", "PMRP"), ("recall_1", "R@1"), ("recall_10", "R@10"))
-             for way in ("i2t", "t2i")}
+    shown = {
+        f"{prefix}{way}_{name}": f"{way} {title}"
+        for name, title in (
+            ("rp", "R-P"),
+            ("pmrp", "PMRP"),
+            ("recall_1", "R@1"),
+            ("recall_10", "R@10"),
+        )
+        for way in ("i2t", "t2i")
+    }
     shown = {name: title for name, title in shown.items() if name in next(iter(values.values()))}
     paper = ("i2t PMRP", "t2i PMRP", "i2t R@1", "t2i R@1")
-    table = [{"method": row, **{title: spread(v[name]) for name, title in shown.items()},
-              "paper, COCO 1K: PMRP, R@1": " ".join(map(str, REFERENCE.get(row, ("-",))))} for row, v in values.items()]
+    table = [
+        {
+            "method": row,
+            **{title: spread(v[name]) for name, title in shown.items()},
+            "paper, COCO 1K: PMRP, R@1": " ".join(map(str, REFERENCE.get(row, ("-",)))),
+        }
+        for row, v in values.items()
+    ]
     rows = []
     for other in [m for m in run.args.methods if m != "PCME"] if "PCME" in run.args.methods else []:
         for name, title in shown.items():
             if title.endswith(("R-P", "PMRP", "R@1")):
-                ours, theirs = (values[row] for row in ("PCME, match probability", f"{other}, mean only"))
-                reference = [REFERENCE.get(row) for row in ("PCME, match probability", f"{other}, mean only")]
-                published = reference[0][paper.index(title)] - reference[1][paper.index(title)] if all(reference) and title in paper else None
+                ours, theirs = (
+                    values[row] for row in ("PCME, match probability", f"{other}, mean only")
+                )
+                reference = [
+                    REFERENCE.get(row) for row in ("PCME, match probability", f"{other}, mean only")
+                ]
+                published = (
+                    reference[0][paper.index(title)] - reference[1][paper.index(title)]
+                    if all(reference) and title in paper
+                    else None
+                )
                 gain, holds = gap(ours[name], theirs[name])
-                rows.append({"claim": f"PCME above {other}, {title} (points)", "paper": None if published is None else round(published, 1),
-                             "this run": gain, "holds": holds})
+                rows.append(
+                    {
+                        "claim": f"PCME above {other}, {title} (points)",
+                        "paper": None if published is None else round(published, 1),
+                        "this run": gain,
+                        "holds": holds,
+                    }
+                )
     if run.figures and run.is_main:
         columns = [name for name in shown if not name.endswith("recall_10")]
-        figures.bar_chart(run.figures / "pcme_retrieval.png", [shown[name] for name in columns], {
-            row: ([statistics.mean(v[n]) for n in columns], [statistics.pstdev(v[n]) for n in columns]) for row, v in values.items()},
-            title="Retrieval by kind of training", ylabel="percent", size=(820, 400))
+        figures.bar_chart(
+            run.figures / "pcme_retrieval.png",
+            [shown[name] for name in columns],
+            {
+                row: (
+                    [statistics.mean(v[n]) for n in columns],
+                    [statistics.pstdev(v[n]) for n in columns],
+                )
+                for row, v in values.items()
+            },
+            title="Retrieval by kind of training",
+            ylabel="percent",
+            size=(820, 400),
+        )
     run.finish(rows, {"retrieval": table})
 
 

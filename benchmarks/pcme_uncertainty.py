@@ -1,16 +1,17 @@
-"""What PCME's uncertainty means: occlusion, word drop, caption length, retrieval by uncertainty, ellipses in the plane.
+"""What PCME's uncertainty means: damaged items, caption length, failing queries, the plane.
 
-    python benchmarks/pcme_uncertainty.py --figures figures                   # rendered shapes, about 3 minutes
+    python benchmarks/pcme_uncertainty.py --figures figures       # rendered shapes, 3 minutes
     python benchmarks/pcme_uncertainty.py --seeds 3 --figures figures --record
-    python benchmarks/pcme_uncertainty.py --data flickr8k_64 --preset small --models runs/pcme_coco --seeds 2 \\
-        --figures figures --record flickr8k_64
+    python benchmarks/pcme_uncertainty.py --data flickr8k_64 --preset small --seeds 2 \\
+        --models runs/pcme_coco --figures figures --record flickr8k_64
 
---models takes the models that pcme_coco.py trained in that folder with the same data and preset; otherwise they are
-trained here. The uncertainty of an item is its mean log sigma. Paper (figures): it grows as more of an image is erased and
-as more words are removed from a caption, and recall falls from the most certain tenth of the queries to the least certain.
+--models takes the models that pcme_coco.py trained in that folder with the same data and preset;
+otherwise they are trained here. The uncertainty of an item is its mean log sigma. Paper (figures):
+it grows as more of an image is erased and as more words are removed from a caption, and recall
+falls from the most certain tenth of the queries to the least certain.
 
-The plane: the same model with two dimensions, trained on captions of single shapes. A vague caption's ellipse ("a red
-shape") should be wide and hold those of what it describes.
+The plane: the same model with two dimensions, trained on captions of single shapes. A vague
+caption's ellipse ("a red shape") should be wide and hold those of what it describes.
 """
 
 import statistics
@@ -20,15 +21,27 @@ import figures
 import harness
 import numpy as np
 import torch
-from pcme_coco import (METHODS, PRESETS, Problem, add_data_arguments, build_model, build_trunk, caption_set, embedded, encode, folder,
-                       similarities, train_method)
+from pcme_coco import (
+    METHODS,
+    PRESETS,
+    Problem,
+    add_data_arguments,
+    build_model,
+    build_trunk,
+    caption_set,
+    embedded,
+    encode,
+    folder,
+    similarities,
+    train_method,
+)
 from torch import nn
 
 from data_tools import captions, loader, synthetic
 from reference import pcme
 
 RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
-MATCH_STEPS = (1, 2, 4, 10, 30, 100)                          # captions by the number of images they fit
+MATCH_STEPS = (1, 2, 4, 10, 30, 100)  # captions by the number of images they fit
 
 
 def trained(run: harness.Run, problem: Problem, seed: int) -> tuple[pcme.PCME, nn.Module]:
@@ -55,33 +68,72 @@ def spearman(x, y) -> float:
 
 
 @torch.no_grad()
-def study(run: harness.Run, model: pcme.PCME, criterion: nn.Module, problem: Problem, seed: int) -> dict:
+def study(
+    run: harness.Run, model: pcme.PCME, criterion: nn.Module, problem: Problem, seed: int
+) -> dict:
     """All figures of one model on the test set."""
     settings, test, vocabulary = PRESETS[run.args.preset], problem.test, problem.vocabulary
     codes = encode(run, model, test, vocabulary, settings.side)
-    u = {kind: pcme.uncertainty(codes[f"{kind}_logsigma"]).cpu().numpy() for kind in ("image", "caption")}
+    u = {
+        kind: pcme.uncertainty(codes[f"{kind}_logsigma"]).cpu().numpy()
+        for kind in ("image", "caption")
+    }
     sim = similarities(codes, criterion, settings.samples, seed)["match probability"]
-    own = torch.arange(len(test), device=sim.device)[:, None] == torch.from_numpy(test.owner).to(sim.device)
+    own = torch.arange(len(test), device=sim.device)[:, None] == torch.from_numpy(test.owner).to(
+        sim.device
+    )
     bins = {}
     for kind, scores, matches in (("image", sim, own), ("caption", sim.T, own.T)):
         best = scores.masked_fill(~matches, -torch.inf).amax(1, keepdim=True)
         found = ((scores > best).sum(1) < run.args.recall).float().cpu().numpy()
         bins[kind] = pcme.uncertainty_bins(u[kind], found, run.args.bins)
 
-    transform = None if isinstance(test.images, torch.Tensor) else loader.EvalTransform(settings.side, 0.875, "bilinear")
-    batches = loader.Loader(test.first(1000), 250, transform=transform, device=run.device,
-                            normalize=(loader.IMAGENET_MEAN, loader.IMAGENET_STD))
+    transform = (
+        None
+        if isinstance(test.images, torch.Tensor)
+        else loader.EvalTransform(settings.side, 0.875, "bilinear")
+    )
+    batches = loader.Loader(
+        test.first(1000),
+        250,
+        transform=transform,
+        device=run.device,
+        normalize=(loader.IMAGENET_MEAN, loader.IMAGENET_STD),
+    )
     images = torch.cat([batch for batch, _ in batches])
     tokens, lengths = (x.to(run.device) for x in vocabulary(test.captions[:5000]))
-    code = lambda encode, *inputs: pcme.uncertainty(encode(*inputs, num_samples=0)["logsigma"]).cpu().numpy()      # noqa: E731
-    hidden = np.stack([code(model.encode_image, pcme.occlude(images, ratio, seed)) for ratio in RATIOS])
-    dropped = np.stack([code(model.encode_text, *pcme.drop_words(tokens, lengths, ratio, seed)) for ratio in RATIOS])
+    code = (
+        lambda encode, *inputs: pcme.uncertainty(encode(*inputs, num_samples=0)["logsigma"])
+        .cpu()
+        .numpy()
+    )  # noqa: E731
+    hidden = np.stack(
+        [code(model.encode_image, pcme.occlude(images, ratio, seed)) for ratio in RATIOS]
+    )
+    dropped = np.stack(
+        [
+            code(model.encode_text, *pcme.drop_words(tokens, lengths, ratio, seed))
+            for ratio in RATIOS
+        ]
+    )
     words = np.array([len(vocabulary.ids(caption)) for caption in test.captions])
-    result = {"occlusion": hidden.mean(1), "word drop": dropped.mean(1), "words": by_value(words, u["caption"]),
-              "spearman": {"image, area hidden": spearman(np.repeat(RATIOS, hidden.shape[1]), hidden.ravel()),
-                           "caption, share of words dropped": spearman(np.repeat(RATIOS, dropped.shape[1]), dropped.ravel()),
-                           "caption, number of words": spearman(words, u["caption"])},
-              "bins": bins, "extremes": {kind: np.argsort(values, kind="stable")[[*range(8), *range(-8, 0)]] for kind, values in u.items()}}
+    result = {
+        "occlusion": hidden.mean(1),
+        "word drop": dropped.mean(1),
+        "words": by_value(words, u["caption"]),
+        "spearman": {
+            "image, area hidden": spearman(np.repeat(RATIOS, hidden.shape[1]), hidden.ravel()),
+            "caption, share of words dropped": spearman(
+                np.repeat(RATIOS, dropped.shape[1]), dropped.ravel()
+            ),
+            "caption, number of words": spearman(words, u["caption"]),
+        },
+        "bins": bins,
+        "extremes": {
+            kind: np.argsort(values, kind="stable")[[*range(8), *range(-8, 0)]]
+            for kind, values in u.items()
+        },
+    }
     if problem.plausible is not None:
         matches = problem.plausible.sum(0).numpy()
         result["spearman"]["caption, images it fits"] = spearman(matches, u["caption"])
@@ -96,6 +148,7 @@ def by_value(key: np.ndarray, values: np.ndarray) -> dict[int, float]:
 
 # ---------------------------------------------------------------- the plane
 
+
 def plane(run: harness.Run, seed: int) -> dict[str, list]:
     """Train towers with two dimensions on single shapes; {caption: [mu x, y, sigma x, y]}."""
     count, tiny = (64, True) if run.args.preset == "tiny" else (2000, False)
@@ -104,26 +157,59 @@ def plane(run: harness.Run, seed: int) -> dict[str, list]:
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         trunk, width = build_trunk("tiny")
-        body = lambda d: (nn.Linear(d, 128), nn.ReLU(), pcme.GaussianHead(128, 2, -1.5))      # noqa: E731
-        model = pcme.PCME(nn.Sequential(trunk, nn.Flatten(), *body(width * 4)),
-                          nn.Sequential(nn.EmbeddingBag(len(vocabulary), 64, padding_idx=captions.PAD), *body(64))).to(run.device)
+        body = lambda d: (
+            nn.Linear(d, 128),
+            nn.ReLU(),
+            pcme.GaussianHead(128, 2, -1.5),
+        )  # noqa: E731
+        model = pcme.PCME(
+            nn.Sequential(trunk, nn.Flatten(), *body(width * 4)),
+            nn.Sequential(
+                nn.EmbeddingBag(len(vocabulary), 64, padding_idx=captions.PAD), *body(64)
+            ),
+        ).to(run.device)
     criterion = pcme.MCSoftContrastiveLoss(5, 5, vib_beta=1e-3).to(run.device)
-    batches = captions.PairBatches(data, vocabulary, 64, pairs="images", captions_per_image=2, seed=seed, device=run.device)
+    batches = captions.PairBatches(
+        data, vocabulary, 64, pairs="images", captions_per_image=2, seed=seed, device=run.device
+    )
     epochs = 1 if tiny else 12
-    steps = pcme.train(model, criterion, batches, epochs=epochs, phases=({"lr": 2e-3},), resume=run.resumed(f"plane-seed{seed}"))
+    steps = pcme.train(
+        model,
+        criterion,
+        batches,
+        epochs=epochs,
+        phases=({"lr": 2e-3},),
+        resume=run.resumed(f"plane-seed{seed}"),
+    )
     run.drive(f"plane-seed{seed}", steps, epochs * len(batches))
     model.eval()
-    texts = ["a shape", *(f"a {hue} shape" for hue in synthetic.HUES), *(f"a {hue} {kind}" for hue in ("red", "blue") for kind in ("disc", "cross"))]
+    texts = [
+        "a shape",
+        *(f"a {hue} shape" for hue in synthetic.HUES),
+        *(f"a {hue} {kind}" for hue in ("red", "blue") for kind in ("disc", "cross")),
+    ]
     with torch.no_grad():
         out = model.encode_text(vocabulary(texts)[0].to(run.device), num_samples=0)
-    return {text: [*mu, *sigma] for text, mu, sigma in zip(texts, out["mu"].tolist(), out["logsigma"].exp().tolist())}
+    return {
+        text: [*mu, *sigma]
+        for text, mu, sigma in zip(texts, out["mu"].tolist(), out["logsigma"].exp().tolist())
+    }
 
 
 def draw_plane(path: Path, ellipses: dict[str, list]) -> None:
-    chart = figures.Chart((-2.2, 2.2), (-2.2, 2.2), title="Captions in the plane: mean and one sigma", size=(560, 560))
+    chart = figures.Chart(
+        (-2.2, 2.2), (-2.2, 2.2), title="Captions in the plane: mean and one sigma", size=(560, 560)
+    )
     turn = np.linspace(0, 2 * np.pi, 100)
     chart.line(np.cos(turn), np.sin(turn), figures.GRID)
-    ink = {"red": "#d9301e", "green": "#2f9e44", "blue": "#1f4fd4", "yellow": "#c9a800", "purple": "#8e44ad", "white": "#888888"}
+    ink = {
+        "red": "#d9301e",
+        "green": "#2f9e44",
+        "blue": "#1f4fd4",
+        "yellow": "#c9a800",
+        "purple": "#8e44ad",
+        "white": "#888888",
+    }
     for text, (x, y, sx, sy) in ellipses.items():
         color = ink.get(text.split()[1], figures.INK)
         chart.ellipse(x, y, sx, sy, color)
@@ -134,15 +220,20 @@ def draw_plane(path: Path, ellipses: dict[str, list]) -> None:
 
 # ---------------------------------------------------------------- the script
 
+
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
-    parser.add_argument("--models", type=Path, help="folder of a pcme_coco.py run with PCME-seed*-weights.pt")
+    parser.add_argument(
+        "--models", type=Path, help="folder of a pcme_coco.py run with PCME-seed*-weights.pt"
+    )
     parser.add_argument("--bins", type=int, default=10)
     parser.add_argument("--recall", type=int, default=1, metavar="K", help="recall@K in the bins")
     add_data_arguments(parser)
     run = harness.start(parser, argv)
     settings = PRESETS[run.args.preset]
-    problem = folder(run, settings) if run.args.data else embedded(settings, run.args.preset == "tiny")
+    problem = (
+        folder(run, settings) if run.args.data else embedded(settings, run.args.preset == "tiny")
+    )
     for seed in run.seeds:
         if run.recorded(f"study-seed{seed}") is None:
             run.record(f"study-seed{seed}", study(run, *trained(run, problem, seed), problem, seed))
@@ -153,56 +244,141 @@ def main(argv: list[str] | None = None) -> None:
 
 def finish(run: harness.Run, problem: Problem) -> None:
     results = [run.recorded(f"study-seed{seed}") for seed in run.seeds]
-    mean = lambda rows: np.mean(rows, 0)                      # noqa: E731
+    mean = lambda rows: np.mean(rows, 0)  # noqa: E731
     curves = {name: mean([r[name] for r in results]) for name in ("occlusion", "word drop")}
-    table = [{"share hidden or dropped": ratio, "image, mean log sigma": float(i), "caption, mean log sigma": float(c)}
-             for ratio, i, c in zip(RATIOS, curves["occlusion"], curves["word drop"])]
-    decile = {kind: mean([r["bins"][kind]["metric"] for r in results]) for kind in ("image", "caption")}
-    deciles = [{"part of the queries, from certain to uncertain": f"{b + 1} of {run.args.bins}",
-                **{f"{way} R@{run.args.recall} (%)": 100 * float(decile[kind][b]) for kind, way in (("image", "i2t"), ("caption", "t2i"))}}
-               for b in range(run.args.bins)]
+    table = [
+        {
+            "share hidden or dropped": ratio,
+            "image, mean log sigma": float(i),
+            "caption, mean log sigma": float(c),
+        }
+        for ratio, i, c in zip(RATIOS, curves["occlusion"], curves["word drop"])
+    ]
+    decile = {
+        kind: mean([r["bins"][kind]["metric"] for r in results]) for kind in ("image", "caption")
+    }
+    deciles = [
+        {
+            "part of the queries, from certain to uncertain": f"{b + 1} of {run.args.bins}",
+            **{
+                f"{way} R@{run.args.recall} (%)": 100 * float(decile[kind][b])
+                for kind, way in (("image", "i2t"), ("caption", "t2i"))
+            },
+        }
+        for b in range(run.args.bins)
+    ]
     enough = len(results) >= 3
     claims = []
-    for name, title in (("occlusion", "image uncertainty grows with the area hidden"), ("word drop", "caption uncertainty grows with the words dropped")):
+    for name, title in (
+        ("occlusion", "image uncertainty grows with the area hidden"),
+        ("word drop", "caption uncertainty grows with the words dropped"),
+    ):
         grows = [bool((np.diff(r[name]) > 0).all()) for r in results]
-        claims.append({"claim": title, "paper": "grows", "this run": f"at every step in {sum(grows)} of {len(grows)} seeds",
-                       "holds": all(grows) if enough else None})
+        claims.append(
+            {
+                "claim": title,
+                "paper": "grows",
+                "this run": f"at every step in {sum(grows)} of {len(grows)} seeds",
+                "holds": all(grows) if enough else None,
+            }
+        )
     for name in results[0]["spearman"]:
         values = [r["spearman"][name] for r in results]
-        claims.append({"claim": f"rank correlation of uncertainty: {name}", "paper": None, "this run": span(values), "holds": None})
+        claims.append(
+            {
+                "claim": f"rank correlation of uncertainty: {name}",
+                "paper": None,
+                "this run": span(values),
+                "holds": None,
+            }
+        )
     for kind, way in (("image", "i2t"), ("caption", "t2i")):
         values = [r["bins"][kind]["correlation"] for r in results]
-        claims.append({"claim": f"correlation of {way} R@{run.args.recall} with the part of the queries", "paper": "negative",
-                       "this run": span(values), "holds": max(values) < -0.5 if enough else None})
+        claims.append(
+            {
+                "claim": f"correlation of {way} R@{run.args.recall} with the part of the queries",
+                "paper": "negative",
+                "this run": span(values),
+                "holds": max(values) < -0.5 if enough else None,
+            }
+        )
     last = results[0]["extremes"]["caption"]
-    examples = [{"captions, most certain first": problem.test.captions[certain], "most uncertain first": problem.test.captions[uncertain]}
-                for certain, uncertain in zip(last[:8], last[:-9:-1])]
+    examples = [
+        {
+            "captions, most certain first": problem.test.captions[certain],
+            "most uncertain first": problem.test.captions[uncertain],
+        }
+        for certain, uncertain in zip(last[:8], last[:-9:-1])
+    ]
     if run.figures and run.is_main:
         draw(run, problem, results, curves, decile)
-    run.finish(claims, {"uncertainty": table, "recall by uncertainty": deciles, "captions": examples})
+    run.finish(
+        claims, {"uncertainty": table, "recall by uncertainty": deciles, "captions": examples}
+    )
 
 
 def span(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def draw(run: harness.Run, problem: Problem, results: list[dict], curves: dict, decile: dict) -> None:
-    error = lambda name: np.std([r[name] for r in results], 0)                       # noqa: E731
-    figures.line_chart(run.figures / "pcme_uncertainty.png", {
-        "image, area hidden": (RATIOS, curves["occlusion"], error("occlusion")),
-        "caption, words dropped": (RATIOS, curves["word drop"], error("word drop"))}, markers=True,
-        title="Uncertainty of damaged items", xlabel="share hidden or dropped", ylabel="mean log sigma", size=(520, 340))
+def draw(
+    run: harness.Run, problem: Problem, results: list[dict], curves: dict, decile: dict
+) -> None:
+    error = lambda name: np.std([r[name] for r in results], 0)  # noqa: E731
+    figures.line_chart(
+        run.figures / "pcme_uncertainty.png",
+        {
+            "image, area hidden": (RATIOS, curves["occlusion"], error("occlusion")),
+            "caption, words dropped": (RATIOS, curves["word drop"], error("word drop")),
+        },
+        markers=True,
+        title="Uncertainty of damaged items",
+        xlabel="share hidden or dropped",
+        ylabel="mean log sigma",
+        size=(520, 340),
+    )
     parts = np.arange(1, run.args.bins + 1)
-    figures.line_chart(run.figures / "pcme_recall_by_uncertainty.png", {
-        way: (parts, 100 * decile[kind]) for kind, way in (("image", "image to text"), ("caption", "text to image"))}, markers=True,
-        title=f"Recall@{run.args.recall} by uncertainty of the query", xlabel="tenth of the queries, certain to uncertain" if run.args.bins == 10 else
-        "part of the queries, certain to uncertain", ylabel="percent", size=(520, 340))
+    figures.line_chart(
+        run.figures / "pcme_recall_by_uncertainty.png",
+        {
+            way: (parts, 100 * decile[kind])
+            for kind, way in (("image", "image to text"), ("caption", "text to image"))
+        },
+        markers=True,
+        title=f"Recall@{run.args.recall} by uncertainty of the query",
+        xlabel=(
+            "tenth of the queries, certain to uncertain"
+            if run.args.bins == 10
+            else "part of the queries, certain to uncertain"
+        ),
+        ylabel="percent",
+        size=(520, 340),
+    )
     lengths = sorted(set.intersection(*({int(k) for k in r["words"]} for r in results)))
-    figures.line_chart(run.figures / "pcme_caption_length.png", {
-        "captions": (lengths, [statistics.mean(r["words"][str(n)] for r in results) for n in lengths])}, markers=True,
-        title="Uncertainty by length of the caption", xlabel="words", ylabel="mean log sigma", size=(520, 340))
-    pictures = [np.asarray(loader.decode(problem.test.open(row))) for row in results[0]["extremes"]["image"]]
-    figures.image_grid(run.figures / "pcme_extremes.png", pictures, ["certain"] * 8 + ["uncertain"] * 8, columns=8, cell=80)
+    figures.line_chart(
+        run.figures / "pcme_caption_length.png",
+        {
+            "captions": (
+                lengths,
+                [statistics.mean(r["words"][str(n)] for r in results) for n in lengths],
+            )
+        },
+        markers=True,
+        title="Uncertainty by length of the caption",
+        xlabel="words",
+        ylabel="mean log sigma",
+        size=(520, 340),
+    )
+    pictures = [
+        np.asarray(loader.decode(problem.test.open(row))) for row in results[0]["extremes"]["image"]
+    ]
+    figures.image_grid(
+        run.figures / "pcme_extremes.png",
+        pictures,
+        ["certain"] * 8 + ["uncertain"] * 8,
+        columns=8,
+        cell=80,
+    )
     if run.recorded("plane") is not None:
         draw_plane(run.figures / "pcme_plane.png", run.recorded("plane"))
 

@@ -1,10 +1,10 @@
 """Images with captions: COCO (Karpathy splits), CUB (published splits), Flickr8k; words, batches.
 
-    data = coco_captions("/data/coco", "train", "dataset_coco.json")       # or a folder of *_ids.npy
+    data = coco_captions("/data/coco", "train", "dataset_coco.json")
     data = cub_captions("/data/cub", cub_classes("trainval", "/data/cub/lists"))
     data = flickr8k("/data/flickr8k", "train")
 
-    vocabulary = Vocabulary.of(data.captions, tokenize)                    # or Vocabulary.load(path)
+    vocabulary = Vocabulary.of(data.captions, tokenize)          # or Vocabulary.load(path)
     batches = PairBatches(data, vocabulary, 128, transform=TrainTransform(224), seed=0)
     for images, tokens, lengths, image_ids, caption_image_ids in batches: ...
 
@@ -43,6 +43,7 @@ PAD, START, END, UNKNOWN = range(4)
 
 
 # ---------------------------------------------------------------- images with captions
+
 
 @dataclass
 class CaptionSet:
@@ -86,18 +87,31 @@ class CaptionSet:
     def first(self, images: int) -> CaptionSet:
         """The first images and their captions."""
         end = int(np.searchsorted(self.owner, images))
-        return CaptionSet(self.images[:images], self.image_ids[:images], self.captions[:end],
-                          self.caption_ids[:end], self.owner[:end],
-                          None if self.classes is None else self.classes[:images])
+        return CaptionSet(
+            self.images[:images],
+            self.image_ids[:images],
+            self.captions[:end],
+            self.caption_ids[:end],
+            self.owner[:end],
+            None if self.classes is None else self.classes[:images],
+        )
 
     def in_memory(self, transform: Callable | None = None) -> CaptionSet:
         """The same set with all images decoded (and transformed) once, as one uint8 tensor."""
         pixels = [images for images, _ in Loader(self, 64, transform=transform)]
-        return CaptionSet(torch.cat(pixels), self.image_ids, self.captions, self.caption_ids,
-                          self.owner, self.classes)
+        return CaptionSet(
+            torch.cat(pixels),
+            self.image_ids,
+            self.captions,
+            self.caption_ids,
+            self.owner,
+            self.classes,
+        )
 
 
-def _grouped(rows: Iterable[tuple[int, object, Path, str]], classes: dict | None = None) -> CaptionSet:
+def _grouped(
+    rows: Iterable[tuple[int, object, Path, str]], classes: dict | None = None
+) -> CaptionSet:
     """(caption id, image id, path, caption) in any order -> captions grouped by image."""
     images: dict[object, list] = {}
     for caption_id, image_id, path, caption in rows:
@@ -108,10 +122,13 @@ def _grouped(rows: Iterable[tuple[int, object, Path, str]], classes: dict | None
     numbers = ids if isinstance(ids[0], (int, np.integer)) else range(len(ids))
     pairs = [pair for _, captions in images.values() for pair in captions]
     return CaptionSet(
-        [path for path, _ in images.values()], np.array(numbers, dtype=np.int64),
-        [caption for _, caption in pairs], np.array([number for number, _ in pairs], dtype=np.int64),
+        [path for path, _ in images.values()],
+        np.array(numbers, dtype=np.int64),
+        [caption for _, caption in pairs],
+        np.array([number for number, _ in pairs], dtype=np.int64),
         np.repeat(np.arange(len(ids)), [len(captions) for _, captions in images.values()]),
-        None if classes is None else np.array([classes[i] for i in ids], dtype=np.int64))
+        None if classes is None else np.array([classes[i] for i in ids], dtype=np.int64),
+    )
 
 
 def _read_json(path: Path) -> dict | list:
@@ -140,10 +157,11 @@ KARPATHY = {"train": "train", "restval": "restval", "dev": "val", "test": "test"
 
 
 def karpathy_ids(source: str | Path, split: str) -> np.ndarray:
-    """Caption ids (int64) of a Karpathy split: "train" (with the 30,504 images of "restval"), "dev", "test".
+    """Caption ids (int64) of a Karpathy split: "train" (with the 30,504 images of "restval"),
+    "dev", "test".
 
-    source: dataset_coco.json, or a folder of `{train,restval,dev,test}_ids` files, .npy or .txt, also
-    with a leading "coco_".
+    source: dataset_coco.json, or a folder of `{train,restval,dev,test}_ids` files, .npy or .txt,
+    also with a leading "coco_".
     """
     if split not in ("train", "dev", "test"):
         raise ValueError(f"split must be 'train', 'dev' or 'test', got {split!r}")
@@ -152,17 +170,31 @@ def karpathy_ids(source: str | Path, split: str) -> np.ndarray:
     if source.is_file():
         wanted = {KARPATHY[part] for part in parts}
         document = _read_json(source)
-        ids = [i for image in document["images"] if image["split"] in wanted for i in image["sentids"]]
+        ids = [
+            i for image in document["images"] if image["split"] in wanted for i in image["sentids"]
+        ]
     else:
         ids = []
         for part in parts:
-            path = _first_existing([source / f"{prefix}{part}_ids{suffix}" for prefix in ("coco_", "")
-                                    for suffix in (".npy", ".txt")], f"id list of split {part!r}")
-            listed = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
+            path = _first_existing(
+                [
+                    source / f"{prefix}{part}_ids{suffix}"
+                    for prefix in ("coco_", "")
+                    for suffix in (".npy", ".txt")
+                ],
+                f"id list of split {part!r}",
+            )
+            listed = (
+                np.load(path)
+                if path.suffix == ".npy"
+                else np.loadtxt(path, dtype=np.int64, ndmin=1)
+            )
             ids.extend(listed.tolist())
     ids = np.array(ids, dtype=np.int64)
     if not len(ids) or len(np.unique(ids)) != len(ids):
-        raise ValueError(f"{source}: split {split!r} has {len(ids)} ids, {len(np.unique(ids))} of them different")
+        raise ValueError(
+            f"{source}: split {split!r} has {len(ids)} ids, {len(np.unique(ids))} of them different"
+        )
     return ids
 
 
@@ -180,56 +212,95 @@ def coco_captions(root: str | Path, split: str, ids: str | Path) -> CaptionSet:
         annotations |= {a["id"]: (a["image_id"], a["caption"]) for a in document["annotations"]}
     missing = [i for i in wanted.tolist() if i not in annotations]
     if missing:
-        raise ValueError(f"{root}: {len(missing)} caption ids of split {split!r} are not in the annotations, "
-                         f"first {missing[:3]}")
+        raise ValueError(
+            f"{root}: {len(missing)} caption ids of split {split!r} are not in the annotations, "
+            f"first {missing[:3]}"
+        )
     folders = {}
     for part in {names[annotations[i][0]][0] for i in wanted.tolist()}:
         flat = root / "images" / "trainval35k"
-        folders[part] = _first_existing([flat, root / part, root / "images" / part], f"images of {part}")
-    return _grouped((i, annotations[i][0], folders[names[annotations[i][0]][0]] / names[annotations[i][0]][1],
-                     annotations[i][1]) for i in wanted.tolist())
+        folders[part] = _first_existing(
+            [flat, root / part, root / "images" / part], f"images of {part}"
+        )
+    return _grouped(
+        (
+            i,
+            annotations[i][0],
+            folders[names[annotations[i][0]][0]] / names[annotations[i][0]][1],
+            annotations[i][1],
+        )
+        for i in wanted.tolist()
+    )
 
 
 def coco_instances(root: str | Path) -> list[dict[str, int]]:
-    """Instance annotations of train2014 and val2014, for `plausible_match_codes`: image_id and category_id."""
-    return [{"image_id": a["image_id"], "category_id": a["category_id"]} for part in ("train2014", "val2014")
-            for a in _read_json(_annotations(Path(root), f"instances_{part}.json"))["annotations"]]
+    """image_id and category_id of all instance annotations, for `plausible_match_codes`."""
+    return [
+        {"image_id": a["image_id"], "category_id": a["category_id"]}
+        for part in ("train2014", "val2014")
+        for a in _read_json(_annotations(Path(root), f"instances_{part}.json"))["annotations"]
+    ]
 
 
 def _annotations(root: Path, name: str) -> Path:
-    return _first_existing([root / "annotations" / name, root / "annotations" / "annotations" / name], name)
+    return _first_existing(
+        [root / "annotations" / name, root / "annotations" / "annotations" / name], name
+    )
 
 
-def match_lists(path: str | Path, query_ids: Sequence[int], gallery_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """ECCV Caption or CxC matches, JSON {query id: [gallery ids]} -> rows of the queries (Q,), positives (Q, Ng) bool."""
-    lists = {int(key): value for key, value in _read_json(_existing(Path(path), "list of matches")).items()}
+def match_lists(
+    path: str | Path, query_ids: Sequence[int], gallery_ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """ECCV Caption or CxC matches, JSON {query id: [gallery ids]}.
+
+    Returns the rows of the queries that have an entry (Q,), and positives (Q, Ng) bool.
+    """
+    lists = {
+        int(key): value
+        for key, value in _read_json(_existing(Path(path), "list of matches")).items()
+    }
     column = {int(item): index for index, item in enumerate(gallery_ids)}
-    rows = np.array([row for row, item in enumerate(query_ids) if int(item) in lists], dtype=np.int64)
+    rows = np.array(
+        [row for row, item in enumerate(query_ids) if int(item) in lists], dtype=np.int64
+    )
     positives = np.zeros((len(rows), len(column)), dtype=bool)
     for line, row in enumerate(rows):
-        positives[line, [column[item] for item in lists[int(query_ids[row])] if item in column]] = True
+        positives[line, [column[item] for item in lists[int(query_ids[row])] if item in column]] = (
+            True
+        )
     return rows, positives
 
 
 # ---------------------------------------------------------------- CUB captions
 
-CUB_LISTS = {"trainval": "trainvalclasses.txt", "test": "testclasses.txt",
-             **{f"{part}{fold}": f"{part}classes{fold}.txt" for part in ("train", "val") for fold in (1, 2, 3)}}
+CUB_LISTS = {
+    "trainval": "trainvalclasses.txt",
+    "test": "testclasses.txt",
+    **{
+        f"{part}{fold}": f"{part}classes{fold}.txt"
+        for part in ("train", "val")
+        for fold in (1, 2, 3)
+    },
+}
 
 
 def cub_classes(split: str, lists: str | Path | None = None) -> list[int]:
-    """Classes (0 .. 199) of "trainval" (150), "test" (50), "train1".."train3" (100) or "val1".."val3" (50).
+    """Classes (0 .. 199) of "trainval" (150), "test" (50), "train1".."train3" (100) or
+    "val1".."val3" (50).
 
-    lists: folder of the published lists, one `NNN.Class_name` a line; names may differ from the image
-    folders', so that only the number counts. None: classes 1-150 and 151-200, with a warning.
+    lists: folder of the published lists, one `NNN.Class_name` a line; names may differ from the
+    image folders', so that only the number counts. None: classes 1-150 and 151-200, with a warning.
     """
     if split not in CUB_LISTS:
         raise ValueError(f"split must be one of {', '.join(CUB_LISTS)}; got {split!r}")
     if lists is None:
         if split not in ("trainval", "test"):
             raise ValueError(f"split {split!r} needs the folder of the published class lists")
-        warnings.warn("without the published class lists, classes 1-150 are trained and 151-200 tested: "
-                      "the figures cannot be compared with published ones", stacklevel=2)
+        warnings.warn(
+            "without the published class lists, classes 1-150 are trained and 151-200 tested: "
+            "the figures cannot be compared with published ones",
+            stacklevel=2,
+        )
         return list(range(150)) if split == "trainval" else list(range(150, 200))
     path = _existing(Path(lists) / CUB_LISTS[split], "class list")
     return [_class_number(line, path) for line in path.read_text(encoding="utf-8").split()]
@@ -248,12 +319,19 @@ def _class_number(name: str, source: Path) -> int:
     return int(prefix) - 1
 
 
-def cub_captions(root: str | Path, classes: Sequence[int], *, omit: Iterable[str] = (),
-                 only: Iterable[str] | None = None) -> CaptionSet:
-    """Captions of CUB-200-2011 images, sorted by folder and file; `classes` of the set are 0 .. 199.
+def cub_captions(
+    root: str | Path,
+    classes: Sequence[int],
+    *,
+    omit: Iterable[str] = (),
+    only: Iterable[str] | None = None,
+) -> CaptionSet:
+    """Captions of CUB-200-2011 images, sorted by folder and file; `classes` of the set are 0 ..
+    199.
 
-    root holds CUB_200_2011/images/NNN.Class/*.jpg and cvpr2016_cub/text_c10/NNN.Class/*.txt (or just
-    `images` and `text_c10`). omit, only: images as `<class folder>/<file>` to leave out, or to keep alone.
+    root holds CUB_200_2011/images/NNN.Class/*.jpg and cvpr2016_cub/text_c10/NNN.Class/*.txt (or
+    just `images` and `text_c10`). omit, only: images as `<class folder>/<file>` to leave out, or to
+    keep alone.
     """
     root, wanted = Path(root), set(classes)
     omit, only = set(omit), None if only is None else set(only)
@@ -276,9 +354,13 @@ def cub_captions(root: str | Path, classes: Sequence[int], *, omit: Iterable[str
 
 def _cub_lines(image: Path, text: Path) -> list[str]:
     if not text.exists():
-        raise FileNotFoundError(f"{text}: no captions for {image}; the captions belong to CUB-200-2011, whose files "
-                                "are named differently from those of the older CUB-200")
-    lines = [line.strip() for line in text.read_text(encoding="utf-8", errors="replace").splitlines()]
+        raise FileNotFoundError(
+            f"{text}: no captions for {image}; the captions belong to CUB-200-2011, whose files "
+            "are named differently from those of the older CUB-200"
+        )
+    lines = [
+        line.strip() for line in text.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
     if not all(lines):
         warnings.warn(f"{text}: {lines.count('')} blank captions skipped", stacklevel=3)
     return [line for line in lines if line]
@@ -286,7 +368,7 @@ def _cub_lines(image: Path, text: Path) -> list[str]:
 
 # ---------------------------------------------------------------- Flickr8k
 
-FLICKR_LAYOUTS = (                                            # captions, lists of images, folder of images
+FLICKR_LAYOUTS = (  # captions, lists of images, folder of images
     ("captions.txt", "{}_images.txt", "images"),
     ("Flickr8k.token.txt", "Flickr_8k.{}Images.txt", "Flicker8k_Dataset"),
     ("Flickr8k.token.txt", "Flickr_8k.{}Images.txt", "Flickr8k_Dataset"),
@@ -297,12 +379,20 @@ def flickr8k(root: str | Path, split: str) -> CaptionSet:
     """Flickr8k: "train" (6,000 images), "dev" or "test" (1,000 each), five captions an image.
 
     Layouts: Flickr8k.token.txt (`name.jpg#0 TAB caption`), Flickr_8k.{train,dev,test}Images.txt and
-    Flicker8k_Dataset/; or captions.txt (`name.jpg TAB caption`), {train,dev,test}_images.txt and images/.
+    Flicker8k_Dataset/; or captions.txt (`name.jpg TAB caption`), {train,dev,test}_images.txt and
+    images/.
     """
     if split not in ("train", "dev", "test"):
         raise ValueError(f"split must be 'train', 'dev' or 'test', got {split!r}")
     root = Path(root)
-    layout = next((layout for layout in FLICKR_LAYOUTS if all((root / part).exists() for part in layout[::2])), None)
+    layout = next(
+        (
+            layout
+            for layout in FLICKR_LAYOUTS
+            if all((root / part).exists() for part in layout[::2])
+        ),
+        None,
+    )
     if layout is None:
         known = "; ".join(f"{text} and {folder}/" for text, _, folder in FLICKR_LAYOUTS)
         raise FileNotFoundError(f"{root}: no Flickr8k here; expected one of: {known}")
@@ -317,17 +407,24 @@ def flickr8k(root: str | Path, split: str) -> CaptionSet:
             captions[name.split("#")[0]].append((number, caption.strip()))
     bare = [name for name, found in captions.items() if not found]
     if bare:
-        raise ValueError(f"{text}: no caption for {len(bare)} images of {listed.name}, first {bare[0]}")
-    return _grouped((number, name, folder / name, caption) for name, found in captions.items()
-                    for number, caption in found)
+        raise ValueError(
+            f"{text}: no caption for {len(bare)} images of {listed.name}, first {bare[0]}"
+        )
+    return _grouped(
+        (number, name, folder / name, caption)
+        for name, found in captions.items()
+        for number, caption in found
+    )
 
 
 # ---------------------------------------------------------------- words
 
-class Vocabulary:
-    """Words to ids; <pad> 0, <start> 1, <end> 2, <unk> 3, then words in the order of first appearance.
 
-    `vocabulary(captions)` gives tokens (N, T) int64, padded on the right, and lengths (N,) with both markers.
+class Vocabulary:
+    """Words to ids; <pad> 0, <start> 1, <end> 2, <unk> 3, then words as they first appear.
+
+    `vocabulary(captions)` gives tokens (N, T) int64, padded on the right, and lengths (N,) with
+    both markers.
     """
 
     def __init__(self, word2idx: dict[str, int], tokenize: Callable[[str], list[str]]):
@@ -338,20 +435,26 @@ class Vocabulary:
         self.word2idx, self.tokenize = word2idx, tokenize
 
     @classmethod
-    def of(cls, captions: Iterable[str], tokenize: Callable[[str], list[str]], threshold: int = 4) -> Vocabulary:
+    def of(
+        cls, captions: Iterable[str], tokenize: Callable[[str], list[str]], threshold: int = 4
+    ) -> Vocabulary:
         """The words that occur at least `threshold` times (published: 4)."""
         if threshold < 1:
             raise ValueError(f"threshold must be at least 1, got {threshold}")
         counts = Counter(word for caption in captions for word in tokenize(caption))
-        words = [word for word, count in counts.items() if count >= threshold and word not in SPECIAL]
+        words = [
+            word for word, count in counts.items() if count >= threshold and word not in SPECIAL
+        ]
         return cls({word: index for index, word in enumerate((*SPECIAL, *words))}, tokenize)
 
     @classmethod
     def load(cls, path: str | Path, tokenize: Callable[[str], list[str]]) -> Vocabulary:
-        """From JSON {word: id}, or from a pickled dict of words and ids (nothing else is unpickled)."""
+        """From JSON {word: id}, or from a pickled dict of these (nothing else is unpickled)."""
         path = _existing(Path(path), "vocabulary")
         word2idx = _read_json(path) if path.suffix == ".json" else _PlainUnpickler(path).load()
-        if not isinstance(word2idx, dict) or not all(isinstance(k, str) and type(v) is int for k, v in word2idx.items()):
+        if not isinstance(word2idx, dict) or not all(
+            isinstance(k, str) and type(v) is int for k, v in word2idx.items()
+        ):
             raise ValueError(f"{path}: not a dict of words and ids")
         return cls(word2idx, tokenize)
 
@@ -380,8 +483,10 @@ class _PlainUnpickler(pickle.Unpickler):
         self.path = path
 
     def find_class(self, module: str, name: str):
-        raise ValueError(f"{self.path}: holds a {module}.{name}; only a dict of words and ids is read. "
-                         "Convert the file to JSON {word: id} where it was made")
+        raise ValueError(
+            f"{self.path}: holds a {module}.{name}; only a dict of words and ids is read. "
+            "Convert the file to JSON {word: id} where it was made"
+        )
 
 
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -389,47 +494,58 @@ def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(words) + 2 for words in ids])
     tokens = torch.full((len(ids), int(lengths.max())), PAD)
     for row, words in zip(tokens, ids):
-        row[:len(words) + 2] = torch.tensor([START, *words, END])
+        row[: len(words) + 2] = torch.tensor([START, *words, END])
     return tokens, lengths
 
 
 def drop_words(words: Sequence[int], probability: float, generator: torch.Generator) -> list[int]:
-    """The published caption drop: each word becomes <unk> with this probability, then int(len * p) words go."""
+    """The published caption drop: words become <unk> with probability p, then int(len * p) go."""
     draws = torch.rand(len(words), generator=generator)
     words = [word if draw > probability else UNKNOWN for word, draw in zip(words, draws.tolist())]
-    gone = torch.randperm(len(words), generator=generator)[:int(len(words) * probability)].tolist()
+    gone = torch.randperm(len(words), generator=generator)[: int(len(words) * probability)].tolist()
     return [word for place, word in enumerate(words) if place not in set(gone)]
 
 
-def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
-               progress: Callable[[int], None] | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Vectors of `words` from a GloVe or fastText text file: ({word: float32 (dim,)}, words that have none).
+def read_glove(
+    path: str | Path,
+    words: Iterable[str],
+    dim: int = 300,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Vectors from a GloVe or fastText file: {word: float32 (dim,)}, and the words without one.
 
-    The file is streamed; `progress` gets the number of lines read now and then. A word that is missing is looked
-    up without - . ' and, if it has a slash, as the part before it.
+    The file is streamed; `progress` gets the number of lines read now and then. A word that is
+    missing is looked up without - . ' and, if it has a slash, as the part before it.
     """
     path, words = _existing(Path(path), "file of word vectors"), list(dict.fromkeys(words))
     plain = {word: word.translate({ord(c): None for c in "-.'"}).split("/")[0] for word in words}
     wanted, found = {*words, *plain.values()}, {}
     with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file):
-            word, *values = line.rstrip("\n ").rsplit(" ", dim)     # some words contain spaces
-            header = number == 0 and len(line.split()) == 2   # fastText: count, dimension
+            word, *values = line.rstrip("\n ").rsplit(" ", dim)  # some words contain spaces
+            header = number == 0 and len(line.split()) == 2  # fastText: count, dimension
             if header and line.split()[1] == str(dim):
                 continue
             if len(values) != dim or (number == 0 and " " in word):
-                raise ValueError(f"{path}, line {number + 1}: not a word and {dim} numbers; is dim right?")
+                raise ValueError(
+                    f"{path}, line {number + 1}: not a word and {dim} numbers; is dim right?"
+                )
             if word in wanted and word not in found:
                 found[word] = np.array(values, dtype=np.float32)
             if progress is not None and number % 100_000 == 99_999:
                 progress(number + 1)
-    vectors = {word: found[word if word in found else plain[word]] for word in words
-               if word in found or plain[word] in found}
+    vectors = {
+        word: found[word if word in found else plain[word]]
+        for word in words
+        if word in found or plain[word] in found
+    }
     return vectors, [word for word in words if word not in vectors]
 
 
 @torch.no_grad()
-def set_word_vectors(embedding: torch.nn.Embedding, vocabulary: Vocabulary, vectors: dict[str, np.ndarray]) -> None:
+def set_word_vectors(
+    embedding: torch.nn.Embedding, vocabulary: Vocabulary, vectors: dict[str, np.ndarray]
+) -> None:
     """Overwrite the rows of the words that have a vector; the others keep their initial values."""
     for word, vector in vectors.items():
         embedding.weight[vocabulary.word2idx[word]] = torch.from_numpy(vector).to(embedding.weight)
@@ -437,60 +553,104 @@ def set_word_vectors(embedding: torch.nn.Embedding, vocabulary: Vocabulary, vect
 
 # ---------------------------------------------------------------- batches
 
+
 def random_erasing(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Zero one random rectangle of some normalised images (B, 3, H, W): area 2 to 33 %, aspect 0.3 to 3.3."""
+    """Zero one random rectangle of some normalised images (B, 3, H, W): area 2 to 33 %, aspect 0.3
+    to 3.3.
+    """
     height, width = images.shape[-2:]
     images = images.clone()
     for image in images:
         if torch.rand((), generator=generator) >= probability:
             continue
         for area, aspect, y, x in torch.rand(10, 4, generator=generator).tolist():
-            area, aspect = height * width * (0.02 + area * (1 / 3 - 0.02)), 0.3 * (1 / 0.09) ** aspect
+            area, aspect = (
+                height * width * (0.02 + area * (1 / 3 - 0.02)),
+                0.3 * (1 / 0.09) ** aspect,
+            )
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < h < height and 0 < w < width:
                 top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
-                image[:, top:top + h, left:left + w] = 0
+                image[:, top : top + h, left : left + w] = 0
                 break
     return images
 
 
 class PairBatches:
-    """Training batches of a caption set, determined by (seed, epoch), as `reference.pcme.train` takes them:
-    images (B, 3, H, W), tokens (C, T), lengths (C,), image ids (B,), ids of the captions' images (C,).
+    """Training batches of a caption set, determined by (seed, epoch), as `reference.pcme.train`
+    takes them: images (B, 3, H, W), tokens (C, T), lengths (C,), image ids (B,), ids of the
+    captions' images (C,).
 
     pairs="captions": every caption once an epoch, with its image (published for COCO).
     pairs="images": every image once an epoch, with `captions_per_image` of its captions.
-    pairs="classes": one random caption and its image of every class (published for CUB; batch_size is then the
+    pairs="classes": one random caption and its image of every class (published for CUB; batch_size
+    is then the
         number of classes); an epoch has one step for each such group of captions.
 
-    transform: of the loader. word_drop, erasing: probabilities of the published augmentations of captions
-    and images. mean_std: channel statistics. With several processes, each gets its part of the same batches, and
-    a smaller last batch is left out.
+    transform: of the loader. word_drop, erasing: probabilities of the published augmentations of
+    captions and images. mean_std: channel statistics. With several processes, each gets its part of
+    the same batches, and a smaller last batch is left out.
     """
 
-    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, batch_size: int, *, transform: Callable | None = None,
-                 pairs: str = "captions", captions_per_image: int = 1, word_drop: float = 0.0, erasing: float = 0.0,
-                 seed: int = 0, workers: int = 0, device: str | torch.device | None = None,
-                 mean_std: tuple = (IMAGENET_MEAN, IMAGENET_STD), rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        data: CaptionSet,
+        vocabulary: Vocabulary,
+        batch_size: int,
+        *,
+        transform: Callable | None = None,
+        pairs: str = "captions",
+        captions_per_image: int = 1,
+        word_drop: float = 0.0,
+        erasing: float = 0.0,
+        seed: int = 0,
+        workers: int = 0,
+        device: str | torch.device | None = None,
+        mean_std: tuple = (IMAGENET_MEAN, IMAGENET_STD),
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         if pairs not in ("captions", "images", "classes"):
             raise ValueError(f"pairs must be 'captions', 'images' or 'classes', got {pairs!r}")
         if captions_per_image < 1 or (captions_per_image > 1 and pairs != "images"):
-            raise ValueError(f"captions_per_image must be 1, or more with pairs='images'; got {captions_per_image}")
+            raise ValueError(
+                "captions_per_image must be 1, or more with pairs='images'; "
+                f"got {captions_per_image}"
+            )
         if pairs == "classes":
             if data.classes is None:
                 raise ValueError("pairs='classes' needs a caption set with classes")
-            self.members = [np.flatnonzero(data.classes[data.owner] == c) for c in np.unique(data.classes)]
+            self.members = [
+                np.flatnonzero(data.classes[data.owner] == c) for c in np.unique(data.classes)
+            ]
             batch_size = len(self.members)
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, got {batch_size}")
+            raise ValueError(
+                f"batch_size must be a multiple of world_size {world_size}, got {batch_size}"
+            )
         if not (0 <= word_drop < 1 and 0 <= erasing <= 1):
-            raise ValueError(f"word_drop must be in [0, 1) and erasing in [0, 1], got {word_drop} and {erasing}")
+            raise ValueError(
+                f"word_drop must be in [0, 1) and erasing in [0, 1], got {word_drop} and {erasing}"
+            )
         self.data, self.batch_size, self.pairs, self.k = data, batch_size, pairs, captions_per_image
-        self.word_drop, self.erasing, self.seed, self.rank, self.world_size = word_drop, erasing, seed, rank, world_size
+        self.word_drop, self.erasing, self.seed, self.rank, self.world_size = (
+            word_drop,
+            erasing,
+            seed,
+            rank,
+            world_size,
+        )
         self.words = [vocabulary.ids(caption) for caption in data.captions]
         self.epoch = self.start = 0
-        self.loader = Loader(data, batch_size // world_size, transform=transform, seed=seed, workers=workers,
-                             device=device, normalize=mean_std)
+        self.loader = Loader(
+            data,
+            batch_size // world_size,
+            transform=transform,
+            seed=seed,
+            workers=workers,
+            device=device,
+            normalize=mean_std,
+        )
 
     def _order(self, epoch: int) -> Tensor:
         """Caption rows (steps * batch_size, k) of an epoch."""
@@ -505,15 +665,21 @@ class PairBatches:
             counts = torch.bincount(owner)[order]
             draws = torch.rand(len(order), int(counts.max()), generator=generator)
             draws[torch.arange(draws.shape[1]) >= counts[:, None]] = 2.0
-            return first[:, None] + draws.argsort(1)[:, :self.k] % counts[:, None]
+            return first[:, None] + draws.argsort(1)[:, : self.k] % counts[:, None]
         steps = count // self.batch_size
-        columns = [torch.from_numpy(m)[torch.randint(len(m), (steps,), generator=generator)] for m in self.members]
+        columns = [
+            torch.from_numpy(m)[torch.randint(len(m), (steps,), generator=generator)]
+            for m in self.members
+        ]
         return torch.stack(columns, 1).reshape(-1, 1)
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        items = {"captions": len(self.data.captions), "images": len(self.data),
-                 "classes": len(self.data.captions) // self.batch_size * self.batch_size}[self.pairs]
+        items = {
+            "captions": len(self.data.captions),
+            "images": len(self.data),
+            "classes": len(self.data.captions) // self.batch_size * self.batch_size,
+        }[self.pairs]
         return items // self.batch_size if self.world_size > 1 else -(-items // self.batch_size)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -525,8 +691,10 @@ class PairBatches:
         self.epoch, self.start = epoch + 1, 0
         owner, ids = torch.from_numpy(self.data.owner), torch.from_numpy(self.data.image_ids)
         share = self.batch_size // self.world_size
-        parts = [batch[self.rank * share:(self.rank + 1) * share]
-                 for batch in self._order(epoch).split(self.batch_size)[:len(self)]]
+        parts = [
+            batch[self.rank * share : (self.rank + 1) * share]
+            for batch in self._order(epoch).split(self.batch_size)[: len(self)]
+        ]
         self.loader.sampler = owner[torch.cat(parts)[:, 0]].tolist()
         self.loader.set_epoch(epoch, first)
         for step, (images, rows) in enumerate(self.loader, first):
