@@ -108,6 +108,7 @@ class Tableau(NamedTuple):
     order: int
     c: Tensor           # (S,) float64
     a: Tensor           # (S, S) strictly lower triangular
+    rows: list[Tensor]  # a[i, :i]
     b: Tensor           # (S,)
     error: Tensor       # (S,)
     dense: Tensor | None  # (S, 4) float64: y(t + theta h) = y + h sum_i (sum_p dense_ip theta^p) k_i
@@ -131,7 +132,8 @@ def _tableau(method: str, dtype: torch.dtype, device: torch.device) -> Tableau:
                                  2 * last - 2 * first - 8 * b + 16 * mid], 1)
         dense = dense.to(device, torch.float64)
     a, b, error = (v.to(device, dtype) for v in (a, b, error))
-    return Tableau(m["order"], double([0.0] + m["c"]).to(device), a, b, error, dense)
+    rows = [row[:i] for i, row in enumerate(a)]
+    return Tableau(m["order"], double([0.0] + m["c"]).to(device), a, rows, b, error, dense)
 
 
 class Stats(NamedTuple):
@@ -171,20 +173,40 @@ def _rms(x: Tensor, shared: bool) -> Tensor:
     return mean.sqrt().double()
 
 
+class _Combine(torch.autograd.Function):
+    """y + sum_j weights_j hk_j; the hk are also the rows of `flat`."""
+
+    @staticmethod
+    def forward(ctx, y, flat, weights, *hk):
+        ctx.weights = weights
+        return torch.addmv(y.reshape(-1), flat.t(), weights).view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, *torch.outer(ctx.weights, grad.reshape(-1)).view(-1, *grad.shape)
+
+
 def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, tab: Tableau):
     """One step of size h (B,) from (t, y), fy = f(t, y): last stage's input, its slope, all h k."""
-    scale = h.to(y.dtype)[:, None]
-    times = (t + tab.c[:, None] * h).to(y.dtype)
+    scale, record, recorded = h.to(y.dtype)[:, None], torch.is_grad_enabled(), []
+    times = (t + tab.c[:, None] * h).to(y.dtype).unbind()
     hk = y.new_empty(len(tab.c), *y.shape)
-    torch.mul(fy, scale, out=hk[0])
-    flat, start = hk.view(len(tab.c), -1), y.reshape(-1)
-    for i in range(1, len(tab.c)):
-        point = torch.addmv(start, flat[:i].t(), tab.a[i, :i]).view_as(y)
-        fy = f(times[i], point)
-        torch.mul(fy, scale, out=hk[i])
-    return point, fy, hk
+    flat, rows, point = hk.view(len(tab.c), -1), hk.unbind(), y
+    for i in range(len(tab.c)):
+        if i > 0 and record:
+            point = _Combine.apply(y, flat[:i], tab.rows[i], *recorded)
+        elif i > 0:
+            point = torch.addmv(y.reshape(-1), flat[:i].t(), tab.rows[i]).view_as(y)
+        fy = f(times[i], point) if i > 0 else fy
+        if record:
+            recorded.append(fy * scale)
+            rows[i].copy_(recorded[i].detach())
+        else:
+            torch.mul(fy, scale, out=rows[i])
+    return point, fy, torch.stack(recorded) if record else hk
 
 
+@torch.no_grad()
 def _first_step(f, t, y, fy, sign, tab, rtol, atol, shared) -> Tensor:
     """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4."""
     scale = atol + rtol * y.abs()
@@ -197,13 +219,16 @@ def _first_step(f, t, y, fy, sign, tab, rtol, atol, shared) -> Tensor:
     return torch.minimum(100 * h0, h1)
 
 
-@torch.no_grad()
 def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10_000,
            first_step=None, controller="I", watch=None, check_every=None) -> _Steps:
     """Adaptive steps from `start` (B,) over the signed time `span` (B,), every sample at its own
     pace. Finished samples leave the batch at the next check; on a GPU that is every 8 attempts, since
-    the check is the only point where the host waits. Steps overshoot the end, except under `watch`."""
+    the check is the only point where the host waits. Steps overshoot the end, except under `watch`.
+    Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
     samples, sign, end, t = len(y), span.sign(), span.abs(), start
+    limits = dict(rtol=rtol, atol=atol, shared=shared, controller=controller, check_every=check_every)
+    unroll = (torch.is_grad_enabled() and watch is None and controller == "I"
+              and y.shape[1] <= BATCHED_JACOBIAN)
     every = check_every or (8 if y.is_cuda else 1)
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
     if first_step is None:
@@ -211,10 +236,10 @@ def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10
     else:
         h = torch.as_tensor(first_step, dtype=torch.float64, device=y.device).abs().expand(samples)
     previous, rejected = torch.ones_like(h), torch.zeros_like(h, dtype=torch.bool)
-    active, counts, tried = end > 0, torch.zeros_like(rows), torch.zeros_like(rows)
-    failed, exceeded = torch.zeros_like(active), False
-    history = [(rows[:0], rows[:0], offset[:0], h[:0], y[:0], y.new_empty(len(tab.c), *y[:0].shape),
-                active[:0])]
+    active, exceeded = end > 0, False
+    failed, tried = torch.zeros_like(active), torch.zeros_like(rows)
+    history = [(rows[:0], offset[:0], h[:0], y[:0], y.new_empty(len(tab.c), *y[:0].shape), failed[:0],
+                failed[:0])]
     for attempt in itertools.count():
         if attempt % every == 0:
             alive = int(active.sum())
@@ -227,41 +252,58 @@ def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10
                 rows, t, offset, y, fy, h, end, sign, active, previous, rejected = (
                     v.index_select(0, keep) for v in
                     (rows, t, offset, y, fy, h, end, sign, active, previous, rejected))
-        left = end - offset.abs()
-        step = torch.minimum(h, left) if watch else h
+            if unroll and len(rows) <= SMALL_BATCH:
+                with torch.no_grad():
+                    rest = _march(f, y, fy, t + offset, (sign * end - offset) * active, tab,
+                                  first_step=h, max_steps=max_steps - attempt, **limits)
+                y, hk = _trace(f, y, t + offset, rest, tab)
+                done = torch.ones_like(rest.sample, dtype=torch.bool)
+                at = rest.sample
+                history.append((rows[at], offset[at] + rest.offset, rest.h, y, hk, done, done))
+                tried[rows] += rest.stats.n_rejected
+                failed[rows], exceeded = ~rest.stats.success, "max_steps" in rest.message
+                break
+        step = torch.minimum(h, end - offset.abs()) if watch else h
         signed = sign * step
         y1, f1, hk = _attempt(f, t + offset, signed, y, fy, tab)
-        error = torch.mv(hk.view(len(tab.c), -1).t(), tab.error).view_as(y)
-        ratio = _rms(error / (atol + rtol * torch.maximum(y.abs(), y1.abs())), shared)
-        ratio = torch.where(ratio.isfinite(), ratio, math.inf)
+        error = torch.mv(hk.detach().view(len(tab.c), -1).t(), tab.error).view_as(y)
+        scale = torch.maximum(y.detach().abs(), y1.detach().abs()).mul_(rtol).add_(atol)
+        ratio = _rms(error / scale, shared).nan_to_num_(math.inf)
         ok = (ratio <= 1) & active
-        history.append((rows, counts[rows], offset, signed, y, hk, ok))
-        tried.index_add_(0, rows, active.to(tried.dtype))
-        counts.index_add_(0, rows, ok.to(counts.dtype))
+        history.append((rows, offset, signed, y, hk, ok, active))
         if controller == "PI":
             factor = 0.9 * ratio ** (-0.7 / tab.order) * previous ** (0.4 / tab.order)
             factor = factor.clamp(0.2, 10.0).where(~rejected, factor.clamp(0.2, 1.0))
             previous, rejected = torch.where(ok, ratio.clamp(min=1e-4), previous), ~ok
         else:
             factor = (0.9 * ratio ** (-1 / tab.order)).clamp(max=10.0)
-            factor = torch.maximum(factor, torch.where(ratio < 1, 1.0, 0.2))
+            factor = torch.maximum(factor, (ratio < 1).double().clamp_(min=0.2))
         reached = offset + signed
-        stalled = active & ((reached == offset) | (t + reached == t + offset))
-        if watch and bool(ok.any()):
-            active = active & ~watch(rows, t + offset, signed, y, hk, ok, tab)
-        offset = torch.where(ok, torch.where(step >= left, sign * end, reached), offset)
-        y, fy = torch.where(ok[:, None], y1, y), torch.where(ok[:, None], f1, fy)
-        h = torch.where(ok & (step < h) & (factor > 1), h, step * factor)
+        if attempt % 8 == 7:                            # steps that no longer move the time
+            stalled = active & (t + reached == t + offset) & ~(ok & (reached.abs() >= end))
+            failed.index_put_((rows,), stalled, accumulate=True)
+            active = active & ~stalled
+        if watch:
+            if bool(ok.any()):
+                active = active & ~watch(rows, t + offset, signed, y, hk, ok, tab)
+            reached = torch.where(step >= end - offset.abs(), sign * end, reached)
+            factor = torch.where(ok & (step < h) & (factor > 1), h / step, factor)
+        offset, h, took = torch.where(ok, reached, offset), step * factor, ok[:, None]
+        y, fy = torch.where(took, y1, y), torch.where(took, f1, fy)
         active = active & (offset.abs() < end)
-        failed[rows] |= stalled & active
-        active = active & ~stalled
 
-    rows, rank, offset, h, states, hk, ok = (torch.cat(v, int(i == 5)) for i, v in
-                                                 enumerate(zip(*history)))
-    order = counts.argsort(descending=True, stable=True)
-    place, keep = order.argsort(), ok.nonzero()[:, 0]
-    keep = keep[(rank * samples + place[rows])[keep].argsort()]
-    rows, rank, offset, h = rows[keep], rank[keep], offset[keep], h[keep]
+    rows, offset, h, y, hk, ok, attempted = (torch.cat(v, int(i == 4)) for i, v in
+                                             enumerate(zip(*history)))
+    tried += torch.bincount(rows[attempted], minlength=samples)
+    keep = ok.nonzero()[:, 0]
+    rows = rows[keep]
+    counts = torch.bincount(rows, minlength=samples)
+    place = counts.argsort(descending=True, stable=True).argsort()
+    order = rows.argsort(stable=True)                   # by sample, in time order
+    rank = torch.arange(len(rows), device=y.device) - (counts.cumsum(0) - counts)[rows[order]]
+    order, rank = (v[(rank * samples + place[rows[order]]).argsort()] for v in (order, rank))
+    keep, rows = keep[order], rows[order]
+    offset, h = offset[keep], h[keep]
     base = F.pad(torch.bincount(rank).cumsum(0), (1, 0))
     ends = h.new_full((samples, max(len(base) - 1, 1)), math.inf)
     ends[rows, rank] = (offset + h).abs()
@@ -274,7 +316,7 @@ def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10
                    f"|t - t0| = {float(last):.6g}")
     evaluations = 1 + (first_step is None) + (len(tab.c) - 1) * tried
     stats = Stats(counts, tried - counts, evaluations, ~failed)
-    return _Steps(offset, h, states[keep], hk[:, keep], rows, base, place, counts, ends, stats, message)
+    return _Steps(offset, h, y[keep], hk[:, keep], rows, base, place, counts, ends, stats, message)
 
 
 def _dense(y: Tensor, hk: Tensor, theta: Tensor, tab: Tableau) -> Tensor:
@@ -303,12 +345,12 @@ def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, tab:
     return y.masked_fill(beyond[:, None], math.nan)
 
 
-# Gradients of a solve. The accepted steps are a fixed program, so only they are differentiated. A
-# step's stage inputs are known from the forward pass: f is evaluated once more on the inputs of ALL
-# steps as one batch, its Jacobians come from n batched vector products, and what remains sequential is
-# small linear algebra. The parameters then get their gradient from one more batched product. That is
-# worth it while n products cost less than many small calls; wider states replay the steps one by one.
-BATCHED_JACOBIAN = 8
+# Gradients of a solve are those of its accepted steps; a large or wide batch records them as it goes.
+# A small batch would spend its time on the many small calls: there the solve is repeated as one batch. A
+# step's stage inputs are known by then, so f is evaluated on the inputs of ALL steps at once and its
+# Jacobians come from n batched vector products; what remains sequential is one small product per step.
+BATCHED_JACOBIAN = 8            # widest state
+SMALL_BATCH = 64
 
 
 class _Unroll(torch.autograd.Function):
@@ -331,30 +373,30 @@ class _Unroll(torch.autograd.Function):
             unit[:, j] = 1
             row = torch.autograd.grad(k, points, unit, retain_graph=True, allow_unused=True)[0]
             jacobian.append(torch.zeros_like(k) if row is None else row)
-        later = (stages - 1) * total
+        later, h = (stages - 1) * total, steps.h.to(grad_y.dtype)[:, None, None]
         first, jacobian = torch.stack(jacobian, 1).split([len(k) - later, later])
-        jacobian = jacobian.view(stages - 1, total, n, n)
-        grad_y, grad_hk = grad_y.clone(), grad_hk.clone()
-        base, scale = steps.base.tolist(), steps.h.to(grad_y.dtype)[:, None]
-        end, slope = grad_y[:0], grad_y[:0]            # cotangents of the step's end state and its slope
-        for r in reversed(range(len(base) - 1)):
-            at = slice(base[r], base[r + 1])
-            g, gy, h, width = grad_hk[:, at], grad_y[at], scale[at], len(end)
-            flat = g.view(stages, -1)
-            for i in range(stages - 1, 0, -1):
-                g[i].mul_(h)                            # from h k_i to k_i
-                if i == stages - 1:
-                    g[i, :width] += slope
-                at_stage = torch.bmm(g[i].unsqueeze(1), jacobian[i - 1, at]).squeeze(1)
-                if i == stages - 1:
-                    at_stage[:width] += end
-                gy += at_stage
-                flat[:i].addr_(a[i, :i], at_stage.reshape(-1))
-            end, slope = gy, g[0] * h
+        jacobian = jacobian.view(stages - 1, total, n, n) * h
+        # Cotangents of a step's hk and y, as rows: what comes from its own outputs, then what comes from
+        # each component of the cotangents of its end state and of the slope there.
+        g, gy = (v.new_zeros(*v.shape[:-1], 1 + 2 * n, n) for v in (grad_hk, grad_y))
+        unit = torch.eye(n, dtype=h.dtype, device=h.device)
+        g[..., 0, :], gy[:, 0], g[-1, :, 1 + n :] = grad_hk, grad_y, unit / h
+        for i in range(stages - 1, 0, -1):
+            at_stage = g[i] @ jacobian[i - 1]
+            if i == stages - 1:
+                at_stage[:, 1 : 1 + n] += unit
+            gy += at_stage
+            g[:i] += a[i, :i, None, None, None] * at_stage
+        both, later = torch.cat([gy, g[0] * h], -1), grad_y.new_zeros(total, 1, 2 * n)
+        base, carried = steps.base.tolist(), later[:0]
+        for lo, hi in reversed(list(itertools.pairwise(base))):
+            later[lo : lo + len(carried)] = carried
+            carried = both[lo:hi, :1] + later[lo:hi] @ both[lo:hi, 1:]
+        end, slope = carried.split(n, -1)
+        grad_k = (g[1:, :, :1] + later @ g[1:, :, 1:]) * h
         grad_y0 = grad_y.new_zeros(len(steps.place), n)
-        to_y0 = end + torch.bmm(slope.unsqueeze(1), first).squeeze(1)
-        grad_y0[steps.sample[: len(end)]] = to_y0
-        return torch.cat([slope, grad_hk[1:].reshape(-1, n)]), grad_y0, None, None, None
+        grad_y0[steps.sample[: len(end)]] = (end + slope @ first)[:, 0]
+        return torch.cat([slope[:, 0], grad_k.reshape(-1, n)]), grad_y0, None, None, None
 
 
 def _stage_points(steps: _Steps, start: Tensor, tab: Tableau) -> tuple[Tensor, Tensor]:
@@ -363,35 +405,18 @@ def _stage_points(steps: _Steps, start: Tensor, tab: Tableau) -> tuple[Tensor, T
     return start[steps.sample] + steps.offset + tab.c[:, None] * steps.h, points
 
 
-def _trace(f: Callable, y0: Tensor, start: Tensor, steps: _Steps, tab: Tableau) -> _Steps:
-    """The same steps, `y` and `hk` attached to the graph of y0, start and everything f uses."""
+def _trace(f: Callable, y0: Tensor, start: Tensor, steps: _Steps, tab: Tableau):
+    """`y` and `hk` of the same steps attached to the graph of y0, start and everything f uses."""
     if len(steps.h) == 0:
-        return steps
-    n, rows = y0.shape[1], int(steps.base[1])
-    if n <= BATCHED_JACOBIAN:
-        times, points = _stage_points(steps, start, tab)
-        times = torch.cat([times[0, :rows], times[1:].reshape(-1)])
-        points = torch.cat([points[0, :rows], points[1:].reshape(-1, n)]).requires_grad_()
-        k = f(times.to(y0.dtype), points)
-        if not k.requires_grad:                         # f depends neither on y nor on a parameter
-            k = k + 0 * points
-        y, hk = _Unroll.apply(k, y0, points, steps, tab)
-        return steps._replace(y=y, hk=hk)
-    order = steps.place.argsort()
-    y, states, all_hk = y0[order[:rows]], [], []
-    fy = f(start[order[:rows]].to(y0.dtype), y)
-    for lo, hi in itertools.pairwise(steps.base.tolist()):
-        y, h, hk = y[: hi - lo], steps.h[lo:hi], []
-        t, scale = start[order[: hi - lo]] + steps.offset[lo:hi], h.to(y.dtype)[:, None]
-        states.append(y)
-        hk.append(fy[: hi - lo] * scale)
-        for i in range(1, len(tab.c)):
-            point = y + torch.tensordot(tab.a[i, :i], torch.stack(hk), 1)
-            fy = f((t + tab.c[i] * h).to(y.dtype), point)
-            hk.append(fy * scale)
-        all_hk.append(torch.stack(hk))
-        y = point
-    return steps._replace(y=torch.cat(states), hk=torch.cat(all_hk, 1))
+        return steps.y, steps.hk
+    rows = int(steps.base[1])
+    times, points = _stage_points(steps, start, tab)
+    times = torch.cat([times[0, :rows], times[1:].reshape(-1)])
+    points = torch.cat([points[0, :rows], points[1:].reshape(-1, y0.shape[1])]).requires_grad_()
+    k = f(times.to(y0.dtype), points)
+    if not k.requires_grad:                             # f depends neither on y nor on a parameter
+        k = k + 0 * points
+    return _Unroll.apply(k, y0, points, steps, tab)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -538,7 +563,8 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
         field = lambda t, y: torch.vmap(lambda t, y: f(t, y[None])[0])(t, y)
     tracing = grad != "none" and torch.is_grad_enabled()
     with torch.set_grad_enabled(tracing):
-        f0 = _first_slope(field, times[0].detach(), y0.detach() if grad == "adjoint" else y0)
+        begin = (times[0].detach(), y0.detach()) if grad == "adjoint" else (times[0], y0)
+        f0 = _first_slope(field, *begin)
         if fixed:
             ys, count = _fixed(field, y0, times, method, step_size)
             steps = torch.full((len(y0),), count, device=y0.device)
@@ -547,15 +573,14 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     start, span = times[0], times[-1] - times[0]
     limits = dict(rtol=rtol, atol=atol, max_steps=max_steps, controller=controller,
                   shared=not per_sample)
-    steps = _march(field, y0.detach(), f0.detach(), start.detach(), span.detach(), tab,
-                   first_step=first_step, **limits)
+    needs = tracing and (y0.requires_grad or times.requires_grad or f0.requires_grad)
+    record = needs and grad == "backprop"
+    with torch.set_grad_enabled(record):
+        steps = _march(field, y0, f0, start, span.detach(), tab, first_step=first_step, **limits)
     if steps.message and on_failure == "raise":
         raise RuntimeError(f"odeint: {steps.message}")
-    needs = tracing and (y0.requires_grad or times.requires_grad or f0.requires_grad)
-    if needs and grad == "backprop":
-        steps = _trace(field, y0, start, steps, tab)
     sample = torch.arange(len(y0), device=y0.device)
-    with torch.set_grad_enabled(needs and grad == "backprop"):
+    with torch.set_grad_enabled(record):
         rest = (times[1:] - start).reshape(-1)
         later = _interpolate(steps, sample.repeat(len(times) - 1), rest, y0, tab)
         ys = torch.cat([y0[None], later.view(len(times) - 1, *y0.shape)])
@@ -604,6 +629,7 @@ class _Watch:
         self.hit = torch.zeros_like(g, dtype=torch.bool)
         self.before, self.bracket = torch.zeros_like(g), torch.zeros_like(g)
 
+    @torch.no_grad()
     def __call__(self, rows, t, h, y, hk, ok, tab) -> Tensor:
         theta = torch.tensor((0.25, 0.5, 0.75, 1.0), dtype=torch.float64, device=y.device)
         theta = theta[:, None].expand(-1, len(y))
@@ -633,20 +659,21 @@ def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits)
     is taken again to the event). With t*, y* of that constant-size step attached to the graph,
         t_event = t* - g(t*, y*) / (g_t + g_y f),   y_event = y* + f(y*) (t_event - t*)
     have the right values (g = 0) and, by the implicit function theorem, the right derivatives."""
-    clean, begin = y0.detach(), start.detach()
-    f0 = _first_slope(f, begin, y0)
+    begin, pick = start.detach(), lambda g, index: g.gather(1, index[:, None])[:, 0]
+    f0 = _first_slope(f, start, y0)
     needs = torch.is_grad_enabled() and any(v.requires_grad for v in (f0, y0, start))
     with torch.no_grad():
-        f0 = f0.detach()
-        watch = _Watch(guard, direction, begin, clean, f0)
-        steps = _march(f, clean, f0, begin, t_max - begin, tab, watch=watch, **limits)
-        if steps.message:
-            raise RuntimeError(f"event search: {steps.message}")
-        last = steps.base[steps.counts - 1] + steps.place
-        y, hk, h, t = steps.y[last], steps.hk[:, last], steps.h[last], begin + steps.offset[last]
+        watch = _Watch(guard, direction, begin, y0, f0)
+    with torch.set_grad_enabled(needs):
+        steps = _march(f, y0, f0, start, t_max - begin, tab, watch=watch, **limits)
+    if steps.message:
+        raise RuntimeError(f"event search: {steps.message}")
+    last = steps.base[steps.counts - 1] + steps.place
+    offset, h = steps.offset[last], steps.h[last]
+    with torch.no_grad():
+        y, hk, t = steps.y[last], steps.hk[:, last], begin + offset
         rows, event = watch.hit.nonzero(as_tuple=True)
         low, before, width = watch.bracket[rows, event].double(), watch.before[rows, event], 0.25
-        pick = lambda g, index: g.gather(1, index[:, None])[:, 0]
         for _ in range(30 if len(rows) else 0):
             width /= 2
             theta = low + width
@@ -659,27 +686,26 @@ def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits)
         fired = theta < math.inf
         best, fy = torch.where(fired, theta, 1.0) * h, hk[0] / h.to(y.dtype)[:, None]
         for _ in range(3):
-            y1, f1, hk = _attempt(f, t, best, y, fy, tab)
+            y1, f1, _ = _attempt(f, t, best, y, fy, tab)
             g, rate = (pick(v, which).double() for v in _along_flow(guard, t + best, y1, f1))
             shift = torch.where(fired & (rate.abs() > grazing_tol), g / rate, 0.0)
             best = torch.minimum((best - shift.clamp(-0.01 * h, 0.01 * h)).clamp(min=0), h)
-        y1, f1, hk = _attempt(f, t, best, y, fy, tab)
-        steps.h[last], steps.hk[:, last] = best, hk
-        steps.ends[torch.arange(len(y)), steps.counts - 1] = steps.offset[last] + best
         grazing = fired & (rate.abs() <= grazing_tol)
-    if needs:
-        if bool(grazing.any()):
-            row = int(grazing.nonzero()[0, 0])
-            raise RuntimeError(f"sample {row} touches guard {int(which[row])} without crossing it: the "
-                               "event time has no derivative")
-        steps = _trace(f, y0, start, steps, tab)
-    reached = start + steps.offset[last] + best
-    state = steps.y[last] + torch.einsum("s,sbn->bn", tab.b, steps.hk[:, last])
-    g, rate = (pick(v, which) for v in _along_flow(guard, reached, state, f1))
-    rate = rate.detach()
-    moved = reached - torch.where(fired & (rate != 0), g / rate, torch.zeros_like(g))
-    t_event = torch.where(fired, moved, t_max)
-    y_event = state + f1 * (t_event - reached).to(y.dtype)[:, None]
+    if needs and bool(grazing.any()):
+        row = int(grazing.nonzero()[0, 0])
+        raise RuntimeError(f"sample {row} touches guard {int(which[row])} without crossing it: the "
+                           "event time has no derivative")
+    with torch.set_grad_enabled(needs):
+        fy = steps.hk[0, last] / h.to(y.dtype)[:, None]
+        state, f1, hk = _attempt(f, start + offset, best, steps.y[last], fy, tab)
+        steps.h[last], steps.hk[:, last] = best, hk
+        steps.ends[torch.arange(len(y)), steps.counts - 1] = offset + best
+        reached, f1 = start + offset + best, f1.detach()
+        g, rate = (pick(v, which) for v in _along_flow(guard, reached, state, f1))
+        rate = rate.detach()
+        moved = reached - torch.where(fired & (rate != 0), g / rate, torch.zeros_like(g))
+        t_event = torch.where(fired, moved, t_max)
+        y_event = state + f1 * (t_event - reached).to(y.dtype)[:, None]
     return EventResult(t_event, y_event, torch.where(fired, which, -1), fired), steps
 
 
