@@ -19,6 +19,7 @@ R@1 68.8 and 54.6; the triplet loss with hard negatives (PVSE K = 1) has 40.3, 4
 the means of PCME's Gaussians alone 45.0, 45.9 with 68.0, 54.6.
 """
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -37,16 +38,16 @@ from reference.adamp import AdamP
 
 
 class Settings(NamedTuple):
-    """One preset. A step takes `batch` captions with their images, or images with k > 1 captions."""
+    """One preset. A step takes `batch` captions with their images, or images with k > 1 of them."""
 
-    trunk: str  # "tiny", "small-WIDTH", "resnet50", ...
-    side: int
-    embed_dim: int
-    word_dim: int
-    batch: int
-    k: int
-    epochs: tuple[int, ...]
-    phases: tuple[dict, ...]
+    trunk: str = "tiny"  # or "small-WIDTH", "resnet50", ...
+    side: int = 64
+    embed_dim: int = 64
+    word_dim: int = 64
+    batch: int = 64
+    k: int = 1
+    epochs: tuple[int, ...] = (1,)
+    phases: tuple[dict, ...] = ({"lr": 2e-3},)
     shift: float = 15.0  # initial a and b of the match probability
     point_shift: float = 5.0  # the same for points instead of Gaussians
     vib_beta: float = 1e-5
@@ -58,37 +59,32 @@ class Settings(NamedTuple):
     samples: int = 7
 
 
-PAPER = Settings(
-    "resnet152",
-    224,
-    1024,
-    300,
-    128,
-    1,
-    **pcme.RECIPES["coco"],
-    log_sigma=None,
-    crop=0.08,
-    word_drop=0.1,
-    erasing=0.2,
-)
+AUGMENTED = {"word_drop": 0.1, "erasing": 0.2}
 PRESETS = {
-    "default": Settings("tiny", 64, 64, 64, 64, 2, (10,), ({"lr": 2e-3},)),
-    "tiny": Settings("tiny", 32, 16, 8, 16, 2, (1,), ({"lr": 2e-3},), samples=3),
+    "default": Settings(k=2, epochs=(10,)),
+    "tiny": Settings(side=32, embed_dim=16, word_dim=8, batch=16, k=2, samples=3),
     "small": Settings(
         "small-16",
-        64,
-        128,
-        128,
-        32,
-        2,
-        (6,),
-        ({"lr": 2e-3},),
+        embed_dim=128,
+        word_dim=128,
+        batch=32,
+        k=2,
+        epochs=(6,),
         shift=5.0,
         crop=0.7,
-        word_drop=0.1,
-        erasing=0.2,
+        **AUGMENTED,
     ),
-    "paper": PAPER,
+    "paper": Settings(
+        "resnet152",
+        224,
+        1024,
+        300,
+        128,
+        **pcme.RECIPES["coco"],
+        log_sigma=None,
+        crop=0.08,
+        **AUGMENTED,
+    ),
 }
 METHODS = {  # criterion of the settings, and whether it draws samples
     "PCME": (
@@ -376,22 +372,7 @@ def judge(sim: torch.Tensor, problem: Problem, folds: int | None) -> dict[str, f
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:3])
-    parser.add_argument(
-        "--epochs", type=int, nargs="+", help="of each phase, instead of the preset's"
-    )
-    parser.add_argument(
-        "--gather",
-        type=Path,
-        nargs="+",
-        default=(),
-        help="folders of runs whose finished methods are taken over",
-    )
-    add_data_arguments(parser)
-    run = harness.start(parser, argv)
-    settings = PRESETS[run.args.preset]
-    if run.args.epochs:
-        settings = settings._replace(epochs=tuple(run.args.epochs))
-    gather(run)
+    run, settings = start_study(parser, PRESETS, argv)
     problem = (
         folder(run, settings) if run.args.data else embedded(settings, run.args.preset == "tiny")
     )
@@ -426,6 +407,21 @@ def gather(run: harness.Run) -> None:
                 )
         for name, value in json.loads((other / "recorded.json").read_text())["results"].items():
             run.record(name, value)
+
+
+def start_study(
+    parser: argparse.ArgumentParser, presets: dict[str, Settings], argv: list[str] | None
+) -> tuple[harness.Run, Settings]:
+    """Add the arguments of a training study, start it, take over what --gather names."""
+    parser.add_argument("--epochs", type=int, nargs="+", help="of each phase, not the preset's")
+    parser.add_argument("--gather", type=Path, nargs="+", default=(), help="folders of other runs")
+    add_data_arguments(parser)
+    run = harness.start(parser, argv)
+    settings = presets[run.args.preset]
+    if run.args.epochs:
+        settings = settings._replace(epochs=tuple(run.args.epochs))
+    gather(run)
+    return run, settings
 
 
 def add_data_arguments(parser) -> None:

@@ -24,16 +24,16 @@ import figures
 import harness
 import torch
 from pcme_coco import (
+    AUGMENTED,
     METHODS,
     Problem,
     Settings,
-    add_data_arguments,
     caption_set,
     encode,
     gap,
-    gather,
     run_name,
     spread,
+    start_study,
     train_method,
 )
 from torch import nn
@@ -41,48 +41,12 @@ from torch import nn
 from data_tools import captions, synthetic
 from reference import pcme
 
+TERMS = {"shift": 5.0, "vib_beta": 1e-3, "uniform_lambda": 10.0}
 PRESETS = {
-    "default": Settings(
-        "tiny",
-        64,
-        64,
-        64,
-        20,
-        1,
-        (1,),
-        ({"lr": 2e-3},),
-        shift=5.0,
-        vib_beta=1e-3,
-        uniform_lambda=10.0,
-    ),
-    "tiny": Settings(
-        "tiny",
-        32,
-        16,
-        8,
-        20,
-        1,
-        (1,),
-        ({"lr": 2e-3},),
-        shift=5.0,
-        vib_beta=1e-3,
-        uniform_lambda=10.0,
-        samples=3,
-    ),
+    "default": Settings(batch=20, **TERMS),
+    "tiny": Settings(side=32, embed_dim=16, word_dim=8, batch=20, samples=3, **TERMS),
     "paper": Settings(
-        "resnet50",
-        224,
-        512,
-        300,
-        150,
-        1,
-        **pcme.RECIPES["cub"],
-        shift=5.0,
-        vib_beta=1e-3,
-        uniform_lambda=10.0,
-        log_sigma=None,
-        word_drop=0.1,
-        erasing=0.2,
+        "resnet50", 224, 512, 300, 150, **pcme.RECIPES["cub"], log_sigma=None, **TERMS, **AUGMENTED
     ),
 }
 
@@ -222,25 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows of the table"
     )
-    parser.add_argument(
-        "--epochs", type=int, nargs="+", help="of each phase, instead of the preset's"
-    )
-    parser.add_argument(
-        "--gather",
-        type=Path,
-        nargs="+",
-        default=(),
-        help="folders of runs whose finished methods are taken over",
-    )
-    parser.add_argument(
-        "--lists", type=Path, help="folder of the published class lists and seen_test_images.txt"
-    )
-    add_data_arguments(parser)
-    run = harness.start(parser, argv)
-    settings = PRESETS[run.args.preset]
-    if run.args.epochs:
-        settings = settings._replace(epochs=tuple(run.args.epochs))
-    gather(run)
+    parser.add_argument("--lists", type=Path, help="folder of the published lists")
+    run, settings = start_study(parser, PRESETS, argv)
     problem = folder(run) if run.args.data else embedded(settings, run.args.preset == "tiny")
     for seed in run.seeds:
         for variant in run.args.methods:

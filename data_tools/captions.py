@@ -176,20 +176,10 @@ def karpathy_ids(source: str | Path, split: str) -> np.ndarray:
     else:
         ids = []
         for part in parts:
-            path = _first_existing(
-                [
-                    source / f"{prefix}{part}_ids{suffix}"
-                    for prefix in ("coco_", "")
-                    for suffix in (".npy", ".txt")
-                ],
-                f"id list of split {part!r}",
-            )
-            listed = (
-                np.load(path)
-                if path.suffix == ".npy"
-                else np.loadtxt(path, dtype=np.int64, ndmin=1)
-            )
-            ids.extend(listed.tolist())
+            names = [f"{start}{part}_ids.{kind}" for start in ("coco_", "") for kind in ("npy", "txt")]
+            path = _first_existing([source / name for name in names], f"id list of split {part!r}")
+            read = np.load if path.suffix == ".npy" else np.loadtxt
+            ids.extend(read(path).reshape(-1).astype(np.int64))
     ids = np.array(ids, dtype=np.int64)
     if not len(ids) or len(np.unique(ids)) != len(ids):
         raise ValueError(
@@ -216,21 +206,15 @@ def coco_captions(root: str | Path, split: str, ids: str | Path) -> CaptionSet:
             f"{root}: {len(missing)} caption ids of split {split!r} are not in the annotations, "
             f"first {missing[:3]}"
         )
-    folders = {}
-    for part in {names[annotations[i][0]][0] for i in wanted.tolist()}:
-        flat = root / "images" / "trainval35k"
-        folders[part] = _first_existing(
-            [flat, root / part, root / "images" / part], f"images of {part}"
-        )
-    return _grouped(
-        (
-            i,
-            annotations[i][0],
-            folders[names[annotations[i][0]][0]] / names[annotations[i][0]][1],
-            annotations[i][1],
-        )
-        for i in wanted.tolist()
-    )
+    folders, rows = {}, []
+    for i in wanted.tolist():
+        image, caption = annotations[i]
+        part, name = names[image]
+        if part not in folders:
+            places = [root / "images" / "trainval35k", root / part, root / "images" / part]
+            folders[part] = _first_existing(places, f"images of {part}")
+        rows.append((i, image, folders[part] / name, caption))
+    return _grouped(rows)
 
 
 def coco_instances(root: str | Path) -> list[dict[str, int]]:
