@@ -17,9 +17,9 @@ interval of the paired differences over the seeds (Student's t) excludes zero. T
 could not be verified, so its column stays empty.
 
 --data: variants, augmentations, kinetics, ssv2: a folder with train.txt and val.txt, as written by
-`python -m data_tools.video_frames`. thumos: frames/VIDEO/ (extracted with --fps 10) and
-annotation/. ava: frames/VIDEO/ (from second 900 on, --fps 30), ava_train_v2.2.csv,
-ava_val_v2.2.csv, the excluded timestamps and the action list.
+`python -m data_tools.video_frames`; the trained weights stay in --out. thumos: frames/VIDEO/
+(extracted with --fps 10) and annotation/. ava: frames/VIDEO/ (from second 900 on, --fps 30), the
+csv files and the action list of v2.2, and --inits with the weights of a kinetics run.
 """
 
 from collections.abc import Callable
@@ -381,7 +381,9 @@ def main(argv: list[str] | None = None) -> None:
     real.add_argument("--batch-size", type=int, default=64, help="clips, of all processes together")
     real.add_argument("--init", type=harness.Path,
                       help="checkpoint to start from; 2-D ones are inflated")
-    real.add_argument("--fps", type=float, default=10.0, help="of the extracted frames (thumos)")
+    real.add_argument("--inits", type=harness.Path, nargs="+", help="one checkpoint a method (ava)")
+    real.add_argument("--fps", type=float, default=10.0,
+                      help="of the extracted frames (thumos, ava)")
     run = harness.start(parser, argv)
     if run.args.data is not None:
         videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run)

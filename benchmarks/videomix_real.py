@@ -1,6 +1,7 @@
 """The VideoMix tables on real videos; started by `videomix.py --data DIR`."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from videomix_parts import (METHODS, Results, Setting, augmentation, backbone, c
                             segments_of, sequence_of, table_of)
 
 from data_tools import video_annotations, video_frames
-from reference import video_resnet
+from reference import relabel, video_resnet
 from reference import videomix as vm
 from reference import videomix_localization as localization
 
@@ -186,4 +187,153 @@ def long_sequence(model: nn.Module, video: video_frames.FrameFolder, recipe: Rec
     return torch.cat(parts, 1)[:, :video.count]
 
 
-TABLES = {"thumos": actions_in_time}
+# ---------------------------------------------------------------- actions of boxes (AVA)
+
+AVA_START, AVA_ACTIONS = 900, 80                      # first second of the frames; classes, from 1
+
+
+class KeyframeClips(torch.utils.data.Dataset):
+    """Clips around key frames, scaled to side x 4/3 side: uint8 (T, H, W, 3), boxes (N, 4) in
+    pixels and targets (N, 80) of the people in the middle frame."""
+
+    def __init__(self, moments: list[video_annotations.Keyframe], root: harness.Path,
+                 recipe: Recipe,
+                 fps: float):
+        self.moments, self.root, self.recipe, self.fps = moments, root, recipe, fps
+        self.size = (round(recipe.jitter[0] * 4 / 3), recipe.jitter[0])
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        moment, recipe = self.moments[number], self.recipe
+        video = video_frames.open_video(self.root / moment.video)
+        middle = int((moment.seconds - AVA_START) * self.fps)
+        around = middle + (np.arange(recipe.frames) - recipe.frames // 2) * recipe.stride
+        images = video.read(around.clip(0, video.count - 1).tolist(), lambda width,
+                            height: self.size)
+        clip = np.stack([np.asarray(image.resize(self.size)) for image in images])
+        boxes = torch.from_numpy(moment.boxes * np.tile(self.size, 2)).float()
+        target = torch.zeros(len(boxes), AVA_ACTIONS)
+        for row, actions in zip(target, moment.actions):
+            row[torch.tensor(actions) - 1] = 1
+        return torch.from_numpy(clip), boxes, target
+
+
+def collate(samples: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+    """Clips (B, T, H, W, 3); rows (image, x0, y0, x1, y1) and targets of all their boxes."""
+    clips, boxes, targets = zip(*samples)
+    rows = [torch.cat([torch.full((len(b), 1), float(i)), b], 1) for i, b in enumerate(boxes)]
+    return torch.stack(clips), torch.cat(rows), torch.cat(targets)
+
+
+class BoxNet(nn.Module):
+    """The features under each box (RoIAlign 7 x 7 after the mean over time, largest value), then a
+    linear layer: logits (boxes, 80)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.head = network, nn.LazyLinear(AVA_ACTIONS)
+
+    def forward(self, clips: Tensor, rows: Tensor) -> Tensor:
+        maps = self.network.forward_features(clips)
+        maps = [m.mean(2) for m in (maps if isinstance(maps, tuple) else (maps,))]
+        pooled = [relabel.roi_align(m, rows, 7, m.shape[-1] / clips.shape[-1],
+                                    aligned=True).amax((2, 3))
+                  for m in maps]
+        return self.head(torch.cat(pooled, 1))
+
+
+def train_boxes(model: BoxNet, loader: torch.utils.data.DataLoader, epochs: int, lr: float,
+                seed: int,
+                resume: dict | None = None) -> Iterator[dict]:
+    """SGD with a cosine on the sigmoid cross-entropy; snapshots as `vm.train`, at the end of an
+    epoch."""
+    device, total, step = next(model.network.parameters()).device, epochs * len(loader), 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        step = resume["step"]
+    for epoch in range(step // len(loader), epochs):
+        loader.generator.manual_seed(1000 * seed + epoch)
+        for batch, (clips, rows, target) in enumerate(loader):
+            if epoch * len(loader) + batch < step:
+                continue
+            model.train()
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
+            logits = model(video_frames.to_clips(clips.to(device)), rows.to(device))
+            loss = F.binary_cross_entropy_with_logits(logits, target.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if (yield {"step": step, "loss": loss.item()}) == "state":
+                yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                       "step": step}
+
+
+def actions_of_boxes(run: harness.Run) -> None:
+    """Table ava: a network from each --init (pretrained without and with VideoMix, named by
+    --methods) is trained on the annotated boxes and scores those of the validation videos; mAP at
+    IoU 0.5 over the classes of the action list."""
+    args, data = run.args, run.args.data
+    read = lambda part: video_annotations.read_ava(      # noqa: E731
+        data / f"ava_{part}_v2.2.csv", data / f"ava_{part}_excluded_timestamps_v2.2.csv")
+    actions = data / "ava_action_list_v2.2_for_activitynet_2019.pbtxt"
+    known = sorted(video_annotations.read_ava_classes(actions))
+    methods = args.methods or ["none", "S"]
+    if args.inits is None or len(args.inits) != len(methods):
+        raise ValueError(f"--table ava needs --inits: a checkpoint for each of {methods}")
+    network = (args.networks or ["slowonly50"])[0]
+    recipe, results = recipe_of(run, network)._replace(epochs=args.epochs or 20), {}
+    train, test = (KeyframeClips(read(part), data / "frames", recipe, args.fps)
+                   for part in ("train", "val"))
+    for seed in run.seeds:
+        for method, checkpoint in zip(methods, args.inits):
+            setting = Setting(method, 1.0, recipe.epochs, data.name, network)
+            name = f"{setting.name}-seed{seed}"
+            if (row := run.recorded(name)) is None:
+                model = BoxNet(backbone(network, 2, seed, embedded=False)).to(run.device)
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+                run.log(f"{checkpoint.name}: not loaded: {load_fitting(model.network, state)}")
+                loaders = [torch.utils.data.DataLoader(
+                    videos, args.batch_size, shuffle=videos is train, num_workers=args.workers,
+                    collate_fn=collate, generator=torch.Generator()) for videos in (train, test)]
+                model(*as_input(next(iter(loaders[1])), run.device))      # gives the head its size
+                nn.init.normal_(model.head.weight, 0, 0.01,
+                                generator=torch.Generator().manual_seed(seed))
+                nn.init.zeros_(model.head.bias)
+                steps = train_boxes(model, loaders[0], recipe.epochs, 0.1 * args.batch_size / 64,
+                                    seed,
+                                    run.resumed(name))
+                run.drive(name, steps, total=recipe.epochs * len(loaders[0]))
+                row = run.record(name, {"mAP@0.5": 100 * box_map(model, loaders[1], known)})
+            results.setdefault(setting, []).append(row)
+    run.finish(claims_of(results, "mAP@0.5", "pretrains above none"),
+               {"ava": table_of(results, ("mAP@0.5",), "mAP@0.5")})
+
+
+def as_input(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    return video_frames.to_clips(batch[0].to(device)), batch[1].to(device)
+
+
+@torch.no_grad()
+def box_map(model: BoxNet, loader: torch.utils.data.DataLoader, classes: list[int]) -> float:
+    """mAP@0.5 over `classes` (from 1) with the annotated boxes as detections."""
+    model.eval()
+    device, labels = next(model.parameters()).device, torch.tensor(classes) - 1
+    found, truths = [], []
+    for batch in loader:
+        scores = model(*as_input(batch, device)).sigmoid().cpu()[:, labels]
+        for image in range(len(batch[0])):
+            mine = batch[1][:, 0] == image
+            boxes, (person, action) = batch[1][mine, 1:], batch[2][mine][:, labels].nonzero().T
+            found.append((boxes.repeat_interleave(len(labels), 0), labels.repeat(len(boxes)),
+                          scores[mine].flatten()))
+            truths.append((boxes[person], labels[action]))
+    return localization.detection_ap(found, truths, (0.5,))["mAP@0.5"]
+
+
+TABLES = {"thumos": actions_in_time, "ava": actions_of_boxes}

@@ -272,8 +272,8 @@ def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classe
     """
     action = frames if action_frames is None else action_frames
     if count < 0 or size < 8 or classes < 2 or not 1 <= action <= frames:
-        raise ValueError(f"count must be >= 0, size >= 8, classes >= 2 and 1 <= action_frames <= frames, "
-                         f"not {count}, {size}, {classes}, {action_frames} and {frames}")
+        raise ValueError("count must be >= 0, size >= 8, classes >= 2 and 1 <= action_frames <= "
+                         f"frames, not {count}, {size}, {classes}, {action_frames} and {frames}")
     if rho is not None and not 0 <= rho <= 1:
         raise ValueError(f"rho must be in [0, 1] or None, not {rho}")
     generator = torch.Generator().manual_seed(seed)
@@ -285,37 +285,34 @@ def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classe
         telling = torch.rand(count, generator=generator) < rho
         scenes_of = torch.where(telling, labels,
                                 torch.randint(classes, (count,), generator=generator))
-    # the same for every seed
-    shared = torch.rand(classes, 3, 4, 4, generator=torch.Generator().manual_seed(7919))
+    fixed = torch.Generator().manual_seed(7919)               # class scenes do not depend on the seed
+    shared = torch.rand(classes, 3, 4, 4, generator=fixed)
     out = torch.empty(count, 3, frames, size, size, dtype=torch.uint8)
     masks = torch.empty(count, frames, size, size, dtype=torch.bool)
-    boxes, intervals = torch.empty(count, frames, 4, dtype=torch.int64), torch.empty(count, 2,
-                                                                                     dtype=torch.int64)
+    boxes = torch.empty(count, frames, 4, dtype=torch.int64)
+    intervals = torch.empty(count, 2, dtype=torch.int64)
     side, pixel = size // 4, torch.arange(size)
     for start in range(0, count, CHUNK):
         part = slice(start, min(start + CHUNK, count))
         label, n = labels[part], len(labels[part])
         first = torch.randint(frames - action + 1, (n, 1), generator=generator)
-        # (n, T)
         moved = (torch.arange(frames) - first).clamp(0, action - 1) * (speed * size / 16)
         angle = 2 * math.pi * label / classes
         heading = torch.stack([angle.cos(), angle.sin()], 1)
-        corner = torch.randint(size, (n, 1, 2),
-                               generator=generator) + moved.unsqueeze(2) * heading.unsqueeze(1)
-        # (n, T, 2): x, y
+        corner = torch.randint(size, (n, 1, 2), generator=generator)
+        corner = corner + moved.unsqueeze(2) * heading.unsqueeze(1)           # (n, T, 2): x, y
         corner = corner.round().long() % size
-        # (n, T, 2, S)
-        covered = (pixel - corner.unsqueeze(3)) % size < side
+        covered = (pixel - corner.unsqueeze(3)) % size < side                 # (n, T, 2, S)
         mask = covered[:, :, 0].unsqueeze(2) & covered[:, :, 1].unsqueeze(3)
-        grid = torch.rand(n, 3, 4, 4,
-                          generator=generator) if rho is None else shared[scenes_of[part]]
+        own = rho is None
+        grid = torch.rand(n, 3, 4, 4, generator=generator) if own else shared[scenes_of[part]]
         scene = torch.nn.functional.interpolate(grid, (size, size), mode="bilinear").unsqueeze(2)
         color = uniform(generator, 0, 1, n, 3, 1, 1, 1)
         clip = torch.where(mask.unsqueeze(1), color, scene)
         clip = clip + noise * torch.randn(clip.shape, generator=generator)
         out[part], masks[part] = to_uint8(clip), mask
-        boxes[part], intervals[part] = torch.cat([corner, corner + side],
-                                                 2), torch.cat([first, first + action], 1)
+        boxes[part] = torch.cat([corner, corner + side], 2)
+        intervals[part] = torch.cat([first, first + action], 1)
     return {"videos": out, "labels": labels, "scenes": scenes_of, "masks": masks, "boxes": boxes,
             "intervals": intervals}
 

@@ -137,6 +137,43 @@ def test_real_frames(tmp_path):
     assert "train.txt" in text and "Traceback" not in text
 
 
+def test_boxes_of_ava(tmp_path):
+    data, options = synthetic.videos(4, 24, 20, seed=0), ("--seeds", 1, "--batch-size", 2)
+    rows = [(f"frames/v{i}", 20, i % 2) for i in range(4)]
+    for (name, _, _), clip in zip(rows, data["videos"]):
+        write_frames(tmp_path / name, clip)
+    for part in ("train", "val"):
+        video_frames.write_index(tmp_path / f"{part}.txt", rows)
+        lines = [
+            f"v{i},{second},0.1,0.1,0.5,0.6,{1 + i % 2},0\nv{i},{second},0.5,0.2,0.9,0.8,12,1\n"
+            for i in range(4)
+            for second in (900, 901)
+        ]
+        (tmp_path / f"ava_{part}_v2.2.csv").write_text("".join(lines))
+        (tmp_path / f"ava_{part}_excluded_timestamps_v2.2.csv").write_text("v0,0900\n")
+    actions = "".join(f'item {{\n  name: "a{k}"\n  id: {k}\n}}\n' for k in (1, 2, 12))
+    (tmp_path / "ava_action_list_v2.2_for_activitynet_2019.pbtxt").write_text(actions)
+    shared = ("--data", tmp_path, *options, "--networks", "slowonly18", "--epochs", 1)
+    finish(tmp_path / "a", *shared, "--table", "kinetics", "--methods", "none")
+    (weights,) = (tmp_path / "a").glob("*.pt")
+    found = finish(
+        tmp_path / "b",
+        *shared,
+        "--table",
+        "ava",
+        "--fps",
+        10,
+        "--methods",
+        "none",
+        "--inits",
+        weights,
+    )
+    assert (
+        0 <= found["results"]["none-1.0-1-" + tmp_path.name + "-slowonly18-seed0"]["mAP@0.5"] <= 100
+    )
+    assert "a checkpoint for each of" in finish(tmp_path / "c", *shared, "--table", "ava", code=1)
+
+
 def test_speed(tmp_path):
     found = finish(tmp_path, script="speed_videomix")
     ways = {row["way"]: row for row in found["tables"]["mixing"]}
