@@ -31,7 +31,7 @@ except ImportError:
 # repeats; loss: (N, J, D); match probability: (queries, gallery, J, D);
 # PMRP: (images, captions an image, images in the comparison with the loop)
 PRESETS = {
-    "default": (5, ((16, 7, 1024), (32, 7, 1024)), (4, 250, 7, 1024), (5000, 5, 200)),
+    "default": (5, ((16, 7, 1024), (32, 7, 1024)), (4, 250, 7, 1024), (5000, 5, 100)),
     "tiny": (2, ((4, 3, 16),), (2, 8, 3, 16), (20, 5, 10)),
 }
 

@@ -123,6 +123,7 @@ class UncertaintyModuleText(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, d_h: int, final_state: str = "last_position"):
         super().__init__()
+        _check_choice(("last_position", "both_ends"), final_state=final_state)
         self.attention = MultiHeadSelfAttention(1, d_in, d_h)
         self.fc = _xavier_linear(d_in, d_out)
         self.rnn = nn.GRU(d_in, d_out // 2, bidirectional=True, batch_first=True)
@@ -221,7 +222,6 @@ class EncoderText(nn.Module):
     def __init__(self, vocab_size: int, word_dim: int = 300, embed_dim: int = 1024,
                  final_state: str = "last_position", n_samples_inference: int = 7):
         super().__init__()
-        _check_choice(("last_position", "both_ends"), final_state=final_state)
         if embed_dim % 2:
             raise ValueError(f"embed_dim must be even (two GRU directions), got {embed_dim}")
         self.n_samples_inference, self.final_state = n_samples_inference, final_state
@@ -507,8 +507,9 @@ class MCSoftContrastiveLoss(nn.Module):
 
     def _logits(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, Ng, J') of 2 (b - a d)."""
-        distance = _distances(q.flatten(0, 1), g.flatten(0, 1))
-        return (2 * (self.shift - self.negative_scale * distance)).view(*q.shape[:2], *g.shape[:2])
+        d = _distances(q.flatten(0, 1), g.flatten(0, 1))
+        shift, scale = self.shift.to(d.dtype), self.negative_scale.to(d.dtype)
+        return (2 * (shift - scale * d)).view(*q.shape[:2], *g.shape[:2])
 
     @staticmethod
     def _uniformity(images: Tensor, captions: Tensor, rows: Tensor | None, generator) -> Tensor:

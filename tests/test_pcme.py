@@ -466,6 +466,10 @@ def test_half_out_and_foreign_inputs():
     assert half.dtype == torch.float32
     close(half, pcme.pairwise_similarity(q.half().float(), k.half().float()), 0, 0)
     assert pcme.MCSoftContrastiveLoss()(q.half(), k.half())[0].dtype == torch.float32
+    criterion = pcme.MCSoftContrastiveLoss()
+    for dtype in (torch.float32, torch.float64):              # of the input, not of the parameters
+        assert criterion.double().match_prob(q.to(dtype), k.to(dtype)).dtype == dtype
+        assert criterion.float().log_match_prob(q.to(dtype), k.to(dtype)).dtype == dtype
     out = torch.empty(5, 5)
     assert pcme.pairwise_similarity(q, k, out=out) is out
     close(
