@@ -328,6 +328,14 @@ def test_heads_give_logits_and_maps(name):
     torch.testing.assert_close(one, maps[1:2].detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ("cam", "acol", "spg"))
+def test_logits_and_maps_come_from_one_forward(name):
+    head, calls = heads()[name].eval(), []
+    head.features.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    head.predict(randn(2, 3, 10, 12), torch.tensor([0, 3]))
+    assert calls == [False]
+
+
 def test_cam_is_the_logit_before_pooling():
     head, x = wsol.CAMHead(None, 6, 4), randn(2, 6, 5, 7)
     labels = torch.tensor([2, 0])
@@ -481,6 +489,13 @@ def test_training_resumes_to_the_same_numbers(method):
     file.seek(0)
     snapshot = torch.load(file, weights_only=True)
     assert first + list(wsol.train(tiny_network(method), loader, cfg, resume=snapshot)) == rows
+
+
+def test_cutmix_of_size_zero_is_plain_training():
+    loader = [(randn(2, 3, 8, 8), torch.tensor([0, 2]))]
+    rows = [list(wsol.train(tiny_network("cutmix"), loader, {"epochs": 2, **cfg}))
+            for cfg in ({"method": "cutmix", "cutmix_beta": 0.0}, {"method": "cam"})]
+    assert rows[0] == rows[1]
 
 
 def test_training_in_bfloat16_runs():
