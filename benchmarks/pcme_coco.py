@@ -445,14 +445,16 @@ def spread(values: list[float]) -> str:
 
 
 def gap(first: list[float], second: list[float]) -> tuple[str, bool | None]:
-    """Paired difference of two methods over the seeds; judged from three seeds on, at two standard
-    errors.
+    """Paired difference of two methods over the seeds, and whether it is above 0.
+
+    Judged from three seeds on, where it is two standard errors away from 0.
     """
     gains = [a - b for a, b in zip(first, second)]
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    return f"{statistics.mean(gains):+.1f} ± {error:.1f}", (
-        statistics.mean(gains) > 2 * error if len(gains) >= 3 else None
-    )
+    mean, error = statistics.mean(gains), 0.0
+    if len(gains) > 1:
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+    clear = len(gains) >= 3 and abs(mean) > 2 * error
+    return f"{mean:+.1f} ± {error:.1f}", mean > 0 if clear else None
 
 
 def finish(run: harness.Run, prefix: str) -> None:
@@ -462,18 +464,13 @@ def finish(run: harness.Run, prefix: str) -> None:
             for score, figures_ in run.recorded(run_name(method, seed)).items():
                 for name, value in figures_.items():
                     values.setdefault(f"{method}, {score}", {}).setdefault(name, []).append(value)
+    titles = {"rp": "R-P", "pmrp": "PMRP", "recall_1": "R@1", "recall_10": "R@10"}
     shown = {
         f"{prefix}{way}_{name}": f"{way} {title}"
-        for name, title in (
-            ("rp", "R-P"),
-            ("pmrp", "PMRP"),
-            ("recall_1", "R@1"),
-            ("recall_10", "R@10"),
-        )
+        for name, title in titles.items()
         for way in ("i2t", "t2i")
+        if f"{prefix}{way}_{name}" in next(iter(values.values()))
     }
-    shown = {name: title for name, title in shown.items() if name in next(iter(values.values()))}
-    paper = ("i2t PMRP", "t2i PMRP", "i2t R@1", "t2i R@1")
     table = [
         {
             "method": row,
@@ -482,30 +479,17 @@ def finish(run: harness.Run, prefix: str) -> None:
         }
         for row, v in values.items()
     ]
-    rows = []
-    for other in [m for m in run.args.methods if m != "PCME"] if "PCME" in run.args.methods else []:
+    rows, main_row = [], "PCME, match probability"
+    for other in [row for row in values if row != main_row] if main_row in values else []:
+        published = {}
+        if other in REFERENCE:
+            gains = [round(x - y, 1) for x, y in zip(REFERENCE[main_row], REFERENCE[other])]
+            published = dict(zip(("i2t PMRP", "t2i PMRP", "i2t R@1", "t2i R@1"), gains))
         for name, title in shown.items():
-            if title.endswith(("R-P", "PMRP", "R@1")):
-                ours, theirs = (
-                    values[row] for row in ("PCME, match probability", f"{other}, mean only")
-                )
-                reference = [
-                    REFERENCE.get(row) for row in ("PCME, match probability", f"{other}, mean only")
-                ]
-                published = (
-                    reference[0][paper.index(title)] - reference[1][paper.index(title)]
-                    if all(reference) and title in paper
-                    else None
-                )
-                gain, holds = gap(ours[name], theirs[name])
-                rows.append(
-                    {
-                        "claim": f"PCME above {other}, {title} (points)",
-                        "paper": None if published is None else round(published, 1),
-                        "this run": gain,
-                        "holds": holds,
-                    }
-                )
+            gain, holds = gap(values[main_row][name], values[other][name])
+            claim = f"{main_row}, above {other}: {title} (points)"
+            paper = published.get(title)
+            rows.append({"claim": claim, "paper": paper, "this run": gain, "holds": holds})
     if run.figures and run.is_main:
         columns = [name for name in shown if not name.endswith("recall_10")]
         figures.bar_chart(
