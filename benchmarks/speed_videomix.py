@@ -1,9 +1,8 @@
 """Time and memory of mixing a batch of clips, and of loading clips from frames.
 
-    python benchmarks/speed_videomix.py                    # batch 16 (0.31 GB a copy), one thread,
-    then all; two minutes python benchmarks/speed_videomix.py --batch 64         # the batch of the
-    specification: 1.2 GB a copy, 4 GB in all python benchmarks/speed_videomix.py --device cuda
-    --batch 64
+    python benchmarks/speed_videomix.py                         # batch 16: two minutes
+    python benchmarks/speed_videomix.py --batch 64 --threads 1  # 1.2 GB a copy, 4 GB in all
+    python benchmarks/speed_videomix.py --batch 64 --device cuda
 
 Mixing: `apply_cuboid` in place and as a copy, against the flip of the whole batch that PyTorchVideo
 and PySlowFast use (`x[box] = x.flip(0)[box]`, written out here) and, where installed,

@@ -1,13 +1,13 @@
-"""VideoMix: when mixing cuboids of videos helps a classifier, and when it hurts.
+r"""VideoMix: when mixing cuboids of videos helps a classifier, and when it hurts.
 
-    python benchmarks/videomix.py                        # S, T, ST over epochs and p; five minutes
-    on a core python benchmarks/videomix.py --table augmentations  # these and every other
-    augmentation: 9 minutes python benchmarks/videomix.py --table kinetics       # backbones with
-    and without it: 6 minutes python benchmarks/videomix.py --table ssv2           # sampled by
-    segments; what a flip does: 4 minutes python benchmarks/videomix.py --table thumos         #
-    actions in time from video labels: 4 minutes python benchmarks/videomix.py --table ava
-    # boxes and CAMs after pretraining: 4 minutes torchrun --nproc_per_node=8 benchmarks/videomix.py
-    --table kinetics --data kinetics400 --preset paper
+    python benchmarks/videomix.py                        # S, T, ST, p, length: 5 minutes on a core
+    python benchmarks/videomix.py --table augmentations  # these and all others: 9 minutes
+    python benchmarks/videomix.py --table kinetics       # by backbone: 12 minutes
+    python benchmarks/videomix.py --table ssv2           # sampled by segments: 5 minutes
+    python benchmarks/videomix.py --table thumos         # actions in time: 5 minutes
+    python benchmarks/videomix.py --table ava            # boxes after pretraining: 5 minutes
+    torchrun --nproc_per_node=8 benchmarks/videomix.py --table kinetics --data kinetics400 \
+        --preset paper --workers 8 --amp bf16
 
 The embedded videos show a square that moves over a still scene; the class is its direction. *Own
 scenes*: every clip has another scene, few clips are available, and a network that remembers scenes
@@ -31,9 +31,9 @@ import torch
 import videomix_real
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 from videomix_parts import (CLASSES, METHODS, ClipNet, Results, Segments, Setting, augmentation,
-                            backbone, claims_of,
-                            detect, mean_error, sequence_of, table_of, versus)
+                            backbone, claims_of, detect, mean_error, sequence_of, table_of, versus)
 
 from data_tools import synthetic, video_frames
 from reference import relabel, robustness
@@ -41,24 +41,25 @@ from reference import videomix as vm
 from reference import videomix_localization as localization
 
 TABLES = ("variants", "augmentations", "kinetics", "ssv2", "thumos", "ava")
-# by seeds
 
 
 # ---------------------------------------------------------------- training and measuring
 
 def fit(run: harness.Run, name: str, model: nn.Module, data: dict[str, Tensor],
-        mix: nn.Module | None,
-        epochs: int, seed: int) -> nn.Module:
-    """Train on embedded videos, through the harness."""
-    model = run.wrap(model)
+        mix: nn.Module | None, epochs: int, seed: int,
+        frames: list[int] | None = None) -> nn.Module:
+    """Train on embedded videos, through the harness; batch-norm statistics are then those of clean
+    clips (of the chosen frames, or all)."""
+    wrapped = run.wrap(model)
     loader = synthetic.Batches(data["videos"], data["labels"], batch_size=50 - 50 % run.world_size,
                                seed=seed, transform=synthetic.to_float, rank=run.rank,
                                world_size=run.world_size)
     generator = torch.Generator().manual_seed(seed * run.world_size + run.rank)
-    steps = vm.train(model, loader, mix, epochs, generator=generator, amp_dtype=run.amp_dtype,
+    steps = vm.train(wrapped, loader, mix, epochs, generator=generator, amp_dtype=run.amp_dtype,
                      resume=run.resumed(name))
     run.drive(name, steps, total=epochs * len(loader))
-    return getattr(model, "module", model)
+    update_bn((x if frames is None else x[:, :, frames] for x, _ in loader), model, run.device)
+    return model
 
 
 @torch.no_grad()
@@ -113,8 +114,8 @@ def settings_of(table: str, epochs: int) -> list[Setting]:
                 cell("S", times=4),
                 *(cell(method, times=0.5, videos="class scenes") for method in METHODS[:4]),
                 *(cell(method, times=2, videos="class scenes") for method in METHODS[:2])]
-    return variants + [cell(method)
-                       for method in METHODS[4:]] if table == "augmentations" else variants
+    others = [cell(method) for method in METHODS[4:]]
+    return variants + others if table == "augmentations" else variants
 
 
 def scene_sets(kind: str, size: dict, seed: int) -> tuple[dict, dict, dict | None]:
@@ -144,7 +145,7 @@ def study(run: harness.Run, settings: list[Setting]) -> Results:
                 if kind == "segments":
                     mix, frames = Segments(mix, 8, CLASSES), video_frames.segment_indices(24, 8)
                 model = backbone(setting.backbone, CLASSES, seed, embedded=True)
-                model = fit(run, name, model, sets[kind][0], mix, setting.epochs, seed)
+                model = fit(run, name, model, sets[kind][0], mix, setting.epochs, seed, frames)
                 row = run.record(name, measure(model, *sets[kind], frames=frames))
             results.setdefault(setting, []).append(row)
     return results

@@ -16,12 +16,11 @@ from reference import video_resnet
 from reference import videomix as vm
 from reference import videomix_localization as localization
 
-# by seeds
+# two-sided 95 % quantiles of Student's t, by the number of seeds
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 CLASSES = 4                                           # directions of the embedded videos
 METHODS = ("none", "S", "T", "ST", "frame CutMix", "Mixup", "FadeMixup", "CutMixup", "Cutout",
-           "RandAugment",
-           "RandAugment per frame", "flip")
+           "RandAugment", "RandAugment per frame", "flip")
 
 
 # ---------------------------------------------------------------- augmentations and networks
@@ -171,8 +170,7 @@ def table_of(results: Results, columns: tuple[str, ...], main: str) -> list[dict
     for setting, seeds in results.items():
         row = {key: getattr(setting, key) for key in keys}
         for column in columns:
-            values = [s[column] for s in seeds if column in s]
-            row[column] = as_text(values)
+            row[column] = as_text([s[column] for s in seeds if column in s])
         if setting != setting.base and setting.base in results:
             row["to none"], row["effect"] = versus(*([s[main] for s in results[key]]
                                                      for key in (setting, setting.base)))
