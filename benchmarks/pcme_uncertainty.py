@@ -310,11 +310,19 @@ def finish(run: harness.Run, problem: Problem) -> None:
         }
         for certain, uncertain in zip(last[:8], last[:-9:-1])
     ]
+    tables = {"uncertainty": table, "recall by uncertainty": deciles, "captions": examples}
+    if problem.plausible is not None:
+        groups = sorted(set.intersection(*(set(r["matches"]) for r in results)), key=int)
+        tables["vague captions"] = [
+            {
+                "images that the caption fits": f"{MATCH_STEPS[int(group)]} or more",
+                "mean log sigma": statistics.mean(r["matches"][group] for r in results),
+            }
+            for group in groups
+        ]
     if run.figures and run.is_main:
         draw(run, problem, results, curves, decile)
-    run.finish(
-        claims, {"uncertainty": table, "recall by uncertainty": deciles, "captions": examples}
-    )
+    run.finish(claims, tables)
 
 
 def span(values: list[float]) -> str:
