@@ -211,6 +211,13 @@ def test_multi_label_study_on_the_coco_layout(tmp_path, run):
     assert len(results["claims"]) == 3 and (tmp_path / "out" / "oracle" / "store.json").exists()
 
 
+def test_ablations_of_teacher_and_classes(tmp_path, run):
+    results = run("relabel_ablation", tmp_path, "--teachers", 1, 2)
+    assert [row["teacher"] for row in results["tables"]["teacher"]][1:] == ["1 epochs", "2 epochs"]
+    kept = results["tables"]["classes kept"]
+    assert [row["k"] for row in kept] == [1, 3, 5, 8] and kept[-1]["KL(all || k)"] == 0
+
+
 def test_mean_average_precision(run):
     from relabel_coco import mean_average_precision
 
