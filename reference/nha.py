@@ -174,12 +174,12 @@ def _rms(x: Tensor, shared: bool) -> Tensor:
 
 
 class _Combine(torch.autograd.Function):
-    """y + sum_j weights_j hk_j; the hk are also the rows of `flat`."""
+    """y + sum_j weights_j hk_j; the hk are also the columns given."""
 
     @staticmethod
-    def forward(ctx, y, flat, weights, *hk):
+    def forward(ctx, y, columns, weights, *hk):
         ctx.weights = weights
-        return torch.addmv(y.reshape(-1), flat.t(), weights).view_as(y)
+        return torch.addmv(y.reshape(-1), columns, weights).view_as(y)
 
     @staticmethod
     def backward(ctx, grad):
@@ -191,12 +191,12 @@ def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, tab: Tabl
     scale, record, recorded = h.to(y.dtype)[:, None], torch.is_grad_enabled(), []
     times = (t + tab.c[:, None] * h).to(y.dtype).unbind()
     hk = y.new_empty(len(tab.c), *y.shape)
-    flat, rows, point = hk.view(len(tab.c), -1), hk.unbind(), y
+    columns, rows, flat, point = hk.view(len(tab.c), -1).t(), hk.unbind(), y.reshape(-1), y
     for i in range(len(tab.c)):
         if i > 0 and record:
-            point = _Combine.apply(y, flat[:i], tab.rows[i], *recorded)
+            point = _Combine.apply(y, columns[:, :i], tab.rows[i], *recorded)
         elif i > 0:
-            point = torch.addmv(y.reshape(-1), flat[:i].t(), tab.rows[i]).view_as(y)
+            point = torch.addmv(flat, columns[:, :i], tab.rows[i]).view_as(y)
         fy = f(times[i], point) if i > 0 else fy
         if record:
             recorded.append(fy * scale)
@@ -229,6 +229,11 @@ def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10
     limits = dict(rtol=rtol, atol=atol, shared=shared, controller=controller, check_every=check_every)
     unroll = (torch.is_grad_enabled() and watch is None and controller == "I"
               and y.shape[1] <= BATCHED_JACOBIAN)
+    if unroll and samples <= SMALL_BATCH:
+        with torch.no_grad():
+            steps = _march(f, y, fy, t, span, tab, max_steps=max_steps, first_step=first_step, **limits)
+        y, hk = _trace(f, y, t, steps, tab)
+        return steps._replace(y=y, hk=hk)
     every = check_every or (8 if y.is_cuda else 1)
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
     if first_step is None:
