@@ -205,7 +205,7 @@ def baseline_tables(run: harness.Run, model: nn.Module, images: Tensor,
         functions |= {package: f for (baseline, package), f in peers.items() if baseline == name}
         maps = {package: scaled(f(), images.shape[-1]) for package, f in functions.items()}
         costly = name in ("Score-CAM", "Ablation-CAM")        # a forward pass per channel
-        repeats = min(2, run.args.repeats) if costly else run.args.repeats
+        repeats = min(4, run.args.repeats) if costly else run.args.repeats
         times, table = interleaved(functions, repeats, run.device), []
         for package, values in times.items():
             ratio = statistics.median(b / a for a, b in zip(times["this project"], values))
