@@ -110,10 +110,10 @@ def folder(path, count):
 def array(path):
     """The array of a .npy file or the first one of an .npz: features (N, D), or images (N, 3, H, W) from uint8 NHWC."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            value = file[file.files[0]]
-    except AttributeError:                                    # .npy: np.load gives the array itself
         value = np.load(path, allow_pickle=False)
+        if isinstance(value, np.lib.npyio.NpzFile):
+            with value as file:
+                value = file[file.files[0]]
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"{path}: not a .npy or .npz file of one array ({error})") from error
     if value.ndim == 4 and value.dtype == np.uint8 and value.shape[3] == 3:

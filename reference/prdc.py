@@ -117,8 +117,11 @@ def _number_equal_points(sets: list[_Points], rows: int) -> None:
     x, sizes = sets[0].x, [len(p) for p in sets]
     direction = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0),
                            dtype=torch.float64).to(x.device)
-    keys = torch.cat([p.block(slice(a, a + rows), torch.float64).mul_(direction).sum(1)
-                      for p in sets for a in range(0, len(p), rows)])
+    keys = x.new_empty(sum(sizes), dtype=torch.float64)       # small pieces would split the heap
+    for p, out in zip(sets, keys.split(sizes)):
+        for a in range(0, len(p), rows):
+            part = slice(a, a + rows)
+            out[part] = p.block(part, torch.float64).mul_(direction).sum(1)
     order = keys.argsort(stable=True)
     same = keys[order[1:]] == keys[order[:-1]]                # not proof: compare the neighbours
 
@@ -156,6 +159,7 @@ class _Screen:
         self.rows = min(max(16, int((root - per_row) / (2 * per_element))), largest)
         self.pairs = max(16, int(0.3 * min(budget, 2**24 if device.type == "cpu" else budget)
                                  / (24 * dimension)))
+        self.candidates = budget // 800                       # sorting them takes several copies
         self.buffer = torch.empty(0, device=device)
         wide = precision == "float64" or dimension > 100_000
         self.set_dtype(torch.float64 if wide else torch.float32)
@@ -220,7 +224,7 @@ class _Candidates:
     def __init__(self, points: _Points, screen: _Screen, kmax: int, limit: Tensor):
         self.points, self.screen, self.kmax, self.limit = points, screen, kmax, limit
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []      # row, column, bounds
-        self.size, self.enough = 0, max(8 * kmax * len(limit), 2**18)
+        self.size, self.enough = 0, max(2 * kmax * len(limit), screen.candidates)
 
     def add(self, lower: Tensor, first_row: int, first_column: int) -> None:
         """Those of a block that may count."""

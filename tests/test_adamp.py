@@ -3,7 +3,10 @@
 import copy
 import doctest
 import itertools
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ from torch import nn
 from reference import adamp
 from reference.adamp import SGDP, AdamP
 
-GOLDEN = Path(__file__).parent / "golden" / "adamp"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "adamp"
 ADAMP_PATHS = {"readable": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True},
                "capturable": {"capturable": True}, "default": {}}
 SGDP_PATHS = {"readable": {"foreach": False}, "foreach": {"foreach": True}, "default": {}}
@@ -466,6 +470,8 @@ def test_sparse_complex_and_flat_parameters():
     for optimizer in (AdamP(embedding.parameters()), SGDP(embedding.parameters(), 0.1)):
         with pytest.raises(RuntimeError, match=r"sparse gradients.*\(5, 3\)"):
             optimizer.step()
+    with pytest.raises(ValueError, match="lr must be a number.*'0.1'"):
+        AdamP([nn.Parameter(torch.ones(2))], lr="0.1")
     with pytest.raises(ValueError, match="real.*complex64"):
         AdamP([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
     flat = nn.Parameter(torch.ones(8))
@@ -516,6 +522,45 @@ def test_training_measures_the_projection():
 def test_docstring_example():
     assert doctest.testmod(adamp).failed == 0
 
+
+# ---------------------------------------------------------------- scripts
+
+def script(name, out, *arguments):
+    """The results of the smallest preset."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--preset", "tiny", "--threads", "1", "--out", str(out)]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def test_the_toys_reproduce_the_theory(tmp_path):
+    results = script("adamp_toy", tmp_path, "--seeds", 1, "--figures", tmp_path / "figures")
+    assert all(claim["holds"] is not False for claim in results["claims"]) and len(list((tmp_path / "figures").iterdir())) == 4
+    row = results["tables"]["plane"][0]
+    assert (round(row["momentum: norm"], 3), row["momentum: steps"]) == (4.331, 94)
+    assert (round(row["SGDP: norm"], 3), row["SGDP: steps"]) == (1.209, 22)
+    assert (round(row["SGDP, official buffer: norm"], 3), row["SGDP, official buffer: steps"]) == (1.347, 36)
+
+
+def test_the_study_with_attacks_resumes_after_a_kill(tmp_path):
+    arguments = ("--seeds", 1, "--attack", "linf")
+    whole = script("adamp_imagenet", tmp_path / "whole", *arguments, "--figures", tmp_path / "figures")
+    row = whole["tables"]["main"][1]
+    assert row["paper, attacked"] == 66.28 and 0 <= row["attacked"] <= row["top-1"] + 5
+    assert len(list((tmp_path / "figures").iterdir())) == 2
+    part = subprocess.Popen([sys.executable, str(ROOT / "benchmarks" / "adamp_imagenet.py"), "--preset", "tiny", "--threads", "1",
+                             "--out", str(tmp_path / "part"), *map(str, arguments), "--checkpoint-seconds", "0"],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list((tmp_path / "part").glob("adamp-seed0-*.pt")):
+        assert part.poll() is None
+    part.kill()
+    part.communicate()
+    assert script("adamp_imagenet", tmp_path / "part", *arguments, "--resume")["results"] == whole["results"]
+
+
+def test_speed_script(tmp_path):
+    results = script("speed_adamp", tmp_path)
+    assert {row["optimiser"] for row in results["tables"]["AdamP"]} >= {"AdamW fused", "AdamP", "AdamP foreach"}
 
 # ---------------------------------------------------------------- GPU
 
