@@ -34,8 +34,7 @@ class Recipe(NamedTuple):
     views: tuple[int, int]                            # clips and crops of a test video
 
 
-# paper: SlowFast's for Kinetics; no flip for Something
-RECIPES = {
+RECIPES = {                                           # paper: SlowFast's; never a flip for SSv2
     "paper": {"dense": Recipe("dense", 8, 8, 224, (256, 320), 0.5, 196, 34, (10, 3)),
               "segments": Recipe("segments", 8, 1, 224, (256, 320), 0.0, 50, 2, (2, 3))},
     "default": {"dense": Recipe("dense", 8, 8, 112, (128, 160), 0.5, 30, 3, (3, 1)),
@@ -67,8 +66,7 @@ def fit_real(run: harness.Run, setting: Setting, recipe: Recipe, seed: int, inde
     transform = video_frames.ClipTransform(recipe.size, True, recipe.jitter, recipe.flip,
                                            augment=augment)
     videos = video_frames.VideoFolder(index, recipe.frames, recipe.stride, recipe.mode, True,
-                                      transform,
-                                      root=root)
+                                      transform, root=root)
     classes, batch = int(videos.labels.max()) + 1, run.args.batch_size
     loader = video_frames.VideoLoader(
         videos, max(2, batch // run.world_size), shuffle=True, seed=seed, workers=run.args.workers,
@@ -94,15 +92,14 @@ def load_fitting(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Load what has the model's names and shapes (a classifier of other classes stays out)."""
     state = video_resnet.tsm_names(state.get("model_state", state.get("state_dict", state)))
     own = model.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own
-               and own[name].shape == value.shape}
+    fitting = {name: value for name, value in state.items()
+               if name in own and own[name].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
     return sorted(set(own) - set(fitting))
 
 
 def every_real(run: harness.Run, train_and_measure: Callable) -> Results:
-    """`train_and_measure(setting, recipe, seed)` for all networks, augmentations and seeds of the
-    table."""
+    """`train_and_measure(setting, recipe, seed)` for every network, augmentation and seed."""
     networks, methods = REAL[run.args.table]
     results = {}
     for seed in run.seeds:
@@ -125,8 +122,7 @@ def classify(run: harness.Run) -> None:
     def train_and_measure(setting: Setting, recipe: Recipe, seed: int) -> dict[str, float]:
         model = fit_real(run, setting, recipe, seed, data / "train.txt", data)
         clips, crops = recipe.views
-        # as large as the short side: fully convolutional
-        side = recipe.jitter[0]
+        side = recipe.jitter[0]                       # the whole short side: fully convolutional
         videos = video_frames.VideoFolder(
             data / "val.txt", recipe.frames, recipe.stride, recipe.mode, num_clips=clips,
             transform=video_frames.ClipTransform(side, crops=crops))
@@ -197,8 +193,7 @@ class KeyframeClips(torch.utils.data.Dataset):
     pixels and targets (N, 80) of the people in the middle frame."""
 
     def __init__(self, moments: list[video_annotations.Keyframe], root: harness.Path,
-                 recipe: Recipe,
-                 fps: float):
+                 recipe: Recipe, fps: float):
         self.moments, self.root, self.recipe, self.fps = moments, root, recipe, fps
         self.size = (round(recipe.jitter[0] * 4 / 3), recipe.jitter[0])
 
@@ -210,8 +205,8 @@ class KeyframeClips(torch.utils.data.Dataset):
         video = video_frames.open_video(self.root / moment.video)
         middle = int((moment.seconds - AVA_START) * self.fps)
         around = middle + (np.arange(recipe.frames) - recipe.frames // 2) * recipe.stride
-        images = video.read(around.clip(0, video.count - 1).tolist(), lambda width,
-                            height: self.size)
+        chosen = around.clip(0, video.count - 1).tolist()
+        images = video.read(chosen, lambda width, height: self.size)
         clip = np.stack([np.asarray(image.resize(self.size)) for image in images])
         boxes = torch.from_numpy(moment.boxes * np.tile(self.size, 2)).float()
         target = torch.zeros(len(boxes), AVA_ACTIONS)
@@ -238,17 +233,15 @@ class BoxNet(nn.Module):
     def forward(self, clips: Tensor, rows: Tensor) -> Tensor:
         maps = self.network.forward_features(clips)
         maps = [m.mean(2) for m in (maps if isinstance(maps, tuple) else (maps,))]
-        pooled = [relabel.roi_align(m, rows, 7, m.shape[-1] / clips.shape[-1],
-                                    aligned=True).amax((2, 3))
-                  for m in maps]
+        scales = [m.shape[-1] / clips.shape[-1] for m in maps]
+        pooled = [relabel.roi_align(m, rows, 7, scale, aligned=True).amax((2, 3))
+                  for m, scale in zip(maps, scales)]
         return self.head(torch.cat(pooled, 1))
 
 
 def train_boxes(model: BoxNet, loader: torch.utils.data.DataLoader, epochs: int, lr: float,
-                seed: int,
-                resume: dict | None = None) -> Iterator[dict]:
-    """SGD with a cosine on the sigmoid cross-entropy; snapshots as `vm.train`, at the end of an
-    epoch."""
+                seed: int, resume: dict | None = None) -> Iterator[dict]:
+    """SGD with a cosine on the sigmoid cross-entropy; yields and snapshots like `vm.train`."""
     device, total, step = next(model.network.parameters()).device, epochs * len(loader), 0
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     if resume is not None:
@@ -301,13 +294,13 @@ def actions_of_boxes(run: harness.Run) -> None:
                 loaders = [torch.utils.data.DataLoader(
                     videos, args.batch_size, shuffle=videos is train, num_workers=args.workers,
                     collate_fn=collate, generator=torch.Generator()) for videos in (train, test)]
-                model(*as_input(next(iter(loaders[1])), run.device))      # gives the head its size
+                with torch.no_grad():                 # gives the head its size
+                    model.eval()(*as_input(next(iter(loaders[1])), run.device))
                 nn.init.normal_(model.head.weight, 0, 0.01,
                                 generator=torch.Generator().manual_seed(seed))
                 nn.init.zeros_(model.head.bias)
-                steps = train_boxes(model, loaders[0], recipe.epochs, 0.1 * args.batch_size / 64,
-                                    seed,
-                                    run.resumed(name))
+                rate = 0.1 * args.batch_size / 64
+                steps = train_boxes(model, loaders[0], recipe.epochs, rate, seed, run.resumed(name))
                 run.drive(name, steps, total=recipe.epochs * len(loaders[0]))
                 row = run.record(name, {"mAP@0.5": 100 * box_map(model, loaders[1], known)})
             results.setdefault(setting, []).append(row)

@@ -55,8 +55,7 @@ def find_ffmpeg() -> str:
 
 
 def extract(src: str | Path, dst: str | Path, short_side: int | None = 340,
-            fps: float | None = None,
-            quality: int = 2) -> int:
+            fps: float | None = None, quality: int = 2) -> int:
     """Write the frames of a video as dst/img_00001.jpg, ...; returns their number.
 
     short_side: pixels of the shorter side (None: as it is); fps: frames per second (None: every
@@ -96,14 +95,12 @@ def _write_with_ffmpeg(src: Path, folder: Path, short_side: int | None, fps: flo
     if short_side is not None:
         filters.append(f"scale='if(lt(iw,ih),{short_side},-2)':'if(lt(iw,ih),-2,{short_side})'")
     options = ["-vf", ",".join(filters)] if filters else []
-    # without a rate, frames must pass as they are: by default ffmpeg repeats some for a constant
-    # rate
+    # without a rate, frames must pass as they are; by default some are repeated for a constant rate
     for passing in ([],) if fps is not None else (["-fps_mode", "passthrough"], ["-vsync", "0"]):
         done = subprocess.run(
             [find_ffmpeg(), "-nostdin", "-hide_banner", "-loglevel", "error", "-i", str(src),
-             *options,
-             *passing, "-q:v", str(quality), "-start_number", "1", str(folder / "img_%05d.jpg")],
-            capture_output=True, text=True)
+             *options, *passing, "-q:v", str(quality), "-start_number", "1",
+             str(folder / "img_%05d.jpg")], capture_output=True, text=True)
         if "fps_mode" not in done.stderr:             # the other name is for ffmpeg before 5.1
             break
     message = " / ".join(done.stderr.strip().splitlines()[-2:])
@@ -405,6 +402,8 @@ class VideoFolder:
 
     def indices(self, frames: int, generator: torch.Generator | None = None) -> list[list[int]]:
         """The frames of each clip of a video with that many frames."""
+        if generator is None and self.train:
+            generator = torch.default_generator
         if self.mode == "segments":
             places = [(i + 0.5) / self.num_clips for i in range(self.num_clips)]
             return [segment_indices(frames, self.clip_len, generator if self.train else None, at)
@@ -424,8 +423,7 @@ class VideoFolder:
         views = torch.from_numpy(np.stack(views))
         return views[0] if len(views) == 1 else views
 
-    # for Loader: hand over the video, not its pixels
-    clip.takes_encoded = True
+    clip.takes_encoded = True             # for Loader: hand over the video, not its pixels
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.clip(self.open(index)), int(self.labels[index])
