@@ -382,7 +382,8 @@ def claims_of(results, paper=None):
     for method in ("label-smoothing", "mixup", "cutmix"):
         add(f"{method} lowers the confidence", "confidence", method)
     if "baseline" in results:
-        gains = {m: [{"ece": row["ece_held"] - row["ece_T"]} for row in results[m]] for m in results}
+        gains = {method: [{"ece": row["ece_held"] - row["ece_T"]} for row in rows_]
+                 for method, rows_ in results.items()}
         gain, width = mean_of(gains["baseline"], "ece"), margin(gains, "ece") / 2**0.5
         values = [show(results["baseline"], key) for key in ("ece_T", "ece_held")]
         rows.append({"claim": "a temperature lowers the ECE of the baseline", "paper": "",
