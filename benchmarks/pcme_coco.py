@@ -69,7 +69,7 @@ PRESETS = {
         word_dim=128,
         batch=32,
         k=2,
-        epochs=(6,),
+        epochs=(4,),
         shift=5.0,
         crop=0.7,
         **AUGMENTED,

@@ -805,7 +805,7 @@ ROWS = 64                                    # queries ranked at once: bounds th
 
 
 def _similarity(sim) -> Tensor:
-    sim = _wide(torch.as_tensor(sim))
+    sim = _wide(torch.as_tensor(sim).detach())
     if sim.ndim != 2 or 0 in sim.shape:
         raise ValueError(f"sim must be non-empty (queries, gallery), got {tuple(sim.shape)}")
     if not all(torch.isfinite(part).all() for part in sim.split(ROWS)):

@@ -505,6 +505,14 @@ def test_ties_keep_the_gallery_order():
         assert pcme.r_precision(sim, positives) == float(place == 0)
 
 
+def test_scores_that_carry_gradients_can_be_judged():
+    sim = torch.randn(4, 8, generator=rng(), requires_grad=True)
+    owner = torch.arange(8) // 2
+    assert pcme.pmrp(sim, np.eye(4), owner, zetas=(0,))["i2t_pmrp"] >= 0
+    assert pcme.coco_recalls(sim, torch.arange(4), owner, 2).keys() > {"nfold_t2i_recall_1"}
+    assert 0 <= pcme.r_precision(sim, owner == torch.arange(4)[:, None]) <= 1
+
+
 def test_random_rankings_have_r_precision_r_over_n():
     sim = torch.rand(400, 200, generator=rng())
     labels = torch.arange(200) % 4
