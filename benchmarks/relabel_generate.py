@@ -17,6 +17,7 @@ the teacher's own prediction.
 import hashlib
 import time
 
+import figures
 import harness
 import numpy as np
 import torch
@@ -202,6 +203,17 @@ class OneHot:
             yield images, torch.nn.functional.one_hot(labels, self.num_classes).float()
 
 
+def picture(path, images: torch.Tensor, topk: torch.Tensor, names, num_classes: int) -> None:
+    """Images (N, 3, S, S) uint8, each followed by its two strongest classes' maps."""
+    dense = relabel.get_labelmaps(topk, num_classes)
+    pictures, titles = [], []
+    for image, scores in zip(images, dense):
+        best = scores.amax((1, 2)).topk(min(2, num_classes)).indices.tolist()
+        pictures += [image, *(figures.overlay(image, scores[c], 0.7) for c in best)]
+        titles += ["image", *(str(names[c]) for c in best)]
+    figures.image_grid(path, pictures, titles, columns=2 * (1 + len(best)), cell=70)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=("default", "tiny"))
     parser.add_argument("--arch", default="resnet50")
@@ -236,6 +248,10 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         pixels = normalize(images, *MEAN_STD)
         gap = float((dense(pixels).mean((2, 3)) - model.eval()(pixels)).abs().max())
+    if run.figures and run.is_main:
+        classes = getattr(dataset, "classes", None) or synthetic.COLORED_CLASSES
+        picture(run.figures / "relabel_maps.png", images[:4].cpu(), maps[rows[:4]], classes,
+                num_classes)
     seconds = spent["seconds"]
     other = 1 - spent["teacher seconds"] / seconds if seconds else None
     table = [{"images": len(maps), "teacher": f"{arch}, {size} px", "top": maps.meta["k"],

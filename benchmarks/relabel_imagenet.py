@@ -4,7 +4,7 @@
     python benchmarks/relabel_imagenet.py --seeds 3        # claims are judged from 3 seeds on
     python benchmarks/relabel_imagenet.py --maps teacher   # not an oracle's: a trained teacher's
     python benchmarks/relabel_imagenet.py --epochs 90 --methods relabel relabel+cutmix --seeds 3
-    python benchmarks/relabel_imagenet.py --data imagenet100_32 --preset small --classes 20 \
+    python benchmarks/relabel_imagenet.py --data imagenet100_32 --preset small --classes 8 \
         --images 150 --seeds 2 --robustness
     torchrun --nproc_per_node=8 benchmarks/relabel_imagenet.py --data /data/imagenet \
         --preset paper --arch resnet50 --store maps --methods one-hot relabel relabel+cutmix \
@@ -83,7 +83,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "default": Preset("small-8", 24, 64, "small-16", 32, 15, 20, 64, 0.1, 5e-4, 1, 2),
     "tiny": Preset("small-4", 16, 32, "small-4", 16, 1, 1, 32, 0.1, 5e-4, 0, 0),
-    "small": Preset("small-8", 24, 64, "small-16", 32, 6, 10, 64, 0.1, 5e-4, 1, 1),
+    "small": Preset("small-8", 24, 64, "small-16", 32, 16, 25, 64, 0.1, 5e-4, 1, 3),
     "paper": Preset("resnet50", 224, 475, "resnet50", 224, 300, 300, 1024, 0.1, 1e-4, 5, 5),
 }
 

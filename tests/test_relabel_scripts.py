@@ -73,7 +73,8 @@ def test_maps_of_a_teacher_serve_the_study_and_another_set_is_refused(tmp_path, 
     assert results["results"]["generation"]["images"] == 128
     with pytest.raises(ValueError, match="training images of cleaning do not fill a batch of 32"):
         run("relabel_imagenet", tmp_path / "a", "--maps", "teacher", "--methods", "cleaning")
-    generated = run("relabel_generate", tmp_path / "b")
+    generated = run("relabel_generate", tmp_path / "b", "--figures", tmp_path / "figures")
+    assert (tmp_path / "figures" / "relabel_maps.png").exists()
     assert generated["claims"][0]["holds"] and generated["tables"]["store"][0]["images"] == 64
     (store,) = (tmp_path / "b").glob("store-*")
     with pytest.raises(ValueError, match="the store holds 64 maps, the training set 128 images"):
