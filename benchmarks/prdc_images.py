@@ -1,6 +1,6 @@
 """Precision, recall, density and coverage of images: do they react as the paper says, in every embedding?
 
-    python benchmarks/prdc_images.py --figures figures                     # procedural glyphs, about three minutes
+    python benchmarks/prdc_images.py --figures figures                     # procedural glyphs, about a minute
     python benchmarks/prdc_images.py --data imagenet100_32                 # ImageNet layout: val split against itself and others
     python benchmarks/prdc_images.py --real CelebA/img_align_celeba --fake samples --preset paper --weights vgg16-397923af.pth
     python benchmarks/prdc_images.py --real-features real.npz --fake-features fake.npz
@@ -34,7 +34,7 @@ from reference import vgg
 from reference.prdc import METRICS, PRDC, bootstrap_prdc, expected_coverage
 
 # images per set, side, width and hidden units of the VGG, steps of the autoencoder
-PRESETS = {"default": (1000, 32, 16, 256, 400), "small": (2000, 32, 16, 256, 400), "tiny": (60, 32, 4, 16, 4),
+PRESETS = {"default": (600, 32, 16, 256, 300), "small": (2000, 32, 16, 256, 400), "tiny": (60, 32, 4, 16, 4),
            "paper": (10_000, 224, 64, 4096, 20_000)}
 PSI = (1.0, 0.7, 0.4)
 

@@ -229,6 +229,7 @@ class _Candidates:
     def add(self, lower: Tensor, first_row: int, first_column: int) -> None:
         """Those of a block that may count."""
         limit = self.limit[first_row:first_row + len(lower)].to(lower.dtype)
+        limit = limit.clamp(max=torch.finfo(lower.dtype).max)             # no row is its neighbour
         i, j = (lower <= limit.unsqueeze(1)).nonzero(as_tuple=True)
         least = lower[i, j].to(torch.float64)
         i, j = i + first_row, j + first_column
@@ -248,15 +249,12 @@ class _Candidates:
         keep = lower <= self.limit[row]
         row, column, lower, upper = row[keep], column[keep], lower[keep], upper[keep]
         if len(row) > self.enough // 2 and self.screen.exact:
-            lower = self.exact(row, column)
+            lower = _exact_distances(self.points, row, self.points, column, self.screen.pairs)
             order, rank = _rank_in_groups(row, lower)
             order = order[rank < self.kmax]                   # of equal distances any will do
             row, column, lower = row[order], column[order], lower[order]
             upper = lower
         self.found, self.size = [(row, column, lower, upper)], len(row)
-
-    def exact(self, row: Tensor, column: Tensor) -> Tensor:
-        return _exact_distances(self.points, row, self.points, column, self.screen.pairs)
 
     def kth(self, ks: list[int]) -> Tensor:
         """The k-th smallest distances (K, rows); exact ones only of those that may be the k-th."""
@@ -266,7 +264,8 @@ class _Candidates:
         if self.screen.exact:
             least, most = _kth(row, lower, ks, count), _kth(row, upper, ks, count)
             close = ((upper >= least[:, row]) & (lower <= most[:, row])).any(0).nonzero().squeeze(1)
-            value[close] = self.exact(row[close], column[close])
+            value[close] = _exact_distances(self.points, row[close], self.points, column[close],
+                                            self.screen.pairs)
         return _kth(row, value, ks, count).clamp_(min=0)
 
 
@@ -491,8 +490,12 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
         real, fake = _gather(real, group), _gather(fake, group)
     with_recall = bool({"recall", "f_score"} & set(metrics))
     _check_sets(real, fake, max(ks), with_recall)
-    if rank == 0:
-        _warn(len(real), len(fake), max(ks), same)
+    n, m, k = len(real), len(fake), max(ks)
+    if rank == 0 and same:
+        warnings.warn("real_features and fake_features are the same tensor", stacklevel=3)
+    elif rank == 0 and (n < 1000 or n != m):
+        warnings.warn(f"{n} real and {m} fake rows: for equal distributions expect a coverage of "
+                      f"{expected_coverage(k, n, m):.4f} at nearest_k = {k}", stacklevel=3)
 
     screen = _Screen(real.shape[1], real.device, options["precision"], options["memory_budget"])
     center, scale = _center_and_scale(real, fake, screen.pairs)
@@ -531,10 +534,10 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
 
     per_fake, per_real = counts["per_fake"].cpu(), counts["per_real"].cpu()
     recalled = counts["recalled"].cpu().bool()
-    every = {"precision": [(c > 0).sum().item() / len(fake) for c in per_fake],
-             "recall": [c.sum().item() / len(real) for c in recalled],
-             "density": [c.sum().item() / (k * len(fake)) for k, c in zip(ks, per_fake)],
-             "coverage": [(c > 0).sum().item() / len(real) for c in per_real]}
+    every = {"precision": [(c > 0).sum().item() / m for c in per_fake],
+             "recall": [c.sum().item() / n for c in recalled],
+             "density": [c.sum().item() / (k * m) for k, c in zip(ks, per_fake)],
+             "coverage": [(c > 0).sum().item() / n for c in per_real]}
     every["f_score"] = [2 * p * r / (p + r) if p + r else 0.0
                         for p, r in zip(every["precision"], every["recall"])]
     result: dict[str, Any] = {name: value for name, value in every.items() if name in metrics}
@@ -557,29 +560,21 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
 
 def compute_nearest_neighbour_distances(input_features: Any, nearest_k: int) -> Any:
     """Distance (N,) float64 to the k-th nearest other row (official name). numpy in, numpy out."""
-    ks = _check_k(nearest_k)
     if _is_several(nearest_k):
         raise ValueError(f"nearest_k must be one positive integer here, not {nearest_k!r}")
     z = _features(input_features, "input_features", None)
-    squared, scale = _radii_alone(z, ks)
+    squared, scale = _radii_alone(z, nearest_k)
     radii = squared[0].sqrt() / scale
     return radii if isinstance(input_features, Tensor) else radii.numpy()
 
 
-def _radii_alone(z: Tensor, ks: list[int], precision: str = "screened",
-                 memory_budget: int | None = None) -> tuple[Tensor, float]:
+def _radii_alone(z: Tensor, nearest_k: Any, **options: Any) -> tuple[Tensor, float]:
     """Squared radii (K, N) of one set, and the scale they are in."""
-    _check_sets(z, z, max(ks), False)
-    screen = _Screen(z.shape[1], z.device, precision, memory_budget)
-    points = _Points(z, *_center_and_scale(z, z[:0], screen.pairs), screen.pairs)
-    _number_equal_points([points], screen.pairs)
-    with _true_float32(z.device):
-        steps = _squared_radii(points, ks, screen, range(len(z)), "radii")
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value, points.scale
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in iter_prdc(z, z[:1], nearest_k, metrics="density", **options):
+            pass
+    return step["real_radii"]
 
 
 def compute_pairwise_distance(data_x: Any, data_y: Any = None) -> Any:
@@ -722,8 +717,8 @@ class PRDC:
                              "update(features, real=True) first")
         real = torch.cat(self._real)
         if self._radii is None:
-            self._radii = _radii_alone(real, ks, self.options["precision"],
-                                       self.options["memory_budget"])
+            self._radii = _radii_alone(real, ks, precision=self.options["precision"],
+                                       memory_budget=self.options["memory_budget"])
         rows = real.cpu().float() if real.dtype == torch.bfloat16 else real.cpu()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -835,15 +830,6 @@ def _check_sets(real: Tensor, fake: Tensor, kmax: int, with_recall: bool) -> Non
         bad = sum(int((~part.isfinite()).any(1).sum()) for part in z.split(1024))
         if bad:
             raise ValueError(f"{name} has {bad} rows with NaN or infinite values, of {len(z)}")
-
-
-def _warn(num_real: int, num_fake: int, k: int, same: bool) -> None:
-    if same:
-        warnings.warn("real_features and fake_features are the same tensor", stacklevel=4)
-    elif num_real < 1000 or num_real != num_fake:
-        warnings.warn(f"{num_real} real and {num_fake} fake rows: for equal distributions expect a "
-                      f"coverage of {expected_coverage(k, num_real, num_fake):.4f} at "
-                      f"nearest_k = {k}", stacklevel=4)
 
 
 def _gather(rows: Tensor, group: Any) -> Tensor:

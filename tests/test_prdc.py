@@ -120,12 +120,33 @@ def test_exact_on_difficult_data(name, ties):
             assert_equal(compute_prdc(real, fake, k, ties=ties, details=True, **options), expected)
 
 
+def test_exact_on_random_mixtures_of_difficulties():
+    for seed in range(40):
+        g = seeded(seed)
+        n, m, d = (int(torch.randint(low, high, (), generator=g)) for low, high in ((20, 150), (20, 150), (1, 40)))
+        real, fake = (torch.randn(size, d, generator=g, dtype=torch.float64) for size in (n, m))
+        if seed % 4 == 0:                                     # few values: ties everywhere
+            real, fake = (z.sign().long() for z in (real, fake))
+        elif seed % 4 == 1:                                   # copies, far from 0
+            real = real[torch.randint(n // 3, (n,), generator=g)] + 1e4
+            fake = torch.cat([real[:m // 2], fake + 1e4])[:m]
+        elif seed % 4 == 2:                                   # columns of very different scales, outliers
+            scale = 10.0 ** torch.linspace(-20, 5, d, dtype=torch.float64)
+            real, fake = real * scale, fake * scale
+            real[0] *= 1e6
+        k, budget = int(torch.randint(1, 19, (), generator=g)), (1, 20_000, None)[seed % 3]
+        for ties in ("strict", "inclusive"):
+            expected = brute_force(real, fake, k, ties)
+            assert_equal(compute_prdc(real, fake, k, ties=ties, details=True, memory_budget=budget), expected)
+
+
 def test_several_k_equal_separate_calls():
     real, fake = normal(120, 5), normal(90, 5, seed=1)
     for options in ({}, {"ties": "inclusive", "memory_budget": 3000}):
-        together = compute_prdc(real, fake, [3, 1, 20], details=True, **options)
+        options = {"details": True, "realism": True} | options
+        together = compute_prdc(real, fake, [3, 1, 20], **options)
         for position, k in enumerate((3, 1, 20)):
-            single = compute_prdc(real, fake, k, details=True, **options)
+            single = compute_prdc(real, fake, k, **options)
             for name, value in single.items():
                 assert torch.equal(together[name][position], value) if isinstance(value, torch.Tensor) else together[name][position] == value
     assert list(compute_prdc(real, fake, np.array([2]))) == list(METRICS)
@@ -277,6 +298,9 @@ def test_batches_reset_cache_and_state(tmp_path):
         metric.compute()
     with pytest.raises(ValueError, match="needs real rows"):
         metric.cache_real(tmp_path / "none.npz")
+    (tmp_path / "other.npz").write_bytes(b"something")
+    with pytest.raises(ValueError, match="other.npz was not written by cache_real"):
+        metric.cache_real(tmp_path / "other.npz")
     metric.update(real, True)
     with pytest.raises(ValueError, match="3 columns"):
         metric.update(torch.zeros(2, 3), False)
@@ -341,10 +365,12 @@ rank, world = dist.get_rank(), dist.get_world_size()
 g = torch.Generator().manual_seed(0)
 real, fake = torch.randn(203, 5, generator=g), torch.randn(150, 5, generator=g).round(decimals=1)
 mine = slice(0, 203) if rank == 0 else slice(203, 203)
+nothing = torch.zeros(0, 5)                     # of another type than the rows of the other process
 cut = 90
 part = slice(0, cut) if rank == 0 else slice(cut, 150)
 alone = compute_prdc(real, fake, [2, 5], details=True, realism=True)
-shared = compute_prdc(real[mine], fake[part], [2, 5], details=True, realism=True, group=dist.group.WORLD, memory_budget=5000)
+real = real.double()
+shared = compute_prdc(real if rank == 0 else nothing, fake[part], [2, 5], details=True, realism=True, group=dist.group.WORLD, memory_budget=5000)
 for name, value in alone.items():
     assert torch.equal(shared[name], value) if torch.is_tensor(value) else shared[name] == value, name
 metric = PRDC(5, group=dist.group.WORLD)
@@ -398,6 +424,11 @@ def test_errors_name_the_numbers():
     assert compute_prdc(good, good[:3] + 0.1, 3, metrics=["density"])["density"] > 0      # M <= k is fine without recall
     with pytest.raises(ValueError, match="positive integer"):
         PRDC(nearest_k=0)
+    with pytest.raises(TypeError, match="unknown option 'tie'; there are metrics, ties"):
+        PRDC(5, tie="strict")
+    for function in (prdc.bootstrap_prdc, lambda a, b, k: prdc.compute_nearest_neighbour_distances(a, k)):
+        with pytest.raises(ValueError, match="one positive integer"):
+            function(good, good, [2, 3])
     with pytest.raises(ValueError, match="columns|features per row"):
         prdc.compute_pairwise_distance(good, good[:, :2])
 
