@@ -33,7 +33,6 @@ lam CE(z, y) + (1 - lam) CE(z, y[perm]) = `mixed_cross_entropy`. Each function d
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
