@@ -8,7 +8,8 @@
 
 DIR holds the images and metadata/{train,val,test} (or metadata/DATASET/...) as data_tools/wsol_data.py describes them.
 Of "train" only the class labels are used. "val" is the small full supervision, boxes or masks: every method gets the
-same number of random trials, the best by "val", last checkpoint, is evaluated on "test". Without a "test" folder,
+same number of random trials (the first with the published defaults but for the learning rate, except with --preset
+paper), the best by "val", last checkpoint, is evaluated on "test". Without a "test" folder,
 --shots images of a class are the full supervision and the rest of "val" is the test. The few-shot baseline (FSL)
 trains on the same fully supervised images, a fifth of them held out to choose its learning rate.
 
@@ -45,6 +46,9 @@ PAPER = {  # cam, has, acol, spg, adl, cutmix, few-shot, centre
 EMBEDDED = {"default": dict(size=48, train=1000, test=500, epochs=5, trials=4, width=8, shots=5),
             "tiny": dict(size=32, train=64, test=24, epochs=1, trials=1, width=4, shots=2)}
 BASELINES = ("fewshot", "centre")
+DEFAULTS = {  # the public code's, for the first of few trials: two bad draws in a row say nothing about a method
+    **{key: value for key, value in wsol.CONFIG.items() if key.startswith(("has_", "cutmix_", "spg_"))},
+    "acol_drop_threshold": 0.7, "adl_drop_rate": 0.75, "adl_drop_threshold": 0.9}
 STATISTICS = (IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -186,6 +190,7 @@ class Task:
     seed: int
     weights: dict | None = None              # of torchvision's backbone, or of the pretrained small CAM network
     workers: int = 0
+    defaults_first: bool = True              # the first trial draws the learning rate only (paper: all is drawn)
 
     def network(self, method: str, trial: dict) -> nn.Module:
         generator = torch.Generator().manual_seed(self.seed)
@@ -223,6 +228,13 @@ class Task:
         if "has_grid_size" in space:                           # up to the whole image side, as 224 in the paper
             space["has_grid_size"] = ("integer", 1, self.train.size)
         return space
+
+    def trial(self, method: str, number: int) -> dict:
+        """Trial `number` of the search, which depends on the seed and the number alone."""
+        trial = wsol_evaluation.sample_trial(self.space(method), np.random.default_rng([self.seed, number]))
+        if number == 0 and self.defaults_first:
+            trial |= {key: DEFAULTS[key] for key in trial if key in DEFAULTS}
+        return trial
 
 
 # ---------------------------------------------------------------- training and evaluation
@@ -326,7 +338,7 @@ def search(run: harness.Run, task: Task, method: str) -> dict:
         shots, tune = held_out(task.val)
     for number in range(task.trials):
         name = f"{method}-seed{task.seed}-trial{number}"
-        trial = wsol_evaluation.sample_trial(task.space(method), np.random.default_rng([task.seed, number]))
+        trial = task.trial(method, number)
         row = run.recorded(name)
         if row is None:
             network = fit(run, task, name, method, trial, shots)
@@ -392,7 +404,7 @@ def real_task(run: harness.Run, args, seed: int) -> Task:
                   weight_decay=1e-4 if args.arch in ("resnet50", "small") else 5e-4)
     task = Task(train, val, test, len(classes) if classes else top, args.arch, args.width,
                 "pxap" if val.masks else "v2", recipe, (1e-5, 1.0) if paper else (1e-4, 1e-2),
-                args.trials or (30 if paper else 3), seed, workers=args.workers)
+                args.trials or (30 if paper else 3), seed, workers=args.workers, defaults_first=not paper)
     if args.weights:
         task.weights = torch.load(args.weights, map_location="cpu", weights_only=True)
     elif small and args.pretrain:
@@ -571,6 +583,7 @@ def main(argv=None):
     add("--per-class", type=int, default=0, help="keep this many training images of a class (0: all)")
     add("--shots", type=int, default=0, help="tuning images per class (paper: ImageNet 10, others 5; 0: all)")
     add("--pretrain", type=int, default=0, help="epochs of the small network on all training labels beforehand")
+    add("--no-sweeps", action="store_true", help="scenes: the main table without the background and supervision sweeps")
     run = harness.start(parser, argv)
     args = run.args
     if args.preset == "paper" and not args.data:
@@ -588,9 +601,9 @@ def main(argv=None):
         results[seed] = rows
         if seed == run.seeds[0] and run.figures and task.test.split.boxes:
             pictures(run, task, rows)
-        if not args.data:
-            if seed == run.seeds[0]:
-                tables["gradient maps of the CAM network, 200 test images"] = gradients(run, task, rows["cam"]["trial"])
+        if seed == run.seeds[0] and not args.data:
+            tables["gradient maps of the CAM network, 200 test images"] = gradients(run, task, rows["cam"]["trial"])
+        if not args.data and not args.no_sweeps:
             sweeps.append(background_sweep(run, task, rows, axes["rho"], preset))
             curves.append(supervision_curve(run, task, rows, axes["shots"], preset))
     finish(run, task, results, sweeps, curves, tables, axes)
