@@ -1,5 +1,6 @@
 """Neural Hybrid Automata: Learning Dynamics with Multiple Modes and Stochastic Transitions
-(Poli*, Massaroli*, Scimeca, Oh, Chun, Yamashita, Asama, Park, Garg; NeurIPS 2021, arXiv:2106.04165).
+(Poli*, Massaroli*, Scimeca, Oh, Chun, Yamashita, Asama, Park, Garg; NeurIPS 2021,
+arXiv:2106.04165).
 
 A stochastic hybrid system follows one of several vector fields, its mode z, and jumps at events:
 
@@ -10,7 +11,7 @@ A stochastic hybrid system follows one of several vector fields, its mode z, and
 NHA learns one from trajectories without knowing the modes, how many there are, or why they switch:
 
     1. segment the trajectories at events                                    segment, pack_pieces
-    2. encoder: piece -> one-hot mode q (straight-through categorical);      ModeEncoder, ModeDecoder
+    2. encoder: piece -> one-hot mode q (straight-through categorical);     ModeEncoder, ModeDecoder
        decoder: dx/dt = sum_j q_j f_j(x); both trained by reconstruction     train_mode_recovery
     3. a normalizing flow per pair of modes for the time to the next event   EventModule,
        p(tau, z' | z), and a jump map; then the model generates              NHA.generate
@@ -20,9 +21,9 @@ failures belong to each sample of a batch (`odeint`, `odeint_event`), hybrid sim
 (`odeint_hybrid`), systems with exact laws (`RenoTCP`), spline flows (`ConditionalFlow1d`).
 Copy the solver part ("ODE solvers" to "events") alone if that is all you need.
 
-Conventions: states are (B, n), solutions (T, B, n), times float64 whatever the state's dtype. Fields,
-guards, intensities and jumps are row-wise functions of (t (B,), x (B, n)); they may be called on a
-subset of the rows, so constants of a sample belong into its state, with derivative 0.
+Conventions: states are (B, n), solutions (T, B, n), times float64 whatever the state's dtype.
+Fields, guards, intensities and jumps are row-wise functions of (t (B,), x (B, n)); they may be
+called on a subset of the rows, so constants of a sample belong into its state, with derivative 0.
 
 >>> solution = odeint(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0, 2.0])
 >>> [round(v, 4) for v in solution.ys[:, 0, 0].tolist()]
@@ -58,10 +59,11 @@ def _check_positive(**values: float | None) -> None:
 
 
 # ---- ODE solvers ---------------------------------------------------------------------------------
-# Runge-Kutta: k_i = f(t + c_i h, y + h sum_j a_ij k_j), y(t + h) = y + h sum_i b_i k_i; the rows below
-# are a_2, a_3, ...; the last row of an adaptive method is also b, so that its last stage is the first
-# of the next step. `error` = b - b_hat. `mid`: weights of y(t + h/2), which with both end points and
-# slopes fix a quartic; tsit5 has its own quartic: the coefficients of theta^2..theta^4 per stage.
+# Runge-Kutta: k_i = f(t + c_i h, y + h sum_j a_ij k_j), y(t + h) = y + h sum_i b_i k_i; the rows
+# below are a_2, a_3, ...; the last row of an adaptive method is also b, so that its last stage is
+# the first of the next step. `error` = b - b_hat. `mid`: weights of y(t + h/2), which with both end
+# points and slopes fix a quartic; tsit5 has its own quartic: the coefficients of theta^2..theta^4
+# per stage.
 METHODS = {
     "euler": dict(order=1, c=[], a=[], b=[1]),
     "midpoint": dict(order=2, c=[1 / 2], a=[[1 / 2]], b=[0, 1]),
@@ -111,7 +113,7 @@ class Tableau(NamedTuple):
     rows: list[Tensor]  # a[i, :i]
     b: Tensor           # (S,)
     error: Tensor       # (S,)
-    dense: Tensor | None  # (S, 4) float64: y(t + theta h) = y + h sum_i (sum_p dense_ip theta^p) k_i
+    dense: Tensor | None  # (S, 4): y(t + theta h) = y + h sum_i (sum_p dense_ip theta^p) k_i
 
 
 @lru_cache(maxsize=64)
@@ -222,16 +224,18 @@ def _first_step(f, t, y, fy, sign, tab, rtol, atol, shared) -> Tensor:
 def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10_000,
            first_step=None, controller="I", watch=None, check_every=None) -> _Steps:
     """Adaptive steps from `start` (B,) over the signed time `span` (B,), every sample at its own
-    pace. Finished samples leave the batch at the next check; on a GPU that is every 8 attempts, since
-    the check is the only point where the host waits. Steps overshoot the end, except under `watch`.
-    Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
+    pace. Finished samples leave the batch at the next check; on a GPU that is every 8 attempts,
+    since the check is the only point where the host waits. Steps overshoot the end, except under
+    `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
     samples, sign, end, t = len(y), span.sign(), span.abs(), start
-    limits = dict(rtol=rtol, atol=atol, shared=shared, controller=controller, check_every=check_every)
+    limits = dict(rtol=rtol, atol=atol, shared=shared, controller=controller,
+                  check_every=check_every)
     unroll = (torch.is_grad_enabled() and watch is None and controller == "I"
               and y.shape[1] <= BATCHED_JACOBIAN)
     if unroll and samples <= SMALL_BATCH:
         with torch.no_grad():
-            steps = _march(f, y, fy, t, span, tab, max_steps=max_steps, first_step=first_step, **limits)
+            steps = _march(f, y, fy, t, span, tab, max_steps=max_steps, first_step=first_step,
+                           **limits)
         y, hk = _trace(f, y, t, steps, tab)
         return steps._replace(y=y, hk=hk)
     every = check_every or (8 if y.is_cuda else 1)
@@ -243,8 +247,8 @@ def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10
     previous, rejected = torch.ones_like(h), torch.zeros_like(h, dtype=torch.bool)
     active, exceeded = end > 0, False
     failed, tried = torch.zeros_like(active), torch.zeros_like(rows)
-    history = [(rows[:0], offset[:0], h[:0], y[:0], y.new_empty(len(tab.c), *y[:0].shape), failed[:0],
-                failed[:0])]
+    history = [(rows[:0], offset[:0], h[:0], y[:0], y.new_empty(len(tab.c), *y[:0].shape),
+                failed[:0], failed[:0])]
     for attempt in itertools.count():
         if attempt % every == 0:
             alive = int(active.sum())
@@ -335,7 +339,8 @@ def _dense_weights(theta: Tensor, tab: Tableau) -> Tensor:
 
 
 def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, tab: Tableau) -> Tensor:
-    """States of `sample` (Q,) at signed times `offset` (Q,) from its start; NaN beyond a failure."""
+    """States of `sample` (Q,) at signed times `offset` (Q,) from its start; NaN beyond a
+    failure."""
     if len(steps.h) == 0:
         return y0[sample]
     distance = offset.detach().abs()
@@ -350,10 +355,11 @@ def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, tab:
     return y.masked_fill(beyond[:, None], math.nan)
 
 
-# Gradients of a solve are those of its accepted steps; a large or wide batch records them as it goes.
-# A small batch would spend its time on the many small calls: there the solve is repeated as one batch. A
-# step's stage inputs are known by then, so f is evaluated on the inputs of ALL steps at once and its
-# Jacobians come from n batched vector products; what remains sequential is one small product per step.
+# Gradients of a solve are those of its accepted steps; a large or wide batch records them as it
+# goes. A small batch would spend its time on the many small calls: there the solve is repeated as
+# one batch. A step's stage inputs are known by then, so f is evaluated on the inputs of ALL steps
+# at once and its Jacobians come from n batched vector products; what remains sequential is one
+# small product per step.
 BATCHED_JACOBIAN = 8            # widest state
 SMALL_BATCH = 64
 
@@ -381,8 +387,8 @@ class _Unroll(torch.autograd.Function):
         later, h = (stages - 1) * total, steps.h.to(grad_y.dtype)[:, None, None]
         first, jacobian = torch.stack(jacobian, 1).split([len(k) - later, later])
         jacobian = jacobian.view(stages - 1, total, n, n) * h
-        # Cotangents of a step's hk and y, as rows: what comes from its own outputs, then what comes from
-        # each component of the cotangents of its end state and of the slope there.
+        # Cotangents of a step's hk and y, as rows: what comes from its own outputs, then what comes
+        # from each component of the cotangents of its end state and of the slope there.
         g, gy = (v.new_zeros(*v.shape[:-1], 1 + 2 * n, n) for v in (grad_hk, grad_y))
         unit = torch.eye(n, dtype=h.dtype, device=h.device)
         g[..., 0, :], gy[:, 0], g[-1, :, 1 + n :] = grad_hk, grad_y, unit / h
@@ -425,9 +431,9 @@ def _trace(f: Callable, y0: Tensor, start: Tensor, steps: _Steps, tab: Tableau):
 
 
 class _Adjoint(torch.autograd.Function):
-    """da/dt = -a^T df/dy backwards with y, restarted from the stored y at every output. Step sizes are
-    controlled by (y, a) only ("seminorm"), so the parameters' integral of a^T df/dtheta is a quadrature
-    over the finished steps, and takes one batched vector product."""
+    """da/dt = -a^T df/dy backwards with y, restarted from the stored y at every output. Step sizes
+    are controlled by (y, a) only ("seminorm"), so the parameters' integral of a^T df/dtheta is a
+    quadrature over the finished steps, and takes one batched vector product."""
 
     @staticmethod
     def forward(ctx, f, y0, times, tab, options, solved, *params):
@@ -458,7 +464,7 @@ class _Adjoint(torch.autograd.Function):
             fs = augmented(times[i].to(s.dtype), s)
             steps = _march(augmented, s, fs, times[i], span, tab, **ctx.options)
             if steps.message:
-                raise RuntimeError(f"adjoint: {steps.message}; grad='backprop' has no backward solve")
+                raise RuntimeError(f"adjoint: {steps.message}; grad='backprop' solves only once")
             a = _interpolate(steps, samples, span, s, tab)[:, n:]
             if params:
                 t, points = _stage_points(steps, times[i], tab)
@@ -478,7 +484,7 @@ class _Adjoint(torch.autograd.Function):
 def _first_slope(f: Callable, t: Tensor, y: Tensor) -> Tensor:
     fy = f(t.to(y.dtype), y)
     if fy.shape != y.shape:
-        raise ValueError(f"f returned shape {tuple(fy.shape)}, the state has shape {tuple(y.shape)}")
+        raise ValueError(f"f returned shape {tuple(fy.shape)}, the state is {tuple(y.shape)}")
     bad = ~fy.detach().isfinite().all(-1)
     if bool(bad.any()):
         raise ValueError(f"f(t0, y0) is not finite for sample {int(bad.nonzero()[0, 0])}")
@@ -519,7 +525,8 @@ def _fixed_step(f: Callable, t: Tensor, h: Tensor, y: Tensor, m: dict) -> Tensor
 
 
 def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tuple[Tensor, int]:
-    """Fixed steps through `times` (T, B): one per interval, or equal ones no longer than step_size."""
+    """Fixed steps through `times` (T, B): one per interval, or equal ones no longer than
+    step_size."""
     ys, count = [y], 0
     for t, t1 in itertools.pairwise(times):
         parts = 1
@@ -542,13 +549,14 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
 
     f(t (B,), y (B, n)) -> (B, n); with vector_time=False t is a scalar. Adaptive methods (bosh3,
     dopri5, tsit5) choose steps for each sample (per_sample=False: one step for the batch, as
-    torchdiffeq) and interpolate at t; fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take one
-    step per interval of t, or steps of at most `step_size`. `max_steps` counts attempts. Gradients
-    (first order):
-        backprop  of the accepted steps, to y0, t and whatever f uses; exact for the numerical solution
+    torchdiffeq) and interpolate at t; fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take
+    one step per interval of t, or steps of at most `step_size`. `max_steps` counts attempts.
+    Gradients (first order):
+        backprop  of the accepted steps, to y0, t and whatever f uses
         adjoint   of a second ODE backwards: memory of the outputs only; to y0, t and `params`
-    on_failure="mask" gives NaN rows from the failure on and stats.success False instead of an error.
-    Solution.dense(t), t scalar or (B,), is any state in between (dense=True, adaptive methods)."""
+    on_failure="mask" gives NaN rows from the failure on and stats.success False instead of an
+    error. Solution.dense(t), t scalar or (B,), is any state in between (dense=True, adaptive
+    methods)."""
     tab, fixed = _check_problem("y0", y0, method), method in FIXED_STEP
     _check_choice("grad", grad, ("backprop", "adjoint", "none"))
     _check_choice("controller", controller, ("I", "PI"))
@@ -574,7 +582,8 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
             ys, count = _fixed(field, y0, times, method, step_size)
             steps = torch.full((len(y0),), count, device=y0.device)
             ok = ys[-1].detach().isfinite().all(-1)
-            return Solution(ys, torch.as_tensor(t), Stats(steps, 0 * steps, len(tab.c) * steps, ok), None)
+            stats = Stats(steps, 0 * steps, len(tab.c) * steps, ok)
+            return Solution(ys, torch.as_tensor(t), stats, None)
     start, span = times[0], times[-1] - times[0]
     limits = dict(rtol=rtol, atol=atol, max_steps=max_steps, controller=controller,
                   shared=not per_sample)
@@ -648,7 +657,8 @@ class _Watch:
             wanted = (self.direction == 0) | (self.direction == new)
             crossed = (new != side) & (side != 0) & wanted & ~hit & ok[:, None]
             hit |= crossed
-            before, bracket = torch.where(crossed, side, before), bracket.masked_fill(crossed, q / 4)
+            before = torch.where(crossed, side, before)
+            bracket = bracket.masked_fill(crossed, q / 4)
             side = new
         self.side[rows] = torch.where(ok[:, None], side, self.side[rows])
         fired = hit.any(-1)
@@ -660,8 +670,8 @@ class _Watch:
 def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits):
     """Solve each sample from `start` to its first event or t_max: (EventResult, steps).
 
-    The root is bracketed on the dense output, then polished by Newton on the true flow (the last step
-    is taken again to the event). With t*, y* of that constant-size step attached to the graph,
+    The root is bracketed on the dense output, then polished by Newton on the true flow (the last
+    step is taken again to the event). With t*, y* of that constant-size step attached to the graph,
         t_event = t* - g(t*, y*) / (g_t + g_y f),   y_event = y* + f(y*) (t_event - t*)
     have the right values (g = 0) and, by the implicit function theorem, the right derivatives."""
     begin, pick = start.detach(), lambda g, index: g.gather(1, index[:, None])[:, 0]
@@ -714,14 +724,15 @@ def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits)
     return EventResult(t_event, y_event, torch.where(fired, which, -1), fired), steps
 
 
-def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, direction=0, method="dopri5",
-                 rtol=1e-9, atol=1e-12, max_steps=10_000, first_step=None, controller="I",
-                 grazing_tol=1e-12) -> EventResult:
-    """First zero of guard(t, y) -> (B,) or (B, E) for every sample on its own, from t0 (float or (B,)).
+def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, direction=0,
+                 method="dopri5", rtol=1e-9, atol=1e-12, max_steps=10_000, first_step=None,
+                 controller="I", grazing_tol=1e-12) -> EventResult:
+    """First zero of guard(t, y) -> (B,) or (B, E) after t0, a float or (B,), for every sample.
 
     direction: 0 both, +1 upwards, -1 downwards, one int or one per guard. The guard is sampled four
-    times per step, so that two crossings within a step are seen. A guard that is 0 at t0 does not fire
-    there. A guard that is only touched (slope below grazing_tol) gives no gradient: RuntimeError."""
+    times per step, so that two crossings within a step are seen. A guard that is 0 at t0 does not
+    fire there. A guard that is only touched (slope below grazing_tol) gives no gradient:
+    RuntimeError."""
     tab = _check_problem("y0", y0, method, "odeint_event")
     _check_choice("controller", controller, ("I", "PI"))
     _check_positive(rtol=rtol, atol=atol, max_steps=max_steps, first_step=first_step)
@@ -738,10 +749,10 @@ def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, directi
 
 # ---- hybrid systems ------------------------------------------------------------------------------
 class Event(NamedTuple):
-    """Fires when guard(t, x) -> (B,) crosses 0 in `direction` while the mode is `source` (None: any)."""
+    """Fires when guard(t, x) -> (B,) crosses 0 in `direction` while the mode is `source`."""
     guard: Callable
     jump: Callable | None = None        # jump(t, x) -> x after the event
-    source: int | None = None
+    source: int | None = None           # None: in every mode
     target: int | None = None           # None: the mode stays
     direction: int = 0
     terminal: bool = False
@@ -760,7 +771,7 @@ class StochasticEvent(NamedTuple):
 
 
 class HybridSystem:
-    """fields[z](t, x) -> dx/dt in mode z; the order of `events` gives their ids, and ties' winners."""
+    """fields[z](t, x) -> dx/dt in mode z; the order of `events` gives ids and decides ties."""
     keep_thresholds = False     # clocks that lose a race keep their draw: not Markov, see RenoTCP
 
     def __init__(self, fields: Sequence[Callable], events: Sequence[Event | StochasticEvent]):
@@ -769,7 +780,8 @@ class HybridSystem:
         for event in events:
             for name, z in (("source", event.source), ("target", event.target)):
                 if z is not None and not 0 <= z < len(fields):
-                    raise ValueError(f"{name} {z} of event {event.name!r} is not one of {len(fields)} modes")
+                    raise ValueError(f"{name} {z} of event {event.name!r} is not one of "
+                                     f"{len(fields)} modes")
         self.fields, self.events = list(fields), list(events)
 
     def flow(self, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
@@ -790,8 +802,8 @@ def _on_rows(mask: Tensor, function: Callable, t: Tensor, x: Tensor, otherwise: 
 
 
 class HybridSolution(NamedTuple):
-    """States are NaN and modes -1 after a terminal event, after max_events, and where events pile up
-    (Zeno: less than 1e-12 apart)."""
+    """States are NaN and modes -1 after a terminal event, after max_events, and where events pile
+    up (Zeno: less than 1e-12 apart)."""
     ys: Tensor          # (T, B, n)
     modes: Tensor       # (T, B) int64
     event_times: Tensor  # (B, K) NaN padded
@@ -816,8 +828,8 @@ class HybridSolution(NamedTuple):
         return times[order], x[order], mode[order]
 
     def durations(self, t_start: float, t_end: float) -> dict[str, Tensor]:
-        """One row per piece between events: its length tau, mode z, next mode z2, first state x, and
-        censored, which the last piece of every sample is."""
+        """One row per piece between events: its length tau, mode z, next mode z2, first state x,
+        and censored, which the last piece of every sample is."""
         k = self.event_times.shape[1]
         times = F.pad(self.event_times, (1, 1), value=t_end)
         times[:, 0] = t_start
@@ -877,13 +889,14 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
         return torch.stack(filled, 1) if filled else empty[:, None][:, :0]
 
     none, nowhere = torch.full_like(z0, -1), torch.full_like(x0, math.nan)
-    return HybridSolution(ys, modes, column(1, t.new_full((b,), math.nan)), column(2, none), n_events,
-                          column(3, nowhere), column(4, nowhere), column(5, none), column(6, none))
+    times = column(1, t.new_full((b,), math.nan))
+    return HybridSolution(ys, modes, times, column(2, none), n_events, column(3, nowhere),
+                          column(4, nowhere), column(5, none), column(6, none))
 
 
 class _Clocks:
-    """Thresholds s ~ Exp(1) of `count` clocks per sample, drawn anew after every event; with `keep` the
-    clocks that did not fire keep theirs."""
+    """Thresholds s ~ Exp(1) of `count` clocks per sample, drawn anew after every event; with `keep`
+    the clocks that did not fire keep theirs."""
 
     def __init__(self, samples: int, count: int, like: Tensor, keep: bool, generator):
         self.options = dict(generator=generator, dtype=like.dtype, device=like.device)
@@ -901,21 +914,24 @@ class _Clocks:
         self.fired[rows] = fired if self.keep else torch.ones_like(fired)
 
 
-def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *, generator: torch.Generator | None = None,
-                  max_events: int = 1000, method: str = "dopri5", rtol: float = 1e-8,
+def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
+                  generator: torch.Generator | None = None, max_events: int = 1000,
+                  method: str = "dopri5", rtol: float = 1e-8,
                   atol: float = 1e-10) -> HybridSolution:
-    """Simulate a batch of hybrid systems through all their events; differentiable in x0, the fields'
-    parameters and the jumps, event times included (the saltation matrix comes out by itself).
+    """Simulate a batch of hybrid systems through all their events; differentiable in x0, the
+    fields' parameters and the jumps, event times included (the saltation matrix comes out by
+    itself).
 
-    Random events use the time change: dLambda_i/dt = lambda_i joins the state, and event i is the zero
-    of Lambda_i - s_i, s_i ~ Exp(1). At an output time equal to an event time `ys` is the state after."""
+    Random events use the time change: dLambda_i/dt = lambda_i joins the state, and event i is the
+    zero of Lambda_i - s_i, s_i ~ Exp(1). At an output time equal to an event time `ys` is the state
+    after."""
     tab = _check_problem("x0", x0, method, "odeint_hybrid")
     _check_positive(max_events=max_events, rtol=rtol, atol=atol)
     t = torch.as_tensor(t, dtype=torch.float64, device=x0.device)
     if t.dim() != 1 or len(t) < 2 or not bool((t.diff() > 0).all()):
         raise ValueError("t must be (T,), T >= 2, strictly increasing")
     (b, n), device = x0.shape, x0.device
-    events = system.events or [Event(lambda t, x: torch.ones_like(t))]        # no event: never fires
+    events = system.events or [Event(lambda t, x: torch.ones_like(t))]       # never fires
     ids = [i for i, event in enumerate(events) if isinstance(event, StochasticEvent)]
     c, clocks = len(ids), _Clocks(b, len(ids), x0, system.keep_thresholds, generator)
 
@@ -927,7 +943,8 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *, generator: torch.G
 
     def flow(time, s):
         (x, z), zero = unpack(s), torch.zeros_like(s[:, 0])
-        rates = [_on_rows(active(events[i], z), events[i].intensity, time, x, zero)[:, None] for i in ids]
+        rates = [_on_rows(active(events[i], z), events[i].intensity, time, x, zero)[:, None]
+                 for i in ids]
         return torch.cat([system.flow(time, x, z), *rates, torch.zeros_like(s[:, n + c:])], 1)
 
     def guard(time, s):
@@ -962,13 +979,14 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *, generator: torch.G
 
 
 class RenoTCP(HybridSystem):
-    """On-off TCP Reno (Hespanha's model with the paper's constants): x = (window w, packets sent s).
+    """On-off TCP Reno (Hespanha's model with the paper's constants): x = (window w, packets sent
+    s).
 
-    Modes: 0 off; 1 slow start, w' = 0.693 w / (n_ack rtt); 2 congestion avoidance, w' = 1/(n_ack rtt);
-    s' = w / rtt in 1 and 2. Events: 0 file arrives (0 -> 1), 1 file ends (1 -> 0), 2 packet lost
-    (1 -> 2, w halves), 3 packet lost (2 -> 2, w halves), 4 file ends (2 -> 0). clocks="official" keeps
-    the threshold of the clock that lost a race, as the published simulator does, which is no longer a
-    Markov process and makes pieces longer."""
+    Modes: 0 off; 1 slow start, w' = 0.693 w / (n_ack rtt); 2 congestion avoidance, w' = 1/(n_ack
+    rtt); s' = w / rtt in 1 and 2. Events: 0 file arrives (0 -> 1), 1 file ends (1 -> 0), 2 packet
+    lost (1 -> 2, w halves), 3 packet lost (2 -> 2, w halves), 4 file ends (2 -> 0).
+    clocks="official" keeps the threshold of the clock that lost a race, as the published simulator
+    does, which is no longer a Markov process and makes pieces longer."""
 
     def __init__(self, *, rtt=1.0, n_ack=2.0, w0=0.693, tau_off=3.0, k=20.0, p_drop=0.05,
                  clocks="exact"):
@@ -993,19 +1011,22 @@ class RenoTCP(HybridSystem):
             StochasticEvent(rate(self.end_rate), off, 2, 0, "file ends")])
 
     def sample_exact(self, n: int, t_end: float = 100.0, n_points: int = 2000, *,
-                     generator: torch.Generator | None = None, dtype=torch.float64) -> HybridSolution:
-        """n trajectories from x = 0, mode 0, without solving: the clocks' inverses are elementary."""
+                     generator: torch.Generator | None = None,
+                     dtype: torch.dtype = torch.float64) -> HybridSolution:
+        """n trajectories from x = 0, mode 0, without solving: the clocks' inverses are
+        elementary."""
         _check_positive(n=n, t_end=t_end)
         if n_points < 2:
             raise ValueError(f"n_points must be at least 2, not {n_points}")
         t = torch.linspace(0, t_end, n_points, dtype=torch.float64)
         clocks = _Clocks(n, 5, t, self.keep_thresholds, generator)
-        race = torch.tensor([[0, 0], [2, 1], [3, 4]])            # a mode's two clocks; ties: lost first
+        race = torch.tensor([[0, 0], [2, 1], [3, 4]])           # a mode's clocks; ties: lost first
         rates = t.new_tensor([1.0, self.end_rate, self.drop_rate, self.drop_rate, self.end_rate])
 
         def advance(rows, start, x, z) -> _Leg:
             pair, w = race[z], x[:, 0]
-            area, winner = (clocks.draw(rows).gather(1, pair) / rates[pair]).min(1)    # integral of w
+            # The clock whose threshold the integral of w reaches first.
+            area, winner = (clocks.draw(rows).gather(1, pair) / rates[pair]).min(1)
             which = pair.gather(1, winner[:, None])[:, 0]
             clocks.record(rows, F.one_hot(which, 5).bool())
             grow = torch.log1p(self.a * area / w) / self.a
@@ -1051,8 +1072,8 @@ class BouncingBall(HybridSystem):
 
 
 class SwitchingLinear(HybridSystem):
-    """Planar system with three regions: for x >= 2 it turns around (-2, 0), for x < 2 it drifts down, to
-    the left where y >= 0 and to the right where y < 0."""
+    """Planar system with three regions: for x >= 2 it turns around (-2, 0), for x < 2 it drifts
+    down, to the left where y >= 0 and to the right where y < 0."""
 
     def __init__(self):
         turn = lambda t, x: torch.stack([-x[:, 1], x[:, 0] + 2], 1)
@@ -1078,12 +1099,14 @@ class WheeledRobot(HybridSystem):
     (px, py, heading, target) (B, 5) -> (speed, turn rate) (B, 2). A planner picks the mode."""
     TARGETS = ((-1.0, 2.0), (-0.5, 2.0), (0.0, 2.0), (0.5, 2.0), (1.0, 2.0))
 
-    def __init__(self, policy: Callable | None = None, targets: Sequence[Sequence[float]] = TARGETS):
+    def __init__(self, policy: Callable | None = None,
+                 targets: Sequence[Sequence[float]] = TARGETS):
         self.policy = policy or self.steer
 
         def heading_for(target):
             def field(t, x):
-                return self.dynamics(t, torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1))[:, :3]
+                state = torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1)
+                return self.dynamics(t, state)[:, :3]
             return field
 
         super().__init__([heading_for(tuple(target)) for target in targets], [])
@@ -1108,11 +1131,13 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
                               tail_bound: float | None = None, identity_init: bool = False,
                               min_bin_width: float = 1e-3, min_bin_height: float = 1e-3,
                               min_derivative: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Monotone spline of Durkan et al. (Neural Spline Flows, 2019): (y, log |dy/dx|), x of any shape.
+    """Monotone spline of Durkan et al. (Neural Spline Flows, 2019): (y, log |dy/dx|), x of any
+    shape.
 
-    w, h (..., K) are unnormalised bin widths and heights. tail_bound=B: d (..., K - 1) inner slopes,
-    the identity outside [-B, B]; tail_bound=None: [0, 1] onto itself with d (..., K + 1). With
-    identity_init, zero parameters are the identity, and the slope at the bounds is exactly 1."""
+    w, h (..., K) are unnormalised bin widths and heights. tail_bound=B: d (..., K - 1) inner
+    slopes, the identity outside [-B, B]; tail_bound=None: [0, 1] onto itself with d (..., K + 1).
+    With identity_init, zero parameters are the identity, and the slope at the bounds is exactly
+    1."""
     bins, tails = w.shape[-1], tail_bound is not None
     for name, least in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
         if least * bins > 1:
@@ -1136,7 +1161,8 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
     if tails:
         slopes = F.pad(slopes, (1, 1), value=1.0)
     (xs, widths), (ys, heights) = knots(w, min_bin_width), knots(h, min_bin_height)
-    # Outside points are computed at the bound and then replaced: nothing depends on data-sized masks.
+    # Outside points are computed at the bound and then replaced: nothing depends on data-sized
+    # masks.
     shape = torch.broadcast_shapes(x.shape, w.shape[:-1])
     v = x.clamp(low, high).expand(shape)
     edges = (ys if inverse else xs)[..., 1:-1].expand(*shape, bins - 1).contiguous()
@@ -1167,9 +1193,10 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
 
 def _mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with SiLU between them; the last one starts at zero."""
-    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())][:-1]
-    nn.init.zeros_(layers[-1].weight), nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
+    pairs = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(sizes)]
+    net = nn.Sequential(*itertools.chain(*pairs))[:-1]
+    nn.init.zeros_(net[-1].weight), nn.init.zeros_(net[-1].bias)
+    return net
 
 
 def _as_shape(shape) -> tuple[int, ...]:
@@ -1177,10 +1204,12 @@ def _as_shape(shape) -> tuple[int, ...]:
 
 
 class ConditionalFlow1d(nn.Module):
-    """Density of a positive time: u = (log tau - shift) / scale -> spline layers -> standard normal.
+    """Density of a positive time: u = (log tau - shift) / scale -> spline layers -> standard
+    normal.
 
-    log p(tau) = log N(g(u)) + log g'(u) - log scale - log tau. The parameters are one row per `group`
-    (mode pairs of EventModule), plus a network of the context c (..., context_dim). Starts log-normal."""
+    log p(tau) = log N(g(u)) + log g'(u) - log scale - log tau. The parameters are one row per
+    `group` (mode pairs of EventModule), plus a network of the context c (..., context_dim). Starts
+    log-normal."""
     SPLINE = dict(tail_bound=3.0, identity_init=True)
 
     def __init__(self, context_dim: int = 0, n_layers: int = 1, n_bins: int = 8, hidden: int = 32,
@@ -1280,7 +1309,8 @@ class AffineCoupling(_VectorFlow):
             moved = moved * log_scale.exp() + shift
         else:
             moved = (moved - shift) * (-log_scale).exp()
-        return torch.cat((moved, kept) if self.flip else (kept, moved), -1), sign * log_scale.sum(-1)
+        halves = (moved, kept) if self.flip else (kept, moved)
+        return torch.cat(halves, -1), sign * log_scale.sum(-1)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_half(x, c, 1)
@@ -1329,9 +1359,10 @@ class EventModule(nn.Module):
 
     estimator "joint": p(z'|z, c) p(tau|z, z', c). "race": every target z' has its own clock and the
     earliest wins, so an event contributes log f_{zz'}(tau) + sum_{z'' != z'} log S_{zz''}(tau). The
-    observed times are minima already: fitting f alone and racing the fits would make every event come
-    too early. Targets never seen from a mode take no part once `initialize` has counted them. A context
-    (N, context_dim), the state at the start of the piece say, is standardised as `initialize` saw it."""
+    observed times are minima already: fitting f alone and racing the fits would make every event
+    come too early. Targets never seen from a mode take no part once `initialize` has counted them.
+    A context (N, context_dim), the state at the start of the piece say, is standardised as
+    `initialize` saw it."""
 
     def __init__(self, n_modes: int, context_dim: int = 0, estimator: str = "joint",
                  n_layers: int = 1, n_bins: int = 8):
@@ -1348,8 +1379,10 @@ class EventModule(nn.Module):
         self.register_buffer("spread", torch.ones(context_dim))
 
     @torch.no_grad()
-    def initialize(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None, censored=None) -> None:
-        """Transition counts, mean and spread of log tau for each mode pair, and those of the context."""
+    def initialize(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
+                   censored=None) -> None:
+        """Transition counts, mean and spread of log tau for each mode pair, and those of the
+        context."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
         if bool(censored.all()):
             raise ValueError("no uncensored time to start from")
@@ -1398,12 +1431,13 @@ class EventModule(nn.Module):
     def transition_probs(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """p(z'|z, c) (N, m)."""
         if self.estimator != "joint":
-            raise ValueError("transition_probs needs estimator 'joint'; in a race the probabilities "
-                             "follow from the clocks")
+            raise ValueError("transition_probs needs estimator 'joint'; a race has clocks instead")
         return self._transition_logits(z, self._scaled(context)).softmax(-1)
 
-    def log_prob(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None, censored=None) -> Tensor:
-        """Log-likelihood (N,) of "next event after tau, to z2", where censored of "none until tau"."""
+    def log_prob(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
+                 censored=None) -> Tensor:
+        """Log-likelihood (N,) of "next event after tau, to z2", where censored of "none until
+        tau"."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
         scaled, possible = self._scaled(context), self.possible[z]
         all_tau = tau[:, None].expand(-1, self.n_modes)
@@ -1448,14 +1482,16 @@ class PaddedPieces(NamedTuple):
     lengths: Tensor     # (S,)
 
 
-def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None, jump_threshold: float | None = None,
+def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
+            jump_threshold: float | None = None,
             changepoint: float | None = None) -> list[Piece]:
     """Cut ONE trajectory, t (T,), x (T, n), where a piece starts at sample i:
 
     mode             the given labels change
     jump_threshold   |x_i - x_{i-1}| >= threshold * x_{i-1} > 0 in the first coordinate (TCP: 0.5)
-    changepoint      neither labels nor a rule: the increment differs from the extrapolated last slope
-                     by more than changepoint * (median increment of the 11 around); first of a run
+    changepoint      neither labels nor a rule: the increment differs from the extrapolated last
+                     slope by more than changepoint * (median increment of the 11 around); first of
+                     a run of such i
     Pieces with fewer than 2 samples are dropped; the last piece is censored."""
     if t.dim() != 1 or x.dim() != 2 or not len(t) == len(x) == len(t if mode is None else mode):
         raise ValueError(f"t (T,), x (T, n) and mode (T,) must agree, got {tuple(t.shape)}, "
@@ -1486,8 +1522,9 @@ def _cut(t, x, mode, cuts: list[int], label: Callable, censored: bool) -> list[P
 
 def jitter_boundaries(pieces: Sequence[Piece], probability: float = 0.1, width: int = 10, *,
                       generator: torch.Generator | None = None) -> list[Piece]:
-    """Badly segmented pieces of one trajectory: each inner boundary moves, with `probability`, by up to
-    width - 1 samples either way. A piece's label becomes the most frequent one of its samples."""
+    """Badly segmented pieces of one trajectory: each inner boundary moves, with `probability`, by
+    up to width - 1 samples either way. A piece's label becomes the most frequent one of its
+    samples."""
     lengths = torch.tensor([len(p.t) for p in pieces])
     t, x, mode = torch.cat([p.t for p in pieces]), torch.cat([p.x for p in pieces]), None
     cuts = lengths.cumsum(0)[:-1]
@@ -1501,7 +1538,8 @@ def jitter_boundaries(pieces: Sequence[Piece], probability: float = 0.1, width: 
 
 
 def pack_pieces(pieces: Sequence[Piece], n_features_steps: int = 5) -> PaddedPieces:
-    """Pad pieces to one batch; features: the first states of each, in time order, 0 where too short."""
+    """Pad pieces to one batch; features: the first states of each, in time order, 0 where too
+    short."""
     if not pieces or max(len(p.t) for p in pieces) < 2:
         raise ValueError("pieces must hold at least one piece with 2 samples")
     _check_positive(n_features_steps=n_features_steps)
@@ -1541,8 +1579,9 @@ def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
 
 def straight_through(logits: Tensor, *, sample: Tensor | None = None,
                      generator: torch.Generator | None = None) -> Tensor:
-    """One-hot draw of Categorical(softmax(logits)) with the gradient of the softmax, (S, m). `sample`:
-    the one-hot rows to use instead. Up to rounding exactly one-hot: do not compare with ==."""
+    """One-hot draw of Categorical(softmax(logits)) with the gradient of the softmax, (S, m).
+    `sample`: the one-hot rows to use instead. Up to rounding exactly one-hot: do not compare with
+    ==."""
     p = logits.softmax(-1)
     if sample is None:
         drawn = torch.multinomial(p.detach(), 1, generator=generator)[:, 0]
@@ -1555,16 +1594,18 @@ class ModeEncoder(nn.Module):
 
     kind "ste": one-hot with the softmax's gradient, a draw in training and the argmax in eval (the
     authors' code draws in both); "gumbel": the same with Gumbel-softmax; "softmax", "sparsemax":
-    mixtures. `mode`: "sample" or "argmax" give one-hot rows for every kind. dropout=None: a small net."""
+    mixtures. `mode`: "sample" or "argmax" give one-hot rows for every kind. dropout=None: a small
+    net."""
 
-    def __init__(self, in_features: int, n_modes: int, kind: str = "ste", dropout: float | None = 0.3,
-                 temperature: float = 1.0):
+    def __init__(self, in_features: int, n_modes: int, kind: str = "ste",
+                 dropout: float | None = 0.3, temperature: float = 1.0):
         super().__init__()
         _check_choice("kind", kind, ("ste", "softmax", "sparsemax", "gumbel"))
         _check_positive(n_modes=n_modes, in_features=in_features, temperature=temperature)
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must be None or in [0, 1), not {dropout}")
-        self.kind, self.temperature, self.n_modes, self.dropout = kind, temperature, n_modes, dropout
+        self.kind, self.n_modes = kind, n_modes
+        self.temperature, self.dropout = temperature, dropout
         width = 32 if dropout is None else 64
         self.layers = nn.ModuleList([
             nn.Linear(in_features, width), nn.Linear(width, width), nn.Linear(width, width),
@@ -1575,7 +1616,7 @@ class ModeEncoder(nn.Module):
         h = features
         for layer, activation in zip(self.layers, (torch.relu, torch.relu, torch.tanh)):
             h = layer(h)
-            if self.dropout and self.training:          # drawn from `generator`, as nn.Dropout cannot
+            if self.dropout and self.training:      # drawn from `generator`, as nn.Dropout cannot
                 noise = torch.rand(h.shape, generator=generator, dtype=h.dtype, device=h.device)
                 h = h * (noise >= self.dropout) / (1 - self.dropout)
             h = activation(h)
@@ -1596,12 +1637,14 @@ class ModeEncoder(nn.Module):
             noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype,
                                device=logits.device)
             logits = (logits - (-noise.clamp(1e-20).log()).log()) / self.temperature
-        return straight_through(logits, sample=F.one_hot(logits.argmax(-1), self.n_modes).to(logits))
+        largest = F.one_hot(logits.argmax(-1), self.n_modes).to(logits)
+        return straight_through(logits, sample=largest)
 
 
 class ModeDecoder(nn.Module):
-    """dx/dt = sum_j q_j f_j(x[inputs]): f_j affine (hidden=None) or Linear Tanh Linear, all modes in one
-    stacked product. The last layer starts at zero, so that every mode starts as "constant"."""
+    """dx/dt = sum_j q_j f_j(x[inputs]): f_j affine (hidden=None) or Linear Tanh Linear, all modes
+    in one stacked product. The last layer starts at zero, so that every mode starts as
+    "constant"."""
 
     def __init__(self, state_dim: int, n_modes: int, hidden: int | None = None,
                  inputs: slice = slice(0, 1)):
@@ -1610,10 +1653,9 @@ class ModeDecoder(nn.Module):
         self.state_dim, self.hidden, self.inputs = state_dim, hidden, inputs
         n_in = len(range(state_dim)[inputs])
         if hidden is not None:
-            bound = 1 / math.sqrt(n_in)
-            self.weight_in = nn.Parameter(torch.empty(n_modes, hidden, n_in).uniform_(-bound, bound))
-            self.bias_in = nn.Parameter(torch.empty(n_modes, hidden).uniform_(-bound, bound))
-        self.weight = nn.Parameter(torch.zeros(n_modes, state_dim, n_in if hidden is None else hidden))
+            uniform = lambda *shape: nn.Parameter((2 * torch.rand(shape) - 1) / math.sqrt(n_in))
+            self.weight_in, self.bias_in = uniform(n_modes, hidden, n_in), uniform(n_modes, hidden)
+        self.weight = nn.Parameter(torch.zeros(n_modes, state_dim, hidden or n_in))
         self.bias = nn.Parameter(torch.zeros(n_modes, state_dim))
 
     def fields(self, x: Tensor) -> Tensor:
@@ -1631,8 +1673,8 @@ class ModeDecoder(nn.Module):
 
 
 class _Phi2(torch.autograd.Function):
-    """phi2(z) = (e^z - 1 - z) / z^2, phi2' = (phi1 - 2 phi2) / z with phi1 = (e^z - 1) / z; by their
-    series where the quotients cancel."""
+    """phi2(z) = (e^z - 1 - z) / z^2, phi2' = (phi1 - 2 phi2) / z with phi1 = (e^z - 1) / z; by
+    their series where the quotients cancel."""
 
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
@@ -1652,7 +1694,7 @@ class _Phi2(torch.autograd.Function):
 
 
 class JumpMaps(nn.Module):
-    """x+ = A_{zz'} x + b_{zz'}, least squares on the states around events (the identity where none)."""
+    """x+ = A_{zz'} x + b_{zz'} by least squares on the states around events (else the identity)."""
 
     def __init__(self, n_modes: int, state_dim: int):
         super().__init__()
@@ -1678,7 +1720,8 @@ class NHA(nn.Module):
     def __init__(self, encoder: ModeEncoder, decoder: ModeDecoder,
                  event_module: EventModule | None = None, jump: Callable | None = None):
         super().__init__()
-        self.encoder, self.decoder, self.event_module, self.jump = encoder, decoder, event_module, jump
+        self.encoder, self.decoder = encoder, decoder
+        self.event_module, self.jump = event_module, jump
         # The encoder's modes -> the decoder's, which `prune` reduces.
         self.register_buffer("merged", torch.eye(encoder.n_modes))
 
@@ -1689,9 +1732,10 @@ class NHA(nn.Module):
     def decode(self, x0: Tensor, q: Tensor, t: Tensor, *, solver: str = "rk4") -> Tensor:
         """States (S, L, n) at times t (S, L) (repeats allowed) from x0 (S, n) in modes q (S, m).
 
-        "rk4": classical, one step per interval, all pieces in parallel. "exact": affine modes driven by
-        one coordinate u have u' = a u + b, x_i' = c_i u + d_i, so with phi2(z) = (e^z - 1 - z) / z^2
-            x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi2(a tau) (a u0 + b)."""
+        "rk4": classical, one step per interval, all pieces in parallel. "exact": affine modes
+        driven by one coordinate u have u' = a u + b, x_i' = c_i u + d_i, so
+            x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi2(a tau) (a u0 + b),
+            phi2(z) = (e^z - 1 - z) / z^2."""
         _check_choice("solver", solver, ("rk4", "exact"))
         tau = (t - t[:, :1]).to(x0.dtype)
         if solver == "exact":
@@ -1706,7 +1750,7 @@ class NHA(nn.Module):
         """The closed form (N, n) at times tau (N,) of pieces row (N,)."""
         u, n = range(self.decoder.state_dim)[self.decoder.inputs], x0.shape[1]
         if self.decoder.hidden is not None or len(u) != 1:
-            raise ValueError("solver 'exact' needs affine modes (hidden=None) driven by one coordinate")
+            raise ValueError("solver 'exact' needs affine modes (hidden=None) of one coordinate")
         c, d = torch.einsum("sm,mn->sn", q, self.decoder.weight[..., 0]), q @ self.decoder.bias
         slope, a = c * x0[:, u] + d, c[:, u]
         x0, c, slope, a = torch.cat([x0, c, slope, a], 1)[row].split((n, n, n, 1), -1)
@@ -1739,15 +1783,17 @@ class NHA(nn.Module):
             path = self.decode(x, F.one_hot(z, m).to(x), grid, solver=solver)
             x_pre = path[:, -1]
             x_post = x_pre if self.jump is None else self.jump(x_pre, z, z2)
-            return _Leg(stop, torch.zeros_like(rows), x_pre, x_post, z2, lambda row, k: path[row, k + 1])
+            state = lambda row, k: path[row, k + 1]
+            return _Leg(stop, torch.zeros_like(rows), x_pre, x_post, z2, state)
 
         return _simulate(advance, x0, z0, t, m)
 
     @torch.no_grad()
     def prune(self, pieces: PaddedPieces, eps: float = 0.01, delta: float = 0.05) -> list[int]:
-        """Drop modes that fewer than eps of the pieces use, merge mode j into a more used k when the
-        mean of |f_j - f_k| / (|f_j| + |f_k|) over the states of both is below delta. Returns the modes
-        kept; labels are 0..len - 1 in that order afterwards. Fit the event module again."""
+        """Drop modes that fewer than eps of the pieces use, merge mode j into a more used k when
+        the mean of |f_j - f_k| / (|f_j| + |f_k|) over the states of both is below delta. Returns
+        the modes kept; labels are 0..len - 1 in that order afterwards. Fit the event module
+        again."""
         labels, m = self.encode(pieces.features, mode="argmax").argmax(-1), len(self.decoder.bias)
         usage = torch.bincount(labels, minlength=m) / len(labels)
         f = self.decoder.fields(pieces.x[pieces.mask])
@@ -1776,7 +1822,7 @@ class NHA(nn.Module):
 
 # ---- losses, measures, training ------------------------------------------------------------------
 def _per_piece(error: Tensor, mask: Tensor) -> Tensor:
-    """Sum over state dimensions, mean over a piece's times, mean over pieces (section 3.2)."""
+    """Sum over state dimensions, mean over a piece's times, mean over pieces."""
     if error.shape[:-1] != mask.shape:
         raise ValueError(f"mask must be {tuple(error.shape[:-1])}, not {tuple(mask.shape)}")
     return (error.masked_fill(~mask[..., None], 0.0).flatten(1).sum(1) / mask.sum(1)).mean()
@@ -1792,7 +1838,7 @@ def reconstruction_loss(xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def smape(xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """Symmetric percentage error 100 |xhat - x| / (|xhat| + |x| + 0.01) / 2, averaged like the loss."""
+    """Percentage error 100 |xhat - x| / (|xhat| + |x| + 0.01) / 2, averaged like the loss."""
     return _per_piece(_relative(xhat, x), mask)
 
 
@@ -1800,7 +1846,8 @@ def v_measure(true, pred, beta: float = 1.0) -> tuple[float, float, float]:
     """(homogeneity, completeness, V) of two labelings (Rosenberg and Hirschberg, 2007)."""
     true, pred = (torch.as_tensor(v).detach().cpu().flatten() for v in (true, pred))
     if len(true) != len(pred) or len(true) == 0:
-        raise ValueError(f"true and pred must have one length above 0, not {len(true)}, {len(pred)}")
+        lengths = f"{len(true)}, {len(pred)}"
+        raise ValueError(f"true and pred must have one length above 0, not {lengths}")
     joint = torch.stack([v.unique(return_inverse=True)[1] for v in (true, pred)])
     table = torch.zeros(*(joint.amax(1) + 1), dtype=torch.float64)
     table.index_put_(tuple(joint), torch.ones(len(true), dtype=torch.float64), accumulate=True)
@@ -1832,15 +1879,16 @@ def _descend(model: nn.Module, optimizer, step: Callable, epochs: int,
                    "generator": None if generator is None else generator.get_state()}
 
 
-def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000, enc_lr: float = 3e-4,
-                        dec_lr: float = 1e-2, solver: str = "rk4", true_modes=None,
-                        generator: torch.Generator | None = None,
+def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000,
+                        enc_lr: float = 3e-4, dec_lr: float = 1e-2, solver: str = "rk4",
+                        true_modes=None, generator: torch.Generator | None = None,
                         resume: dict | None = None) -> Iterator[dict[str, float]]:
-    """Full-batch training of encoder and decoder; yields {"epoch", "loss", "smape", "n_used"} and, with
-    `true_modes`, "v" (of the labels the epoch used). `send("state")` hands out a snapshot for `resume`.
-    Dropout and sampled modes draw from `generator`."""
-    optimizer = torch.optim.AdamW([{"params": model.encoder.parameters(), "lr": enc_lr},
-                                   {"params": model.decoder.parameters(), "lr": dec_lr}], fused=True)
+    """Full-batch training of encoder and decoder; yields {"epoch", "loss", "smape", "n_used"} and,
+    with `true_modes`, "v" (of the labels the epoch used). `send("state")` hands out a snapshot for
+    `resume`. Dropout and sampled modes draw from `generator`."""
+    groups = [{"params": model.encoder.parameters(), "lr": enc_lr},
+              {"params": model.decoder.parameters(), "lr": dec_lr}]
+    optimizer = torch.optim.AdamW(groups, fused=True)
     row, column = pieces.mask.nonzero(as_tuple=True)           # the samples that exist, no padding
     x0, target = pieces.x[:, 0], pieces.x[row, column]
     tau = (pieces.t[row, column] - pieces.t[row, 0]).to(x0.dtype)
@@ -1867,8 +1915,8 @@ def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, 
                        censored=None, epochs: int = 500, lr: float = 1e-2,
                        generator: torch.Generator | None = None,
                        resume: dict | None = None) -> Iterator[dict[str, float]]:
-    """Maximum likelihood, full batch, cosine learning rate; yields {"epoch", "nll"}. Calls `initialize`
-    first. `send("state")` hands out a snapshot for `resume`."""
+    """Maximum likelihood, full batch, cosine learning rate; yields {"epoch", "nll"}. Calls
+    `initialize` first. `send("state")` hands out a snapshot for `resume`."""
     if resume is None:
         module.initialize(tau, z, z2, context=context, censored=censored)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr, fused=True)
