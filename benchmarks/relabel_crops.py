@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         maps, kinds = oracle_maps(pairs), len(synthetic.COLORED_CLASSES)
         boxes, sizes, shown = pairs["boxes"].numpy() / 64, np.full((len(maps), 2), 64), "pairs"
         at = np.arange(len(maps))
+        given = (pairs["classes"] == pairs["labels"][:, None]).int().argmax(1).numpy()
     else:
         if run.args.metadata is None:
             parser.error("--data needs --metadata: the folder with the boxes")
@@ -131,11 +132,13 @@ def main(argv: list[str] | None = None) -> None:
             kept = [row for row, name in enumerate(names) if image_key(name) in there]
             names, boxes, sizes = [names[row] for row in kept], boxes[kept], sizes[kept]
             at = np.array([maps.index(name) for name in names])
-        boxes, shown = boxes[:, None], "images"
+        boxes, shown, given = boxes[:, None], "images", np.zeros(len(boxes), int)
     rows = np.repeat(np.arange(len(boxes)), run.args.crops)
     crops = random_crops(sizes[rows], generator)
-    iou = box_iou(as_boxes(crops)[:, None], boxes[rows]).max(1)
-    tables["overlap"] = [{shown: len(boxes), "crops": len(iou), **statistics(iou)}]
+    each = box_iou(as_boxes(crops)[:, None], boxes[rows])
+    iou, labelled = each.max(1), each[np.arange(len(rows)), given[rows]]
+    tables["overlap"] = [{shown: len(boxes), "crops": len(iou), **statistics(iou),
+                          "P(the label's object is absent)": float((labelled == 0).mean())}]
     claims.append({"claim": "share of crops with IoU > 0.5", "paper": 0.235, "holds": None,
                    "this run": tables["overlap"][0]["P(IoU > .5)"]})
     if maps is not None:

@@ -84,7 +84,8 @@ def to_dense_classifier(features: Callable[[Tensor], Tensor], head: nn.Linear) -
     """The annotator made from `head(features(x).mean((2, 3)))`: `(B, 3, H, W)` to `(B, C, h, w)`.
 
     `features`: a module, or the bound method of one (such as `resnet.forward_features`), that
-    returns the last feature map. `head`: its nn.Linear. Nothing is trained or copied.
+    returns the last feature map; a model that is hidden in any other function is the caller's to
+    put into evaluation mode. `head`: its nn.Linear. Nothing is trained or copied.
     """
     if not isinstance(head, nn.Linear):
         raise TypeError(f"head must be an nn.Linear, not {type(head).__name__}")
