@@ -190,6 +190,7 @@ def main(argv=None):
     parser.add_argument("--classes", type=int, help="use the first so many classes of --data")
     parser.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "stem3", "stem7"), help="default: the preset's")
     parser.add_argument("--epochs", type=int, help="default: the preset's")
+    parser.add_argument("--width", type=int, help="channels of the first stage of stem3 and stem7; default: the preset's")
     parser.add_argument("--attack", choices=ATTACKS, help="train on attacked images, judge on clean and attacked ones")
     run = harness.start(parser, argv)
     preset = PRESETS[run.args.preset]
@@ -205,7 +206,7 @@ def main(argv=None):
         for method in results:
             name = f"{method}-seed{seed}"
             if (row := run.recorded(name)) is None:
-                model = run.wrap(build_model(arch, classes, seed, preset.width))
+                model = run.wrap(build_model(arch, classes, seed, run.args.width or preset.width))
                 optimizer = build_optimizer(method, model.parameters(), preset.sgd, preset.adam)
                 loader, state = train_loader(seed), run.resumed(name)
                 if run.args.attack:

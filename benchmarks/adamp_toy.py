@@ -200,12 +200,13 @@ def draw(folder, plane_paths, sphere_paths):
              if rate == lr and name in ("GD", "momentum", "SGDP") and (momentum in (0.9, 0.99))}
     figures.line_chart(folder / "adamp-toy-norm.png", lines, logy=True, title=f"|w| while minimising -cos(w, w*), lr {lr}",
                        xlabel="step", ylabel="norm")
-    chart = figures.Chart((-1.4, 3.4), (-0.6, 2.6), title=f"Paths in the plane, momentum 0.9, lr {lr}", xlabel="w1", ylabel="w2")
+    chart = figures.Chart((-1.5, 6.5), (-1.2, 2.8), title=f"Paths in the plane, momentum 0.9, lr {lr}", xlabel="w1",
+                          ylabel="w2")
     for color, name in zip(figures.COLORS, METHODS):
         path = plane_paths[lr, 0.9, name]
         chart.line(path[:, 0], path[:, 1], color, name)
         chart.points(path[1:61:4, 0], path[1:61:4, 1], color, radius=2)
-    chart.text(1.0, -0.25, "optimum: the direction of w1")
+    chart.text(2.2, -0.3, "optimum: the direction of w1")
     chart.save(folder / "adamp-toy-plane.png")
 
     lr = max(rate for rate, _ in sphere_paths)
@@ -217,6 +218,7 @@ def draw(folder, plane_paths, sphere_paths):
         psi, phi = angles(path[:201])
         chart.line(psi, phi, color, name)
         chart.points(psi[-1:], phi[-1:], color, radius=5)
+    chart.points([1.0], [1.0], figures.INK, radius=4)
     chart.text(1.0, 1.0, "  optimum")
     chart.save(folder / "adamp-toy-sphere.png")
     radii = {name: path[:201].norm(dim=1) for name, path in paths.items()}
