@@ -358,7 +358,7 @@ def query_ap(answers: Answers, task: Task, method: str, classes: Tensor) -> dict
         maps = answers.maps["cam"]
         ways = {"min-max per image": minmax(maps),
                 "max per image": attribution.normalize_map(maps, "max"), "logits as they are": maps,
-                "min-max times p(y|x)": minmax(maps) * answers.probs[:, :, None, None]}
+                "min-max times p(y)": minmax(maps) * answers.probs[:, :, None, None]}
     else:
         joint = answers.maps["joint"]
         ways = {"joint as it is": joint, "posterior": answers.maps["posterior"],
