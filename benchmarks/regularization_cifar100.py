@@ -15,8 +15,8 @@ to be learned by heart in a short training (--classes, --per-class, --epochs cha
 other than paper: no crops, the learning rate goes up and down once.
 --ood DIR adds out-of-distribution sets, DIR/<name>/**/*.png. Published top-1 errors of the CutMix
 authors' code stand beside those of the paper preset; the workshop paper's tables were not at hand.
-Expected on the shapes: cutout lowers the error with the centre hidden by a third; label smoothing,
-mixup and cutmix lower the confidence, so that their ECE gains most from a temperature.
+Expected on the shapes: cutout lowers the error with the centre hidden by a quarter; label
+smoothing, mixup and cutmix lower the confidence, so that their ECE gains most from a temperature.
 """
 
 import statistics
@@ -375,8 +375,9 @@ def claims_of(results, paper=None):
         add(f"{method} lowers the FGSM error (mean of four eps)", "fgsm", method,
             f"{100 - accuracy:.1f} against 91.8 (8/255)")
     for method, auroc in (("cutout", 68.7), ("mixup", 49.3), ("cutmix", 94.4)):
-        verb = "raises" if method == "cutmix" else "lowers"  # small networks: too erratic to judge
-        add(f"{method} {verb} the OOD AUROC", "auroc", method, f"{auroc} against 87.3", judged=False)
+        verb = "raises" if method == "cutmix" else "lowers"
+        add(f"{method} {verb} the OOD AUROC", "auroc", method, f"{auroc} against 87.3",
+            judged=False)  # too erratic on small networks
     for method in ("cutout", "cutmix"):
         add(f"{method} lowers the error with the centre hidden", "occlusion_center", method)
     add("cutmix lowers the error under noise corruptions", "corruption_noise", "cutmix")
