@@ -151,6 +151,23 @@ def real_labels(path, validation, kinds):
     return valid
 
 
+class MapsByName:
+    """A store's maps in the order of a data set's images; the store may hold more, in any order."""
+
+    def __init__(self, store, dataset):
+        self.store = LabelMaps(store)
+        try:
+            self.rows = [self.store.index(dataset.name(i)) for i in range(len(dataset))]
+        except KeyError as error:
+            raise ValueError(f"--store: {error.args[0]}") from None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, rows):
+        return self.store[[self.rows[row] for row in rows.tolist()]]
+
+
 class ColorJitter:
     """Brightness, contrast and saturation by factors in 1 +- strength, in random order."""
 
@@ -223,7 +240,7 @@ def steps_of(run, method, seed, preset, data, resume=None):
     if not len(loader):
         raise ValueError(f"the {len(loader.loader.dataset)} training images of {method} do not "
                          f"fill a batch of {preset.batch}")
-    if preset.arch.startswith("resnet") and "cutmix_prob" in options:        # the paper's recipe
+    if preset.arch.startswith("resnet") and "cutmix_prob" in options:  # the paper's recipe
         optimizer = AdamP(model.parameters(), 2e-3, weight_decay=1e-2, nesterov=True)
     else:
         optimizer = torch.optim.SGD(model.parameters(), preset.lr, momentum=0.9, nesterov=True,
@@ -279,8 +296,10 @@ def prepare(run, preset):
     args = run.args
     small = preset.size <= 64
     train, teach, maps, evaluation, kinds = folder(run, small) if args.data else embedded(run)
+    if args.store and not args.checkpoint:
+        maps = MapsByName(args.store, train) if args.data else LabelMaps(args.store)
     data = {"train": train, "evaluation": evaluation, "classes": kinds, "teacher": None,
-            "maps": LabelMaps(args.store) if args.store else maps, "keep": None}
+            "maps": maps, "keep": None}
     if args.checkpoint:
         return data
     needs_maps = any(METHODS[m][0] in ("map", "clean") for m in args.methods)

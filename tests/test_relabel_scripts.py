@@ -153,6 +153,11 @@ def test_real_layout_with_robustness_sets(tmp_path, run):
     assert all(0 <= value <= 100 for name, value in row.items() if name != "BGC gap")
     assert results["tables"]["robustness"][0]["targets"] == "one-hot"
     assert results["results"]["generation"]["images"] == 33
+    (store,) = (tmp_path / "out").glob("store-*")
+    some = ("--data", data, "--methods", "relabel", "--images", 11, "--store", store)
+    assert run("relabel_imagenet", tmp_path / "some", *some)["results"]["relabel-seed0"]["val"] >= 0
+    with pytest.raises(ValueError, match="--store: .* has no map for n01/ILSVRC2012_val_00000012"):
+        run("relabel_imagenet", tmp_path / "more", *some[:4], "--store", store)
     weights = tmp_path / "out" / "relabel-seed0-weights.pt"
     (again,) = run("relabel_imagenet", tmp_path / "again", *options, "--checkpoint", weights)[
         "tables"
