@@ -502,6 +502,7 @@ def finish(run: harness.Run, prefix: str) -> None:
                 )
                 for row, v in values.items()
             },
+            ylim=(0, 1.4 * max(statistics.mean(v[n]) for v in values.values() for n in columns)),
             title="Retrieval by kind of training",
             ylabel="percent",
             size=(820, 400),
