@@ -232,7 +232,7 @@ def toy_claims(run: harness.Run, seeds: dict[str, list[dict]]) -> list[dict]:
 
 
 def draw(run: harness.Run, task: calm_nets.Task, count: int = 4) -> None:
-    """Glyphs: image, CAM over its maximum, joint maps and their maxima, A but not the next class."""
+    """Glyphs: image, CAM over its maximum, joint maps, A but not the next class."""
     images, labels = (batch[:count] for batch in task.test[0])
     outputs = {}
     with torch.no_grad():
