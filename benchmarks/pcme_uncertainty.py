@@ -10,8 +10,8 @@ otherwise they are trained here. The uncertainty of an item is its mean log sigm
 it grows as more of an image is erased and as more words are removed from a caption, and recall
 falls from the most certain tenth of the queries to the least certain.
 
-The plane: the same model with two dimensions, trained on captions of single shapes. A vague
-caption's ellipse ("a red shape") should be wide and hold those of what it describes.
+The plane: some captions of the first model on the two main directions of their means; an ellipse
+is the projected Gaussian at ten sigma.
 """
 
 import statistics
@@ -27,8 +27,6 @@ from pcme_coco import (
     Problem,
     add_data_arguments,
     build_model,
-    build_trunk,
-    caption_set,
     embedded,
     encode,
     folder,
@@ -149,72 +147,35 @@ def by_value(key: np.ndarray, values: np.ndarray) -> dict[int, float]:
 # ---------------------------------------------------------------- the plane
 
 
-def plane(run: harness.Run, seed: int) -> dict[str, list]:
-    """Train towers with two dimensions on single shapes; {caption: [mu x, y, sigma x, y]}."""
-    count, tiny = (64, True) if run.args.preset == "tiny" else (2000, False)
-    data = caption_set(synthetic.captioned_shapes(count, 32, seed=40, objects=1))
-    vocabulary = captions.Vocabulary.of(data.captions, pcme.tokenize)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-        trunk, width = build_trunk("tiny")
-        body = lambda d: (
-            nn.Linear(d, 128),
-            nn.ReLU(),
-            pcme.GaussianHead(128, 2, -1.5),
-        )  # noqa: E731
-        model = pcme.PCME(
-            nn.Sequential(trunk, nn.Flatten(), *body(width * 4)),
-            nn.Sequential(
-                nn.EmbeddingBag(len(vocabulary), 64, padding_idx=captions.PAD), *body(64)
-            ),
-        ).to(run.device)
-    criterion = pcme.MCSoftContrastiveLoss(5, 5, vib_beta=1e-3).to(run.device)
-    batches = captions.PairBatches(
-        data, vocabulary, 64, pairs="images", captions_per_image=2, seed=seed, device=run.device
-    )
-    epochs = 1 if tiny else 12
-    steps = pcme.train(
-        model,
-        criterion,
-        batches,
-        epochs=epochs,
-        phases=({"lr": 2e-3},),
-        resume=run.resumed(f"plane-seed{seed}"),
-    )
-    run.drive(f"plane-seed{seed}", steps, epochs * len(batches))
+@torch.no_grad()
+def plane(
+    run: harness.Run, model: pcme.PCME, vocabulary: captions.Vocabulary
+) -> dict[str, list[float]]:
+    """{caption: [mu x, y, sigma x, y]} on the two main directions of the captions' means."""
+    texts = ["a shape", *(f"a {hue} shape" for hue in synthetic.HUES)]
+    texts += [f"a {hue} {kind}" for hue in ("red", "blue") for kind in ("disc", "cross")]
     model.eval()
-    texts = [
-        "a shape",
-        *(f"a {hue} shape" for hue in synthetic.HUES),
-        *(f"a {hue} {kind}" for hue in ("red", "blue") for kind in ("disc", "cross")),
-    ]
-    with torch.no_grad():
-        out = model.encode_text(vocabulary(texts)[0].to(run.device), num_samples=0)
-    return {
-        text: [*mu, *sigma]
-        for text, mu, sigma in zip(texts, out["mu"].tolist(), out["logsigma"].exp().tolist())
-    }
+    tokens, lengths = (x.to(run.device) for x in vocabulary(texts))
+    out = model.encode_text(tokens, lengths, num_samples=0)
+    centred = out["mu"] - out["mu"].mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    sigma = ((2 * out["logsigma"]).exp() @ axes.square().T).sqrt()  # a marginal of the Gaussian
+    return {t: [*m, *s] for t, m, s in zip(texts, (centred @ axes.T).tolist(), sigma.tolist())}
 
 
 def draw_plane(path: Path, ellipses: dict[str, list]) -> None:
-    chart = figures.Chart(
-        (-2.2, 2.2), (-2.2, 2.2), title="Captions in the plane: mean and one sigma", size=(560, 560)
+    reach = 1.25 * max(
+        abs(v) + s for x, y, sx, sy in ellipses.values() for v, s in ((x, 10 * sx), (y, 10 * sy))
     )
-    turn = np.linspace(0, 2 * np.pi, 100)
-    chart.line(np.cos(turn), np.sin(turn), figures.GRID)
-    ink = {
-        "red": "#d9301e",
-        "green": "#2f9e44",
-        "blue": "#1f4fd4",
-        "yellow": "#c9a800",
-        "purple": "#8e44ad",
-        "white": "#888888",
-    }
+    title = "Captions on two main directions: mean and ten sigma"
+    chart = figures.Chart((-reach, reach), (-reach, reach), title=title, size=(560, 560))
+    ink = {"red": "#d9301e", "green": "#2f9e44", "blue": "#1f4fd4", "yellow": "#c9a800"}
+    ink |= {"purple": "#8e44ad", "white": "#888888"}
     for text, (x, y, sx, sy) in ellipses.items():
         color = ink.get(text.split()[1], figures.INK)
-        chart.ellipse(x, y, sx, sy, color)
+        chart.ellipse(x, y, 10 * sx, 10 * sy, color)
         chart.points([x], [y], color)
-        chart.text(1.12 * x, 1.12 * y + 0.03, text, color, "lm" if x > 0 else "rm")
+        chart.text(x + 0.02 * reach, y, text, color)
     chart.save(path)
 
 
@@ -236,9 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     for seed in run.seeds:
         if run.recorded(f"study-seed{seed}") is None:
-            run.record(f"study-seed{seed}", study(run, *trained(run, problem, seed), problem, seed))
-    if run.args.data is None and run.recorded("plane") is None:
-        run.record("plane", plane(run, run.seeds[0]))
+            model, criterion = trained(run, problem, seed)
+            if run.args.data is None and seed == run.seeds[0]:
+                run.record("plane", plane(run, model, problem.vocabulary))
+            run.record(f"study-seed{seed}", study(run, model, criterion, problem, seed))
     finish(run, problem)
 
 
