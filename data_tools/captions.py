@@ -176,7 +176,7 @@ def karpathy_ids(source: str | Path, split: str) -> np.ndarray:
     else:
         ids = []
         for part in parts:
-            names = [f"{start}{part}_ids.{kind}" for start in ("coco_", "") for kind in ("npy", "txt")]
+            names = [f"{a}{part}_ids.{b}" for a in ("coco_", "") for b in ("npy", "txt")]
             path = _first_existing([source / name for name in names], f"id list of split {part!r}")
             read = np.load if path.suffix == ".npy" else np.loadtxt
             ids.extend(read(path).reshape(-1).astype(np.int64))

@@ -801,7 +801,7 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
 
 # ---------------------------------------------------------------- retrieval metrics
 
-ROWS = 64                                    # queries ranked at once: bounds the memory, fits the cache
+ROWS = 64                                 # queries ranked at once: bounds memory, fits the cache
 
 
 def _similarity(sim) -> Tensor:
