@@ -26,7 +26,6 @@ from collections.abc import Callable
 
 import harness
 import torch
-from speed_relabel import peak_bytes
 from torch import Tensor, nn
 
 from reference import attribution, calm, resnet
@@ -86,7 +85,7 @@ def loss_table(run: harness.Run) -> list[dict]:
     for name, loss in ways.items():
         def way(loss=loss):
             return torch.autograd.grad(loss(), (logits, attention))
-        allocated = peak_bytes(way, run.device) / 1e9
+        allocated = harness.peak_bytes(way, run.device) / 1e9
         table.append({"loss": name, "allocated GB": allocated,
                       "with the logits GB": allocated + given,
                       "seconds": min(seconds(way, run.device) for _ in range(2))})

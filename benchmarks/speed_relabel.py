@@ -47,24 +47,6 @@ def dense_pooling(topk: torch.Tensor, coords: torch.Tensor,
     return peer_roi_align(maps, boxes, (1, 1))[:, :, 0, 0].softmax(1)
 
 
-def peak_bytes(function, device: torch.device) -> int:
-    """Peak of the bytes allocated by torch during a call."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
 def interleaved(functions: dict, repeats: int, clock, label: str, run: harness.Run) -> dict:
     """{name: times of a call in ms}; in rounds of 50 ms, or one call, each."""
     times, calls = {name: [] for name in functions}, {}
@@ -89,7 +71,7 @@ def pooling(run: harness.Run, topk, coords, repeats: int) -> tuple[list[dict], d
     for threads in sorted({1, every}) if run.device.type == "cpu" else (every,):
         torch.set_num_threads(threads)
         times = interleaved(ways, repeats, stopwatch(run), f"pooling, {threads} threads", run)
-        peaks = {name: peak_bytes(function, run.device) for name, function in ways.items()}
+        peaks = {name: harness.peak_bytes(function, run.device) for name, function in ways.items()}
         table += [{"way": name, "threads": threads, "ms": statistics.median(samples),
                    "best ms": min(samples), "peak MB": peaks[name] / 1e6}
                   for name, samples in times.items()]

@@ -81,24 +81,6 @@ def clock(function: Callable, number: int, device: torch.device) -> float:
     return now() - began
 
 
-def peak_bytes(function: Callable, device: torch.device) -> int:
-    """Peak of the bytes that torch allocates during a call."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function(0)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
-        function(0)
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
 def mixing(run: harness.Run, batch: int, size: tuple[int, int, int],
            rounds: int) -> tuple[list[dict], list[dict]]:
     generator = torch.Generator().manual_seed(run.seeds[0])
@@ -121,7 +103,7 @@ def mixing(run: harness.Run, batch: int, size: tuple[int, int, int],
                 times[name].append(clock(function, number, run.device))
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}
         for name, function in functions.items():
-            memory = peak_bytes(function, run.device)
+            memory = harness.peak_bytes(lambda: function(0), run.device)
             table.append({"way": name, "threads": threads, "ms": 1000 * medians[name],
                           "x in place": medians[name] / medians["in place"],
                           "peak MB": memory / 1e6, "peak / cuboids": memory / cuboids})
