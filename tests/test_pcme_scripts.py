@@ -15,7 +15,7 @@ from PIL import Image
 from data_tools import synthetic
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-TINY = ("--preset", "tiny", "--device", "cpu")
+TINY = ("--preset", "tiny", "--device", "cpu", "--threads", "1")
 
 
 @pytest.fixture

@@ -909,7 +909,7 @@ def read_results(folder, script="pit_imagenet"):
 
 def start_script(out, *arguments, launcher=(sys.executable,)):
     command = [*launcher, str(ROOT / "benchmarks" / "pit_imagenet.py"), "--preset", "tiny", "--out", str(out),
-               "--checkpoint-seconds", "0", "--device", "cpu", *arguments]
+               "--checkpoint-seconds", "0", "--device", "cpu", "--threads", "1", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

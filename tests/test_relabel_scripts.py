@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TINY = ("--preset", "tiny", "--threads", "1")
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def run(monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{script}.py"])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the scripts set their own
         main = importlib.import_module(script).main
-        main(["--preset", "tiny", "--out", str(out), *map(str, arguments)])
+        main([*TINY, "--out", str(out), *map(str, arguments)])
         return json.loads((out / f"{script}.json").read_text())
 
     return call
@@ -43,8 +44,7 @@ def test_the_study_survives_a_kill(tmp_path, run):
     command = [
         sys.executable,
         str(BENCHMARKS / "relabel_imagenet.py"),
-        "--preset",
-        "tiny",
+        *TINY,
         *methods,
         *always,
         "--out",

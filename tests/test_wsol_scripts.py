@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-TABLE = ("--preset", "tiny", "--methods", "has", "--device", "cpu", "--checkpoint-seconds", "0")
+TABLE = ("--preset", "tiny", "--methods", "has", "--device", "cpu", "--checkpoint-seconds", "0", "--threads", "1")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path, run):
 
 
 def test_two_processes_share_training_and_evaluation(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(BENCHMARKS / "wsol_table.py"), *TABLE, "--methods", "cam", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
