@@ -1,4 +1,5 @@
-"""SGD, SGDP, AdamW and AdamP with and without weight decay: accuracy, weight norms, effective steps.
+"""SGD, SGDP, AdamW and AdamP with and without weight decay: accuracy, weight norms, effective
+steps.
 
     python benchmarks/adamp_imagenet.py                        # embedded textures, 3 seeds, about 5 minutes
     python benchmarks/adamp_imagenet.py --attack linf          # adversarial training, AdamW and AdamP, about 5 minutes
@@ -6,13 +7,14 @@
     torchrun --nproc_per_node=8 benchmarks/adamp_imagenet.py --data /data/imagenet --preset paper --amp bf16 \\
         --workers 16 --arch resnet18                           # 8 runs of 100 epochs; --methods to choose
 
-Embedded: ten orientations of gratings under strong noise, a small residual network with batch norm. Expected: without
-weight decay, momentum SGD makes the weights grow several times more than SGDP, and its effective step is smaller.
-Paper, ImageNet top-1 (the authors' project page; its Adam rows stand beside AdamW here): ResNet-18 SGD 70.28,
-SGDP 70.73, Adam 70.41, AdamP 70.81, and without decay 67.94, 70.21, 68.52, 70.50; ResNet-50 76.64, 76.71, 76.65, 76.94.
---attack: every training batch is attacked (PGD, 3 steps here, 10 in the paper) and the network is judged on clean images
-and under PGD-10. Paper, Wide-ResNet on CIFAR-10: l_inf Adam 80.12 / 56.58, AdamP 89.85 / 66.28; l_2 84.14 / 70.33 and
-93.46 / 83.59.
+Embedded: ten orientations of gratings under strong noise, a small residual network with batch norm.
+Expected: without weight decay, momentum SGD makes the weights grow several times more than SGDP,
+and its effective step is smaller. Paper, ImageNet top-1 (the authors' project page; its Adam rows
+stand beside AdamW here): ResNet-18 SGD 70.28, SGDP 70.73, Adam 70.41, AdamP 70.81, and without
+decay 67.94, 70.21, 68.52, 70.50; ResNet-50 76.64, 76.71, 76.65, 76.94.
+--attack: every training batch is attacked (PGD, 3 steps here, 10 in the paper) and the network is
+judged on clean images and under PGD-10. Paper, Wide-ResNet on CIFAR-10: l_inf Adam 80.12 / 56.58,
+AdamP 89.85 / 66.28; l_2 84.14 / 70.33 and 93.46 / 83.59.
 """
 
 import math
@@ -30,23 +32,28 @@ from data_tools import imagenet, synthetic
 from reference import adamp, resnet
 
 PAPER = {"resnet18": {"sgd": 70.28, "sgdp": 70.73, "adamw": 70.41, "adamp": 70.81,
-                      "sgd-nodecay": 67.94, "sgdp-nodecay": 70.21, "adamw-nodecay": 68.52, "adamp-nodecay": 70.50},
+                      "sgd-nodecay": 67.94, "sgdp-nodecay": 70.21, "adamw-nodecay": 68.52,
+                      "adamp-nodecay": 70.50},
          "resnet50": {"sgd": 76.64, "sgdp": 76.71, "adamw": 76.65, "adamp": 76.94},
          "linf": {"adamw": 80.12, "adamp": 89.85}, "l2": {"adamw": 84.14, "adamp": 93.46}}
 PAPER_ATTACKED = {"linf": {"adamw": 56.58, "adamp": 66.28}, "l2": {"adamw": 70.33, "adamp": 83.59}}
 ATTACKS = {"linf": 4 / 255, "l2": 80 / 255}                   # sizes, of pixel values in [0, 1]
-METHODS = tuple(f"{name}{suffix}" for name in ("sgd", "sgdp", "adamw", "adamp") for suffix in ("", "-nodecay"))
+METHODS = tuple(f"{name}{suffix}" for name in ("sgd", "sgdp", "adamw", "adamp")
+                for suffix in ("", "-nodecay"))
 
 
 class Preset(NamedTuple):
     arch: str
-    width: int                                                # channels of the first stage of the small networks
+    # channels of the first stage of the small networks
+    width: int
     side: int
     epochs: int
     batch: int
-    sgd: tuple[float, float]                                  # learning rate and weight decay of SGD and SGDP
+    # learning rate and weight decay of SGD and SGDP
+    sgd: tuple[float, float]
     adam: tuple[float, float]                                 # ... of AdamW and AdamP
-    every: int                                                # steps from one measurement to the next
+    # steps from one measurement to the next
+    every: int
 
 
 PRESETS = {
@@ -58,7 +65,8 @@ PRESETS = {
 
 
 def textures(count, seed, size=16, classes=10, noise=4.0):
-    """Gratings of random phase at `classes` orientations, with noise: float32 (N, 3, S, S), labels (N,)."""
+    """Gratings of random phase at `classes` orientations, with noise: float32 (N, 3, S, S), labels
+    (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
     angle = (labels * (math.pi / classes)).view(-1, 1, 1)
@@ -69,11 +77,13 @@ def textures(count, seed, size=16, classes=10, noise=4.0):
 
 
 def build_model(name, classes, seed, width):
-    """A published ResNet, or one block per stage with a 3x3 stem ("stem3") or the 7x7 stem and pooling ("stem7")."""
+    """A published ResNet, or one block per stage with a 3x3 stem ("stem3") or the 7x7 stem and
+    pooling ("stem7")."""
     options = {"generator": torch.Generator().manual_seed(seed)}
     if not name.startswith("stem"):
         return getattr(resnet, name)(classes, **options)
-    return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), classes, width=width, small_stem=name == "stem3", **options)
+    return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), classes, width=width,
+                         small_stem=name == "stem3", **options)
 
 
 def build_optimizer(method, params, sgd, adam):
@@ -107,19 +117,24 @@ def data(run, side, batch):
     options = {"workers": run.args.workers, "device": run.device,
                "normalize": (imagenet.IMAGENET_MEAN, imagenet.IMAGENET_STD)}
     if side == 32:
-        train, val, transform, plain = in_memory(train), in_memory(val), imagenet.PadCropTransform(), None
+        train, val, transform, plain = in_memory(
+            train), in_memory(val), imagenet.PadCropTransform(), None
     else:
         transform, plain = imagenet.TrainTransform(side), imagenet.EvalTransform(side)
-    return (lambda seed: imagenet.Loader(train, batch // run.world_size, transform=transform, shuffle=True, seed=seed,
-                                         drop_last=True, rank=run.rank, world_size=run.world_size, **options),
+    return (lambda seed: imagenet.Loader(train, batch // run.world_size, transform=transform,
+                                         shuffle=True, seed=seed,
+                                         drop_last=True, rank=run.rank, world_size=run.world_size,
+                                         **options),
             imagenet.Loader(val, 256, transform=plain, **options), classes)
 
 
 class Attacked:
-    """A loader whose images are moved by `steps` of PGD against the model as it is when they are asked for.
+    """A loader whose images are moved by `steps` of PGD against the model as it is when they are
+    asked for.
 
-    Steps of 2.5 size / steps along the gradient of the loss (its sign for l_inf, its direction for l_2), each followed
-    by the projection on the ball. Sizes are those of ATTACKS, in the units of normalised images (1 / std = 4.4).
+    Steps of 2.5 size / steps along the gradient of the loss (its sign for l_inf, its direction for
+    l_2), each followed by the projection on the ball. Sizes are those of ATTACKS, in the units of
+    normalised images (1 / std = 4.4).
     """
 
     def __init__(self, loader, model, kind, steps):
@@ -176,7 +191,8 @@ class Watched:
     def __next__(self):
         values = next(self.steps)
         if "weight_norm" in values:
-            row = [values[k] for k in ("step", "weight_norm", "effective_step")] + [values.get("projected", 0.0)]
+            row = [values[k] for k in ("step", "weight_norm",
+                                       "effective_step")] + [values.get("projected", 0.0)]
             self.series.append(row)
         return values
 
@@ -186,12 +202,16 @@ class Watched:
 
 def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; adamw and adamp with --attack")
+    parser.add_argument("--methods", nargs="+", choices=METHODS,
+                        help="default: all; adamw and adamp with --attack")
     parser.add_argument("--classes", type=int, help="use the first so many classes of --data")
-    parser.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "stem3", "stem7"), help="default: the preset's")
+    parser.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "stem3", "stem7"),
+                        help="default: the preset's")
     parser.add_argument("--epochs", type=int, help="default: the preset's")
-    parser.add_argument("--width", type=int, help="channels of the first stage of stem3 and stem7; default: the preset's")
-    parser.add_argument("--attack", choices=ATTACKS, help="train on attacked images, judge on clean and attacked ones")
+    parser.add_argument("--width", type=int,
+                        help="channels of the first stage of stem3 and stem7; default: the preset's")
+    parser.add_argument("--attack", choices=ATTACKS,
+                        help="train on attacked images, judge on clean and attacked ones")
     run = harness.start(parser, argv)
     preset = PRESETS[run.args.preset]
     arch, epochs = run.args.arch or preset.arch, run.args.epochs or preset.epochs
@@ -211,23 +231,27 @@ def main(argv=None):
                 loader, state = train_loader(seed), run.resumed(name)
                 if run.args.attack:
                     loader = Attacked(loader, model, run.args.attack, steps=3)
-                steps = adamp.train(model, loader, optimizer, epochs, measure_every=preset.every, autocast=run.amp_dtype,
+                steps = adamp.train(model, loader, optimizer, epochs, measure_every=preset.every,
+                                    autocast=run.amp_dtype,
                                     resume=state)
                 watched = Watched(steps, state["series"] if state else [])
                 run.drive(name, watched, total=epochs * len(loader))
                 series = watched.series
-                row = {"top1": top1(model, val_loader), "norm start": series[0][1], "norm end": series[-1][1],
+                row = {"top1": top1(model, val_loader), "norm start": series[0][1],
+                       "norm end": series[-1][1],
                        "effective step, mid-run": series[len(series) // 2][2],
                        "projected": statistics.mean(s[3] for s in series), "series": series}
                 if run.args.attack:
-                    row["attacked"] = top1(model, Attacked(val_loader, model, run.args.attack, steps=10))
+                    row["attacked"] = top1(model,
+                                           Attacked(val_loader, model, run.args.attack, steps=10))
                 row = run.record(name, row)
             results[method].append(row)
     finish(run, results, run.args.attack or arch)
 
 
 def decided(gains):
-    """True or False where the mean of at least three seeds is two standard errors from 0, else None."""
+    """True or False where the mean of at least three seeds is two standard errors from 0, else
+    None."""
     if len(gains) < 3:
         return None
     margin = 2 * statistics.stdev(gains) / math.sqrt(len(gains))
@@ -242,13 +266,17 @@ def finish(run, results, task):
     spread = (lambda x: statistics.stdev(x)) if len(run.seeds) > 1 else (lambda x: 0.0)
     table = []
     for method in results:
-        row = {"optimiser": method.removesuffix("-nodecay"), "weight decay": "no" if "nodecay" in method else "yes",
-               "paper top-1": PAPER.get(task, {}).get(method), "top-1": statistics.mean(values(method, "top1")),
+        row = {"optimiser": method.removesuffix("-nodecay"),
+               "weight decay": "no" if "nodecay" in method else "yes",
+               "paper top-1": PAPER.get(task, {}).get(method),
+               "top-1": statistics.mean(values(method, "top1")),
                "+-": spread(values(method, "top1"))}
         if run.args.attack:
             row |= {"paper, attacked": PAPER_ATTACKED[task].get(method),
-                    "attacked": statistics.mean(values(method, "attacked")), "+- ": spread(values(method, "attacked"))}
-        row |= {key: statistics.mean(values(method, key)) for key in ("norm start", "norm end", "effective step, mid-run")}
+                    "attacked": statistics.mean(values(method, "attacked")),
+                    "+- ": spread(values(method, "attacked"))}
+        row |= {key: statistics.mean(values(method, key))
+                for key in ("norm start", "norm end", "effective step, mid-run")}
         row["projected"] = statistics.mean(values(method, "projected")) if method.startswith(("sgdp", "adamp")) else None
         table.append(row)
 
@@ -256,10 +284,12 @@ def finish(run, results, task):
     for plain, ours in (("sgd", "sgdp"), ("adamw", "adamp")):
         a, b = plain + "-nodecay", ours + "-nodecay"
         if {a, b} <= results.keys():
-            growth = [[row["norm end"] - row["norm start"] for row in results[method]] for method in (a, b)]
+            growth = [[row["norm end"] - row["norm start"] for row in results[method]]
+                      for method in (a, b)]
             ratios = [x / max(y, 1e-9) for x, y in zip(*growth)]
             published = {"sgd": (3.8, 3.2)}.get(plain, (None, None))
-            rows.append({"claim": f"norm growth, {plain} / {ours}, no decay (paper: read off its figure)",
+            rows.append(
+                {"claim": f"norm growth, {plain} / {ours}, no decay (paper: read off its figure)",
                          "paper": published[0], "this run": statistics.mean(ratios),
                          "holds": decided([r - 1 for r in ratios]) if judged else None})
             ratios = [y / x for x, y in zip(values(a, "effective step, mid-run"), values(b, "effective step, mid-run"))]
@@ -292,9 +322,11 @@ def draw(folder, preset, results):
             for name in ("sgd", "sgdp", "adamw", "adamp"):
                 if rows := results.get(name + suffix):
                     series = np.array([row["series"] for row in rows])
-                    lines[name] = (series[0, :, 0], series[:, :, index].mean(0), series[:, :, index].std(0))
+                    lines[name] = (series[0, :, 0], series[:, :, index].mean(0),
+                                   series[:, :, index].std(0))
             if lines:
-                figures.line_chart(folder / f"adamp-{preset}-{key}{suffix}.png", lines, xlabel="step",
+                figures.line_chart(folder / f"adamp-{preset}-{key}{suffix}.png", lines,
+                                   xlabel="step",
                                    title=f"Mean {key.replace('-', ' ')} of the convolutions, {words}",
                                    ylabel=key.replace("-", " "), logy=index == 2)
 

@@ -1,15 +1,20 @@
-"""The theory behind AdamP on problems without data: norm growth, two toys with pictures, the scale-invariance test.
+"""The theory behind AdamP on problems without data: norm growth, two toys with pictures, the
+scale-invariance test.
 
     python benchmarks/adamp_toy.py --figures figures           # about half a minute
 
-1. Lemmas: for a scale-invariant f, <w, grad f> = 0; gradient descent obeys |w'|^2 = |w|^2 + lr^2 |g|^2 (lemma 2.1), heavy
+1. Lemmas: for a scale-invariant f, <w, grad f> = 0; gradient descent obeys |w'|^2 = |w|^2 + lr^2
+|g|^2 (lemma 2.1), heavy
    ball |w'|^2 = |w|^2 + lr^2 |p|^2 + 2 lr^2 sum_k beta^(t-k) |p_k|^2 (lemma 2.2), both to 1e-12; so the norm grows
    1 + 2 beta / (1 - beta) times as much per squared update length: 19, 39 and 199 times at 0.9, 0.95 and 0.99 (corollary 2.3).
-2. Minimise -cos(w, w*) in the plane from 150 degrees. Paper (unknown learning rate): with momentum the norm goes from 1 to
+2. Minimise -cos(w, w*) in the plane from 150 degrees. Paper (unknown learning rate): with momentum
+the norm goes from 1 to
    2.93 (0.9) and 27.87 (0.99), SGDP's stays small and it converges fastest.
-3. Rosenbrock's function on a sphere with a redundant radius. Paper, 200 steps, read off its plots: momentum ends at radius
+3. Rosenbrock's function on a sphere with a redundant radius. Paper, 200 steps, read off its plots:
+momentum ends at radius
    3.1 short of the optimum, with weight decay at 0.85 after a peak of 2.5, with the projection at 1.1 on the optimum.
-4. The test: gradients of a convolution before batch norm always pass it, random ones as often as chance has it.
+4. The test: gradients of a convolution before batch norm always pass it, random ones as often as
+chance has it.
 """
 
 import math
@@ -21,7 +26,8 @@ from torch import nn
 
 from reference.adamp import SGDP, scale_invariance
 
-METHODS = {                                                   # name -> optimiser of (parameters, lr, momentum)
+# name -> optimiser of (parameters, lr, momentum)
+METHODS = {
     "GD": lambda p, lr, momentum: torch.optim.SGD(p, lr),
     "momentum": lambda p, lr, momentum: torch.optim.SGD(p, lr, momentum=momentum),
     "SGDP": lambda p, lr, momentum: SGDP(p, lr, momentum=momentum),
@@ -30,7 +36,8 @@ METHODS = {                                                   # name -> optimise
 
 
 def descend(loss_fn, start, optimizer, steps):
-    """The path (steps + 1, n) of a float64 weight of shape (1, n), and the updates p_t (steps, n) before the rate."""
+    """The path (steps + 1, n) of a float64 weight of shape (1, n), and the updates p_t (steps, n)
+    before the rate."""
     w = nn.Parameter(start[None].clone())
     optimizer, path, updates = optimizer([w]), [start.clone()], []
     for _ in range(steps):
@@ -45,7 +52,8 @@ def descend(loss_fn, start, optimizer, steps):
 # ---------------------------------------------------------------- 1. the lemmas
 
 def lemmas(seeds, steps, betas=(0.0, 0.9, 0.95, 0.99), size=20, lr=0.02):
-    """One row per momentum: the largest relative errors of the lemmas, and the growth per squared update length."""
+    """One row per momentum: the largest relative errors of the lemmas, and the growth per squared
+    update length."""
     rows = []
     for beta in betas:
         worst, cosine, growth = 0.0, 0.0, []
@@ -66,8 +74,10 @@ def lemmas(seeds, steps, betas=(0.0, 0.9, 0.95, 0.99), size=20, lr=0.02):
                 past = beta * (past + square)
             error = path[1:].square().sum(1) / torch.stack(predicted) - 1
             worst = max(worst, error.abs().max().item())
-            growth.append(((path[-1].square().sum() - path[0].square().sum()) / (lr ** 2 * squares.sum())).item())
-        rows.append({"momentum": beta, "lemma": "2.1" if beta == 0 else "2.2", "largest relative error": worst,
+            growth.append(((path[-1].square().sum() - path[0].square().sum())
+                           / (lr ** 2 * squares.sum())).item())
+        rows.append({"momentum": beta, "lemma": "2.1" if beta == 0 else "2.2",
+                     "largest relative error": worst,
                      "largest |cos(w, g)|": cosine, "limit 1 + 2b/(1-b)": 1 + 2 * beta / (1 - beta),
                      "growth of |w|^2 / lr^2 sum |p|^2": sum(growth) / len(growth)})
     return rows
@@ -80,7 +90,8 @@ def negative_cosine(w):
 
 
 def plane(rates, momenta, steps):
-    """Rows of final norms and first steps with 1 - cos < 1e-4; the paths by (rate, momentum, method)."""
+    """Rows of final norms and first steps with 1 - cos < 1e-4; the paths by (rate, momentum,
+    method)."""
     angle = math.radians(150)
     start = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
     rows, paths = [], {}
@@ -91,7 +102,8 @@ def plane(rates, momenta, steps):
                 path, _ = descend(negative_cosine, start, lambda p: make(p, lr, momentum), steps)
                 near = (1 - path[:, 0] / path.norm(dim=1) < 1e-4).nonzero()
                 paths[lr, momentum, name] = path
-                row |= {f"{name}: norm": path[-1].norm().item(), f"{name}: steps": near[0].item() if len(near) else None}
+                row |= {f"{name}: norm": path[-1].norm().item(),
+                        f"{name}: steps": near[0].item() if len(near) else None}
             rows.append(row)
     return rows, paths
 
@@ -99,9 +111,11 @@ def plane(rates, momenta, steps):
 # ---------------------------------------------------------------- 3. the sphere
 
 def angles(w):
-    """psi and phi of (..., 3) points: longitude and latitude in units of 45 degrees, phi moved by 1."""
+    """psi and phi of (..., 3) points: longitude and latitude in units of 45 degrees, phi moved by
+    1."""
     r = w.norm(dim=-1)
-    return 4 / math.pi * torch.atan2(w[..., 1], w[..., 0]), 1 + 4 / math.pi * torch.asin(w[..., 2] / r)
+    return 4 / math.pi * torch.atan2(w[..., 1],
+                                     w[..., 0]), 1 + 4 / math.pi * torch.asin(w[..., 2] / r)
 
 
 def rosenbrock(w):
@@ -112,24 +126,29 @@ def rosenbrock(w):
 def sphere(rates, lengths, momentum=0.9):
     """Rows of final values h and radii; the paths of the longest run by (rate, method)."""
     longitude, latitude = -1.95 * math.pi / 4, math.pi / 4    # psi = -1.95, phi = 2, radius 1
-    start = torch.tensor([math.cos(latitude) * math.cos(longitude), math.cos(latitude) * math.sin(longitude),
+    start = torch.tensor([math.cos(latitude) * math.cos(longitude),
+                          math.cos(latitude) * math.sin(longitude),
                           math.sin(latitude)], dtype=torch.float64)
-    decayed = lambda p, lr, m: SGDP(p, lr, momentum=m, weight_decay=10, delta=0)       # noqa: E731  never projects
+    # noqa: E731  never projects
+    decayed = lambda p, lr, m: SGDP(p, lr, momentum=m, weight_decay=10, delta=0)
     rows, paths = [], {}
     for lr in rates:
         for name, make in {**METHODS, "momentum, decay": decayed}.items():
             path, _ = descend(rosenbrock, start, lambda p: make(p, lr, momentum), max(lengths))
             paths[lr, name] = path
             for steps in lengths:
-                rows.append({"lr": lr, "steps": steps, "optimiser": name, "h": rosenbrock(path[steps]).item(),
-                             "radius": path[steps].norm().item(), "largest radius": path[:steps + 1].norm(dim=1).max().item()})
+                rows.append({"lr": lr, "steps": steps, "optimiser": name,
+                             "h": rosenbrock(path[steps]).item(),
+                             "radius": path[steps].norm().item(),
+                             "largest radius": path[:steps + 1].norm(dim=1).max().item()})
     return rows, paths
 
 
 # ---------------------------------------------------------------- 4. the test
 
 def detection(draws, deltas=(0.01, 0.03, 0.1, 0.3, 1.0)):
-    """Share of gradients that pass per view: of a convolution before batch norm, and of a random 10 x 64 matrix."""
+    """Share of gradients that pass per view: of a convolution before batch norm, and of a random 10
+    x 64 matrix."""
     generator = torch.Generator().manual_seed(0)
     conv, norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
     pairs = {"before batch norm": [], "random 10 x 64": []}
@@ -140,13 +159,15 @@ def detection(draws, deltas=(0.01, 0.03, 0.1, 0.3, 1.0)):
         images, direction = torch.randn(4, 3, 8, 8, generator=generator), torch.randn(8, 1, 1, generator=generator)
         (norm(conv(images)).tanh() * direction).square().sum().backward()
         pairs["before batch norm"].append((conv.weight.detach().clone(), conv.weight.grad.clone()))
-    pairs["random 10 x 64"] = [tuple(torch.randn(2, 10, 64, generator=generator)) for _ in range(draws)]
+    pairs["random 10 x 64"] = [tuple(torch.randn(2, 10, 64, generator=generator))
+                               for _ in range(draws)]
     rows = []
     for delta in deltas:
         row = {"delta": delta, "chance, one row": math.erf(delta / math.sqrt(2))}
         for name, tests in pairs.items():
             views = [scale_invariance(w, g, delta) for w, g in tests]
-            row |= {f"{name}: {view}": views.count(view) / len(views) for view in ("channel", "layer")}
+            row |= {f"{name}: {view}": views.count(view) / len(views)
+                    for view in ("channel", "layer")}
         rows.append(row)
     return rows
 
@@ -157,40 +178,53 @@ def main(argv=None):
     run = harness.start(harness.parser(__doc__, seeds=3), argv)
     tiny = run.args.preset == "tiny"
     lemma_rows = lemmas(run.seeds, 100 if tiny else 2000)
-    plane_rows, plane_paths = plane((0.05,) if tiny else (0.05, 0.1), (0.9, 0.99) if tiny else (0.9, 0.95, 0.99),
+    plane_rows, plane_paths = plane((0.05,) if tiny else (0.05, 0.1), (0.9, 0.99) if tiny
+                                    else (0.9, 0.95, 0.99),
                                     400 if tiny else 1000)
-    sphere_rows, sphere_paths = sphere((1e-4,) if tiny else (5e-5, 1e-4), (50,) if tiny else (200, 1000))
+    sphere_rows, sphere_paths = sphere((1e-4,) if tiny else (5e-5, 1e-4), (50,) if tiny
+                                       else (200, 1000))
     test_rows = detection(200 if tiny else 5000)
 
     claims = [{"claim": f"lemma {row['lemma']}, momentum {row['momentum']}: largest relative error", "paper": 0.0,
-               "this run": row["largest relative error"], "holds": row["largest relative error"] < 1e-12} for row in lemma_rows]
+               "this run": row["largest relative error"],
+               "holds": row["largest relative error"] < 1e-12} for row in lemma_rows]
     if not tiny:
-        claims += [{"claim": f"norm growth per squared update, momentum {row['momentum']}", "paper": row["limit 1 + 2b/(1-b)"],
+        claims += [{"claim": f"norm growth per squared update, momentum {row['momentum']}",
+                    "paper": row["limit 1 + 2b/(1-b)"],
                     "this run": row["growth of |w|^2 / lr^2 sum |p|^2"],
-                    "holds": 0.8 < row["growth of |w|^2 / lr^2 sum |p|^2"] / row["limit 1 + 2b/(1-b)"] < 1.001}
+                    "holds": 0.8 < row["growth of |w|^2 / lr^2 sum |p|^2"]
+                    / row["limit 1 + 2b/(1-b)"] < 1.001}
                    for row in lemma_rows[1:]]
     for row in plane_rows:
         where, paper = f"plane, lr {row['lr']}, momentum {row['momentum']}", {0.9: 2.93, 0.99: 27.87}.get(row["momentum"])
-        claims.append({"claim": f"{where}: norm with momentum", "paper": paper, "this run": row["momentum: norm"],
+        claims.append({"claim": f"{where}: norm with momentum", "paper": paper,
+                       "this run": row["momentum: norm"],
                        "holds": row["momentum: norm"] > 3 * row["SGDP: norm"]})
         claims.append({"claim": f"{where}: steps of SGDP / of momentum", "paper": None,
                        "this run": row["SGDP: steps"] / row["momentum: steps"],
                        "holds": row["SGDP: steps"] < 0.5 * row["momentum: steps"]})
-    last = {row["optimiser"]: row for row in sphere_rows if row["lr"] == 1e-4}          # of the longest run
+    # of the longest run
+    last = {row["optimiser"]: row for row in sphere_rows if row["lr"] == 1e-4}
     for name, paper in (("momentum", 3.1), ("SGDP", 1.1)):
         claims.append({"claim": f"sphere, lr 1e-4: radius of {name}", "paper": paper,
-                       "this run": last[name]["radius"], "holds": (last[name]["radius"] > 3) == (name == "momentum")})
-    claims.append({"claim": "sphere: decay's largest radius (the first surge is not stopped)", "paper": 2.5,
+                       "this run": last[name]["radius"],
+                       "holds": (last[name]["radius"] > 3) == (name == "momentum")})
+    claims.append({"claim": "sphere: decay's largest radius (the first surge is not stopped)",
+                   "paper": 2.5,
                    "this run": last["momentum, decay"]["largest radius"],
-                   "holds": last["momentum, decay"]["largest radius"] > 2 * last["SGDP"]["largest radius"]})
-    claims.append({"claim": "sphere: h of SGDP / h of momentum", "paper": None, "this run": last["SGDP"]["h"] / last["momentum"]["h"],
+                   "holds": last["momentum, decay"]["largest radius"] > 2
+                   * last["SGDP"]["largest radius"]})
+    claims.append({"claim": "sphere: h of SGDP / h of momentum", "paper": None,
+                   "this run": last["SGDP"]["h"] / last["momentum"]["h"],
                    "holds": None if tiny else last["SGDP"]["h"] < 0.5 * last["momentum"]["h"]})
     at = next(row for row in test_rows if row["delta"] == 0.1)
-    claims.append({"claim": "weights before batch norm recognised", "paper": 1.0, "this run": at["before batch norm: channel"],
+    claims.append({"claim": "weights before batch norm recognised", "paper": 1.0,
+                   "this run": at["before batch norm: channel"],
                    "holds": at["before batch norm: channel"] == 1})
     if run.figures is not None and run.is_main:
         draw(run.figures, plane_paths, sphere_paths)
-    run.finish(rows=claims, tables={"lemmas": lemma_rows, "plane": plane_rows, "sphere": sphere_rows, "test": test_rows})
+    run.finish(rows=claims, tables={"lemmas": lemma_rows, "plane": plane_rows,
+                                    "sphere": sphere_rows, "test": test_rows})
 
 
 def draw(folder, plane_paths, sphere_paths):
@@ -198,9 +232,11 @@ def draw(folder, plane_paths, sphere_paths):
     lines = {f"{name}, {momentum}" if name != "GD" else name: (range(len(path)), path.norm(dim=1))
              for (rate, momentum, name), path in plane_paths.items()
              if rate == lr and name in ("GD", "momentum", "SGDP") and (momentum in (0.9, 0.99))}
-    figures.line_chart(folder / "adamp-toy-norm.png", lines, logy=True, title=f"|w| while minimising -cos(w, w*), lr {lr}",
+    figures.line_chart(folder / "adamp-toy-norm.png", lines, logy=True,
+                       title=f"|w| while minimising -cos(w, w*), lr {lr}",
                        xlabel="step", ylabel="norm")
-    chart = figures.Chart((-1.5, 6.5), (-1.2, 2.8), title=f"Paths in the plane, momentum 0.9, lr {lr}", xlabel="w1",
+    chart = figures.Chart((-1.5, 6.5), (-1.2, 2.8),
+                          title=f"Paths in the plane, momentum 0.9, lr {lr}", xlabel="w1",
                           ylabel="w2")
     for color, name in zip(figures.COLORS, METHODS):
         path = plane_paths[lr, 0.9, name]
@@ -211,7 +247,9 @@ def draw(folder, plane_paths, sphere_paths):
 
     lr = max(rate for rate, _ in sphere_paths)
     paths = {name: path for (rate, name), path in sphere_paths.items() if rate == lr}
-    chart = figures.Chart((-2.1, 2.1), (-1, 3.1), title="Rosenbrock's valley on the sphere, 200 steps", xlabel="psi", ylabel="phi")
+    chart = figures.Chart((-2.1, 2.1), (-1, 3.1),
+                          title="Rosenbrock's valley on the sphere, 200 steps", xlabel="psi",
+                          ylabel="phi")
     valley = torch.linspace(-1.75, 1.75, 100)
     chart.line(valley, valley ** 2, "#bbbbbb", "valley", width=4)
     for color, (name, path) in zip(figures.COLORS, paths.items()):

@@ -1,11 +1,13 @@
-"""Pictures with Pillow: image grids, heat-map overlays, boxes, and charts with axes, ticks and a legend.
+"""Pictures with Pillow: image grids, heat-map overlays, boxes, and charts with axes, ticks and a
+legend.
 
     image_grid("grid.png", images, titles=names, columns=8)
     line_chart("curve.png", {"SGD": (steps, loss), "AdamP": (steps, loss2, error)}, title="Loss", xlabel="step", logy=True)
     bar_chart("bars.png", ["top-1", "ECE"], {"CAM": [70, 5], "CALM": [69, 3]})
     chart = Chart((0, 1), (0, 1), title="anything"); chart.line(x, y); chart.text(0.5, 0.5, "here"); chart.save("own.png")
 
-Images are (H, W, 3) or (3, H, W), uint8 or float in [0, 1], arrays or tensors; grey (H, W) is accepted.
+Images are (H, W, 3) or (3, H, W), uint8 or float in [0, 1], arrays or tensors; grey (H, W) is
+accepted.
 """
 
 import math
@@ -17,9 +19,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#c0392b", "#16858a", "#b8860b", "#555555", "#e377c2", "#7f7f00")
+COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#c0392b", "#16858a", "#b8860b", "#555555",
+          "#e377c2", "#7f7f00")
 INK, GRID = "#333333", "#e4e4e4"
-ZOOM = 2                                                      # charts are drawn larger and reduced: smooth lines
+# charts are drawn larger and reduced: smooth lines
+ZOOM = 2
 
 
 # ---------------------------------------------------------------- images
@@ -34,18 +38,22 @@ def as_image(image) -> np.ndarray:
     if array.ndim != 3 or array.shape[2] not in (1, 3):
         raise ValueError(f"image must be (H, W), (H, W, 3) or (3, H, W), not {array.shape}")
     if array.dtype == bool or array.dtype.kind == "f":
-        array = (np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1) * 255).round().astype(np.uint8)
+        array = (np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1)
+                 * 255).round().astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))
 
 
 def heat_colors(heat) -> np.ndarray:
-    """(H, W) values, scaled from their minimum to their maximum, as (H, W, 3) uint8: dark blue over teal to yellow."""
-    heat = np.asarray(heat.detach().cpu() if isinstance(heat, torch.Tensor) else heat, dtype=np.float64)
+    """(H, W) values, scaled from their minimum to their maximum, as (H, W, 3) uint8: dark blue over
+    teal to yellow."""
+    heat = np.asarray(heat.detach().cpu() if isinstance(heat, torch.Tensor) else heat,
+                      dtype=np.float64)
     low, high = np.nanmin(heat), np.nanmax(heat)
     level = np.nan_to_num((heat - low) / (high - low if high > low else 1))
     stops = np.array([(48, 18, 90), (40, 90, 140), (33, 145, 140), (110, 205, 88), (253, 231, 37)], float)
     at = np.linspace(0, 1, len(stops))
-    return np.stack([np.interp(level, at, stops[:, c]) for c in range(3)], -1).round().astype(np.uint8)
+    return np.stack([np.interp(level, at, stops[:, c]) for c in range(3)],
+                    -1).round().astype(np.uint8)
 
 
 def overlay(image, heat, strength: float = 0.5) -> np.ndarray:
@@ -56,19 +64,24 @@ def overlay(image, heat, strength: float = 0.5) -> np.ndarray:
 
 
 def draw_boxes(image, boxes, colors: Sequence[str] = COLORS, scale: int = 1) -> np.ndarray:
-    """Boxes (N, 4) x0, y0, x1, y1 (upper edges exclusive) outlined on the image, enlarged `scale` times first."""
+    """Boxes (N, 4) x0, y0, x1, y1 (upper edges exclusive) outlined on the image, enlarged `scale`
+    times first."""
     image = as_image(image)
-    picture = Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), Image.NEAREST)
+    picture = Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale),
+                                            Image.NEAREST)
     pen = ImageDraw.Draw(picture)
     for number, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4) * scale):
         if x1 > x0 and y1 > y0:
-            pen.rectangle([x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)], outline=colors[number % len(colors)], width=2)
+            pen.rectangle([x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)],
+                          outline=colors[number % len(colors)], width=2)
     return np.asarray(picture)
 
 
-def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None = None, columns: int = 8,
+def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None = None,
+               columns: int = 8,
                cell: int = 128, gap: int = 6) -> None:
-    """Write the images in rows of `columns`, each enlarged or reduced to `cell` pixels, with a title above each."""
+    """Write the images in rows of `columns`, each enlarged or reduced to `cell` pixels, with a
+    title above each."""
     if not len(images):
         raise ValueError("images is empty")
     columns = min(columns, len(images))
@@ -94,11 +107,15 @@ def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None 
 # ---------------------------------------------------------------- charts
 
 class Chart:
-    """Axes with ticks, a title and a legend; `line`, `points`, `band`, `bar`, `text`, `ellipse` take data coordinates."""
+    """Axes with ticks, a title and a legend; `line`, `points`, `band`, `bar`, `text`, `ellipse`
+    take data coordinates."""
 
-    def __init__(self, xlim: tuple[float, float], ylim: tuple[float, float], *, title: str = "", xlabel: str = "",
-                 ylabel: str = "", logx: bool = False, logy: bool = False, size: tuple[int, int] = (640, 420),
-                 xticks: Sequence[tuple[float, str]] | None = None, yticks: Sequence[tuple[float, str]] | None = None):
+    def __init__(self, xlim: tuple[float, float], ylim: tuple[float, float], *, title: str = "",
+                 xlabel: str = "",
+                 ylabel: str = "", logx: bool = False, logy: bool = False,
+                 size: tuple[int, int] = (640, 420),
+                 xticks: Sequence[tuple[float, str]] | None = None,
+                 yticks: Sequence[tuple[float, str]] | None = None):
         self.size, self.logs = size, (logx, logy)
         self.limits = tuple(_limits(limit, log) for limit, log in zip((xlim, ylim), self.logs))
         self.canvas = Image.new("RGB", (size[0] * ZOOM, size[1] * ZOOM), "white")
@@ -127,7 +144,8 @@ class Chart:
         x0, y0, x1, y1 = self.box
         self._stroke([(x0, y0), (x0, y1), (x1, y1)], INK, 1)
 
-    def line(self, x, y, color: str = COLORS[0], label: str = "", width: float = 2, dashed: bool = False) -> None:
+    def line(self, x, y, color: str = COLORS[0], label: str = "", width: float = 2,
+             dashed: bool = False) -> None:
         """A polyline; gaps where a value is not finite (or not positive on a log axis)."""
         self._remember(label, color)
         run: list[tuple[float, float]] = []
@@ -149,13 +167,15 @@ class Chart:
 
     def band(self, x, low, high, color: str = COLORS[0]) -> None:
         """A translucent band between two curves (error bars of a line)."""
-        edge = [p for p in [*self._points(x, low), *reversed(self._points(x, high))] if all(map(math.isfinite, p))]
+        edge = [p for p in [*self._points(x, low), *reversed(self._points(x, high))]
+                if all(map(math.isfinite, p))]
         if len(edge) > 2:
             layer = Image.new("L", self.canvas.size, 0)
             ImageDraw.Draw(layer).polygon([(px * ZOOM, py * ZOOM) for px, py in edge], fill=50)
             self.canvas.paste(color, mask=layer)
 
-    def bar(self, x: float, height: float, width: float, color: str = COLORS[0], error: float | None = None, base: float = 0) -> None:
+    def bar(self, x: float, height: float, width: float, color: str = COLORS[0],
+            error: float | None = None, base: float = 0) -> None:
         if not math.isfinite(height):
             return
         (x0, y0), (x1, y1) = self._points([x - width / 2, x + width / 2], [max(base, height), min(base, height)])
@@ -163,7 +183,8 @@ class Chart:
         if error:
             self._stroke(self._points([x, x], [height - error, height + error]), INK, 1.5)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, color: str = COLORS[0], width: float = 1.5) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: str = COLORS[0],
+                width: float = 1.5) -> None:
         """An axis-aligned ellipse with half-axes rx, ry in data units."""
         turn = np.linspace(0, 2 * math.pi, 64)
         self.line(x + rx * np.cos(turn), y + ry * np.sin(turn), color, width=width)
@@ -173,7 +194,8 @@ class Chart:
         self._label(px, py, text, anchor, 12, color)
 
     def save(self, path: str | Path) -> None:
-        """Write PNG, the legend above the plot area's content in the corner that holds the fewest marks."""
+        """Write PNG, the legend above the plot area's content in the corner that holds the fewest
+        marks."""
         if self.legend:
             self._draw_legend()
         self.frame()
@@ -191,7 +213,8 @@ class Chart:
             x, y = (int(v * ZOOM) for v in corner)
             return ink[max(y, 0):y + int(height * ZOOM), max(x, 0):x + int(width * ZOOM)].sum()
         x, y = min(corners, key=marks)
-        self.pen.rectangle([x * ZOOM, y * ZOOM, (x + width) * ZOOM, (y + height) * ZOOM], fill="white", outline=GRID, width=ZOOM)
+        self.pen.rectangle([x * ZOOM, y * ZOOM, (x + width) * ZOOM, (y + height) * ZOOM],
+                           fill="white", outline=GRID, width=ZOOM)
         for number, (label, color) in enumerate(self.legend):
             middle = y + 12 + 18 * number
             self._stroke([(x + 6, middle), (x + 24, middle)], color, 3)
@@ -208,7 +231,8 @@ class Chart:
                 return math.nan
             value, low, high = math.log10(value), math.log10(low), math.log10(high)
         at = (value - low) / (high - low)
-        at = min(max(at, -0.02), 1.02) if math.isfinite(at) else math.nan     # what lies outside runs along the edge
+        # what lies outside runs along the edge
+        at = min(max(at, -0.02), 1.02) if math.isfinite(at) else math.nan
         x0, y0, x1, y1 = self.box
         return x0 + at * (x1 - x0) if axis == 0 else y1 - at * (y1 - y0)
 
@@ -216,18 +240,24 @@ class Chart:
         return [(self._pixel(float(a), 0), self._pixel(float(b), 1)) for a, b in zip(x, y)]
 
     def _stroke(self, points, color: str, width: float) -> None:
-        self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill=color, width=max(1, round(width * ZOOM)), joint="curve")
+        self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill=color,
+                      width=max(1, round(width * ZOOM)), joint="curve")
 
-    def _label(self, x: float, y: float, text: str, anchor: str, size: int, color: str = INK) -> None:
-        self.pen.text((x * ZOOM, y * ZOOM), text, fill=color, anchor=anchor, font=ImageFont.load_default(size * ZOOM))
+    def _label(self, x: float, y: float, text: str, anchor: str, size: int,
+               color: str = INK) -> None:
+        self.pen.text((x * ZOOM, y * ZOOM), text, fill=color, anchor=anchor,
+                      font=ImageFont.load_default(size * ZOOM))
 
 
 def line_chart(path: str | Path, series: dict[str, tuple], *, markers: bool = False,
-               xlim: tuple[float, float] | None = None, ylim: tuple[float, float] | None = None, **axes) -> None:
-    """`series`: name -> (x, y) or (x, y, error); the error is drawn as a band. Keywords as for Chart."""
+               xlim: tuple[float, float] | None = None, ylim: tuple[float, float] | None = None,
+               **axes) -> None:
+    """`series`: name -> (x, y) or (x, y, error); the error is drawn as a band. Keywords as for
+    Chart."""
     series = {name: [np.asarray(v, dtype=float) for v in values] for name, values in series.items()}
     chart = Chart(xlim or _span([v[0] for v in series.values()], axes.get("logx")),
-                  ylim or _span([v[1] + sign * (v[2] if len(v) > 2 else 0) for v in series.values() for sign in (-1, 1)],
+                  ylim or _span([v[1] + sign * (v[2] if len(v) > 2 else 0) for v in series.values()
+                                 for sign in (-1, 1)],
                                 axes.get("logy")), **axes)
     for color, (name, (x, y, *error)) in zip(_cycle(len(series)), series.items()):
         if error:
@@ -238,7 +268,8 @@ def line_chart(path: str | Path, series: dict[str, tuple], *, markers: bool = Fa
     chart.save(path)
 
 
-def scatter_chart(path: str | Path, series: dict[str, tuple], *, radius: float = 3, xlim=None, ylim=None, **axes) -> None:
+def scatter_chart(path: str | Path, series: dict[str, tuple], *, radius: float = 3, xlim=None,
+                  ylim=None, **axes) -> None:
     """`series`: name -> (x, y). Keywords as for Chart."""
     series = {name: [np.asarray(v, dtype=float) for v in values] for name, values in series.items()}
     chart = Chart(xlim or _span([v[0] for v in series.values()], axes.get("logx")),
@@ -248,9 +279,12 @@ def scatter_chart(path: str | Path, series: dict[str, tuple], *, radius: float =
     chart.save(path)
 
 
-def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequence], *, ylim=None, **axes) -> None:
-    """Groups of bars: `labels` along x, one bar per series and label; `series`: name -> values or (values, errors)."""
-    split = {name: (v[0], v[1]) if isinstance(v, tuple) else (v, [None] * len(labels)) for name, v in series.items()}
+def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequence], *, ylim=None,
+              **axes) -> None:
+    """Groups of bars: `labels` along x, one bar per series and label; `series`: name -> values or
+    (values, errors)."""
+    split = {name: (v[0], v[1]) if isinstance(v, tuple) else (v, [None] * len(labels))
+             for name, v in series.items()}
     if any(len(values) != len(labels) for values, _ in split.values()):
         raise ValueError(f"each series must have {len(labels)} values, one per label")
     top = np.array([[v + (e or 0) for v, e in zip(*pair)] for pair in split.values()], dtype=float)
@@ -260,7 +294,8 @@ def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequenc
     width = 0.8 / len(split)
     for number, (color, (name, (values, errors))) in enumerate(zip(_cycle(len(split)), split.items())):
         for at, (value, error) in enumerate(zip(values, errors)):
-            chart.bar(at + (number - (len(split) - 1) / 2) * width, value, width * 0.92, color, error, base=chart.limits[1][0] if ylim else 0)
+            chart.bar(at + (number - (len(split) - 1) / 2) * width, value, width * 0.92, color,
+                      error, base=chart.limits[1][0] if ylim else 0)
         if len(split) > 1:
             chart._remember(name, color)
     chart.save(path)
@@ -285,7 +320,8 @@ def _span(arrays: Sequence[np.ndarray], log: bool | None) -> tuple[float, float]
 def _limits(limit: tuple[float, float], log: bool) -> tuple[float, float]:
     low, high = map(float, limit)
     if not (math.isfinite(low) and math.isfinite(high)) or low >= high or (log and low <= 0):
-        raise ValueError(f"limits must be finite, increasing and positive on a log axis, not {limit}")
+        raise ValueError(
+            f"limits must be finite, increasing and positive on a log axis, not {limit}")
     return low, high
 
 
@@ -293,7 +329,8 @@ def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
     if log and math.log10(high / low) >= 1:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         every = max(1, (last - first) // 6)
-        return [(10.0**e, f"1e{e}" if abs(e) > 3 else f"{10.0**e:g}") for e in range(first, last + 1, every)]
+        return [(10.0**e, f"1e{e}" if abs(e) > 3 else f"{10.0**e:g}")
+                for e in range(first, last + 1, every)]
     raw = (high - low) / 5
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)

@@ -1,4 +1,5 @@
-"""What every benchmark script shares: arguments, device, torchrun, progress, checkpoints, results, closing table.
+"""What every benchmark script shares: arguments, device, torchrun, progress, checkpoints, results,
+closing table.
 
 A script is a plain program that asks this file for help:
 
@@ -12,9 +13,9 @@ A script is a plain program that asks this file for help:
             row = run.record(name, pit.evaluate(model, val_loader))
     run.finish(rows=[{"claim": "top-1", "paper": 81.0, "this run": row["top1"], "holds": None}])
 
-Training loops are generators that yield one flat dict of numbers per step. `steps.send("state")` makes such a
-generator hand out a snapshot of everything that moves (tensors, numbers, strings, lists, dicts), and the same
-function called with `resume=snapshot` goes on from there.
+Training loops are generators that yield one flat dict of numbers per step. `steps.send("state")`
+makes such a generator hand out a snapshot of everything that moves (tensors, numbers, strings,
+lists, dicts), and the same function called with `resume=snapshot` goes on from there.
 
 What a run leaves in its folder (`--out`, by default `runs/<script>`):
     run.json                    the arguments, to refuse a --resume that changes them
@@ -22,7 +23,8 @@ What a run leaves in its folder (`--out`, by default `runs/<script>`):
     <name>-<step>.rank<r>.pt    the two newest snapshots, removed once <name> is recorded
     recorded.json               what is finished
     <script>.json               the results: figures, hardware, versions, seeds, command, wall time
-Every file is written under a temporary name and renamed: a kill at any moment leaves the previous version.
+Every file is written under a temporary name and renamed: a kill at any moment leaves the previous
+version.
 """
 
 import argparse
@@ -63,7 +65,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"),
            seeds: int = 1) -> argparse.ArgumentParser:
-    """Arguments common to all scripts. `presets[0]` is the default one, `seeds` the default number of seeds."""
+    """Arguments common to all scripts. `presets[0]` is the default one, `seeds` the default number
+    of seeds."""
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--data", type=Path, help="folder of the real data set (default: the embedded synthetic data)")
@@ -78,7 +81,8 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"),
     add("--compile", action="store_true", help="torch.compile the models")
     add("--workers", type=int, default=0, help="loader processes")
     add("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    add("--checkpoint-seconds", type=float, default=60.0, help="time between checkpoints (0: every step)")
+    add("--checkpoint-seconds", type=float, default=60.0,
+        help="time between checkpoints (0: every step)")
     add("--record", nargs="?", const="", metavar="SUFFIX",
         help="also write benchmarks/results/<script>[-SUFFIX].json")
     return p
@@ -107,7 +111,8 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank)
@@ -157,7 +162,8 @@ def plain(value: Any) -> Any:
 
 
 class Run:
-    """One run of one script: `args`, `device`, `seeds`, `out`, `figures`, `rank`, `world_size`, `is_main`."""
+    """One run of one script: `args`, `device`, `seeds`, `out`, `figures`, `rank`, `world_size`,
+    `is_main`."""
 
     def __init__(self, args: argparse.Namespace, argv: list[str]):
         self.args, self.argv = args, list(argv)
@@ -199,10 +205,13 @@ class Run:
             changed = [f"--{key.replace('_', '-')} was {before.get(key)}, now {value}"
                        for key, value in settings.items() if before.get(key) != value]
             if changed:
-                raise ValueError(f"--resume must repeat the run's own arguments: {'; '.join(changed)}")
+                raise ValueError(
+                    f"--resume must repeat the run's own arguments: {'; '.join(changed)}")
             return
-        if any(self.out.glob("*-*.rank*.pt")):                # an unfinished run: keep it, out of the way
-            number = next(n for n in range(1, 10000) if not self.out.with_name(f"{self.out.name}.{n}").exists())
+        # an unfinished run: keep it, out of the way
+        if any(self.out.glob("*-*.rank*.pt")):
+            number = next(n for n in range(1, 10000)
+                          if not self.out.with_name(f"{self.out.name}.{n}").exists())
             aside = self.out.with_name(f"{self.out.name}.{number}")
             self.out.rename(aside)
             print(f"an unfinished run was in {self.out}; it is kept in {aside} (--resume would have gone on with it)")
@@ -223,17 +232,21 @@ class Run:
         return value
 
     def mean(self, metrics: dict[str, float], count: float = 1.0) -> dict[str, float]:
-        """Averages over all processes, each weighted with its `count`; a key named "count" is summed."""
+        """Averages over all processes, each weighted with its `count`; a key named "count" is
+        summed."""
         if self.world_size == 1:
             return dict(metrics)
         names = sorted(metrics)
         weights = [1.0 if name == "count" else count for name in names]
-        values = torch.tensor([metrics[n] * w for n, w in zip(names, weights)] + [count], dtype=torch.float64)
+        values = torch.tensor([metrics[n] * w for n, w in zip(names, weights)] + [count],
+                              dtype=torch.float64)
         *sums, total = self.sum(values.to(self.device)).tolist()
-        return {name: value if name == "count" else value / total for name, value in zip(names, sums)}
+        return {name: value if name == "count" else value / total
+                for name, value in zip(names, sums)}
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model on the run's device, compiled if asked, in DistributedDataParallel under torchrun."""
+        """The model on the run's device, compiled if asked, in DistributedDataParallel under
+        torchrun."""
         model = model.to(self.device)
         if self.args.compile:
             model.compile()
@@ -261,14 +274,16 @@ class Run:
     def drive(self, name: str, steps: Iterator[dict], total: int | None = None) -> dict:
         """Run a training generator to its end; returns its last dict.
 
-        Ctrl-C or SIGTERM lets the current step end, saves, prints the command that goes on, and exits with 130.
-        A second Ctrl-C stops at once. Processes of one run look for the signal together, once a second.
+        Ctrl-C or SIGTERM lets the current step end, saves, prints the command that goes on, and
+        exits with 130. A second Ctrl-C stops at once. Processes of one run look for the signal
+        together, once a second.
         """
         _check_name(name)
         first = self._resumed_step(name)
         log = open(self.out / f"{name}.jsonl", "a+b") if self.is_main else None
         if log:
-            log.truncate(_offset_of_line(log, first))         # lines past the checkpoint are written again
+            # lines past the checkpoint are written again
+            log.truncate(_offset_of_line(log, first))
         line = ProgressLine(name, total, self.is_main, first)
         last, step, saved_at = {}, first, time.monotonic()
         checked, checked_at, check_at = first, saved_at, first + 1
@@ -327,12 +342,14 @@ class Run:
         path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
         write_tensors(path, snapshot)
         self._write_recorded()
-        self.barrier()                                        # all ranks have the new one before an old one goes
+        # all ranks have the new one before an old one goes
+        self.barrier()
         for old in _snapshot_steps(self.out, name, self.rank)[:-2]:
             (self.out / f"{name}-{old:08d}.rank{self.rank}.pt").unlink(missing_ok=True)
 
     def _agree(self, *votes: float) -> list[float]:
-        """The largest vote over all processes, so that all stop, save and look again after the same step."""
+        """The largest vote over all processes, so that all stop, save and look again after the same
+        step."""
         if self.world_size == 1:
             return list(votes)
         votes = torch.tensor(votes, dtype=torch.float32, device=self.device)
@@ -353,17 +370,21 @@ class Run:
                 signal.signal(number, handler)
 
     def _explain(self, kind, error, trace):
-        """Ctrl-C outside a training loop, and bad input (ValueError, OSError), end in a line and not in a traceback."""
+        """Ctrl-C outside a training loop, and bad input (ValueError, OSError), end in a line and
+        not in a traceback."""
         if issubclass(kind, KeyboardInterrupt):
             self.log(f"\nstopped. To go on from the last checkpoint:\n  {self.resume_command()}")
         elif issubclass(kind, (ValueError, OSError)) and not os.environ.get("TRACEBACK"):
-            print(f"error: {error}\n(TRACEBACK=1 in the environment shows where)", file=sys.stderr, flush=True)
+            print(f"error: {error}\n(TRACEBACK=1 in the environment shows where)", file=sys.stderr,
+                  flush=True)
         else:
             return sys.__excepthook__(kind, error, trace)
-        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)      # loader workers and peers must not hold the exit
+        # loader workers and peers must not hold the exit
+        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def resume_command(self) -> str:
-        prefix = ["torchrun", f"--nproc_per_node={self.world_size}"] if self.world_size > 1 else ["python"]
+        prefix = ["torchrun", f"--nproc_per_node={self.world_size}"] if self.world_size > 1 else [
+            "python"]
         extra = [] if "--resume" in self.argv else ["--resume"]
         return shlex.join([*prefix, sys.argv[0], *self.argv, *extra])
 
@@ -395,10 +416,13 @@ class Run:
             write_tensors(path, value)
         return path
 
-    def finish(self, rows: list[dict], tables: dict[str, list[dict]] | None = None, **more: Any) -> dict:
+    def finish(self, rows: list[dict], tables: dict[str, list[dict]] | None = None,
+               **more: Any) -> dict:
         """Print the tables, last the claims (paper / this run / holds?), and write the results."""
-        results = {"script": f"benchmarks/{self.script}.py", "command": self._command(), "seed": self.seeds[0],
-                   "seeds": self.seeds, "date": time.strftime("%Y-%m-%d"), "wall_seconds": round(self._wall(), 1),
+        results = {"script": f"benchmarks/{self.script}.py", "command": self._command(),
+                   "seed": self.seeds[0],
+                   "seeds": self.seeds, "date": time.strftime("%Y-%m-%d"),
+                   "wall_seconds": round(self._wall(), 1),
                    "hardware": hardware(self.device), "versions": versions(), "claims": rows,
                    "tables": tables or {}, "results": self._recorded, **more}
         if self.is_main:
@@ -417,7 +441,8 @@ class Run:
         return self._wall_before + time.monotonic() - self.began
 
     def _command(self) -> str:
-        words = [re.sub(r"(^|=)/.*/", r"\1", word) for word in self.argv]      # folders of this machine say nothing
+        # folders of this machine say nothing
+        words = [re.sub(r"(^|=)/.*/", r"\1", word) for word in self.argv]
         launch = f"torchrun --nproc_per_node={self.world_size}" if self.world_size > 1 else "python"
         return f"{launch} benchmarks/{self.script}.py {shlex.join(words)}".rstrip()
 
@@ -429,7 +454,8 @@ class Run:
 # ---------------------------------------------------------------- small parts
 
 class ProgressLine:
-    """`name 120/700  12.3/s  0:47 left  loss 1.234`: one line kept fresh on a terminal, now and then a line elsewhere."""
+    """`name 120/700  12.3/s  0:47 left  loss 1.234`: one line kept fresh on a terminal, now and
+    then a line elsewhere."""
 
     def __init__(self, label: str, total: int | None, active: bool = True, first: int = 0):
         self.label, self.total, self.active, self.first = label, total, active, first
@@ -467,15 +493,19 @@ def format_table(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |"
+             for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|",
+                      *lines[1:]])
 
 
 def hardware(device: torch.device) -> dict:
     names = re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
-    return {"device": str(device), "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
+    return {"device": str(device), "cpu": names[0] if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
 
 
@@ -499,11 +529,13 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 def versions() -> dict:
     try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True,
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+                                capture_output=True,
                                 text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__,
             "pillow": PIL.__version__, "commit": commit}
 
 

@@ -1,13 +1,16 @@
-"""Hierarchical control: a planner picks the mode (a target), a neural ODE policy drives the robot there; both learned at once.
+"""Hierarchical control: a planner picks the mode (a target), a neural ODE policy drives the robot
+there; both learned at once.
 
     python benchmarks/nha_robot.py                        # 3 seeds: about 6 minutes on one core
 
-A unicycle (px, py, heading) starts anywhere in [-2.5, 2.5] x [-1, 1] and has 5 time units to reach one of five targets on
-y = 2, spread over [-1, 1] (map 0) or [-2, 2] (map 1). Planner: a softmax policy over the targets from the robot's state and
-the map, trained by REINFORCE with reward 1 for the nearest target. Controller: (speed, turn rate) = MLP(state, target),
-trained through the solver (dopri5, 1e-3) on the distance to the target that the planner drew. Expected: target accuracy
-above 0.95 and a mean squared position error of 0.005 or less. Both nets use Adam (3e-3, cosine) instead of the published
-Adadelta and Adam (1e-2), and the planner has tanh units: with SiLU, REINFORCE stopped at 0.70 to 0.85 in trials.
+A unicycle (px, py, heading) starts anywhere in [-2.5, 2.5] x [-1, 1] and has 5 time units to reach
+one of five targets on y = 2, spread over [-1, 1] (map 0) or [-2, 2] (map 1). Planner: a softmax
+policy over the targets from the robot's state and the map, trained by REINFORCE with reward 1 for
+the nearest target. Controller: (speed, turn rate) = MLP(state, target), trained through the solver
+(dopri5, 1e-3) on the distance to the target that the planner drew. Expected: target accuracy above
+0.95 and a mean squared position error of 0.005 or less. Both nets use Adam (3e-3, cosine) instead
+of the published Adadelta and Adam (1e-2), and the planner has tanh units: with SiLU, REINFORCE
+stopped at 0.70 to 0.85 in trials.
 """
 
 import math
@@ -38,18 +41,21 @@ class Pilot(nn.Module):
         with torch.no_grad():
             for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
                 for p in layer.parameters():
-                    p.copy_((2 * torch.rand(p.shape, generator=generator) - 1) * layer.in_features**-0.5)
+                    p.copy_((2 * torch.rand(p.shape, generator=generator) - 1)
+                            * layer.in_features**-0.5)
 
     def plan(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.planner(torch.cat([x, targets.flatten(1)], 1))
 
     def drive(self, x: torch.Tensor, target: torch.Tensor, times=(0.0, HORIZON)) -> torch.Tensor:
         robot = nha.WheeledRobot(self.policy)
-        return nha.odeint(robot.dynamics, torch.cat([x, target], 1), list(times), rtol=1e-3, atol=1e-3).ys[..., :3]
+        return nha.odeint(robot.dynamics, torch.cat([x, target], 1), list(times), rtol=1e-3,
+                          atol=1e-3).ys[..., :3]
 
 
 def scene(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Start states (n, 3), the targets of each robot's map (n, 5, 2) and the index of the nearest."""
+    """Start states (n, 3), the targets of each robot's map (n, 5, 2) and the index of the
+    nearest."""
     u = torch.rand(n, 3, generator=generator)
     x = torch.stack([5 * u[:, 0] - 2.5, 2 * u[:, 1] - 1, 2 * math.pi * u[:, 2]], 1)
     targets = MAPS[torch.randint(0, 2, (n,), generator=generator)]
@@ -82,8 +88,10 @@ def train(model: Pilot, settings: dict, generator: torch.Generator, resume: dict
         control.zero_grad(set_to_none=True)
         error.backward()
         control.step()
-        if (yield {"step": step, "control mse": error.item(), "reward": reward.mean().item()}) == "state":
-            yield {"model": model.state_dict(), "generator": generator.get_state(), "control": control.state_dict(),
+        if (yield {"step": step, "control mse": error.item(),
+                   "reward": reward.mean().item()}) == "state":
+            yield {"model": model.state_dict(), "generator": generator.get_state(),
+                   "control": control.state_dict(),
                    "plan": plan.state_dict(), "step": step + 1}
 
 
@@ -94,21 +102,25 @@ def evaluate(model: Pilot, n: int) -> dict:
     target = targets[torch.arange(n), choice]
     off = model.drive(x, target)[-1, :, :2] - target
     best = targets[torch.arange(n), nearest]
-    return {"target accuracy": float((choice == nearest).float().mean()), "control mse": float(off.square().mean()),
+    return {"target accuracy": float((choice == nearest).float().mean()),
+            "control mse": float(off.square().mean()),
             "control rmse": float(off.square().mean().sqrt()), "within 0.2 of the nearest target":
             float(((off + target - best).norm(dim=-1) < 0.2).float().mean())}
 
 
 @torch.no_grad()
 def draw(model: Pilot, path) -> None:
-    """Paths of 24 robots on each map, coloured by the planner's choice, from the hybrid simulation."""
+    """Paths of 24 robots on each map, coloured by the planner's choice, from the hybrid
+    simulation."""
     tiles = []
     for number, targets in enumerate(MAPS):
         x, _, _ = scene(24, torch.Generator().manual_seed(5))
         choice = model.plan(x, targets.expand(24, 5, 2)).argmax(-1)
         robot = nha.WheeledRobot(model.policy, targets.tolist())
-        paths = nha.odeint_hybrid(robot, x, choice, torch.linspace(0, HORIZON, 60), rtol=1e-4, atol=1e-5).ys
-        chart = figures.Chart((-3, 3), (-1.5, 2.6), title=f"Map {number}", xlabel="x", ylabel="y", size=(420, 420))
+        paths = nha.odeint_hybrid(robot, x, choice, torch.linspace(0, HORIZON, 60), rtol=1e-4,
+                                  atol=1e-5).ys
+        chart = figures.Chart((-3, 3), (-1.5, 2.6), title=f"Map {number}", xlabel="x", ylabel="y",
+                              size=(420, 420))
         for i, c in enumerate(choice.tolist()):
             chart.line(paths[:, i, 0], paths[:, i, 1], color=figures.COLORS[c], width=1.6)
             chart.points(paths[:1, i, 0], paths[:1, i, 1], color=figures.COLORS[c], radius=3)
@@ -129,8 +141,10 @@ def main(argv=None):
             before = evaluate(model, settings["test"])
             run.drive(name, train(model, settings, g, run.resumed(name)), total=settings["steps"])
             run.save(name, model.state_dict())
-            row = run.record(name, evaluate(model, settings["test"]) | {"accuracy at step 0": before["target accuracy"],
-                                                                        "mse at step 0": before["control mse"]})
+            row = run.record(name, evaluate(model, settings["test"])
+                             | {"accuracy at step 0": before["target accuracy"],
+                                                                        "mse at step 0": before[
+                                                                            "control mse"]})
         else:
             model.load_state_dict(torch.load(run.out / f"{name}.pt", weights_only=True))
         models.append(model)
@@ -140,10 +154,13 @@ def main(argv=None):
     full = run.args.preset != "tiny"
     accuracy, mse = min(r["target accuracy"] for r in table), max(r["control mse"] for r in table)
     run.finish(rows=[
-        {"claim": "nearest target chosen, worst seed", "paper": ">= 0.95", "this run": accuracy, "holds": accuracy >= 0.95 if full else None},
-        {"claim": "mean squared position error at the end, worst seed", "paper": "<= 0.005", "this run": mse, "holds": mse <= 0.005 if full else None},
+        {"claim": "nearest target chosen, worst seed", "paper": ">= 0.95", "this run": accuracy,
+         "holds": accuracy >= 0.95 if full else None},
+        {"claim": "mean squared position error at the end, worst seed", "paper": "<= 0.005",
+         "this run": mse, "holds": mse <= 0.005 if full else None},
         {"claim": "robots that end within 0.2 of the nearest target, mean", "paper": "-",
-         "this run": statistics.mean(r["within 0.2 of the nearest target"] for r in table), "holds": None}],
+         "this run": statistics.mean(r["within 0.2 of the nearest target"] for r in table),
+         "holds": None}],
         tables={"control": table})
 
 

@@ -1,12 +1,14 @@
-"""Mode mixing: a switching system learned with a categorical gate and with a softmax gate (NHA, appendix).
+"""Mode mixing: a switching system learned with a categorical gate and with a softmax gate (NHA,
+appendix).
 
     python benchmarks/nha_switching.py                    # 3 seeds, 1500 steps: about 5 minutes on one core
     python benchmarks/nha_switching.py --preset paper     # 3000 steps; by 1500 the step size is 3e-8
 
-dx/dt = sum_j w_j(x) f_j(x) with four fields for the three regions of nha.SwitchingLinear. w is the gate's softmax, or a
-one-hot draw from it at every evaluation of the field (straight-through gradient). Trained on arcs of length 0.5 that start
-near the borders. Expected: the softmax gate fits a little better and mixes fields, the categorical one picks a field, so
-that each region has one field that is its own. Errors are those of the argmax gate and of the mixture respectively.
+dx/dt = sum_j w_j(x) f_j(x) with four fields for the three regions of nha.SwitchingLinear. w is the
+gate's softmax, or a one-hot draw from it at every evaluation of the field (straight-through
+gradient). Trained on arcs of length 0.5 that start near the borders. Expected: the softmax gate
+fits a little better and mixes fields, the categorical one picks a field, so that each region has
+one field that is its own. Errors are those of the argmax gate and of the mixture respectively.
 """
 
 import statistics
@@ -19,26 +21,31 @@ from torch.nn import functional as F
 
 from reference import nha
 
-PRESETS = {"default": dict(steps=1500, decay=300, pool=8192), "tiny": dict(steps=4, decay=2, pool=128),
+PRESETS = {"default": dict(steps=1500, decay=300, pool=8192),
+           "tiny": dict(steps=4, decay=2, pool=128),
            "paper": dict(steps=3000, decay=300, pool=16384)}
 BATCH, MARGIN = 128, 0.5
 TIMES = torch.linspace(0, 0.5, 10, dtype=torch.float64)
 
 
 class GatedFields(nn.Module):
-    """Four networks 2-32-32-32-2 (softplus, softplus, tanh), their layers stacked, and a gate 2-64-64-4."""
+    """Four networks 2-32-32-32-2 (softplus, softplus, tanh), their layers stacked, and a gate
+    2-64-64-4."""
 
     def __init__(self, kind: str, generator: torch.Generator, modes: int = 4):
         super().__init__()
         uniform = lambda *shape: nn.Parameter((2 * torch.rand(shape, generator=generator) - 1) * shape[-2] ** -0.5)
         sizes = (2, 32, 32, 32, 2)
         self.weights = nn.ParameterList(uniform(modes, a, b) for a, b in zip(sizes, sizes[1:]))
-        self.biases = nn.ParameterList(uniform(modes, a, b)[:, :1].detach().requires_grad_() for a, b in zip(sizes, sizes[1:]))
-        self.gate = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, modes))
+        self.biases = nn.ParameterList(uniform(modes, a, b)[:, :1].detach().requires_grad_()
+                                       for a, b in zip(sizes, sizes[1:]))
+        self.gate = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.Tanh(),
+                                  nn.Linear(64, modes))
         with torch.no_grad():
             for layer in self.gate[::2]:
                 for p in layer.parameters():
-                    p.copy_((2 * torch.rand(p.shape, generator=generator) - 1) * layer.in_features**-0.5)
+                    p.copy_((2 * torch.rand(p.shape, generator=generator) - 1)
+                            * layer.in_features**-0.5)
         self.kind, self.generator = kind, generator
 
     def fields(self, x):
@@ -73,7 +80,8 @@ def arc_loss(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return position + 0.5 * (found.diff(dim=0) - truth.diff(dim=0)).square().sum(-1).mean()
 
 
-def train(model: GatedFields, pool: torch.Tensor, steps: int, decay: int, resume: dict | None = None):
+def train(model: GatedFields, pool: torch.Tensor, steps: int, decay: int,
+          resume: dict | None = None):
     optimizer, g = torch.optim.AdamW(model.parameters(), lr=3e-3), model.generator
     first = 0
     if resume:
@@ -88,37 +96,45 @@ def train(model: GatedFields, pool: torch.Tensor, steps: int, decay: int, resume
         loss.backward()
         optimizer.step()
         if (yield {"step": step, "loss": loss.item()}) == "state":
-            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": g.get_state(), "step": step + 1}
+            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                   "generator": g.get_state(), "step": step + 1}
 
 
 @torch.no_grad()
 def evaluate(model: GatedFields, test: torch.Tensor) -> dict:
-    """Losses, how mixed the gate is on the arcs, and how well its argmax tells the regions apart."""
-    ways = {"loss": True, "loss, argmax gate": False} if model.kind == "categorical" else {"loss": False}
+    """Losses, how mixed the gate is on the arcs, and how well its argmax tells the regions
+    apart."""
+    ways = {"loss": True, "loss, argmax gate": False} if model.kind == "categorical" else {
+        "loss": False}
     row = {name: float(arc_loss(nha.odeint(model.train(draw), test[0], TIMES, method="midpoint").ys, test))
            for name, draw in ways.items()}
     states, system = test.reshape(-1, 2), nha.SwitchingLinear()
     p, region = model.eval().gate(states).softmax(-1), system.region(states)
     h, _, v = nha.v_measure(region, p.argmax(-1))
     error = (model(None, states) - system.vector_field(states)).norm(dim=-1)
-    return row | {"largest weight": float(p.amax(-1).mean()), "gate entropy": float(-torch.special.xlogy(p, p).sum(-1).mean()),
+    return row | {"largest weight": float(p.amax(-1).mean()),
+                  "gate entropy": float(-torch.special.xlogy(p, p).sum(-1).mean()),
                   "mixed": float((p.amax(-1) < 0.9).float().mean()), "homogeneity": h, "V": v,
                   "median field error": float(error.median())}
 
 
 @torch.no_grad()
 def draw(models: dict[str, GatedFields], path) -> None:
-    """Per gate: where each field is used, and the learned mixture (dark, a dot at the tip) over the true field (white)."""
+    """Per gate: where each field is used, and the learned mixture (dark, a dot at the tip) over the
+    true field (white)."""
     tiles, axis = [], torch.linspace(-3, 3, 121)
     y, x = torch.meshgrid(axis.flip(0), torch.linspace(-1, 3, 81), indexing="ij")
     grid = torch.stack([x.flatten(), y.flatten()], 1)
-    colors = torch.tensor([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in figures.COLORS[:4]]) / 255
+    colors = torch.tensor([[int(c[i:i + 2], 16) for i in (1, 3, 5)]
+                           for c in figures.COLORS[:4]]) / 255
     for model in models.values():
         p = model.eval().gate(grid).softmax(-1)
-        chart = figures.Chart((-1, 3), (-3, 3), title=f"{model.kind} gate", xlabel="x", ylabel="y", size=(380, 380))
+        chart = figures.Chart((-1, 3), (-3, 3), title=f"{model.kind} gate", xlabel="x", ylabel="y",
+                              size=(380, 380))
         left, top, right, bottom = (int(v * figures.ZOOM) for v in chart.box)
         shade = figures.as_image((0.45 + 0.55 * p @ colors).clamp(max=1).view(121, 81, 3))
-        image = figures.Image.fromarray(shade).resize((right - left, bottom - top), figures.Image.BILINEAR)
+        image = figures.Image.fromarray(shade).resize((right - left, bottom - top),
+                                                      figures.Image.BILINEAR)
         chart.canvas.paste(image, (left, top))
         at = torch.cartesian_prod(torch.linspace(-0.8, 2.8, 10), torch.linspace(-2.7, 2.7, 13))
         for field, color, width in ((nha.SwitchingLinear().vector_field, "#ffffff", 5), (lambda x: model(None, x), "#111111", 1.6)):
@@ -144,7 +160,8 @@ def main(argv=None):
             name = f"{kind}-seed{seed}"
             model = GatedFields(kind, torch.Generator().manual_seed(seed))
             if (row := run.recorded(name)) is None:
-                run.drive(name, train(model, pool, settings["steps"], settings["decay"], run.resumed(name)), total=settings["steps"])
+                run.drive(name, train(model, pool, settings["steps"], settings["decay"],
+                                      run.resumed(name)), total=settings["steps"])
                 run.save(name, model.state_dict())
                 row = run.record(name, evaluate(model, test))
             else:
@@ -152,20 +169,26 @@ def main(argv=None):
             models[kind, seed] = model
             table.append({"gate": kind, "seed": seed, **row})
     if run.figures:
-        draw({kind: models[kind, run.seeds[0]] for kind in ("categorical", "softmax")}, run.figures / "nha_switching.png")
+        draw({kind: models[kind, run.seeds[0]] for kind in ("categorical", "softmax")},
+             run.figures / "nha_switching.png")
     of = lambda kind, key: [r[key] for r in table if r["gate"] == kind]
     rows, full = [], run.args.preset != "tiny"
 
     def compare(text: str, paper, key: str, holds=None):
-        """Means of both gates; `holds`: what must be true of (categorical, softmax) for every seed."""
+        """Means of both gates; `holds`: what must be true of (categorical, softmax) for every
+        seed."""
         hard, soft = of("categorical", key), of("softmax", key)
-        rows.append({"claim": text, "paper": paper, "this run": f"{statistics.mean(hard):.3g}, {statistics.mean(soft):.3g}",
+        rows.append({"claim": text, "paper": paper,
+                     "this run": f"{statistics.mean(hard):.3g}, {statistics.mean(soft):.3g}",
                      "holds": all(map(holds, hard, soft)) if holds and full else None})
 
-    compare("loss, categorical and softmax; softmax fits better", "0.0456, 0.0342", "loss", lambda hard, soft: soft < hard)
-    compare("gate entropy; categorical below half of softmax", "-", "gate entropy", lambda hard, soft: hard < 0.5 * soft)
+    compare("loss, categorical and softmax; softmax fits better", "0.0456, 0.0342",
+            "loss", lambda hard, soft: soft < hard)
+    compare("gate entropy; categorical below half of softmax", "-",
+            "gate entropy", lambda hard, soft: hard < 0.5 * soft)
     compare("share of states that mix fields (no weight above 0.9)", "-", "mixed")
-    compare("median error of the field; categorical below half of softmax", "-", "median field error", lambda hard, soft: hard < 0.5 * soft)
+    compare("median error of the field; categorical below half of softmax", "-",
+            "median field error", lambda hard, soft: hard < 0.5 * soft)
     run.finish(rows=rows, tables={"gates": table})
 
 

@@ -1,24 +1,29 @@
 """PiT against ViT: image classification, with the spatial grid reduced on the way or not.
 
-    python benchmarks/pit_imagenet.py                          embedded shapes, one seed: 1-2 minutes on 2 cores
-    python benchmarks/pit_imagenet.py --seeds 5                with standard errors: the claim is judged on these
+    python benchmarks/pit_imagenet.py                          embedded shapes, one seed: 1-2
+                                                               minutes on 2 cores
+    python benchmarks/pit_imagenet.py --seeds 5                with standard errors: the claim is
+                                                               judged on these
     python benchmarks/pit_imagenet.py --data /data/imagenet100_32 --preset small32 --classes 20 --seeds 2
     torchrun --nproc_per_node=8 benchmarks/pit_imagenet.py --data /data/imagenet --preset paper --recipe deit \\
         --models pit_s deit_small_patch16_224 --amp bf16 --workers 8
     python benchmarks/pit_imagenet.py --data /data/imagenet --models pit_s --checkpoint pit_s_809.pth \\
         --imagenet-a /data/imagenet-a --imagenet-v2 /data/imagenetv2-matched-frequency-format-val
 
-Embedded data: PiT, a ViT of equal MACs with the same overlapping patches, and a ViT of three times the MACs on the
-same grid, on ten classes of 32-pixel shapes. Expect 52, 47 and 56 % (+-1.6, 5 seeds); the gap of PiT to the ViT of
-equal MACs is +5.7 +- 3.1 points, so one seed decides nothing. Equal MACs are not equal parameters: PiT has 5.4 times as many.
+Embedded data: PiT, a ViT of equal MACs with the same overlapping patches, and a ViT of three times
+the MACs on the same grid, on ten classes of 32-pixel shapes. Expect 52, 47 and 56 % (+-1.6, 5
+seeds); the gap of PiT to the ViT of equal MACs is +5.7 +- 3.1 points, so one seed decides nothing.
+Equal MACs are not equal parameters: PiT has 5.4 times as many.
 
---data (an ImageNet-layout folder or a pack of one): preset "paper" (the default there) trains published models at
-224 pixels by one of the four recipes of the paper's main table; "small32" and "medium32" train a PiT and a ViT of
-equal MACs and stride on 32-pixel images (CPU minutes, GPU minutes). Expected top-1 after 300 epochs: PiT-S 73.3
-vanilla, 79.0 CutMix, 80.9 DeiT, 81.9 distilled. How the paper trained "vanilla" and "CutMix" is not published in
-detail; here they are the DeiT optimiser and schedule with only crops and flips, then with CutMix on every batch.
+--data (an ImageNet-layout folder or a pack of one): preset "paper" (the default there) trains
+published models at 224 pixels by one of the four recipes of the paper's main table; "small32" and
+"medium32" train a PiT and a ViT of equal MACs and stride on 32-pixel images (CPU minutes, GPU
+minutes). Expected top-1 after 300 epochs: PiT-S 73.3 vanilla, 79.0 CutMix, 80.9 DeiT, 81.9
+distilled. How the paper trained "vanilla" and "CutMix" is not published in detail; here they are
+the DeiT optimiser and schedule with only crops and flips, then with CutMix on every batch.
 
---checkpoint evaluates instead of training: validation set, hidden centre, FGSM, and the robustness sets given.
+--checkpoint evaluates instead of training: validation set, hidden centre, FGSM, and the robustness
+sets given.
 """
 
 import argparse
@@ -33,23 +38,32 @@ from data_tools.synthetic import CLASSES, Batches, shapes, to_float
 from reference import pit, resnet
 
 # One-stage models are ViTs with the given stride; MACs follow from the widths.
-TOY = {"PiT": dict(patch_size=8, stride=4, base_dims=(16,) * 3, depth=(1, 2, 1), heads=(2, 4, 8), mlp_ratio=2),
+TOY = {"PiT": dict(patch_size=8, stride=4, base_dims=(16,) * 3, depth=(1, 2, 1), heads=(2, 4, 8),
+                   mlp_ratio=2),
        "ViT": dict(patch_size=8, stride=4, base_dims=(16,), depth=(4,), heads=(2,), mlp_ratio=2),
-       "ViT-large": dict(patch_size=8, stride=4, base_dims=(16,), depth=(4,), heads=(4,), mlp_ratio=2)}
-MEDIUM = {"PiT": dict(patch_size=4, stride=2, base_dims=(32,) * 3, depth=(2, 6, 4), heads=(2, 4, 8)),
+       "ViT-large": dict(patch_size=8, stride=4, base_dims=(16,), depth=(4,), heads=(4,),
+                         mlp_ratio=2)}
+MEDIUM = {"PiT": dict(patch_size=4, stride=2, base_dims=(32,) * 3, depth=(2, 6, 4),
+                      heads=(2, 4, 8)),
           "ViT": dict(patch_size=4, stride=2, base_dims=(28,), depth=(12,), heads=(2,))}
 PRESETS = {
-    "default": dict(models=TOY, size=32, epochs=10, batch=64, lr=2e-3, warmup=1, min_lr=0.0, images=(3000, 1000)),
-    "tiny": dict(models=TOY, size=32, epochs=2, batch=16, lr=2e-3, warmup=1, min_lr=0.0, images=(48, 50)),
-    "small32": dict(models={k: TOY[k] for k in ("PiT", "ViT")}, size=32, epochs=25, batch=64, lr=2e-3, warmup=1,
+    "default": dict(models=TOY, size=32, epochs=10, batch=64, lr=2e-3, warmup=1, min_lr=0.0,
+                    images=(3000, 1000)),
+    "tiny": dict(models=TOY, size=32, epochs=2, batch=16, lr=2e-3, warmup=1, min_lr=0.0,
+                 images=(48, 50)),
+    "small32": dict(models={k: TOY[k] for k in ("PiT", "ViT")}, size=32, epochs=25, batch=64,
+                    lr=2e-3, warmup=1,
                     min_lr=0.0, scale=(0.5, 1.0), crop=1.0),
-    "medium32": dict(models=MEDIUM, size=32, epochs=100, batch=512, lr=1e-3, warmup=5, min_lr=1e-5, scale=(0.35, 1.0),
+    "medium32": dict(models=MEDIUM, size=32, epochs=100, batch=512, lr=1e-3, warmup=5, min_lr=1e-5,
+                     scale=(0.35, 1.0),
                      crop=1.0),
-    "paper": dict(models={}, size=224, epochs=300, batch=1024, lr=None, warmup=5, min_lr=1e-5, scale=(0.08, 1.0),
+    "paper": dict(models={}, size=224, epochs=300, batch=1024, lr=None, warmup=5, min_lr=1e-5,
+                  scale=(0.08, 1.0),
                   crop=0.9),
 }
 PAPER_TOP1 = {  # vanilla, +CutMix, +DeiT, +distillation (arXiv:2103.16302, main table)
-    "deit_tiny": (68.7, 68.5, 72.2, 74.5), "pit_ti": (71.3, 72.6, 73.0, 74.6), "pit_xs": (72.4, 76.8, 78.1, 79.1),
+    "deit_tiny": (68.7, 68.5, 72.2, 74.5), "pit_ti": (71.3, 72.6, 73.0, 74.6),
+              "pit_xs": (72.4, 76.8, 78.1, 79.1),
     "deit_small": (68.7, 76.5, 79.8, 81.2), "pit_s": (73.3, 79.0, 80.9, 81.9),
     "deit_base": (69.3, 75.3, 81.8, 83.4), "pit_b": (76.1, 79.9, 82.0, 84.0)}
 RECIPES = ("vanilla", "cutmix", "deit", "distill")
@@ -58,7 +72,8 @@ RECIPES = ("vanilla", "cutmix", "deit", "distill")
 def arguments() -> argparse.ArgumentParser:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="vanilla", help="training recipe of the paper's main table")
+    add("--recipe", choices=RECIPES, default="vanilla",
+        help="training recipe of the paper's main table")
     add("--models", nargs="+", help="rows to run: names of the preset's table, or of models in reference/pit.py")
     add("--classes", type=int, help="only the first K classes")
     add("--image-size", type=int)
@@ -66,7 +81,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="over all processes")
     add("--lr", type=float)
     add("--drop-path", type=float, help="stochastic depth (default 0.1 with the DeiT recipe, else 0)")
-    add("--teacher", nargs=2, metavar=("MODEL", "FILE"), help="for --recipe distill: a model of reference/pit.py or resnet.py")
+    add("--teacher", nargs=2, metavar=("MODEL", "FILE"),
+        help="for --recipe distill: a model of reference/pit.py or resnet.py")
     add("--on-bad-image", choices=("raise", "skip"), default="raise")
     add("--crop", type=float, help="evaluation crop ratio (default 0.9 at 224 pixels; DeiT's script has 0.875)")
     add("--checkpoint", type=Path, help="evaluate these weights instead of training")
@@ -83,12 +99,14 @@ def settings(args: argparse.Namespace) -> dict:
     """The preset with the command line's changes."""
     name = "paper" if args.preset == "default" and args.data else args.preset
     chosen = {"preset": name, **PRESETS[name]}
-    given = dict(size=args.image_size, epochs=args.epochs, batch=args.batch_size, lr=args.lr, crop=args.crop)
+    given = dict(size=args.image_size, epochs=args.epochs, batch=args.batch_size, lr=args.lr,
+                 crop=args.crop)
     chosen.update({key: value for key, value in given.items() if value is not None})
     names = args.models or list(chosen["models"]) or ["pit_s", "deit_small_patch16_224"]
     if args.recipe == "distill":
         names = [distilled_name(name) for name in names]
-    unknown = [n for n in names if n not in chosen["models"] and not (n.startswith(("pit_", "deit_")) and hasattr(pit, n))]
+    unknown = [n for n in names if n not in chosen["models"]
+               and not (n.startswith(("pit_", "deit_")) and hasattr(pit, n))]
     if unknown:
         raise SystemExit(f"--models: no model {unknown[0]!r}; this preset has {', '.join(chosen['models']) or 'none of its own'}, "
                          "and reference/pit.py has pit_ti, pit_xs, pit_s, pit_b, deit_{tiny,small,base}_patch16_224")
@@ -98,10 +116,12 @@ def settings(args: argparse.Namespace) -> dict:
 def distilled_name(name: str) -> str:
     if "distilled" in name:
         return name
-    return name.replace("_patch16", "_distilled_patch16") if name.startswith("deit_") else f"{name}_distilled"
+    return name.replace(
+        "_patch16", "_distilled_patch16") if name.startswith("deit_") else f"{name}_distilled"
 
 
-def build(config: dict, name: str, num_classes: int, seed: int, drop_path: float) -> torch.nn.Module:
+def build(config: dict, name: str, num_classes: int, seed: int,
+          drop_path: float) -> torch.nn.Module:
     keywords = dict(image_size=config["size"], num_classes=num_classes, drop_path_rate=drop_path)
     if name in config["models"]:
         model = pit.PoolingTransformer(**config["models"][name], **keywords)
@@ -115,30 +135,39 @@ def build(config: dict, name: str, num_classes: int, seed: int, drop_path: float
 # ---------------------------------------------------------------- data
 
 def embedded(run: harness.Run, config: dict, seed: int):
-    """Training and test batches of the shapes set; the training set holds each image and its mirror image."""
-    train, test = (shapes(count, config["size"], seed=2 * seed + i) for i, count in enumerate(config["images"]))
-    images, labels = torch.cat([train["images"], train["images"].flip(-1)]), train["labels"].repeat(2)
-    share = dict(batch_size=config["batch"], transform=to_float, rank=run.rank, world_size=run.world_size)
+    """Training and test batches of the shapes set; the training set holds each image and its mirror
+    image."""
+    train, test = (shapes(count, config["size"], seed=2 * seed + i)
+                   for i, count in enumerate(config["images"]))
+    images, labels = torch.cat([train["images"],
+                                train["images"].flip(-1)]), train["labels"].repeat(2)
+    share = dict(batch_size=config["batch"], transform=to_float, rank=run.rank,
+                 world_size=run.world_size)
     return (Batches(images, labels, seed=seed, drop_last=True, **share),
-            Batches(test["images"], test["labels"], shuffle=False, **{**share, "batch_size": 100 * run.world_size}))
+            Batches(test["images"], test["labels"], shuffle=False,
+                    **{**share, "batch_size": 100 * run.world_size}))
 
 
 def real(run: harness.Run, config: dict, seed: int, dataset=None):
-    """Training batches by the recipe, and validation batches; `dataset` replaces the validation set."""
+    """Training batches by the recipe, and validation batches; `dataset` replaces the validation
+    set."""
     args, size = run.args, config["size"]
     common = dict(workers=args.workers, rank=run.rank, world_size=run.world_size, device=run.device,
                   normalize=(pit.IMAGENET_MEAN, pit.IMAGENET_STD), on_bad_image=args.on_bad_image)
     per_process = max(config["batch"] // run.world_size, 1)
     if dataset is None:
         dataset = imagenet.imagenet(args.data, "val", classes=args.classes)
-    val = imagenet.Loader(dataset, min(per_process, 256), transform=imagenet.EvalTransform(size, config["crop"]), **common)
+    val = imagenet.Loader(dataset, min(per_process, 256),
+                          transform=imagenet.EvalTransform(size, config["crop"]), **common)
     if args.checkpoint:
         return None, val
     train = imagenet.imagenet(args.data, "train", classes=args.classes)
     full = args.recipe in ("deit", "distill")
-    transform = imagenet.TrainTransform(size, scale=config["scale"], augment=pit.RandAugment() if full else None)
+    transform = imagenet.TrainTransform(size, scale=config["scale"],
+                                        augment=pit.RandAugment() if full else None)
     sampler = pit.RepeatedAugSampler(train, run.world_size, run.rank) if full else None
-    return imagenet.Loader(train, per_process, transform=transform, shuffle=True, seed=seed, drop_last=True,
+    return imagenet.Loader(train, per_process, transform=transform, shuffle=True, seed=seed,
+                           drop_last=True,
                            sampler=sampler, **common), val
 
 
@@ -156,8 +185,10 @@ def mixing(recipe: str, num_classes: int, generator: torch.Generator):
     if recipe == "vanilla":
         return None
     if recipe == "cutmix":
-        return pit.Mixup(0.0, 1.0, label_smoothing=0.0, num_classes=num_classes, generator=generator)
-    return Mixing(pit.Mixup(num_classes=num_classes, generator=generator), pit.RandomErasing(generator=generator))
+        return pit.Mixup(0.0, 1.0, label_smoothing=0.0, num_classes=num_classes,
+                         generator=generator)
+    return Mixing(pit.Mixup(num_classes=num_classes, generator=generator),
+                  pit.RandomErasing(generator=generator))
 
 
 # ---------------------------------------------------------------- training and evaluation
@@ -168,15 +199,18 @@ def attacked(model, loader, eps, mean, std, device):
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         pixels = (images * std + mean).clamp(0, 1)
-        adversarial = pit.fgsm(model, pixels, labels, eps, mean.flatten().tolist(), std.flatten().tolist())
+        adversarial = pit.fgsm(model, pixels, labels, eps, mean.flatten().tolist(),
+                               std.flatten().tolist())
         yield (adversarial - mean) / std, labels
 
 
 def measure(run: harness.Run, model, loader, size: int, epsilons: list[float]) -> dict:
-    """Top-1 as it is, with the central half of the side hidden (paper: 112 of 224), and under FGSM."""
+    """Top-1 as it is, with the central half of the side hidden (paper: 112 of 224), and under
+    FGSM."""
     mean, std = (pit.IMAGENET_MEAN, pit.IMAGENET_STD) if run.args.data else ((0.5,) * 3, (0.3,) * 3)
     plain = pit.evaluate(model, loader, device=run.device)
-    hole = size // 2 if run.args.data else size // 4            # the shapes are about a quarter of the side wide
+    # the shapes are about a quarter of the side wide
+    hole = size // 2 if run.args.data else size // 4
     hidden = ((pit.occlude_center(x, hole), y) for x, y in loader)
     found = {**plain, f"centre {hole} px hidden": pit.evaluate(model, hidden, device=run.device)["top1"]}
     for eps in epsilons:
@@ -200,13 +234,16 @@ def fit(run: harness.Run, config: dict, name: str, seed: int) -> dict:
             f"{pit.count_macs(model)['total'] / 1e6:,.2f} MMACs, {len(loader)} steps per epoch")
     generator = torch.Generator(run.device).manual_seed(1000 * seed + run.rank)
     steps = pit.train(
-        run.wrap(model), loader, epochs=config["epochs"], lr=config["lr"], warmup_epochs=config["warmup"],
+        run.wrap(model), loader, epochs=config["epochs"], lr=config["lr"],
+        warmup_epochs=config["warmup"],
         min_lr=config["min_lr"], warmup_lr=1e-6 if config["lr"] is None else config["lr"] / 10,
-        mixup=mixing(args.recipe, num_classes, generator), teacher=teacher(run, num_classes), amp_dtype=run.amp_dtype,
+        mixup=mixing(args.recipe, num_classes, generator), teacher=teacher(run, num_classes),
+        amp_dtype=run.amp_dtype,
         device=run.device, generator=None if args.compile else generator, resume=run.resumed(key))
     last = run.drive(key, steps, total=config["epochs"] * len(loader))
     row = measure(run, model, val, config["size"], args.eps)
-    row.update(model=name, seed=seed, classes=num_classes, train_loss=last.get("loss", math.nan), macs=pit.count_macs(model)["total"],
+    row.update(model=name, seed=seed, classes=num_classes, train_loss=last.get("loss", math.nan),
+               macs=pit.count_macs(model)["total"],
                parameters=sum(p.numel() for p in model.parameters()))
     run.save(key, {"model": model.state_dict()})
     run.log(f"{key}: top-1 {row['top1']:.2f} % of {row['count']:.0f} images")
@@ -217,7 +254,8 @@ def teacher(run: harness.Run, num_classes: int):
     if run.args.recipe != "distill":
         return None
     if run.args.teacher is None:
-        raise SystemExit("--recipe distill needs --teacher MODEL FILE (the paper's is RegNetY-16GF)")
+        raise SystemExit(
+            "--recipe distill needs --teacher MODEL FILE (the paper's is RegNetY-16GF)")
     name, file = run.args.teacher
     source = pit if hasattr(pit, name) else resnet
     if not hasattr(source, name):
@@ -235,7 +273,8 @@ def restricted(classes: torch.Tensor, num_classes: int):
 
 
 def grouped(groups: torch.Tensor):
-    """The best logit of each of the nine groups, and of the classes in none (column 9, never right)."""
+    """The best logit of each of the nine groups, and of the classes in none (column 9, never
+    right)."""
     def transform(logits):
         index = torch.where(groups < 0, 9, groups).to(logits.device).expand_as(logits)
         return logits.new_full((len(logits), 10), -math.inf).scatter_reduce(1, index, logits, "amax")
@@ -279,12 +318,14 @@ def evaluate_checkpoint(run: harness.Run, config: dict) -> None:
     try:
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"{run.args.checkpoint} does not fit {name} at {config['size']} px: {error}") from None
+        raise SystemExit(
+            f"{run.args.checkpoint} does not fit {name} at {config['size']} px: {error}") from None
     model = model.to(run.device)
     row = measure(run, model, loader, config["size"], run.args.eps)
     row.update(robustness(run, config, model, len(head)))
     table = [{"set": key, "value": value} for key, value in row.items()]
-    run.finish([{"claim": f"{name} top-1, crop {config['crop']:g}", "paper": published(name) if len(head) == 1000 else None,
+    run.finish([{"claim": f"{name} top-1, crop {config['crop']:g}",
+                 "paper": published(name) if len(head) == 1000 else None,
                  "this run": row["top1"], "holds": None}], {"evaluation": table})
 
 
@@ -309,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if run.args.checkpoint:
             return evaluate_checkpoint(run, config)
-        rows = {name: [fit(run, config, name, seed) for seed in run.seeds] for name in config["names"]}
+        rows = {name: [fit(run, config, name, seed) for seed in run.seeds]
+                for name in config["names"]}
     except (ValueError, FileNotFoundError) as error:            # bad folders, images, checkpoints
         raise SystemExit(f"{parser.prog}: {error}") from None
 
@@ -318,28 +360,35 @@ def main(argv: list[str] | None = None) -> None:
     for name, results in rows.items():
         top1, error = mean_and_error([row["top1"] for row in results])
         means = {key: mean_and_error([row[key] for row in results])[0] for key in probes}
-        table.append({"model": name, "parameters": int(results[0]["parameters"]), "MMACs": results[0]["macs"] / 1e6,
+        table.append({"model": name, "parameters": int(results[0]["parameters"]),
+                      "MMACs": results[0]["macs"] / 1e6,
                       "top-1": top1, "std. error": error, **means})
         bars[name] = [top1, *means.values()], [error or 0] + [mean_and_error([r[k] for r in results])[1] or 0 for k in probes]
 
     with torch.device("meta"):
-        small, deit = pit.count_macs(pit.pit_s())["total"], pit.count_macs(pit.deit_small_patch16_224())["total"]
-    claims = [{"claim": "MACs of PiT-S over those of DeiT-S", "paper": round(2.9 / 4.6, 3), "this run": small / deit,
+        small, deit = pit.count_macs(
+            pit.pit_s())["total"], pit.count_macs(pit.deit_small_patch16_224())["total"]
+    claims = [{"claim": "MACs of PiT-S over those of DeiT-S", "paper": round(2.9 / 4.6, 3),
+               "this run": small / deit,
                "holds": round(small / 1e9, 1) == 2.9 and round(deit / 1e9, 1) == 4.6}]
     if {"PiT", "ViT"} <= set(rows):
-        gap, error = mean_and_error([a["top1"] - b["top1"] for a, b in zip(rows["PiT"], rows["ViT"])])
+        gap, error = mean_and_error([a["top1"] - b["top1"]
+                                     for a, b in zip(rows["PiT"], rows["ViT"])])
         sure = len(run.seeds) >= 5 and abs(gap) > 2 * error
-        claims.append({"claim": "PiT minus ViT of equal MACs and stride, top-1", "paper": "PiT above",
+        claims.append({"claim": "PiT minus ViT of equal MACs and stride, top-1",
+                       "paper": "PiT above",
                        "this run": f"{gap:+.1f}" + (f" +- {error:.1f}" if error else " (one seed)"),
                        "holds": gap > 0 if sure else None})
     else:
         imagenet1k = {row["classes"] for row in rows[config["names"][0]]} == {1000}
         claims += [{"claim": f"{name} top-1, {run.args.recipe}",
-                    "paper": published(name, run.args.recipe) if imagenet1k else None, "this run": mean_and_error([row["top1"] for row in results])[0], "holds": None}
+                    "paper": published(name, run.args.recipe) if imagenet1k else None,
+                    "this run": mean_and_error([row["top1"] for row in results])[0], "holds": None}
                    for name, results in rows.items()]
     if run.figures and run.is_main:
         import figures
-        figures.bar_chart(run.figures / "pit_accuracy.png", ["top-1", *probes], bars, ylabel="accuracy, %",
+        figures.bar_chart(run.figures / "pit_accuracy.png", ["top-1", *probes], bars,
+                          ylabel="accuracy, %",
                           title=f"{len(run.seeds)} seed{'s' * (len(run.seeds) > 1)}, mean and standard error")
     run.finish(claims, {"models": table})
 

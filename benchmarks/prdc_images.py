@@ -1,19 +1,23 @@
-"""Precision, recall, density and coverage of images: do they react as the paper says, in every embedding?
+"""Precision, recall, density and coverage of images: do they react as the paper says, in every
+embedding?
 
     python benchmarks/prdc_images.py --figures figures                     # procedural glyphs, about a minute
     python benchmarks/prdc_images.py --data imagenet100_32                 # ImageNet layout: val split against itself and others
     python benchmarks/prdc_images.py --real CelebA/img_align_celeba --fake samples --preset paper --weights vgg16-397923af.pth
     python benchmarks/prdc_images.py --real-features real.npz --fake-features fake.npz
 
-Embeddings: raw pixels; R64, a randomly initialised VGG-16 with 64 outputs, mean over --seeds initialisations (the paper's
-choice for images far from ImageNet); T4096, fc2 of a trained VGG-16 (--weights, torchvision's file; the paper's choice for
-photographs). --preset paper: 224 pixels, VGG-16 of full width; otherwise 32 pixels and a quarter of the width.
+Embeddings: raw pixels; R64, a randomly initialised VGG-16 with 64 outputs, mean over --seeds
+initialisations (the paper's choice for images far from ImageNet); T4096, fc2 of a trained VGG-16
+(--weights, torchvision's file; the paper's choice for photographs). --preset paper: 224 pixels,
+VGG-16 of full width; otherwise 32 pixels and a quarter of the width.
 
-Without --real and --fake the real images are compared with (a) other real images, (b) images of half of the classes,
-(c) other real images blurred, noisy and damaged by JPEG, (d) samples of a small variational autoencoder trained here, its
-latents shrunk by psi. Expected: (a) coverage as in the closed form; (b) coverage halves, density stays; (c) density falls;
-(d) with smaller psi density rises and coverage falls. Feature files: .npy or .npz (first array), 2-D features or uint8 NHWC
-images. The paper's tables on CelebA, FFHQ and LSUN could not be had, so no figure of them stands here.
+Without --real and --fake the real images are compared with (a) other real images, (b) images of
+half of the classes, (c) other real images blurred, noisy and damaged by JPEG, (d) samples of a
+small variational autoencoder trained here, its latents shrunk by psi. Expected: (a) coverage as in
+the closed form; (b) coverage halves, density stays; (c) density falls; (d) with smaller psi density
+rises and coverage falls. Feature files: .npy or .npz (first array), 2-D features or uint8 NHWC
+images. The paper's tables on CelebA, FFHQ and LSUN could not be had, so no figure of them stands
+here.
 """
 
 import io
@@ -34,7 +38,8 @@ from reference import vgg
 from reference.prdc import METRICS, PRDC, bootstrap_prdc, expected_coverage
 
 # images per set, side, width and hidden units of the VGG, steps of the autoencoder
-PRESETS = {"default": (600, 32, 16, 256, 300), "small": (2000, 32, 16, 256, 400), "tiny": (60, 32, 4, 16, 4),
+PRESETS = {"default": (600, 32, 16, 256, 300), "small": (2000, 32, 16, 256, 400),
+           "tiny": (60, 32, 4, 16, 4),
            "paper": (10_000, 224, 64, 4096, 20_000)}
 PSI = (1.0, 0.7, 0.4)
 
@@ -46,7 +51,8 @@ def glyphs(count, seed, classes=10, side=32):
     stamps = torch.zeros(10, 1, 64, 64)
     for digit in range(10):
         picture = Image.new("L", (64, 64))
-        ImageDraw.Draw(picture).text((32, 32), str(digit), fill=255, anchor="mm", font=ImageFont.load_default(60))
+        ImageDraw.Draw(picture).text((32, 32), str(digit), fill=255, anchor="mm",
+                                     font=ImageFont.load_default(60))
         stamps[digit, 0] = torch.from_numpy(np.asarray(picture).copy()) / 255
     generator = torch.Generator().manual_seed(seed)
     digit = torch.randint(classes, (count,), generator=generator)
@@ -108,7 +114,8 @@ def folder(path, count):
 
 
 def array(path):
-    """The array of a .npy file or the first one of an .npz: features (N, D), or images (N, 3, H, W) from uint8 NHWC."""
+    """The array of a .npy file or the first one of an .npz: features (N, D), or images (N, 3, H, W)
+    from uint8 NHWC."""
     try:
         value = np.load(path, allow_pickle=False)
         if isinstance(value, np.lib.npyio.NpzFile):
@@ -124,7 +131,8 @@ def array(path):
 
 
 def photographs(run, count):
-    """(real, other real images, images of half of the classes, images to train on) of an ImageNet-like folder."""
+    """(real, other real images, images of half of the classes, images to train on) of an
+    ImageNet-like folder."""
     rng = np.random.default_rng(0)
 
     def chosen(dataset, rows):
@@ -149,11 +157,14 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.latent = latent
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 2 * latent))
+            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(64 * width, 2 * latent))
         self.decoder = nn.Sequential(
             nn.Linear(latent, 64 * width), nn.ReLU(), nn.Unflatten(1, (4 * width, 4, 4)),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.ReLU(),
+            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.ReLU(),
             nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Sigmoid())
 
     def forward(self, x, noise):
@@ -165,12 +176,14 @@ class Autoencoder(nn.Module):
     def sample(self, count, psi, seed):
         noise = torch.randn(count, self.latent, generator=torch.Generator().manual_seed(seed))
         device = next(self.parameters()).device
-        return torch.cat([to_uint8(self.decoder((psi * part).to(device))).cpu() for part in noise.split(500)])
+        return torch.cat([to_uint8(self.decoder((psi * part).to(device))).cpu()
+                          for part in noise.split(500)])
 
 
 def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
     """Yields the loss (squared error / 0.02 + divergence, per image) of every step."""
-    optimizer, generator, first = torch.optim.Adam(model.parameters(), 1e-3), torch.Generator().manual_seed(seed), 0
+    optimizer, generator, first = torch.optim.Adam(model.parameters(),
+                                                   1e-3), torch.Generator().manual_seed(seed), 0
     if resume is not None:
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
@@ -186,7 +199,8 @@ def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
         loss.backward()
         optimizer.step()
         if (yield {"step": step, "loss": loss.item()}) == "state":
-            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
+            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                   "generator": generator.get_state(),
                    "step": step + 1}
 
 
@@ -195,7 +209,8 @@ def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
 def embeddings(run, side, width, hidden):
     """{name: [functions of (B, 3, H, W) uint8 that give features], one per seed of R64}."""
     found = {"pixels": [lambda images: images.float().flatten(1) / 255],
-             "R64": [vgg.r64(seed, side, width=width, hidden=hidden).to(run.device) for seed in run.seeds]}
+             "R64": [vgg.r64(seed, side, width=width, hidden=hidden).to(run.device)
+                     for seed in run.seeds]}
     if run.args.weights:
         model = vgg.vgg16()
         model.load_state_dict(torch.load(run.args.weights, map_location="cpu", weights_only=True))
@@ -204,7 +219,8 @@ def embeddings(run, side, width, hidden):
 
 
 def embed(images, embedding, side, batch=100):
-    """Features (N, D) of a tensor of images, of image files read `batch` at a time, or the features given."""
+    """Features (N, D) of a tensor of images, of image files read `batch` at a time, or the features
+    given."""
     if isinstance(images, torch.Tensor) and images.ndim == 2:
         return images
     parts = []
@@ -217,7 +233,8 @@ def embed(images, embedding, side, batch=100):
 
 
 def compare(run, real, fakes, found, side, k):
-    """Rows: embedding, fakes, the four metrics (mean over the embedding's seeds), spread of density and coverage."""
+    """Rows: embedding, fakes, the four metrics (mean over the embedding's seeds), spread of density
+    and coverage."""
     rows = []
     for name, functions in found.items():
         results = {label: [] for label in fakes}
@@ -232,41 +249,50 @@ def compare(run, real, fakes, found, side, k):
                     metric.update(features, real=False)
                     result = metric.compute()
                     if number == 0:
-                        spread = bootstrap_prdc(metric.state_dict()["real"], features, k, num_subsets=4)[1]
+                        spread = bootstrap_prdc(metric.state_dict()["real"], features, k,
+                                                num_subsets=4)[1]
                         result |= {f"{m} +-": spread[m] for m in ("density", "coverage")}
                     result = run.record(key, result)
                 results[label].append(result)
         for label, found_rows in results.items():
             row = {"embedding": name, "fakes": label} | {m: statistics.mean(r[m] for r in found_rows) for m in METRICS}
-            for m in ("density", "coverage"):                 # of half the points, or over the embeddings if that is more
-                over_seeds = statistics.stdev(r[m] for r in found_rows) if len(found_rows) > 1 else 0.0
+            # of half the points, or over the embeddings if that is more
+            for m in ("density", "coverage"):
+                over_seeds = statistics.stdev(r[m]
+                                              for r in found_rows) if len(found_rows) > 1 else 0.0
                 row[f"{m} +-"] = max(found_rows[0][f"{m} +-"], over_seeds)
             rows.append(row | {"paper": None})
     return rows
 
 
 def claims(rows, expected, judged):
-    """What each change of the images should do; asserted where the difference is twice its spread."""
+    """What each change of the images should do; asserted where the difference is twice its
+    spread."""
     at = {(row["embedding"], row["fakes"]): row for row in rows}
     found = []
 
     def change(embedding, metric, a, b, sign, text):
         first, second = at[embedding, a], at[embedding, b]
-        gap, margin = second[metric] - first[metric], 2 * math.hypot(first[f"{metric} +-"], second[f"{metric} +-"])
+        gap, margin = second[metric] - first[metric], 2 * math.hypot(first[f"{metric} +-"],
+                                                                     second[f"{metric} +-"])
         found.append({"claim": f"{embedding}: {text}", "paper": None, "this run": gap,
                       "holds": (gap > 0) == (sign > 0) if judged and abs(gap) > margin else None})
 
     for name in dict.fromkeys(row["embedding"] for row in rows):
         same = at[name, "other reals"]
-        found.append({"claim": f"{name}: coverage of other real images", "paper": expected, "this run": same["coverage"],
+        found.append({"claim": f"{name}: coverage of other real images", "paper": expected,
+                      "this run": same["coverage"],
                       "holds": abs(same["coverage"] - expected) < 0.02 if judged else None})
-        change(name, "coverage", "other reals", "half of the classes", -1, "half of the classes: change of coverage")
+        change(name, "coverage", "other reals", "half of the classes", -1,
+               "half of the classes: change of coverage")
         for label in ("blurred", "noisy", "JPEG"):
             change(name, "density", "other reals", label, -1, f"{label}: change of density")
             change(name, "coverage", "other reals", label, -1, f"{label}: change of coverage")
         if (name, f"psi {PSI[0]}") in at:
-            change(name, "density", f"psi {PSI[0]}", f"psi {PSI[-1]}", 1, f"psi {PSI[0]} to {PSI[-1]}: change of density")
-            change(name, "coverage", f"psi {PSI[0]}", f"psi {PSI[-1]}", -1, f"psi {PSI[0]} to {PSI[-1]}: change of coverage")
+            change(name, "density", f"psi {PSI[0]}", f"psi {PSI[-1]}", 1,
+                   f"psi {PSI[0]} to {PSI[-1]}: change of density")
+            change(name, "coverage", f"psi {PSI[0]}", f"psi {PSI[-1]}", -1,
+                   f"psi {PSI[0]} to {PSI[-1]}: change of coverage")
     return found
 
 
@@ -274,7 +300,8 @@ def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
     for side in ("real", "fake"):
         parser.add_argument(f"--{side}", type=Path, help=f"folder of {side} images (recursive)")
-        parser.add_argument(f"--{side}-features", type=Path, help=f".npy or .npz of {side} features or uint8 images")
+        parser.add_argument(f"--{side}-features", type=Path,
+                            help=f".npy or .npz of {side} features or uint8 images")
     parser.add_argument("--weights", type=Path, help="VGG-16 checkpoint of torchvision, for T4096")
     parser.add_argument("--count", type=int, help="images per set; default: the preset's")
     parser.add_argument("--nearest-k", type=int, default=5)
@@ -293,7 +320,8 @@ def main(argv=None):
         else:
             real, other, half = glyphs(count, 1), glyphs(count, 2), glyphs(count, 3, classes=5)
             training = glyphs(5 * count, 4)
-        fakes = {"other reals": other, "half of the classes": half, "blurred": blurred(other), "noisy": noisy(other, 5),
+        fakes = {"other reals": other, "half of the classes": half, "blurred": blurred(other),
+                 "noisy": noisy(other, 5),
                  "JPEG": jpeg(other)}
         if real.shape[-1] == 32:
             model = Autoencoder().to(run.device)
@@ -301,7 +329,8 @@ def main(argv=None):
                 initial = torch.Generator().manual_seed(6)
                 for p in model.parameters():
                     fan = p[0].numel() if p.ndim > 1 else 0
-                    p.copy_(torch.randn(p.shape, generator=initial) * math.sqrt(1.5 / fan) if fan else torch.zeros_like(p))
+                    p.copy_(torch.randn(p.shape, generator=initial) * math.sqrt(1.5 / fan) if fan
+                            else torch.zeros_like(p))
             trained = run.out / "autoencoder.pt"
             if run.recorded("autoencoder") is None:
                 state = run.resumed("autoencoder")
@@ -319,14 +348,17 @@ def main(argv=None):
     expected = expected_coverage(run.args.nearest_k, len(real), len(next(iter(fakes.values()))))
     if run.figures is not None and run.is_main and images is not None:
         figures.image_grid(run.figures / "prdc-images.png", [image for batch in images.values() for image in batch[:8]],
-                           titles=[name if i == 0 else "" for name in images for i in range(8)], columns=8, cell=64)
+                           titles=[name if i == 0 else "" for name in images for i in range(8)],
+                           columns=8, cell=64)
         for name in found:
             chosen = [row for row in rows if row["embedding"] == name]
             figures.bar_chart(run.figures / f"prdc-images-{name.lower()}.png", [row["fakes"] for row in chosen],
-                              {m: [row[m] for row in chosen] for m in METRICS}, title=f"Embedding: {name}", size=(900, 420))
+                              {m: [row[m] for row in chosen] for m in METRICS},
+                              title=f"Embedding: {name}", size=(900, 420))
     judged = images is not None and run.args.preset != "tiny"
     run.finish(rows=claims(rows, expected, judged) if images is not None else
-               [{"claim": f"expected coverage of equal sets, k = {run.args.nearest_k}", "paper": expected,
+               [{"claim": f"expected coverage of equal sets, k = {run.args.nearest_k}",
+                 "paper": expected,
                  "this run": rows[0]["coverage"], "holds": None}], tables={"images": rows})
 
 

@@ -1,17 +1,22 @@
-"""What density and coverage are for, on Gaussians: equal sets, outliers, dropped modes, the choice of k.
+"""What density and coverage are for, on Gaussians: equal sets, outliers, dropped modes, the choice
+of k.
 
     python benchmarks/prdc_toy.py --figures figures            # n = 2,000, about a minute on one core
     python benchmarks/prdc_toy.py --preset paper               # n = 10,000, as in the paper; about an hour
 
-1. Equal distributions: precision and recall fall with the dimension and the number of points and never reach 1; density is
+1. Equal distributions: precision and recall fall with the dimension and the number of points and
+never reach 1; density is
    1 and coverage 1 - prod (N - i) / (N + M - i) in every dimension (means over 20 draws, within 4 standard errors).
-2. k: coverage follows its closed form, 0.969 at k = 5, the smallest above 0.95 for 10,000 points (the paper's choice).
-3. A shifted generator and one outlier in R^64: one real outlier gives a generator that is wrong everywhere precision 1 but
+2. k: coverage follows its closed form, 0.969 at k = 5, the smallest above 0.95 for 10,000 points
+(the paper's choice). 3. A shifted generator and one outlier in R^64: one real outlier gives a
+generator that is wrong everywhere precision 1 but
    density 1 / k; one fake outlier gives it recall 1 but coverage 0. The paper's figure has the same axes; where its outlier
    lies is not published, so 3 * 1 and the milder 1 * 1 are both shown.
-4. Ten modes in R^64: when modes are dropped one after another recall and coverage fall; when nine lose mass to the first
+4. Ten modes in R^64: when modes are dropped one after another recall and coverage fall; when nine
+lose mass to the first
    together, recall rises until they are gone while coverage falls.
-5. Fakes of lower variance in high dimension gather where the real balls overlap: density far above 1 (a limit to know).
+5. Fakes of lower variance in high dimension gather where the real balls overlap: density far above
+1 (a limit to know).
 """
 
 import math
@@ -41,7 +46,8 @@ def pair(seed, n, dimension):
 
 
 def measured(run, label, cells):
-    """{key: mean and standard error of each metric} of `cells` {key: [functions that give (real, fake)]}."""
+    """{key: mean and standard error of each metric} of `cells` {key: [functions that give (real,
+    fake)]}."""
     results, work = {}, [(key, make) for key, makes in cells.items() for make in makes]
     for key, make in run.progress(work, label=label):
         results.setdefault(key, []).append(compute_prdc(*make(), K))
@@ -49,7 +55,8 @@ def measured(run, label, cells):
     for key, rows in results.items():
         values = {name: [row[name] for row in rows] for name in METRICS}
         summary[key] = {name: statistics.mean(v) for name, v in values.items()} | {
-            f"{name} s.e.": statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.inf for name, v in values.items()}
+            f"{name} s.e.": statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.inf
+            for name, v in values.items()}
     return summary
 
 
@@ -59,17 +66,21 @@ def equal_sets(run, n):
     """By dimension at n points, then by the number of points in R^64."""
     shapes = [(n, d) for d in (1, 2, 8, 64, 256)] + [(n // 4, DIMENSION), (n // 2, DIMENSION)]
     return measured(run, "equal sets", {
-        shape: [lambda s=seed, shape=shape: pair(s, *shape) for seed in run.seeds] for shape in shapes})
+        shape: [lambda s=seed, shape=shape: pair(s, *shape) for seed in run.seeds]
+        for shape in shapes})
 
 
 def by_k(run, n):
     ks = [k for k in KS if k < n]
-    rows = [compute_prdc(*pair(1000 + seed, n, DIMENSION), ks) for seed in run.progress(run.seeds, label="k")]
+    rows = [compute_prdc(*pair(1000 + seed, n, DIMENSION), ks)
+            for seed in run.progress(run.seeds, label="k")]
     table = []
     for at, k in enumerate(ks):
-        table.append({"k": k} | {name: statistics.mean(row[name][at] for row in rows) for name in METRICS}
+        table.append({"k": k} | {name: statistics.mean(row[name][at] for row in rows)
+                                 for name in METRICS}
                      | {"expected coverage": expected_coverage(k, n, n),
-                        "coverage s.e.": statistics.stdev(row["coverage"][at] for row in rows) / math.sqrt(len(rows))})
+                        "coverage s.e.": statistics.stdev(row["coverage"][at] for row in rows)
+                        / math.sqrt(len(rows))})
     return table
 
 
@@ -81,13 +92,16 @@ def outliers(run, n, seeds):
         if outlier:
             (real if outlier == "real" else fake)[0] = position
         return real, fake
-    kinds = [(None, 0.0)] + [(outlier, position) for position in (3.0, 1.0) for outlier in ("real", "fake")]
+    kinds = [(None, 0.0)] + [(outlier, position) for position in (3.0, 1.0)
+                             for outlier in ("real", "fake")]
     return measured(run, "outliers", {
-        (*kind, shift): [lambda s=seed, a=kind, m=shift: sets(s, m, *a) for seed in seeds] for kind in kinds for shift in SHIFTS})
+        (*kind, shift): [lambda s=seed, a=kind, m=shift: sets(s, m, *a) for seed in seeds]
+        for kind in kinds for shift in SHIFTS})
 
 
 def modes(run, n, seeds):
-    """{("sequential", dropped) or ("simultaneous", share of nine modes' mass moved to the first): metrics}."""
+    """{("sequential", dropped) or ("simultaneous", share of nine modes' mass moved to the first):
+    metrics}."""
     def sets(seed, weights):
         centres = 2 * normal(3000, 10, DIMENSION)
         generator = torch.Generator().manual_seed(3001 + seed)
@@ -101,7 +115,8 @@ def modes(run, n, seeds):
     for share in SHRUNK:
         cells["simultaneous", share] = torch.tensor([1.0 + 9 * share] + [1.0 - share] * 9)
     return measured(run, "modes", {
-        key: [lambda s=seed, w=weights: sets(s, w) for seed in seeds] for key, weights in cells.items()})
+        key: [lambda s=seed, w=weights: sets(s, w) for seed in seeds]
+        for key, weights in cells.items()})
 
 
 # ---------------------------------------------------------------- together
@@ -111,21 +126,27 @@ def main(argv=None):
     n = SIZES[run.args.preset]
     few = run.seeds[:3]
     equal, k_rows, shifted, dropped = equal_sets(run, n), by_k(run, n), outliers(run, n, few), modes(run, n, few)
-    narrow = measured(run, "variance", {scale: [lambda s=seed, c=scale: (lambda a, b: (a.relu(), c * b.relu()))(*pair(4000 + s, n, 256))
+    narrow = measured(run, "variance",
+                                        {scale: [lambda s=seed, c=scale: (lambda a, b: (a.relu(), c * b.relu()))(*pair(4000 + s, n, 256))
                                                 for seed in few] for scale in (1.0, 0.95, 0.9)})
     tables = {
-        "equal sets": [{"points": size, "dimension": d} | row | {"expected coverage": expected_coverage(K, size, size)}
+        "equal sets": [{"points": size, "dimension": d} | row
+                       | {"expected coverage": expected_coverage(K, size, size)}
                        for (size, d), row in equal.items()],
         "k": k_rows,
-        "outliers": [{"shift": shift} | {f"clean {name}": shifted[None, 0.0, shift][name] for name in METRICS} | {
+        "outliers": [{"shift": shift} | {f"clean {name}": shifted[None, 0.0, shift][name]
+                                         for name in METRICS} | {
             f"{outlier} outlier at {position:g}, {name}": shifted[outlier, position, shift][name]
             for outlier, names in (("real", ("precision", "density")), ("fake", ("recall", "coverage")))
             for position in (3.0, 1.0) for name in names} for shift in SHIFTS],
-        "modes": [{"how": how, "dropped": amount} | {name: row[name] for name in METRICS} for (how, amount), row in dropped.items()],
-        "variance": [{"fakes scaled by": scale} | {name: row[name] for name in METRICS} for scale, row in narrow.items()]}
+        "modes": [{"how": how, "dropped": amount} | {name: row[name] for name in METRICS}
+                  for (how, amount), row in dropped.items()],
+        "variance": [{"fakes scaled by": scale} | {name: row[name] for name in METRICS}
+                     for scale, row in narrow.items()]}
     if run.figures is not None and run.is_main:
         draw(run.figures, tables)
-    run.finish(rows=claims(n, equal, k_rows, shifted, dropped, narrow, judged=run.args.preset != "tiny" and len(run.seeds) > 4),
+    run.finish(rows=claims(n, equal, k_rows, shifted, dropped, narrow,
+                           judged=run.args.preset != "tiny" and len(run.seeds) > 4),
                tables=tables)
 
 
@@ -133,7 +154,8 @@ def claims(n, equal, k_rows, shifted, dropped, narrow, judged):
     rows = []
 
     def claim(text, paper, value, holds):
-        rows.append({"claim": text, "paper": paper, "this run": value, "holds": holds if judged else None})
+        rows.append({"claim": text, "paper": paper, "this run": value,
+                     "holds": holds if judged else None})
 
     for (size, d), row in equal.items():
         if size == n:
@@ -141,50 +163,68 @@ def claims(n, equal, k_rows, shifted, dropped, narrow, judged):
                 claim(f"{name} of equal sets, dimension {d}", expected, row[name],
                       abs(row[name] - expected) < 4 * row[f"{name} s.e."])
     claim("precision of equal sets falls: dimension 256 less dimension 1", None,
-          equal[n, 256]["precision"] - equal[n, 1]["precision"], equal[n, 256]["precision"] < equal[n, 1]["precision"] - 0.2)
-    claim(f"... and with points: {n} less {n // 4} in R^64", None, equal[n, 64]["precision"] - equal[n // 4, 64]["precision"],
+          equal[n, 256]["precision"] - equal[n, 1]["precision"],
+          equal[n, 256]["precision"] < equal[n, 1]["precision"] - 0.2)
+    claim(f"... and with points: {n} less {n // 4} in R^64", None,
+          equal[n, 64]["precision"] - equal[n // 4, 64]["precision"],
           equal[n, 64]["precision"] < equal[n // 4, 64]["precision"] - 2 * equal[n // 4, 64]["precision s.e."])
-    claim("k chosen for 10,000 and 10,000 points", 5, select_k(10_000, 10_000), select_k(10_000, 10_000) == 5)
-    worst = max(abs(row["coverage"] - row["expected coverage"]) / (row["coverage s.e."] or math.inf) for row in k_rows)
-    claim("coverage over k: largest distance to the closed form, in standard errors", None, worst, worst < 4)
+    claim("k chosen for 10,000 and 10,000 points", 5, select_k(10_000, 10_000),
+          select_k(10_000, 10_000) == 5)
+    worst = max(abs(row["coverage"] - row["expected coverage"])
+                / (row["coverage s.e."] or math.inf) for row in k_rows)
+    claim("coverage over k: largest distance to the closed form, in standard errors", None, worst,
+          worst < 4)
     real, fake = shifted["real", 3.0, 1], shifted["fake", 3.0, -1]
-    claim("precision of a wrong generator, one real outlier", None, real["precision"], real["precision"] > 0.99)
-    claim("density of it (1 / k: one ball holds every fake)", None, real["density"], 0.2 <= real["density"] <= 0.25)
-    claim("recall of a wrong generator, one fake outlier", None, fake["recall"], fake["recall"] > 0.99)
+    claim("precision of a wrong generator, one real outlier", None, real["precision"],
+          real["precision"] > 0.99)
+    claim("density of it (1 / k: one ball holds every fake)", None, real["density"],
+          0.2 <= real["density"] <= 0.25)
+    claim("recall of a wrong generator, one fake outlier", None, fake["recall"],
+          fake["recall"] > 0.99)
     claim("coverage of it", None, fake["coverage"], fake["coverage"] < 0.02)
-    drop = shifted[None, 0.0, 0]["coverage"] - max(shifted[None, 0.0, m]["coverage"] for m in (-0.5, 0.5))
+    drop = shifted[None, 0.0, 0]["coverage"] - max(shifted[None, 0.0, m]["coverage"]
+                                                   for m in (-0.5, 0.5))
     claim("coverage lost by a shift of 0.5", None, drop, drop > 0.5)
     late, start = dropped["simultaneous", 0.95], dropped["simultaneous", 0]
     claim("simultaneous: recall at 95 % less recall at 0", None, late["recall"] - start["recall"],
           late["recall"] - start["recall"] > 2 * (late["recall s.e."] + start["recall s.e."]))
     claim("simultaneous: coverage at 95 %", None, late["coverage"], late["coverage"] < 0.4)
     for how, amounts in (("sequential", DROPPED), ("simultaneous", SHRUNK)):
-        falls = [dropped[how, b]["coverage"] - dropped[how, a]["coverage"] for a, b in zip(amounts, amounts[1:])]
-        claim(f"{how}: largest change of coverage from step to step", None, max(falls), max(falls) < 0)
-    claim("density of fakes scaled by 0.9 in R^256 (a known limit)", None, narrow[0.9]["density"], narrow[0.9]["density"] > 2)
+        falls = [dropped[how, b]["coverage"] - dropped[how, a]["coverage"]
+                 for a, b in zip(amounts, amounts[1:])]
+        claim(f"{how}: largest change of coverage from step to step", None, max(falls),
+              max(falls) < 0)
+    claim("density of fakes scaled by 0.9 in R^256 (a known limit)", None, narrow[0.9]["density"],
+          narrow[0.9]["density"] > 2)
     return rows
 
 
 def draw(folder, tables):
     def chart(name, rows, x, lines, **axes):
         figures.line_chart(folder / f"prdc-{name}.png", {label: ([row[x] for row in rows], [row[key] for row in rows])
-                                                         for label, key in lines.items()}, markers=True, **axes)
+                                                         for label, key in lines.items()},
+                           markers=True, **axes)
     plain = {name: name for name in METRICS}
     first = tables["equal sets"][0]["points"]
     chart("equal", [row for row in tables["equal sets"] if row["points"] == first], "dimension",
-          plain | {"expected coverage": "expected coverage"}, logx=True, title="Equal distributions: only density and coverage know",
+          plain | {"expected coverage": "expected coverage"}, logx=True,
+          title="Equal distributions: only density and coverage know",
           xlabel="dimension", ylim=(0, 1.2))
-    chart("k", tables["k"], "k", {"recall": "recall", "coverage": "coverage", "expected coverage": "expected coverage"},
+    chart("k", tables["k"], "k", {"recall": "recall", "coverage": "coverage",
+                                  "expected coverage": "expected coverage"},
           logx=True, title="Equal distributions in R^64", xlabel="k", ylim=(0, 1.05))
     for outlier, names in (("real", ("precision", "density")), ("fake", ("recall", "coverage"))):
         lines = {f"{name}, {label}": key for name in names
                  for label, key in (("clean", f"clean {name}"), (f"one {outlier} outlier", f"{outlier} outlier at 3, {name}"))}
-        chart(f"{outlier}-outlier", tables["outliers"], "shift", lines, title=f"One {outlier} outlier at 3, fakes shifted in R^64",
+        chart(f"{outlier}-outlier", tables["outliers"], "shift", lines,
+              title=f"One {outlier} outlier at 3, fakes shifted in R^64",
               xlabel="shift of the fakes")
     for how in ("sequential", "simultaneous"):
         chart(how, [row for row in tables["modes"] if row["how"] == how], "dropped", plain,
-              title=f"Ten modes, dropped {'one by one' if how == 'sequential' else 'together'}", ylim=(0, 1.2),
-              xlabel="modes dropped" if how == "sequential" else "share of the mass of nine modes moved to the first")
+              title=f"Ten modes, dropped {'one by one' if how == 'sequential' else 'together'}",
+              ylim=(0, 1.2),
+              xlabel="modes dropped" if how == "sequential"
+              else "share of the mass of nine modes moved to the first")
 
 
 if __name__ == "__main__":

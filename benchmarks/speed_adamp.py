@@ -1,14 +1,16 @@
-"""Time (on a GPU also extra memory) of one step on ResNet-50's parameters, beside torch's AdamW and SGD and the public packages.
+"""Time (on a GPU also extra memory) of one step on ResNet-50's parameters, beside torch's AdamW and
+SGD and the public packages.
 
     python benchmarks/speed_adamp.py                   # all threads
     python benchmarks/speed_adamp.py --threads 1       # about a minute; `adamp` and `timm` are timed where installed
     python benchmarks/speed_adamp.py --device cuda
 
-All optimisers take turns in every round; the figure is the median over rounds of the process's CPU time (several threads
-or a GPU: wall time). Gradients are orthogonal to the weights and the
+All optimisers take turns in every round; the figure is the median over rounds of the process's CPU
+time (several threads or a GPU: wall time). Gradients are orthogonal to the weights and the
 learning rate is tiny, so that every matrix stays projected in every round. Floor: a step reads
-w, g, m, v and writes w, m, v, 7 float32 streams; the test reads w and g once more. Expected on one thread: AdamP at
-most 3 times torch's fused AdamW, 5 times faster than the official package or more; SGDP 5 times faster as well.
+w, g, m, v and writes w, m, v, 7 float32 streams; the test reads w and g once more. Expected on one
+thread: AdamP at most 3 times torch's fused AdamW, 5 times faster than the official package or more;
+SGDP 5 times faster as well.
 """
 
 import statistics
@@ -57,7 +59,8 @@ def optimizers(family):
 
 
 def parameters(model, device):
-    """Copies of the model's parameters; every row of a gradient is orthogonal to its row of weights."""
+    """Copies of the model's parameters; every row of a gradient is orthogonal to its row of
+    weights."""
     generator = torch.Generator().manual_seed(0)
     copies = []
     for p in model.parameters():
@@ -72,7 +75,8 @@ def parameters(model, device):
 
 
 def peak(step, device):
-    """Bytes above the state before a step, at its peak. None on the CPU: the resident size hides what malloc reuses."""
+    """Bytes above the state before a step, at its peak. None on the CPU: the resident size hides
+    what malloc reuses."""
     if device.type != "cuda":
         step()
         return None
@@ -101,7 +105,8 @@ def main(argv=None):
     largest = max(p.numel() for p in model.parameters()) * 4 / 2 ** 20
     one_thread, rows, tables = torch.get_num_threads() == 1, [], {}
     for family, (floor, official, ours) in FAMILIES.items():
-        optimizers_of = {name: make(parameters(model, run.device)) for name, make in optimizers(family).items()}
+        optimizers_of = {name: make(parameters(model, run.device))
+                         for name, make in optimizers(family).items()}
         if official not in optimizers_of:
             run.log(f"the package adamp is not installed: no comparison with {official}")
         times = {name: [] for name in optimizers_of}
@@ -118,17 +123,21 @@ def main(argv=None):
         def ratio(name, other):
             return statistics.median(a / b for a, b in zip(times[name], times[other]))
 
-        tables[family] = [{"optimiser": name, "ms": statistics.median(times[name]), f"/ {floor}": ratio(name, floor),
-                           "extra MiB": None if memory[name] is None else memory[name] / 2 ** 20} for name in times]
+        tables[family] = [{"optimiser": name, "ms": statistics.median(times[name]),
+                           f"/ {floor}": ratio(name, floor),
+                           "extra MiB": None if memory[name] is None else memory[name] / 2 ** 20}
+                          for name in times]
         judged = not tiny and run.device.type == "cpu" and one_thread
         rows.append({"claim": f"{ours} / {floor}", "this run": ratio(ours, floor),
                      "target": 3.0 if family == "AdamP" else None,
                      "holds": ratio(ours, floor) <= 3 if judged and family == "AdamP" else None})
         if official in times:
-            rows.append({"claim": f"{official} / {ours}", "this run": ratio(official, ours), "target": 5.0,
+            rows.append({"claim": f"{official} / {ours}", "this run": ratio(official, ours),
+                         "target": 5.0,
                          "holds": ratio(official, ours) >= 5 if judged else None})
         if memory[ours] is not None:
-            rows.append({"claim": f"extra memory of {ours}, MiB (largest tensor {largest:.1f})", "target": largest,
+            rows.append({"claim": f"extra memory of {ours}, MiB (largest tensor {largest:.1f})",
+                         "target": largest,
                          "this run": memory[ours] / 2 ** 20,
                          "holds": None if tiny else memory[ours] / 2 ** 20 <= largest})
         del optimizers_of

@@ -4,12 +4,14 @@
     python benchmarks/speed_loader.py --data /data/imagenet          # files of your own (train/, val/, or class folders)
     python benchmarks/speed_loader.py --workers 8 --images 4096      # whole machine, wall time
 
-Every pipeline makes normalised float32 batches of 224 x 224 random resized crops (bicubic, flipped) out of the same
-files; torchvision does it per image as its users do (ImageFolder, RandomResizedCrop, ToTensor, Normalize), the others keep
-uint8 and normalise the batch. "uint8" is what a GPU box pays for on the CPU: there the normalisation runs on the
-GPU. One process without workers is timed by its CPU time (the files are in the page cache), rounds interleaved; the ratio is
-the median over rounds. Expected: folder 1.5 to 2 times torchvision, JPEG pack above 2, raw pack 4 to 5 on files
-with a short side of 256; from larger originals the folder pays for pixels which the packs have dropped.
+Every pipeline makes normalised float32 batches of 224 x 224 random resized crops (bicubic, flipped)
+out of the same files; torchvision does it per image as its users do (ImageFolder,
+RandomResizedCrop, ToTensor, Normalize), the others keep uint8 and normalise the batch. "uint8" is
+what a GPU box pays for on the CPU: there the normalisation runs on the GPU. One process without
+workers is timed by its CPU time (the files are in the page cache), rounds interleaved; the ratio is
+the median over rounds. Expected: folder 1.5 to 2 times torchvision, JPEG pack above 2, raw pack 4
+to 5 on files with a short side of 256; from larger originals the folder pays for pixels which the
+packs have dropped.
 """
 
 import random
@@ -44,7 +46,8 @@ def write_photographs(root: Path, count: int, short_side: int, seed: int) -> Non
         layers = np.zeros((size[1], size[0], 3), np.float32)
         for octave in range(2, 9):
             noise = Image.fromarray(rng.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8))
-            layers += (np.asarray(noise.resize(size, Image.Resampling.BICUBIC), np.float32) - 128) * 1.4 * 0.6**octave
+            layers += (np.asarray(noise.resize(size, Image.Resampling.BICUBIC), np.float32)
+                       - 128) * 1.4 * 0.6**octave
         folder = root / f"n{i % 8:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         pixels = np.clip(layers * 2 + 128, 0, 255).astype(np.uint8)
@@ -77,11 +80,13 @@ def loaders(root: Path, scratch: Path, batch_size: int, workers: int) -> dict[st
         ]
         out["torchvision"] = torch.utils.data.DataLoader(
             datasets.ImageFolder(str(root), transforms.Compose(steps)),
-            batch_size=batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0,
+            batch_size=batch_size, shuffle=True, num_workers=workers,
+            persistent_workers=workers > 0,
         )
     for name in PIPELINES:
         out[name] = data.Loader(
-            sources[name.removesuffix(", uint8")], batch_size, transform=data.TrainTransform(224), shuffle=True,
+            sources[name.removesuffix(", uint8")], batch_size, transform=data.TrainTransform(224),
+            shuffle=True,
             workers=workers, normalize=None if name.endswith("uint8") else NORMALIZE,
         )
     return out
@@ -103,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(max(1, args.threads))
     images, repeats = (32, 2) if args.preset == "tiny" else (args.images, args.repeats)
     clock = time.perf_counter if args.workers else time.process_time
-    run.log("torchvision is not installed: no ratio to it" if datasets is None else "beside torchvision's pipeline")
+    run.log("torchvision is not installed: no ratio to it" if datasets is None
+            else "beside torchvision's pipeline")
     table, ratios = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
@@ -126,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
                 row = {"files": name, "pipeline": key, "images/s": statistics.median(values)}
                 for other in ("torchvision", "folder"):
                     if other in rates:
-                        row[f"x {other}"] = statistics.median(a / b for a, b in zip(values, rates[other]))
+                        row[f"x {other}"] = statistics.median(a / b
+                                                              for a, b in zip(values, rates[other]))
                         ratios[name, key, other] = row[f"x {other}"]
                 table.append(row)
     rows = []
@@ -137,7 +144,8 @@ def main(argv: list[str] | None = None) -> None:
             if (name, key, other) in ratios:
                 ratio = ratios[name, key, other]
                 claim = f"{name}: {key} at least {bound:g} x {other}"
-                rows.append({"claim": claim, "paper": None, "this run": ratio, "holds": ratio >= bound})
+                rows.append({"claim": claim, "paper": None, "this run": ratio,
+                             "holds": ratio >= bound})
     run.finish(rows, {"loader": table}, images=images, workers=args.workers)
 
 

@@ -1,12 +1,15 @@
-"""Speed: neural ODEs against torchdiffeq, torchdyn and torchode, and TCP training against the jagged loop; interleaved.
+"""Speed: neural ODEs against torchdiffeq, torchdyn and torchode, and TCP training against the
+jagged loop; interleaved.
 
     python benchmarks/speed_nha.py --threads 1            # a minute; peers that are not installed are left out
 
-Solver: forward + backward of a batch of tanh networks 2-64-64-2, float32, rtol = atol = 1e-5, dopri5. "stiff" replaces one
-sample by a 30 times faster one. The floor is the number of evaluations of a shared step times one bare forward + backward
-of the network. Training: an epoch of mode recovery on 5 trajectories, with the closed form of affine modes, against the
-scheme of the published code: classical Runge-Kutta, one step per observation, every mode a module, a Python list per
-piece. Equal loss: both decode the same modes of the same pieces. Times are medians; on a CPU, processor time (use one thread).
+Solver: forward + backward of a batch of tanh networks 2-64-64-2, float32, rtol = atol = 1e-5,
+dopri5. "stiff" replaces one sample by a 30 times faster one. The floor is the number of evaluations
+of a shared step times one bare forward + backward of the network. Training: an epoch of mode
+recovery on 5 trajectories, with the closed form of affine modes, against the scheme of the
+published code: classical Runge-Kutta, one step per observation, every mode a module, a Python list
+per piece. Equal loss: both decode the same modes of the same pieces. Times are medians; on a CPU,
+processor time (use one thread).
 """
 
 import statistics
@@ -25,7 +28,8 @@ except Exception:                                             # not installed
     torchdiffeq = None
 try:
     import torchdyn.numerics as torchdyn
-except Exception:                                             # not installed, or without its own dependencies
+# not installed, or without its own dependencies
+except Exception:
     torchdyn = None
 try:
     import torchode
@@ -34,15 +38,18 @@ except Exception:                                             # not installed
 
 
 class Field(nn.Module):
-    """dy/dt = speed * net(y); the state is (y, speed), so that a sample can be stiffer than the others."""
+    """dy/dt = speed * net(y); the state is (y, speed), so that a sample can be stiffer than the
+    others."""
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+        self.net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
+                                 nn.Linear(64, 2))
         with torch.no_grad():
             for layer in self.net[::2]:
                 for p in layer.parameters():
-                    p.copy_(2 * (2 * torch.rand(p.shape, generator=generator) - 1) * layer.in_features**-0.5)
+                    p.copy_(2 * (2 * torch.rand(p.shape, generator=generator) - 1)
+                            * layer.in_features**-0.5)
 
     def forward(self, t, y, *_):
         return torch.cat([self.net(y[:, :2]) * y[:, 2:], torch.zeros_like(y[:, 2:])], 1)
@@ -58,7 +65,8 @@ def timed(way, device: torch.device) -> float:
     return clock() - began
 
 
-def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator, repeats: int) -> dict:
+def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator,
+          repeats: int) -> dict:
     """Milliseconds of every way to solve one problem."""
     batch, end, points, stiff = case
     grads = lambda ys: torch.autograd.grad(ys.square().mean(), f.parameters())
@@ -74,7 +82,8 @@ def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator, r
         ways["torchdyn"] = lambda: grads(torchdyn.odeint(f, y0, t, solver="dopri5", **tol)[1])
     if torchode:
         term = torchode.ODETerm(f)
-        solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term), torchode.IntegralController(1e-5, 1e-5, term=term))
+        solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term),
+                                          torchode.IntegralController(1e-5, 1e-5, term=term))
         problem = torchode.InitialValueProblem(y0=y0, t_eval=t.expand(batch, -1))
         ways["torchode"] = lambda: grads(solver.solve(problem).ys)
     times = {name: [] for name in ways}
@@ -83,7 +92,8 @@ def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator, r
             seconds = timed(way, run.device)
             if repeat >= 0:
                 times[name].append(seconds)
-    row = {"problem": f"B = {batch}, T = {end}, {points} outputs" + (", one stiff" if stiff else "")}
+    row = {"problem": f"B = {batch}, T = {end}, {points} outputs"
+           + (", one stiff" if stiff else "")}
     row |= {f"{name} ms": round(1e3 * statistics.median(v), 2) for name, v in times.items()}
     calls = int(nha.odeint(f, y0, t, per_sample=False, grad="none", **tol).stats.n_f[0])
     bare = min(timed(lambda: grads(f(None, y0)), run.device) for _ in range(20))
@@ -91,7 +101,8 @@ def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator, r
 
 
 class JaggedLoop:
-    """An epoch as the published code does it: a list of states per piece, appended to step by step."""
+    """An epoch as the published code does it: a list of states per piece, appended to step by
+    step."""
 
     def __init__(self, model: nha.NHA, pieces: nha.PaddedPieces, modes: int):
         self.encoder, self.pieces, self.lengths = model.encoder, pieces, pieces.lengths.tolist()
@@ -99,7 +110,8 @@ class JaggedLoop:
         with torch.no_grad():
             for j, field in enumerate(self.fields):
                 field.weight.copy_(model.decoder.weight[j]), field.bias.copy_(model.decoder.bias[j])
-        self.optimizers = [torch.optim.AdamW(self.encoder.parameters(), lr=3e-4), torch.optim.AdamW(self.fields.parameters(), lr=1e-2)]
+        self.optimizers = [torch.optim.AdamW(self.encoder.parameters(), lr=3e-4),
+                           torch.optim.AdamW(self.fields.parameters(), lr=1e-2)]
 
     def field(self, s: torch.Tensor) -> torch.Tensor:
         x, q = s[:, :2], s[:, 2:]
@@ -110,7 +122,8 @@ class JaggedLoop:
         state = torch.cat([self.pieces.x[:, 0], q], 1)
         paths = [[row[:2]] for row in state]
         for k in range(max(self.lengths) - 1):
-            h = torch.stack([t[k + 1] - t[k] if k + 1 < n else t.new_zeros(()) for t, n in zip(self.pieces.t, self.lengths)])[:, None]
+            h = torch.stack([t[k + 1] - t[k] if k + 1 < n else t.new_zeros(())
+                             for t, n in zip(self.pieces.t, self.lengths)])[:, None]
             k1 = self.field(state)
             k2 = self.field(state + h * k1 / 2)
             k3 = self.field(state + h * k2 / 2)
@@ -118,7 +131,8 @@ class JaggedLoop:
             state = state + h * (k1 + 2 * k2 + 2 * k3 + k4) / 6
             for path, row in zip(paths, state):
                 path.append(row[:2])
-        errors = [(torch.stack(path[:n]) - x[:n]).square().sum(1).mean() for path, x, n in zip(paths, self.pieces.x, self.lengths)]
+        errors = [(torch.stack(path[:n]) - x[:n]).square().sum(1).mean()
+                  for path, x, n in zip(paths, self.pieces.x, self.lengths)]
         return torch.stack(errors).mean()
 
     def epoch(self) -> None:
@@ -141,15 +155,18 @@ def tcp_training(seed: int, tiny: bool) -> dict:
         next(steps)
     jagged, q = JaggedLoop(model, pieces, 3), model.encode(pieces.features, mode="argmax").detach()
     with torch.no_grad():
-        exact = nha.reconstruction_loss(model.decode(pieces.x[:, 0], q, pieces.t, solver="exact"), pieces.x, pieces.mask)
+        exact = nha.reconstruction_loss(model.decode(pieces.x[:, 0], q, pieces.t, solver="exact"),
+                                        pieces.x, pieces.mask)
         looped = jagged.loss(q)
     ours, theirs, cpu = [], [], torch.device("cpu")
     for _ in range(1 if tiny else 3):
         theirs.append(timed(jagged.epoch, cpu))
         ours += [timed(lambda: next(steps), cpu) for _ in range(1 if tiny else 20)]
     seconds = statistics.median(ours), statistics.median(theirs)
-    return {"pieces": len(pieces.lengths), "ours ms": 1e3 * seconds[0], "jagged loop ms": 1e3 * seconds[1],
-            "times faster": seconds[1] / seconds[0], "loss": float(exact), "loss, jagged loop": float(looped)}
+    return {"pieces": len(pieces.lengths), "ours ms": 1e3 * seconds[0],
+            "jagged loop ms": 1e3 * seconds[1],
+            "times faster": seconds[1] / seconds[0], "loss": float(exact),
+            "loss, jagged loop": float(looped)}
 
 
 def main(argv=None):
@@ -160,7 +177,8 @@ def main(argv=None):
     g = torch.Generator().manual_seed(run.args.seed)
     f = Field(g).to(run.device)
     cases = [(8, 1, 2, False), (512, 1, 2, False), (512, 5, 11, False), (512, 1, 2, True)]
-    table = [solve(run, case, f, g, 2 if tiny else run.args.repeats) for case in (cases[:1] if tiny else cases)]
+    table = [solve(run, case, f, g, 2 if tiny else run.args.repeats)
+             for case in (cases[:1] if tiny else cases)]
     rows = []
     for row in table:
         small, stiff = row["problem"].startswith("B = 8"), row["problem"].endswith("stiff")
@@ -173,9 +191,11 @@ def main(argv=None):
                      "holds": ratio >= need if peers and not tiny else None})
     training = tcp_training(run.args.seed, tiny)
     gap = abs(training["loss"] / training["loss, jagged loop"] - 1)
-    rows += [{"claim": "TCP epoch: times faster than the jagged loop", "paper": ">= 30", "this run": round(training["times faster"], 1),
+    rows += [{"claim": "TCP epoch: times faster than the jagged loop", "paper": ">= 30",
+              "this run": round(training["times faster"], 1),
               "holds": None if tiny else training["times faster"] >= 30},
-             {"claim": "TCP epoch: relative difference of the losses", "paper": "<= 1e-3", "this run": gap, "holds": gap <= 1e-3}]
+             {"claim": "TCP epoch: relative difference of the losses", "paper": "<= 1e-3",
+              "this run": gap, "holds": gap <= 1e-3}]
     run.finish(rows=rows, tables={"milliseconds": table, "TCP epoch": [training]})
 
 

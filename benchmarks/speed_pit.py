@@ -1,15 +1,18 @@
-"""How fast PiT is: forward, training step, activation memory and loader, side by side with timm and the 2021 attention.
+"""How fast PiT is: forward, training step, activation memory and loader, side by side with timm and
+the 2021 attention.
 
-    python benchmarks/speed_pit.py                           CPU: PiT-S, one thread and all threads, about 4 minutes
+    python benchmarks/speed_pit.py                           CPU: PiT-S, one thread and all threads,
+                                                             about 4 minutes
     python benchmarks/speed_pit.py --models pit_b deit_base --amp bf16 --compile       (GPU)
     python benchmarks/speed_pit.py --data /data/imagenet --workers 8                   also the loader
 
-Runs are interleaved (ours, peer, ours, peer, ...) with the same weights, input and precision; medians, and the ratio
-peer / ours (above 1: ours is faster). The floor is the time of the MACs at the speed of a large matrix product.
-Expected on a CPU: forward 1.05-1.25x timm (the last block computes class tokens only), training step about 1x. timm is
-compared if installed. "unfused" is this project's own model with attention written out, as in 2021.
-Memory is what autograd keeps for the backward pass (every tensor counted once); on a GPU it is the measured peak,
-which there also holds the attention matrices' short-lived copies.
+Runs are interleaved (ours, peer, ours, peer, ...) with the same weights, input and precision;
+medians, and the ratio peer / ours (above 1: ours is faster). The floor is the time of the MACs at
+the speed of a large matrix product. Expected on a CPU: forward 1.05-1.25x timm (the last block
+computes class tokens only), training step about 1x. timm is compared if installed. "unfused" is
+this project's own model with attention written out, as in 2021. Memory is what autograd keeps for
+the backward pass (every tensor counted once); on a GPU it is the measured peak, which there also
+holds the attention matrices' short-lived copies.
 """
 
 import os
@@ -31,19 +34,22 @@ except ImportError:
 
 def arguments():
     parser = harness.parser(__doc__, presets=("default", "tiny"))
-    parser.add_argument("--models", nargs="+", default=["pit_s"], help="pit_{ti,xs,s,b}[_distilled], deit_{tiny,small,base}")
+    parser.add_argument("--models", nargs="+", default=["pit_s"],
+                        help="pit_{ti,xs,s,b}[_distilled], deit_{tiny,small,base}")
     parser.add_argument("--batch-size", type=int, help="default 4 on a CPU, 128 on a GPU")
     parser.add_argument("--rounds", type=int, help="interleaved repetitions (default 11)")
     return parser
 
 
 def build(name: str, size: int, **keywords) -> torch.nn.Module:
-    return getattr(pit, f"{name}_patch16_224" if name.startswith("deit") else name)(image_size=size, **keywords)
+    return getattr(pit, f"{name}_patch16_224" if name.startswith("deit")
+                   else name)(image_size=size, **keywords)
 
 
 def timm_twin(name: str, size: int, model: torch.nn.Module) -> torch.nn.Module:
     """timm's model with the same weights: a pooling layer is a part of the stage after it there."""
-    twin = timm.create_model(f"{name}_patch16_224" if name.startswith("deit") else f"{name}_224", img_size=size)
+    twin = timm.create_model(f"{name}_patch16_224" if name.startswith("deit") else f"{name}_224",
+                             img_size=size)
     state = {}
     for key, value in model.state_dict().items():
         if key.startswith("pools."):
@@ -56,7 +62,8 @@ def timm_twin(name: str, size: int, model: torch.nn.Module) -> torch.nn.Module:
 
 def interleaved(functions: dict, rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each function; they take turns, after one call each that is not counted."""
-    synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    synchronize = (
+        lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     times = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -70,7 +77,8 @@ def interleaved(functions: dict, rounds: int, device: torch.device) -> dict[str,
 
 
 def kept_for_backward(model, x, labels, run) -> float:
-    """MiB that one training step holds: on a GPU the measured peak, else the tensors autograd saves."""
+    """MiB that one training step holds: on a GPU the measured peak, else the tensors autograd
+    saves."""
     if run.device.type == "cuda":
         model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
@@ -78,8 +86,10 @@ def kept_for_backward(model, x, labels, run) -> float:
         torch.cuda.reset_peak_memory_stats()
         training_step(model, x, labels, run)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    owned = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
-    kept = {}                                                   # holds the storages: an address is not used twice
+    owned = {p.untyped_storage().data_ptr()
+             for p in model.parameters()} | {x.untyped_storage().data_ptr()}
+    # holds the storages: an address is not used twice
+    kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -130,14 +140,17 @@ def compare(run, name: str, threads: int, batch: int, size: int, rounds: int) ->
         for peer, model in models.items():
             off = ((logits_of(model, x, run) - wanted).abs().max() / wanted.abs().max()).item()
             if off > (1e-4 if run.amp_dtype is None else 5e-2):
-                raise SystemExit(f"{name}: logits of {peer} differ by {off:.1e} of the largest; no comparison")
-    floor = pit.count_macs(ours)["total"] * batch / matmul_rate(run.device, run.amp_dtype or torch.float32)
+                raise SystemExit(
+                    f"{name}: logits of {peer} differ by {off:.1e} of the largest; no comparison")
+    floor = pit.count_macs(ours)["total"] * batch / matmul_rate(run.device,
+                                                                run.amp_dtype or torch.float32)
 
     def forward(model):
         with torch.no_grad():
             logits_of(model, x, run)
 
-    seconds = {"forward": interleaved({k: lambda m=m: forward(m) for k, m in models.items()}, rounds, run.device)}
+    seconds = {"forward": interleaved({k: lambda m=m: forward(m) for k, m in models.items()},
+                                      rounds, run.device)}
     memory = {}
     for peer, model in models.items():
         model.train()
@@ -146,20 +159,28 @@ def compare(run, name: str, threads: int, batch: int, size: int, rounds: int) ->
                                            rounds, run.device)
     rows = []
     for what, times in seconds.items():
-        row = {"model": name, "pass": what, "threads": threads, "batch": batch, "ours, ms": 1e3 * times["ours"],
-               "floor, ms": 1e3 * floor * (1 if what == "forward" else 3), "img/s": batch / times["ours"]}
-        row.update({f"{peer} / ours": times[peer] / times["ours"] for peer in models if peer != "ours"})
+        row = {"model": name, "pass": what, "threads": threads, "batch": batch,
+               "ours, ms": 1e3 * times["ours"],
+               "floor, ms": 1e3 * floor * (1 if what == "forward" else 3),
+               "img/s": batch / times["ours"]}
+        row.update({f"{peer} / ours": times[peer] / times["ours"] for peer in models
+                    if peer != "ours"})
         rows.append(row)
-    return rows, {"model": name, "batch": batch, **{f"{peer}, MiB": value for peer, value in memory.items()},
-                  "ours / unfused": memory["ours"] / memory["unfused"] if "unfused" in memory else None}
+    return rows, {"model": name, "batch": batch,
+                  **{f"{peer}, MiB": value for peer, value in memory.items()},
+                  "ours / unfused": memory["ours"] / memory["unfused"] if "unfused" in memory
+                  else None}
 
 
 def loader_rate(run, size: int = 224) -> list[dict]:
-    """Training images per second: our loader, and torchvision's folder and transforms if installed, on the same files."""
+    """Training images per second: our loader, and torchvision's folder and transforms if installed,
+    on the same files."""
     dataset = imagenet.imagenet(run.args.data, "train")
     count = min(len(dataset), 64 * 24 * max(run.args.workers, 1))
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    loaders = {"ours": imagenet.Loader(dataset, 64, transform=imagenet.TrainTransform(size), sampler=chosen,
+    chosen = torch.randperm(len(dataset),
+                            generator=torch.Generator().manual_seed(0))[:count].tolist()
+    loaders = {"ours": imagenet.Loader(dataset, 64, transform=imagenet.TrainTransform(size),
+                                       sampler=chosen,
                                        workers=run.args.workers, device=run.device)}
     try:
         from torchvision import datasets, transforms
@@ -167,11 +188,14 @@ def loader_rate(run, size: int = 224) -> list[dict]:
                                     transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
         if (run.args.data / "train").is_dir():
             peer = datasets.ImageFolder(run.args.data / "train", chain)
-            loaders["torchvision"] = torch.utils.data.DataLoader(peer, 64, sampler=chosen, num_workers=run.args.workers)
+            loaders["torchvision"] = torch.utils.data.DataLoader(peer, 64, sampler=chosen,
+                                                                 num_workers=run.args.workers)
     except ImportError:
         run.log("torchvision is not installed: no peer for the loader")
-    seconds = interleaved({k: lambda v=v: [None for _ in v] for k, v in loaders.items()}, 3, run.device)
-    return [{"loader": name, "images/s": count / s, "workers": run.args.workers} for name, s in seconds.items()]
+    seconds = interleaved({k: lambda v=v: [None for _ in v] for k, v in loaders.items()}, 3,
+                          run.device)
+    return [{"loader": name, "images/s": count / s, "workers": run.args.workers}
+            for name, s in seconds.items()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,13 +204,15 @@ def main(argv: list[str] | None = None) -> None:
     batch = run.args.batch_size or (2 if tiny else 128 if on_gpu else 4)
     if timm is None:
         run.log("timm is not installed: no comparison with it")
-    every = [None] if on_gpu else sorted({run.args.threads} if run.args.threads else {1, os.cpu_count() or 1})
+    every = [None] if on_gpu else sorted({run.args.threads} if run.args.threads
+                                         else {1, os.cpu_count() or 1})
     rows, memory = [], []
     for threads in every:
         if threads:
             torch.set_num_threads(threads)
         for name in ["pit_ti"] if tiny else run.args.models:
-            timed, kept = compare(run, name, threads, batch, 64 if tiny else 224, run.args.rounds or (2 if tiny else 11))
+            timed, kept = compare(run, name, threads, batch, 64 if tiny else 224,
+                                  run.args.rounds or (2 if tiny else 11))
             rows += timed
             memory += [kept] if threads == every[0] else []
     tables = {"time": rows, "memory": memory}
@@ -201,8 +227,10 @@ def main(argv: list[str] | None = None) -> None:
             claims.append({"claim": f"{row['model']} {row['pass']}, {row['threads'] or 'GPU'} thread(s): {peer} / ours",
                            "target": f">= {target}" if target else None, "this run": ratio,
                            "holds": ratio >= target if target and not tiny else None})
-    claims += [{"claim": f"{m['model']} memory of a training step, ours / unfused", "target": "<= 0.5" if on_gpu else None,
-                "this run": m["ours / unfused"], "holds": m["ours / unfused"] <= 0.5 if on_gpu and not tiny else None}
+    claims += [{"claim": f"{m['model']} memory of a training step, ours / unfused",
+                "target": "<= 0.5" if on_gpu else None,
+                "this run": m["ours / unfused"],
+                "holds": m["ours / unfused"] <= 0.5 if on_gpu and not tiny else None}
                for m in memory if m["ours / unfused"] is not None]
     run.finish(claims, tables)
 

@@ -1,13 +1,15 @@
-"""Time and memory of exact PRDC beside the official package and the floor, and how both grow with the number of points.
+"""Time and memory of exact PRDC beside the official package and the floor, and how both grow with
+the number of points.
 
     python benchmarks/speed_prdc.py --threads 1            # two minutes; the official package where `prdc` is installed
     python benchmarks/speed_prdc.py                        # all threads, against its default n_jobs
     python benchmarks/speed_prdc.py --threads 1 --growth   # cost per pair and memory from 5,000 to 50,000 points in R^64
 
-Both take turns in every round, on the same features (float32, N = M, k = 5); the figure is the median over rounds of CPU
-time on one thread, of wall time otherwise. Floor: the 4 N^2 D multiplications and additions that symmetry leaves, at the
-rate of torch's float32 matrix product measured in the same run. Expected on one thread: twice as fast as the official
-package at 10,000 x 64, 1.3 times at 10,000 x 2,048; on an H200 50,000 x 4,096 in at most 4 s (--device cuda --sizes
+Both take turns in every round, on the same features (float32, N = M, k = 5); the figure is the
+median over rounds of CPU time on one thread, of wall time otherwise. Floor: the 4 N^2 D
+multiplications and additions that symmetry leaves, at the rate of torch's float32 matrix product
+measured in the same run. Expected on one thread: twice as fast as the official package at 10,000 x
+64, 1.3 times at 10,000 x 2,048; on an H200 50,000 x 4,096 in at most 4 s (--device cuda --sizes
 50000x4096). --growth measures the peak of the resident size of a fresh process (Linux).
 """
 
@@ -53,7 +55,8 @@ def official_prdc(run):
 
     def compute(real, fake):
         jobs = 1 if torch.get_num_threads() == 1 else 8
-        package.sklearn.metrics.pairwise_distances = lambda *a, **o: whole(*a, **{**o, "n_jobs": jobs})
+        package.sklearn.metrics.pairwise_distances = lambda *a, **o: whole(*a,
+                                                                           **{**o, "n_jobs": jobs})
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return package.compute_prdc(real.numpy(), fake.numpy(), 5)
@@ -64,7 +67,8 @@ def official_prdc(run):
 
 @contextlib.contextmanager
 def one_blas_thread(one):
-    """numpy's matrix products on one thread too, where threadpoolctl (a part of scikit-learn) can say so."""
+    """numpy's matrix products on one thread too, where threadpoolctl (a part of scikit-learn) can
+    say so."""
     try:
         from threadpoolctl import threadpool_limits
     except ImportError:
@@ -92,13 +96,15 @@ def timed(function, device, one_thread):
 
 def peak_memory(count, dimension, budget=0):
     """MiB that a fresh process's resident size grows by during a call."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(harness.ROOT), str(count), str(dimension), str(budget)],
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(harness.ROOT), str(count),
+                           str(dimension), str(budget)],
                           capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def compare(run, sizes, one_thread):
-    """One row per size: seconds of each, their ratio, the floor, and whether the decisions are the same."""
+    """One row per size: seconds of each, their ratio, the floor, and whether the decisions are the
+    same."""
     official, rows = official_prdc(run), []
     for count, dimension in sizes:
         name = f"{count}x{dimension}"
@@ -116,12 +122,15 @@ def compare(run, sizes, one_thread):
                 seconds, results[who] = timed(call, run.device, one_thread)
                 times[who].append(seconds)
             block = real[:min(count, 1024)]
-            products.append(timed(lambda: block @ block.T, run.device, one_thread)[0] / len(block) ** 2)
-        row = {"N = M": count, "D": dimension} | {f"{who}, s": statistics.median(t) for who, t in times.items()}
+            products.append(timed(lambda: block @ block.T, run.device, one_thread)[0]
+                            / len(block) ** 2)
+        row = {"N = M": count, "D": dimension} | {f"{who}, s": statistics.median(t)
+                                                  for who, t in times.items()}
         row["floor, s"] = 2 * count ** 2 * statistics.median(products)
         if official is not None:
             row["official / ours"] = statistics.median(b / a for a, b in zip(times["ours"], times["official"]))
-            row["largest difference"] = max(abs(float(results["official"][m]) - v) for m, v in results["ours"].items())
+            row["largest difference"] = max(abs(float(results["official"][m]) - v)
+                                            for m, v in results["ours"].items())
             row["allowed"] = 1 / count                        # five balls, or pairs of one
         rows.append(run.record(name, row))
     return rows
@@ -134,7 +143,8 @@ def growth(run, counts, dimension):
             real, fake = sets(count, dimension, run.device)
             seconds, _ = timed(lambda: compute_prdc(real, fake, 5), run.device, True)
             row = run.record(f"growth-{count}", {
-                "N = M": count, "D": dimension, "s": seconds, "ns per pair": 1e9 * seconds / (3 * count ** 2),
+                "N = M": count, "D": dimension, "s": seconds,
+                "ns per pair": 1e9 * seconds / (3 * count ** 2),
                 "extra MiB": peak_memory(count, dimension) if count <= 20_000 else None,
                 "official's matrices, MiB (12 N^2 bytes)": 12 * count ** 2 / 2 ** 20})
         rows.append(row)
@@ -143,9 +153,11 @@ def growth(run, counts, dimension):
 
 def main(argv=None):
     parser = harness.parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", metavar="NxD", help="default: 2000, 5000 and 10000 times 64 and 2048; "
+    parser.add_argument("--sizes", nargs="+", metavar="NxD",
+                        help="default: 2000, 5000 and 10000 times 64 and 2048; "
                         "with --growth only N counts, by default 5000, 10000, 20000 and 50000")
-    parser.add_argument("--growth", action="store_true", help="cost per pair and memory instead of the comparison")
+    parser.add_argument("--growth", action="store_true",
+                        help="cost per pair and memory instead of the comparison")
     run = harness.start(parser, argv)
     warnings.simplefilter("ignore")
     tiny, one_thread = run.args.preset == "tiny", torch.get_num_threads() == 1
@@ -157,21 +169,26 @@ def main(argv=None):
         counts = [n for n, _ in sizes] or ((200, 400) if tiny else (5000, 10_000, 20_000, 50_000))
         rows = growth(run, counts, 64)
         costs = [row["ns per pair"] for row in rows]
-        claims = [{"claim": "cost per pair, largest N / smallest N", "target": 1.2, "this run": costs[-1] / costs[0],
+        claims = [{"claim": "cost per pair, largest N / smallest N", "target": 1.2,
+                   "this run": costs[-1] / costs[0],
                    "holds": None if tiny else costs[-1] / costs[0] <= 1.2}]
         if 20_000 in counts:
             extra = rows[counts.index(20_000)]["extra MiB"]
-            claims.append({"claim": "extra memory at 20,000 x 64, MiB", "target": 300, "this run": extra, "holds": extra < 300})
+            claims.append({"claim": "extra memory at 20,000 x 64, MiB", "target": 300,
+                           "this run": extra, "holds": extra < 300})
             for budget in (2 ** 26, 2 ** 28):
                 extra = peak_memory(20_000, 64, budget)
-                claims.append({"claim": f"the same with memory_budget = {budget >> 20} MiB", "target": 1.1 * budget / 2 ** 20,
+                claims.append({"claim": f"the same with memory_budget = {budget >> 20} MiB",
+                               "target": 1.1 * budget / 2 ** 20,
                                "this run": extra, "holds": extra <= 1.1 * budget / 2 ** 20})
         if run.figures is not None:
             counts = [row["N = M"] for row in rows]
             figures.line_chart(run.figures / "prdc-cost-per-pair.png", {"exact PRDC, one thread, D = 64": (counts, costs)},
-                               markers=True, title="Cost per pair of points", xlabel="N = M", ylabel="ns", ylim=(0, 1.3 * max(costs)))
+                               markers=True, title="Cost per pair of points", xlabel="N = M",
+                               ylabel="ns", ylim=(0, 1.3 * max(costs)))
         return run.finish(rows=claims, tables={"growth": rows})
-    sizes = sizes or ([(200, 16)] if tiny else [(n, d) for d in (64, 2048) for n in (2000, 5000, 10_000)])
+    sizes = sizes or ([(200, 16)] if tiny
+                      else [(n, d) for d in (64, 2048) for n in (2000, 5000, 10_000)])
     with one_blas_thread(one_thread):
         rows = compare(run, sizes, one_thread)
     claims = []
@@ -179,10 +196,13 @@ def main(argv=None):
         if "official / ours" in row:
             size = row["N = M"], row["D"]
             target = {(10_000, 64): 2.0, (10_000, 2048): 1.3}.get(size, 1.0)
-            claims.append({"claim": f"{size[0]} x {size[1]}: official / ours", "target": target, "this run": row["official / ours"],
+            claims.append({"claim": f"{size[0]} x {size[1]}: official / ours", "target": target,
+                           "this run": row["official / ours"],
                            "holds": None if tiny else row["official / ours"] >= target})
-            claims.append({"claim": f"{size[0]} x {size[1]}: difference to the official figures", "target": row["allowed"],
-                           "this run": row["largest difference"], "holds": row["largest difference"] <= row["allowed"]})
+            claims.append({"claim": f"{size[0]} x {size[1]}: difference to the official figures",
+                           "target": row["allowed"],
+                           "this run": row["largest difference"],
+                           "holds": row["largest difference"] <= row["allowed"]})
     run.finish(rows=claims, tables={"speed": rows})
 
 

@@ -2,7 +2,8 @@
 
 README holds markers; what stands between them is generated from benchmarks/results/STEM.json:
 
-    <!-- table:STEM:TITLE -->  ...  <!-- /table -->       tables[TITLE] of that file ("claims" for its closing table)
+    <!-- table:STEM:TITLE -->  ...  <!-- /table -->       tables[TITLE] of that file ("claims" for
+                               its closing table)
 
 --check changes nothing and fails when README is out of date.
 """
@@ -28,14 +29,16 @@ def render(stem: str, title: str) -> str:
     elif title in run["tables"]:
         rows = run["tables"][title]
     else:
-        raise SystemExit(f"{path.name} has no table {title!r}; it has: claims, {', '.join(run['tables'])}")
+        raise SystemExit(
+            f"{path.name} has no table {title!r}; it has: claims, {', '.join(run['tables'])}")
     machine = run["hardware"]["gpu"] or f"{run['hardware']['cores']} CPU cores"
     source = f"`{run['command']}` ({machine}, torch {run['versions']['torch']}, {run['wall_seconds'] / 60:.0f} min)"
     return f"{format_table(rows)}\n\n{source}\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     readme = ROOT / "README.md"

@@ -2,13 +2,15 @@
 
     python benchmarks/wsol_illposed.py [--figures DIR]        about 1 min on one CPU core
 
-1. Ill-posedness. Patches are body, feet (both object), water or other. In images of the class they come with the
+1. Ill-posedness. Patches are body, feet (both object), water or other. In images of the class they
+come with the
    probabilities .20, .05, .50, .25; elsewhere feet with .05 and water with w0. A perfect classifier knows
    p(class | patch), and a threshold on it finds the object exactly if and only if every object patch is likelier than
    every background patch. Water is likelier than feet for w0 < .5: the pixel average precision of the exact posterior
    is the step .8667 -> 1 at w0 = .5 (until w0 = .7, where feet and other tie). No better classifier helps. A small
    network trained on rendered patches with image labels follows the step.
-2. The threshold fallacy. The same maps s, s^2 and sqrt(s) are one method in three calibrations. At a fixed threshold
+2. The threshold fallacy. The same maps s, s^2 and sqrt(s) are one method in three calibrations. At
+a fixed threshold
    their accuracies differ at will; MaxBoxAcc is the same for all.
 """
 
@@ -31,7 +33,8 @@ def negative(w0: float) -> torch.Tensor:
 
 
 def exact_precision(w0: float) -> float:
-    """Average precision of the exact posterior on the patches of positive images; ties enter together."""
+    """Average precision of the exact posterior on the patches of positive images; ties enter
+    together."""
     posterior = POSITIVE / (POSITIVE + negative(w0))
     precision, recall, total = 0.0, 0.0, POSITIVE[OBJECT].sum()
     for value in posterior.unique().flip(0):
@@ -60,7 +63,8 @@ def trained_precision(w0: float, seed: int, steps: int) -> float:
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     for _ in range(steps):
-        kinds = torch.cat([torch.multinomial(p, 512, True, generator=generator) for p in (POSITIVE, negative(w0))])
+        kinds = torch.cat([torch.multinomial(p, 512, True, generator=generator)
+                           for p in (POSITIVE, negative(w0))])
         label = (torch.arange(1024) < 512).float()
         loss = nn.functional.binary_cross_entropy_with_logits(network(render(kinds, generator))[:, 0], label)
         optimizer.zero_grad()
@@ -70,27 +74,34 @@ def trained_precision(w0: float, seed: int, steps: int) -> float:
     kinds = torch.multinomial(POSITIVE, 64 * 64, True, generator=generator)
     with torch.inference_mode():
         scores = network(render(kinds, generator))[:, 0].sigmoid()
-    evaluator = wsol_evaluation.MaskEvaluator({"scene": OBJECT[kinds].view(64, 64).numpy()}, resize_length=64)
+    evaluator = wsol_evaluation.MaskEvaluator({"scene": OBJECT[kinds].view(64, 64).numpy()},
+                                              resize_length=64)
     evaluator.accumulate(scores.view(64, 64), "scene")
     return evaluator.compute() / 100
 
 
 def calibrations(count: int, seed: int) -> tuple[list[dict], dict]:
-    """BoxAcc at fixed thresholds and MaxBoxAcc (IoU 50) of the same blob maps under three exponents."""
+    """BoxAcc at fixed thresholds and MaxBoxAcc (IoU 50) of the same blob maps under three
+    exponents."""
     rng, size = np.random.default_rng(seed), 112
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
-    centre, width = rng.uniform(-0.5, 0.5, (2, count, 1, 1)), rng.uniform(0.15, 0.5, (2, count, 1, 1))
+    centre, width = rng.uniform(-0.5, 0.5, (2, count, 1, 1)), rng.uniform(0.15,
+                                                                          0.5, (2, count, 1, 1))
     maps = np.exp(-((x - centre[0]) / width[0]) ** 2 - ((y - centre[1]) / width[1]) ** 2)
     maps = wsol_evaluation.normalize_scoremap(maps)
-    boxes = {n: wsol_evaluation.compute_bboxes_from_scoremaps(m, [0.35])[0][0] for n, m in enumerate(maps)}
+    boxes = {n: wsol_evaluation.compute_bboxes_from_scoremaps(m, [0.35])[0][0]
+             for n, m in enumerate(maps)}
     rows, curves = [], {}
     for name, power in (("sqrt(s)", 0.5), ("s", 1.0), ("s^2", 2.0)):
-        evaluator = wsol_evaluation.BoxEvaluator(boxes, dict.fromkeys(boxes, (size, size)), iou_threshold_list=(50,),
+        evaluator = wsol_evaluation.BoxEvaluator(boxes, dict.fromkeys(boxes, (size, size)),
+                                                 iou_threshold_list=(50,),
                                                  multi_contour_eval=False, resize_length=size)
         evaluator.accumulate_batch(maps ** power, list(boxes))
         result = evaluator.result()
-        rows.append({"score": name, "BoxAcc(.2)": result.curve[0, 200], "BoxAcc(.5)": result.curve[0, 500],
-                     "MaxBoxAcc": result.max_box_acc[0], "best threshold": result.best_threshold[0]})
+        rows.append({"score": name, "BoxAcc(.2)": result.curve[0, 200],
+                     "BoxAcc(.5)": result.curve[0, 500],
+                     "MaxBoxAcc": result.max_box_acc[0],
+                     "best threshold": result.best_threshold[0]})
         curves[name] = evaluator.cam_threshold_list, result.curve[0]
     return rows, curves
 
@@ -110,29 +121,38 @@ def main(argv=None):
     fallacy, curves = calibrations(20 if tiny else 120, run.seeds[0])
     exact = {w0: exact_precision(w0) for w0 in np.linspace(0, 0.94, 95).round(2).tolist()}
     fixed, best = [row["BoxAcc(.5)"] for row in fallacy], [row["MaxBoxAcc"] for row in fallacy]
-    below = [v for row in step_table if row["w0"] < 0.5 for k, v in row.items() if k.startswith("net")]
-    above = [v for row in step_table if row["w0"] > 0.5 for k, v in row.items() if k.startswith("net")]
-    rows = [{"claim": "AP of the exact posterior for 0 < w0 <= .5", "paper": 0.8667, "this run": exact[0.1],
+    below = [v for row in step_table if row["w0"] < 0.5 for k, v in row.items()
+             if k.startswith("net")]
+    above = [v for row in step_table if row["w0"] > 0.5 for k, v in row.items()
+             if k.startswith("net")]
+    rows = [{"claim": "AP of the exact posterior for 0 < w0 <= .5", "paper": 0.8667,
+             "this run": exact[0.1],
              "holds": all(abs(v - 13 / 15) < 1e-12 for w, v in exact.items() if 0 < w <= 0.5)},
-            {"claim": "AP of the exact posterior for .5 < w0 < .7", "paper": 1.0, "this run": exact[0.6],
+            {"claim": "AP of the exact posterior for .5 < w0 < .7", "paper": 1.0,
+             "this run": exact[0.6],
              "holds": all(abs(v - 1) < 1e-12 for w, v in exact.items() if 0.5 < w < 0.7)},
             {"claim": "trained network, mean for w0 < .5 / > .5", "paper": None,
              "this run": f"{np.mean(below):.4f} / {np.mean(above):.4f}",
              "holds": None if tiny else max(below) < min(above)},
             {"claim": "BoxAcc(.5) of s^2 .. sqrt(s), the same maps", "paper": None,
-             "this run": f"{min(fixed):.1f} .. {max(fixed):.1f}", "holds": max(fixed) - min(fixed) > 20},
-            {"claim": "MaxBoxAcc of s^2 .. sqrt(s)", "paper": None, "this run": f"{min(best):.1f} .. {max(best):.1f}",
+             "this run": f"{min(fixed):.1f} .. {max(fixed):.1f}",
+             "holds": max(fixed) - min(fixed) > 20},
+            {"claim": "MaxBoxAcc of s^2 .. sqrt(s)", "paper": None,
+             "this run": f"{min(best):.1f} .. {max(best):.1f}",
              "holds": max(best) - min(best) < 1}]
     if run.figures:
         x = [row["w0"] for row in step_table]
-        networks = np.array([[v for k, v in row.items() if k.startswith("net")] for row in step_table])
+        networks = np.array([[v for k, v in row.items() if k.startswith("net")]
+                             for row in step_table])
         figures.line_chart(run.figures / "wsol_illposed.png",
                            {"exact posterior": (list(exact), list(exact.values())),
                             f"network, {len(networks[0])} seeds": (x, networks.mean(1), networks.std(1))},
-                           xlim=(0, 0.75), ylim=(0.75, 1.02), title="A perfect classifier, and pixel AP",
+                           xlim=(0, 0.75), ylim=(0.75, 1.02),
+                           title="A perfect classifier, and pixel AP",
                            xlabel="p(water | other class) = w0", ylabel="average precision")
         figures.line_chart(run.figures / "wsol_illposed_thresholds.png", curves,
-                           title="One method in three calibrations", xlabel="threshold", ylabel="BoxAcc at IoU 50 (%)")
+                           title="One method in three calibrations", xlabel="threshold",
+                           ylabel="BoxAcc at IoU 50 (%)")
     run.finish(rows=rows, tables={"step": step_table, "calibration": fallacy})
 
 

@@ -1,4 +1,5 @@
-"""The main table of weakly supervised localization: six methods, few-shot and centre baseline, equal search budget.
+"""The main table of weakly supervised localization: six methods, few-shot and centre baseline,
+equal search budget.
 
     python benchmarks/wsol_table.py                                # procedural scenes, about 3 minutes a seed
     python benchmarks/wsol_table.py --preset tiny                  # seconds: shows that it runs
@@ -6,16 +7,19 @@
     torchrun --nproc_per_node=8 benchmarks/wsol_table.py --data DIR --preset paper --dataset CUB --arch resnet50 \\
         --weights resnet50.pth --workers 8
 
-DIR holds the images and metadata/{train,val,test} (or metadata/DATASET/...) as data_tools/wsol_data.py describes them.
-Of "train" only the class labels are used. "val" is the small full supervision, boxes or masks: every method gets the
-same number of random trials (the first with the published defaults but for the learning rate, except with --preset
-paper), the best by "val", last checkpoint, is evaluated on "test". Without a "test" folder,
---shots images of a class are the full supervision and the rest of "val" is the test. The few-shot baseline (FSL)
-trains on the same fully supervised images, a fifth of them held out to choose its learning rate.
+DIR holds the images and metadata/{train,val,test} (or metadata/DATASET/...) as
+data_tools/wsol_data.py describes them. Of "train" only the class labels are used. "val" is the
+small full supervision, boxes or masks: every method gets the same number of random trials (the
+first with the published defaults but for the learning rate, except with --preset paper), the best
+by "val", last checkpoint, is evaluated on "test". Without a "test" folder,
+--shots images of a class are the full supervision and the rest of "val" is the test. The few-shot
+baseline (FSL) trains on the same fully supervised images, a fifth of them held out to choose its
+learning rate.
 
-Expected with --preset paper: PAPER below, for 30 trials of 10 (CUB: 50) epochs for each method, days on one GPU;
---methods, --trials and --epochs make it less. Expected of the scenes: no later method clearly above CAM, few-shot
-above all, CAM falling to nothing as the background tells the class.
+Expected with --preset paper: PAPER below, for 30 trials of 10 (CUB: 50) epochs for each method,
+days on one GPU;
+--methods, --trials and --epochs make it less. Expected of the scenes: no later method clearly above
+CAM, few-shot above all, CAM falling to nothing as the background tells the class.
 """
 
 import copy
@@ -37,7 +41,8 @@ from data_tools.wsol_data import Resize, Split, SplitImages, TrainResizeCrop, re
 from reference import wsol, wsol_evaluation
 from reference.resnet import BasicBlock
 
-# Published means over three backbones, percent (MaxBoxAccV2; OpenImages PxAP; the centre values of boxes MaxBoxAcc):
+# Published means over three backbones, percent (MaxBoxAccV2; OpenImages PxAP; the centre values of
+# boxes MaxBoxAcc):
 PAPER = {  # cam, has, acol, spg, adl, cutmix, few-shot, centre
     "ILSVRC": (62.4, 62.6, 61.2, 62.2, 61.7, 62.2, 64.0, 52.5),
     "CUB": (61.1, 60.6, 60.0, 57.5, 61.1, 60.8, 80.2, 59.7),
@@ -46,8 +51,10 @@ PAPER = {  # cam, has, acol, spg, adl, cutmix, few-shot, centre
 EMBEDDED = {"default": dict(size=48, train=1000, test=500, epochs=5, trials=4, width=8, shots=5),
             "tiny": dict(size=32, train=64, test=24, epochs=1, trials=1, width=4, shots=2)}
 BASELINES = ("fewshot", "centre")
-DEFAULTS = {  # the public code's, for the first of few trials: two bad draws in a row say nothing about a method
-    **{key: value for key, value in wsol.CONFIG.items() if key.startswith(("has_", "cutmix_", "spg_"))},
+# the public code's, for the first of few trials: two bad draws in a row say nothing about a method
+DEFAULTS = {
+    **{key: value for key, value in wsol.CONFIG.items()
+       if key.startswith(("has_", "cutmix_", "spg_"))},
     "acol_drop_threshold": 0.7, "adl_drop_rate": 0.75, "adl_drop_threshold": 0.9}
 STATISTICS = (IMAGENET_MEAN, IMAGENET_STD)
 
@@ -56,7 +63,8 @@ STATISTICS = (IMAGENET_MEAN, IMAGENET_STD)
 
 @dataclass
 class Part:
-    """A split and its pixels (a data set for Loader); `masks` {id: uint8 (size, size)}: the truth where it is masks."""
+    """A split and its pixels (a data set for Loader); `masks` {id: uint8 (size, size)}: the truth
+    where it is masks."""
 
     split: Split
     images: Any
@@ -73,20 +81,24 @@ class Part:
             return Part(split, SplitImages(split, self.images.root), self.size, self.masks)
         row = {name: i for i, name in enumerate(self.split.image_ids)}
         rows = np.array([row[name] for name in ids], dtype=np.int64)
-        return Part(split, ArrayImages(self.images.images[rows], self.images.labels[rows]), self.size, self.masks)
+        return Part(split, ArrayImages(self.images.images[rows], self.images.labels[rows]),
+                    self.size, self.masks)
 
     def target(self, name: str, side: int) -> Tensor:
-        """What the few-shot baseline learns, (side, side): 1 on the object, 255 where it is not said."""
+        """What the few-shot baseline learns, (side, side): 1 on the object, 255 where it is not
+        said."""
         if name in self.masks:
             target = torch.from_numpy(self.masks[name])[None, None].float()
             return nn.functional.interpolate(target, size=side)[0, 0]
         size = self.split.sizes[name]
-        boxes = [wsol_evaluation.resize_bbox(box, size, (side, side)) for box in self.split.boxes[name]]
+        boxes = [wsol_evaluation.resize_bbox(box, size, (side, side))
+                 for box in self.split.boxes[name]]
         return wsol.few_shot_targets(side, boxes=boxes)
 
 
 class FewShotBatches:
-    """(images, targets) for wsol.train, both cropped and flipped together; the few images lie in memory."""
+    """(images, targets) for wsol.train, both cropped and flipped together; the few images lie in
+    memory."""
 
     def __init__(self, part: Part, batch_size: int, seed: int):
         self.batch_size, self.seed, self.size, self.epoch, self.start = batch_size, seed, part.size, 0, 0
@@ -106,7 +118,8 @@ class FewShotBatches:
         seed = self.seed * 1_000_003 + self.epoch
         order = torch.randperm(len(self.stack), generator=torch.Generator().manual_seed(seed))
         for batch, rows in list(enumerate(order.split(self.batch_size)))[self.start:]:
-            draws = torch.rand(3, len(rows), generator=torch.Generator().manual_seed(seed * 10_007 + batch))
+            draws = torch.rand(3, len(rows),
+                               generator=torch.Generator().manual_seed(seed * 10_007 + batch))
             left, top = (draws[:2] * (self.stack.shape[2] - self.size + 1)).long()
             crops = torch.stack([image[:, y:y + self.size, x:x + self.size]
                                  for image, x, y in zip(self.stack[rows], left, top)])
@@ -132,7 +145,8 @@ def scene_parts(preset: dict, seed: int, rho: float, shots: int) -> tuple[Part, 
 
 
 def real_part(folder: Path, root: Path, size: int, classes: list[int] | None, memory: bool) -> Part:
-    """A split of the metadata; `classes` keeps and renumbers these, `memory` decodes all images at once."""
+    """A split of the metadata; `classes` keeps and renumbers these, `memory` decodes all images at
+    once."""
     split = read_split(folder, outside="clip")
     if classes is not None:
         split = split.subset(name for name in split.image_ids if split.labels[name] in classes)
@@ -148,22 +162,28 @@ def real_part(folder: Path, root: Path, size: int, classes: list[int] | None, me
 
 # ---------------------------------------------------------------- networks
 
-def small_backbone(width: int, strides: tuple[int, ...], generator: torch.Generator, adl=None) -> nn.Sequential:
-    """A stem and residual blocks that double the channels; strides: of the stem and of each block."""
-    layers = [nn.Conv2d(3, width, 3, strides[0], 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+def small_backbone(width: int, strides: tuple[int, ...], generator: torch.Generator,
+                   adl=None) -> nn.Sequential:
+    """A stem and residual blocks that double the channels; strides: of the stem and of each
+    block."""
+    layers = [nn.Conv2d(3, width, 3, strides[0], 1, bias=False), nn.BatchNorm2d(width),
+              nn.ReLU(inplace=True)]
     for stride in strides[1:]:
-        shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, stride, bias=False), nn.BatchNorm2d(2 * width))
+        shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, stride, bias=False),
+                                 nn.BatchNorm2d(2 * width))
         layers += [BasicBlock(width, 2 * width, stride, shortcut), adl() if adl else nn.Identity()]
         width *= 2
     network = nn.Sequential(*layers)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
+                                    generator=generator)
     return network
 
 
 def initialize_head(head: nn.Module, generator: torch.Generator) -> None:
-    """Xavier, as most published heads: without normalisation, He's fan-out rule starts their logits at tens."""
+    """Xavier, as most published heads: without normalisation, He's fan-out rule starts their logits
+    at tens."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -188,25 +208,30 @@ class Task:
     lr_range: tuple[float, float]
     trials: int
     seed: int
-    weights: dict | None = None              # of torchvision's backbone, or of the pretrained small CAM network
+    # of torchvision's backbone, or of the pretrained small CAM network
+    weights: dict | None = None
     workers: int = 0
-    defaults_first: bool = True              # the first trial draws the learning rate only (paper: all is drawn)
+    # the first trial draws the learning rate only (paper: all is drawn)
+    defaults_first: bool = True
 
     def network(self, method: str, trial: dict) -> nn.Module:
         generator = torch.Generator().manual_seed(self.seed)
         options = {key: value for key, value in trial.items() if key in wsol.NETWORK_KEYS}
         if self.arch != "small":
-            network = wsol.build_network(self.arch, "cam" if method == "fewshot" else method, self.classes,
+            network = wsol.build_network(self.arch, "cam" if method == "fewshot" else method,
+                                         self.classes,
                                          generator=generator, **options)
             if self.weights:
                 wsol.load_torchvision(network, self.weights)
             return wsol.FewShotHead(network, network.channels) if method == "fewshot" else network
         adl = (lambda: wsol.ADL(**options)) if method == "adl" else None
-        strides = (2, 2, 1) if self.train.size > 32 else (1, 2, 2, 1)          # maps of a quarter of the side
+        # maps of a quarter of the side
+        strides = (2, 2, 1) if self.train.size > 32 else (1, 2, 2, 1)
         trunk = small_backbone(self.width, strides, generator, adl)
         channels = self.width * 2 ** (len(strides) - 1)
         if method == "acol":
-            head = wsol.ACoLHead(None, channels, self.classes, trial["acol_drop_threshold"], width=2 * self.width)
+            head = wsol.ACoLHead(None, channels, self.classes, trial["acol_drop_threshold"],
+                                 width=2 * self.width)
         elif method == "spg":
             head = wsol.SPGHead(None, channels, self.classes, width=2 * self.width)
         elif method == "fewshot":
@@ -215,23 +240,28 @@ class Task:
             head = wsol.CAMHead(None, channels, self.classes)
         initialize_head(head, generator)
         head.features = trunk
-        if self.weights:                                       # what fits: the trunk, and CAM's classifier
+        # what fits: the trunk, and CAM's classifier
+        if self.weights:
             head.load_state_dict({key: value for key, value in self.weights.items()
-                                  if key.startswith("features.") or key in head.state_dict()}, strict=False)
+                                  if key.startswith("features.") or key in head.state_dict()},
+                                 strict=False)
         return head.to(memory_format=torch.channels_last)
 
     def space(self, method: str) -> dict:
         space = wsol_evaluation.search_space("cam" if method == "fewshot" else method)
         space["lr"] = ("loguniform", *self.lr_range)
         if self.arch == "small":
-            del space["large_feature_map"]                     # the small network has one resolution
-        if "has_grid_size" in space:                           # up to the whole image side, as 224 in the paper
+            # the small network has one resolution
+            del space["large_feature_map"]
+        # up to the whole image side, as 224 in the paper
+        if "has_grid_size" in space:
             space["has_grid_size"] = ("integer", 1, self.train.size)
         return space
 
     def trial(self, method: str, number: int) -> dict:
         """Trial `number` of the search, which depends on the seed and the number alone."""
-        trial = wsol_evaluation.sample_trial(self.space(method), np.random.default_rng([self.seed, number]))
+        trial = wsol_evaluation.sample_trial(self.space(method),
+                                             np.random.default_rng([self.seed, number]))
         if number == 0 and self.defaults_first:
             trial |= {key: DEFAULTS[key] for key in trial if key in DEFAULTS}
         return trial
@@ -239,28 +269,34 @@ class Task:
 
 # ---------------------------------------------------------------- training and evaluation
 
-def fit(run: harness.Run, task: Task, name: str, method: str, trial: dict, part: Part | None = None) -> nn.Module:
+def fit(run: harness.Run, task: Task, name: str, method: str, trial: dict,
+        part: Part | None = None) -> nn.Module:
     """Train one network; the few-shot baseline, on `part`, takes as many steps as the others."""
     part, recipe, crop = part or task.train, task.recipe, task.train.size
-    cfg = {key: recipe[key] for key in ("epochs", "decay_frequency", "weight_decay", "lr_classifier_ratio")}
+    cfg = {key: recipe[key] for key in ("epochs", "decay_frequency", "weight_decay",
+                                        "lr_classifier_ratio")}
     if method == "fewshot":
         loader = FewShotBatches(part, recipe["batch"], task.seed)
         factor = -(-len(task.train) // recipe["batch"]) / len(loader)
         cfg |= {key: max(1, round(cfg[key] * factor)) for key in ("epochs", "decay_frequency")}
     else:
-        loader = Loader(part.images, max(1, recipe["batch"] // run.world_size), shuffle=True, seed=task.seed,
-                        transform=TrainResizeCrop(crop, crop * 8 // 7), workers=task.workers, rank=run.rank,
+        loader = Loader(part.images, max(1, recipe["batch"] // run.world_size), shuffle=True,
+                        seed=task.seed,
+                        transform=TrainResizeCrop(crop, crop * 8 // 7), workers=task.workers,
+                        rank=run.rank,
                         world_size=run.world_size, device=run.device, normalize=STATISTICS)
     cfg |= trial | {"method": method, "seed": task.seed, "amp": run.amp_dtype is not None}
     network = task.network(method, trial)
     model = run.wrap(network)
-    run.drive(name, wsol.train(model, loader, cfg, resume=run.resumed(name)), total=cfg["epochs"] * len(loader))
+    run.drive(name, wsol.train(model, loader, cfg, resume=run.resumed(name)),
+              total=cfg["epochs"] * len(loader))
     return network.eval()
 
 
 def score_maps(predict, part: Part, run: harness.Run, rank: int = 0, world_size: int = 1):
     """Yields (image ids, maps float64 (n, size, size) in [0, 1], number of correct predictions)."""
-    loader = Loader(part.images, 100, transform=Resize(part.size), device=run.device, normalize=STATISTICS,
+    loader = Loader(part.images, 100, transform=Resize(part.size), device=run.device,
+                    normalize=STATISTICS,
                     rank=rank, world_size=world_size, workers=run.args.workers)
     ids = part.split.image_ids[rank::world_size]
     for images, labels in loader:
@@ -285,7 +321,8 @@ def centre_map(part: Part):
 
 
 def evaluate(predict, part: Part, run: harness.Run, full: bool = False) -> dict:
-    """{"v2", "v1", "accuracy"} and "pxap" where there are masks; `full` adds the interval of the metric and the curve.
+    """{"v2", "v1", "accuracy"} and "pxap" where there are masks; `full` adds the interval of the
+    metric and the curve.
 
     The images are shared out over the processes, whose counts are merged.
     """
@@ -322,11 +359,13 @@ def evaluate(predict, part: Part, run: harness.Run, full: bool = False) -> dict:
 
 
 def held_out(part: Part) -> tuple[Part, Part]:
-    """(four fifths for training, a fifth of each class, at least one image, to choose the learning rate)."""
+    """(four fifths for training, a fifth of each class, at least one image, to choose the learning
+    rate)."""
     groups = {}
     for name in part.split.image_ids:
         groups.setdefault(part.split.labels[name], []).append(name)
-    tune = {name for names in groups.values() if len(names) > 1 for name in names[:max(1, len(names) // 5)]}
+    tune = {name for names in groups.values() if len(names) > 1
+            for name in names[:max(1, len(names) // 5)]}
     return (part.of([name for name in part.split.image_ids if name not in tune]),
             part.of([name for name in part.split.image_ids if name in tune]))
 
@@ -351,11 +390,14 @@ def search(run: harness.Run, task: Task, method: str) -> dict:
             best = row
     final = f"{method}-seed{task.seed}-test"
     if (row := run.recorded(final)) is None:
-        if method == "fewshot":                                # the chosen setting, trained on all tuning images
+        # the chosen setting, trained on all tuning images
+        if method == "fewshot":
             network = fit(run, task, final, method, best["trial"], task.val)
             run.save(f"best-{method}-seed{task.seed}", network.state_dict())
-        row = evaluate(predictor(restored(run, task, method, best["trial"])), task.test, run, full=True)
-        row = run.record(final, row | {"trial": best["trial"], "tuning": best[task.metric], "trials": scores})
+        row = evaluate(predictor(restored(run, task, method, best["trial"])), task.test, run,
+                       full=True)
+        row = run.record(final, row | {"trial": best["trial"], "tuning": best[task.metric],
+                                       "trials": scores})
     run.log(f"{final}: {task.metric} {row[task.metric]:.1f}")
     return row
 
@@ -363,7 +405,8 @@ def search(run: harness.Run, task: Task, method: str) -> dict:
 def restored(run: harness.Run, task: Task, method: str, trial: dict) -> nn.Module:
     run.barrier()
     network = task.network(method, trial)
-    state = torch.load(run.out / f"best-{method}-seed{task.seed}.pt", map_location="cpu", weights_only=True)
+    state = torch.load(run.out / f"best-{method}-seed{task.seed}.pt", map_location="cpu",
+                       weights_only=True)
     network.load_state_dict(state)
     return network.to(run.device).eval()
 
@@ -373,8 +416,10 @@ def restored(run: harness.Run, task: Task, method: str, trial: dict) -> nn.Modul
 def scene_task(args, preset: dict, seed: int) -> Task:
     epochs = args.epochs or preset["epochs"]
     recipe = dict(epochs=epochs, decay_frequency=max(2, round(0.7 * epochs)), weight_decay=5e-4,
-                  lr_classifier_ratio=1.0, batch=32)           # nothing is pretrained: one learning rate
-    return Task(*scene_parts(preset, seed, 0.5, preset["shots"]), len(CLASSES), "small", preset["width"], "pxap",
+                  # nothing is pretrained: one learning rate
+                  lr_classifier_ratio=1.0, batch=32)
+    return Task(*scene_parts(preset, seed, 0.5, preset["shots"]), len(CLASSES), "small",
+                preset["width"], "pxap",
                 recipe, (0.003, 0.1), args.trials or preset["trials"], seed)
 
 
@@ -382,14 +427,17 @@ def real_task(run: harness.Run, args, seed: int) -> Task:
     metadata = args.data / "metadata"
     metadata = metadata / args.dataset if args.dataset else metadata
     if not (metadata / "train").is_dir():
-        raise ValueError(f"{metadata / 'train'}: no such folder; --data needs metadata/[DATASET/]train and val")
+        raise ValueError(
+            f"{metadata / 'train'}: no such folder; --data needs metadata/[DATASET/]train and val")
     paper, small = args.preset == "paper", args.arch == "small"
     size = args.size or (32 if small else 224)
     everything = real_part(metadata / "train", args.data, size, None, small)
     top = 1 + max(everything.split.labels.values())
     classes = list(range(0, top, max(1, top // args.classes))) if args.classes else None
-    read = lambda name: real_part(metadata / name, args.data, size, classes, small)            # noqa: E731
-    few = lambda part, count: part.of(part.split.per_class(count, seed, "take").image_ids)     # noqa: E731
+    # noqa: E731
+    read = lambda name: real_part(metadata / name, args.data, size, classes, small)
+    # noqa: E731
+    few = lambda part, count: part.of(part.split.per_class(count, seed, "take").image_ids)
     train, val = read("train") if classes else everything, read("val")
     if args.per_class:
         train = few(train, args.per_class)
@@ -397,14 +445,16 @@ def real_task(run: harness.Run, args, seed: int) -> Task:
         val, test = few(val, args.shots), read("test")
     else:
         tune = few(val, args.shots or 5)
-        val, test = tune, val.of([name for name in val.split.image_ids if name not in tune.split.labels])
+        val, test = tune, val.of([name for name in val.split.image_ids
+                                  if name not in tune.split.labels])
     epochs = args.epochs or ((50 if args.dataset == "CUB" else 10) if paper else 3)
     decay = (15 if args.dataset == "CUB" else 3) if paper else max(2, round(0.7 * epochs))
     recipe = dict(epochs=epochs, decay_frequency=decay, lr_classifier_ratio=10.0, batch=32,
                   weight_decay=1e-4 if args.arch in ("resnet50", "small") else 5e-4)
     task = Task(train, val, test, len(classes) if classes else top, args.arch, args.width,
                 "pxap" if val.masks else "v2", recipe, (1e-5, 1.0) if paper else (1e-4, 1e-2),
-                args.trials or (30 if paper else 3), seed, workers=args.workers, defaults_first=not paper)
+                args.trials or (30 if paper else 3), seed, workers=args.workers,
+                defaults_first=not paper)
     if args.weights:
         task.weights = torch.load(args.weights, map_location="cpu", weights_only=True)
     elif small and args.pretrain:
@@ -412,23 +462,28 @@ def real_task(run: harness.Run, args, seed: int) -> Task:
     return task
 
 
-def pretrained(run: harness.Run, task: Task, part: Part, classes: int, epochs: int, same: bool) -> dict:
-    """The small CAM network trained on the labels of all training images, in the place of ImageNet weights.
+def pretrained(run: harness.Run, task: Task, part: Part, classes: int, epochs: int,
+               same: bool) -> dict:
+    """The small CAM network trained on the labels of all training images, in the place of ImageNet
+    weights.
 
-    `same`: the benchmark has these classes too, so the classifier is kept, as published for ImageNet.
+    `same`: the benchmark has these classes too, so the classifier is kept, as published for
+    ImageNet.
     """
     name = "pretrained"
     if run.recorded(name) is None:
         other = copy.copy(task)
         other.classes, other.seed, other.train = classes, 0, part
-        other.recipe = dict(epochs=epochs, decay_frequency=max(2, round(0.6 * epochs)), weight_decay=5e-4,
+        other.recipe = dict(epochs=epochs, decay_frequency=max(2, round(0.6 * epochs)),
+                            weight_decay=5e-4,
                             lr_classifier_ratio=1.0, batch=64)
         network = fit(run, other, name, "cam", {"lr": 0.1})
         run.save("weights", network.state_dict())
         run.record(name, {"classes": classes, "images": len(part)})
     run.barrier()
     weights = torch.load(run.out / "weights.pt", map_location="cpu", weights_only=True)
-    return weights if same else {key: value for key, value in weights.items() if key.startswith("features.")}
+    return weights if same else {key: value for key, value in weights.items()
+                                 if key.startswith("features.")}
 
 
 # ---------------------------------------------------------------- experiments on scenes
@@ -448,14 +503,16 @@ def gradients(run: harness.Run, task: Task, trial: dict) -> list[dict]:
 
 
 def background_sweep(run: harness.Run, task: Task, rows: dict, rhos: tuple, preset: dict) -> dict:
-    """PxAP of CAM and few-shot where backgrounds tell the class with probability rho: {method: [per rho]}."""
+    """PxAP of CAM and few-shot where backgrounds tell the class with probability rho: {method: [per
+    rho]}."""
     found = {"cam": [], "fewshot": []}
     for rho in rhos:
         one = copy.copy(task)
         one.train, one.val, one.test = scene_parts(preset, task.seed, rho, preset["shots"])
         for method, values in found.items():
             name = f"{method}-seed{task.seed}-rho{round(100 * rho)}"
-            result = rows[method] if rho == 0.5 else run.recorded(name)        # 0.5 is the main table
+            # 0.5 is the main table
+            result = rows[method] if rho == 0.5 else run.recorded(name)
             if result is None:
                 shots = one.val if method == "fewshot" else None
                 network = fit(run, one, name, method, rows[method]["trial"], shots)
@@ -464,7 +521,8 @@ def background_sweep(run: harness.Run, task: Task, rows: dict, rhos: tuple, pres
     return found
 
 
-def supervision_curve(run: harness.Run, task: Task, rows: dict, shots: tuple, preset: dict) -> list[float]:
+def supervision_curve(run: harness.Run, task: Task, rows: dict, shots: tuple,
+                      preset: dict) -> list[float]:
     """Few-shot PxAP for each number of masks per class."""
     values = []
     for count in shots:
@@ -481,7 +539,8 @@ def supervision_curve(run: harness.Run, task: Task, rows: dict, shots: tuple, pr
 # ---------------------------------------------------------------- figures and table
 
 def pictures(run: harness.Run, task: Task, rows: dict, count: int = 6) -> None:
-    """The images with their true boxes; below, for each method, its map and its box at the best threshold (red)."""
+    """The images with their true boxes; below, for each method, its map and its box at the best
+    threshold (red)."""
     part = task.test.of(task.test.split.image_ids[::max(1, len(task.test) // count)][:count])
     scale = max(1, 128 // part.size)
     pixels = [Resize(part.size)(part.images[i][0]) for i in range(len(part))]
@@ -504,15 +563,19 @@ def pictures(run: harness.Run, task: Task, rows: dict, count: int = 6) -> None:
     if run.is_main:
         figures.image_grid(run.figures / "wsol_maps.png", panels, titles, columns=len(part), cell=96)
         figures.line_chart(run.figures / "wsol_curves.png",
-                           {method: (np.arange(0, 1, 0.01), row["curve"]) for method, row in rows.items()},
-                           title="BoxAcc at IoU 0.5, largest contour", xlabel="threshold", ylabel="percent of images")
+                           {method: (np.arange(0, 1, 0.01), row["curve"])
+                            for method, row in rows.items()},
+                           title="BoxAcc at IoU 0.5, largest contour", xlabel="threshold",
+                           ylabel="percent of images")
 
 
-def finish(run: harness.Run, task: Task, results: dict, sweeps: list, curves: list, tables: dict, axes: dict) -> None:
+def finish(run: harness.Run, task: Task, results: dict, sweeps: list, curves: list, tables: dict,
+           axes: dict) -> None:
     seeds, metric = list(results.values()), task.metric
     key = run.args.dataset or ("ILSVRC" if run.args.data else "total")
     published = dict(zip((*wsol.METHODS, *BASELINES), PAPER[key]))
-    of = lambda method, key=metric: np.array([rows[method][key] for rows in seeds], dtype=float)      # noqa: E731
+    # noqa: E731
+    of = lambda method, key=metric: np.array([rows[method][key] for rows in seeds], dtype=float)
     later = [method for method in seeds[0] if method not in ("cam", *BASELINES)]
     main_table = []
     for method in seeds[0]:
@@ -520,22 +583,30 @@ def finish(run: harness.Run, task: Task, results: dict, sweeps: list, curves: li
         others = {key: round(of(method, key).mean(), 1) for key in ("v2", "v1", "accuracy")
                   if key != metric and seeds[0][method].get(key) is not None}
         main_table.append({
-            "method": method, metric: round(of(method).mean(), 1), "to CAM": round((of(method) - of("cam")).mean(), 1),
-            **{key: None for key in ("v2", "v1", "accuracy") if key in seeds[0]["cam"] and key != metric}, **others,
-            "trials on tuning images": f"{min(trials):.1f} .. {max(trials):.1f}" if trials else None,
+            "method": method, metric: round(of(method).mean(), 1),
+            "to CAM": round((of(method) - of("cam")).mean(), 1),
+            **{key: None for key in ("v2", "v1", "accuracy") if key in seeds[0]["cam"]
+               and key != metric}, **others,
+            "trials on tuning images": f"{min(trials):.1f} .. {max(trials):.1f}" if trials
+            else None,
             "paper": published[method]})
     half_width = (of("cam", "high") - of("cam", "low")).mean() / 2 / math.sqrt(len(seeds))
     claims = []
 
     def claim(text: str, differences, paper=None, at_most: bool = False) -> None:
-        """`text` holds if the mean difference exceeds the margin (at_most: if it does not); one seed decides nothing."""
+        """`text` holds if the mean difference exceeds the margin (at_most: if it does not); one
+        seed decides nothing."""
         mean, bound = float(np.mean(differences)), None
-        if len(differences) > 1:                               # two standard errors over seeds, at least `half_width`
-            bound = max(2 * float(np.std(differences, ddof=1)) / math.sqrt(len(differences)), half_width)
+        # two standard errors over seeds, at least `half_width`
+        if len(differences) > 1:
+            bound = max(2 * float(np.std(differences, ddof=1)) / math.sqrt(len(differences)),
+                        half_width)
         decided = bound is not None and (at_most or abs(mean) > bound)
-        claims.append({"claim": text, "paper": None if paper is None else round(paper, 1), "this run": round(mean, 1),
+        claims.append({"claim": text, "paper": None if paper is None else round(paper, 1),
+                       "this run": round(mean, 1),
                        "margin": None if bound is None else round(bound, 1),
-                       "holds": bool(mean <= bound if at_most else mean > bound) if decided else None})
+                       "holds": bool(mean <= bound if at_most else mean > bound) if decided
+                       else None})
 
     if later:
         best = later[int(np.argmax([of(method).mean() for method in later]))]
@@ -549,11 +620,13 @@ def finish(run: harness.Run, task: Task, results: dict, sweeps: list, curves: li
     if sweeps:
         mean = {method: np.mean([sweep[method] for sweep in sweeps], 0) for method in sweeps[0]}
         tables["background tells the class"] = [
-            {"rho": rho, **{f"{method} PxAP": round(values[i], 1) for method, values in mean.items()}}
+            {"rho": rho, **{f"{method} PxAP": round(values[i], 1)
+                            for method, values in mean.items()}}
             for i, rho in enumerate(axes["rho"])]
         low, high = axes["rho"][0], axes["rho"][-1]
         claim(f"CAM falls from rho {low:g} to {high:g}", [s["cam"][0] - s["cam"][-1] for s in sweeps])
-        claim("few-shot does not fall", [s["fewshot"][0] - s["fewshot"][-1] for s in sweeps], at_most=True)
+        claim("few-shot does not fall", [s["fewshot"][0] - s["fewshot"][-1] for s in sweeps],
+              at_most=True)
         values = np.array(curves)
         tables["supervision"] = [{"masks per class": count, "few-shot PxAP": round(float(value), 1)}
                                  for count, value in zip(axes["shots"], values.mean(0))]
@@ -562,8 +635,10 @@ def finish(run: harness.Run, task: Task, results: dict, sweeps: list, curves: li
         if run.figures and run.is_main:
             x = axes["shots"]
             figures.line_chart(run.figures / "wsol_supervision.png",
-                               {"few-shot": (x, values.mean(0)), "CAM": (x, [of("cam").mean()] * len(x))}, markers=True,
-                               logx=True, title="PxAP against masks per class", xlabel="masks per class", ylabel="PxAP")
+                               {"few-shot": (x, values.mean(0)),
+                                "CAM": (x, [of("cam").mean()] * len(x))}, markers=True,
+                               logx=True, title="PxAP against masks per class",
+                               xlabel="masks per class", ylabel="PxAP")
     data = f"{len(task.train)} training, {len(task.val)} tuning, {len(task.test)} test images, {task.classes} classes"
     run.finish(rows=claims, tables={"main": main_table, **tables}, data=data)
 
@@ -577,13 +652,18 @@ def main(argv=None):
     add("--arch", default="small", choices=("small", *wsol.ARCHS))
     add("--width", type=int, default=16, help="of the small network")
     add("--weights", type=Path, help="torchvision checkpoint of --arch")
-    add("--dataset", default="", choices=("", "CUB", "ILSVRC", "OpenImages"), help="folder below metadata/")
+    add("--dataset", default="", choices=("", "CUB", "ILSVRC", "OpenImages"),
+        help="folder below metadata/")
     add("--size", type=int, help="image side (default 32 for the small network, else 224)")
     add("--classes", type=int, help="keep this many classes, evenly spaced")
-    add("--per-class", type=int, default=0, help="keep this many training images of a class (0: all)")
-    add("--shots", type=int, default=0, help="tuning images per class (paper: ImageNet 10, others 5; 0: all)")
-    add("--pretrain", type=int, default=0, help="epochs of the small network on all training labels beforehand")
-    add("--no-sweeps", action="store_true", help="scenes: the main table without the background and supervision sweeps")
+    add("--per-class", type=int, default=0,
+        help="keep this many training images of a class (0: all)")
+    add("--shots", type=int, default=0,
+        help="tuning images per class (paper: ImageNet 10, others 5; 0: all)")
+    add("--pretrain", type=int, default=0,
+        help="epochs of the small network on all training labels beforehand")
+    add("--no-sweeps", action="store_true",
+        help="scenes: the main table without the background and supervision sweeps")
     run = harness.start(parser, argv)
     args = run.args
     if args.preset == "paper" and not args.data:
@@ -591,7 +671,8 @@ def main(argv=None):
     methods = ["cam"] + [method for method in args.methods if method != "cam"]
     tiny = args.preset == "tiny"
     preset = EMBEDDED.get(args.preset, EMBEDDED["default"])
-    axes = {"rho": (0.0, 1.0) if tiny else (0.0, 0.5, 0.9, 1.0), "shots": (1, 2) if tiny else (1, 2, 5, 10)}
+    axes = {"rho": (0.0, 1.0) if tiny else (0.0, 0.5, 0.9, 1.0),
+            "shots": (1, 2) if tiny else (1, 2, 5, 10)}
     results, sweeps, curves, tables = {}, [], [], {}
     for seed in run.seeds:
         task = real_task(run, args, seed) if args.data else scene_task(args, preset, seed)

@@ -2,11 +2,11 @@
 
     python -m data_tools.download URL DST [--sha256 HEX] [--size BYTES] [--unpack DIR]
 
-`download` writes to DST.part, continues there after an interruption (HTTP Range, guarded by the server's
-ETag or date, so that two versions are never mixed), retries with growing pauses, compares size and SHA-256,
-and only then renames the file to DST. `unpack` writes tar and zip archives into a staging folder and
-moves the files to their place when all of them are good; it refuses, by the member's name, whatever
-leaves the folder, is a link or a device, or grows out of proportion.
+`download` writes to DST.part, continues there after an interruption (HTTP Range, guarded by the
+server's ETag or date, so that two versions are never mixed), retries with growing pauses, compares
+size and SHA-256, and only then renames the file to DST. `unpack` writes tar and zip archives into a
+staging folder and moves the files to their place when all of them are good; it refuses, by the
+member's name, whatever leaves the folder, is a link or a device, or grows out of proportion.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ def download(
     backoff: float = 1.0,
     progress: bool = True,
 ) -> Path:
-    """Fetches url to the file dst (or into the folder dst, under the URL's last name) and returns its path.
+    """Fetches url to the file dst (or into the folder dst, under the URL's last name) and returns
+    its path.
 
-    A file that is there already is kept if it has the given sha256 and size, and is an error if it has not.
-    retries: failed tries in a row that bring less than 1 MB each; pauses are backoff * 1, 2, 4, ... seconds,
-    30 at most. timeout: seconds without a byte. Raises DownloadError; what has arrived stays in `dst.part`.
+    A file that is there already is kept if it has the given sha256 and size, and is an error if it
+    has not. retries: failed tries in a row that bring less than 1 MB each; pauses are backoff * 1,
+    2, 4, ... seconds, 30 at most. timeout: seconds without a byte. Raises DownloadError; what has
+    arrived stays in `dst.part`.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
@@ -79,7 +81,8 @@ def download(
         dst = dst / name
     if dst.exists():
         if problem := _mismatch(dst, sha256, size):
-            raise DownloadError(f"{dst} is there already, but {problem}; remove it to fetch it again")
+            raise DownloadError(
+                f"{dst} is there already, but {problem}; remove it to fetch it again")
         return dst
     dst.parent.mkdir(parents=True, exist_ok=True)
     part = dst.with_name(dst.name + ".part")
@@ -95,12 +98,14 @@ def download(
             if before and not restarted:  # the old beginning may be to blame: once more from zero
                 restarted = True
                 continue
-            raise DownloadError(f"{url}: {problem}; the server has another file, or the expected value is wrong")
+            raise DownloadError(
+                f"{url}: {problem}; the server has another file, or the expected value is wrong")
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, urllib.error.HTTPError):
                 if error.code < 500 and error.code not in (408, 416, 429):
                     raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
-            elif getattr(error, "filename", None) is not None or getattr(error, "errno", None) in LOCAL:
+            elif getattr(error, "filename", None) is not None or getattr(error, "errno",
+                                                                         None) in LOCAL:
                 raise  # the local file or disk, not the network
             gained = (part.stat().st_size if part.exists() else 0) - before
             failures = 0 if gained >= BLOCK else failures + 1
@@ -145,14 +150,16 @@ def _mismatch(path: Path, sha256: str | None, size: int | None) -> str | None:
 
 
 def _fetch(url: str, part: Path, size: int | None, timeout: float, progress: bool) -> None:
-    """One try: continues part, or starts it afresh if the server does not continue the same file."""
+    """One try: continues part, or starts it afresh if the server does not continue the same
+    file."""
     have = part.stat().st_size if part.exists() else 0
     validator = _validator_path(part)
     headers = {"Accept-Encoding": "identity", "User-Agent": "data_tools"}
     if have and validator.exists():
         headers |= {"Range": f"bytes={have}-", "If-Range": validator.read_text()}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers),
+                                          timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -165,7 +172,8 @@ def _fetch(url: str, part: Path, size: int | None, timeout: float, progress: boo
     with response:
         start = 0
         if response.status == 206:
-            span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
+            span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)",
+                                response.headers.get("Content-Range", ""))
             if not span or int(span[1]) != have:
                 _discard(part)
                 raise http.client.HTTPException("the server continued at another place")
@@ -184,14 +192,16 @@ def _fetch(url: str, part: Path, size: int | None, timeout: float, progress: boo
             while block := response.read1(BLOCK):
                 received += len(block)
                 if total is not None and received > total:
-                    raise DownloadError(f"{url}: the server sent more than the {total} bytes expected")
+                    raise DownloadError(
+                        f"{url}: the server sent more than the {total} bytes expected")
                 file.write(block)
                 meter.update(received)
             file.flush()
             os.fsync(file.fileno())
             meter.close(received)
         if total is not None and received < total:
-            raise http.client.HTTPException(f"the connection ended after {received} of {total} bytes")
+            raise http.client.HTTPException(
+                f"the connection ended after {received} of {total} bytes")
 
 
 class _Meter:
@@ -226,12 +236,13 @@ class _Meter:
 def unpack(
     archive: str | Path, dst: str | Path, *, max_bytes: int | None = None, max_ratio: float = 200.0
 ) -> int:
-    """Unpacks a tar (also .gz, .bz2, .xz) or zip archive below the folder dst; returns the number of files.
+    """Unpacks a tar (also .gz, .bz2, .xz) or zip archive below the folder dst; returns the number
+    of files.
 
-    Refused with UnsafeArchive, and then nothing is added to dst: absolute names, names with "..", links,
-    devices, sparse or encrypted members, and contents above max_bytes or above max_ratio times the size of the
-    archive (64 MB are always allowed). Permissions and owners in the archive are ignored. A
-    damaged archive raises ValueError.
+    Refused with UnsafeArchive, and then nothing is added to dst: absolute names, names with "..",
+    links, devices, sparse or encrypted members, and contents above max_bytes or above max_ratio
+    times the size of the archive (64 MB are always allowed). Permissions and owners in the archive
+    are ignored. A damaged archive raises ValueError.
     """
     archive, dst = Path(archive), Path(dst)
     packed = archive.stat().st_size
@@ -302,7 +313,8 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
     try:
         bundle = tarfile.open(archive, "r:*")
     except tarfile.TarError as error:
-        raise ValueError(f"{archive} is neither a tar nor a zip archive, or is damaged ({error})") from error
+        raise ValueError(
+            f"{archive} is neither a tar nor a zip archive, or is damaged ({error})") from error
     with bundle:
         for info in bundle:
             if info.isdir():
@@ -310,18 +322,21 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
             elif info.isreg() and not info.issparse():
                 yield info.name, bundle.extractfile(info)
             else:
-                raise UnsafeArchive(f"{archive}: {info.name!r} is a link, a device or a sparse file")
+                raise UnsafeArchive(
+                    f"{archive}: {info.name!r} is a link, a device or a sparse file")
         while bundle.fileobj.read(BLOCK):  # the checksum of gzip and xz comes after the last member
             pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.download", description="Fetch and unpack.")
+    parser = argparse.ArgumentParser(prog="python -m data_tools.download",
+                                     description="Fetch and unpack.")
     parser.add_argument("url")
     parser.add_argument("dst", type=Path, help="file, or an existing folder")
     parser.add_argument("--sha256")
     parser.add_argument("--size", type=int)
-    parser.add_argument("--unpack", type=Path, metavar="DIR", help="unpack the tar or zip archive there")
+    parser.add_argument("--unpack", type=Path, metavar="DIR",
+                        help="unpack the tar or zip archive there")
     args = parser.parse_args(argv)
     try:
         path = download(args.url, args.dst, sha256=args.sha256, size=args.size)

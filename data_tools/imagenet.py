@@ -7,8 +7,8 @@
         loader.set_epoch(epoch)
         for images, labels in loader: ...                 # (256, 3, 224, 224) float32 on the GPU
 
-Loader and transforms live in `data_tools.loader`, packs in `data_tools.pack`; the names a training script
-needs can be imported from here.
+Loader and transforms live in `data_tools.loader`, packs in `data_tools.pack`; the names a training
+script needs can be imported from here.
 
     python -m data_tools.imagenet pack SRC DST [--short-side 256] [--raw]     a few large files
     python -m data_tools.imagenet verify DST                                  name every damaged record
@@ -55,13 +55,15 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", 
 class ImageFolder:
     """Images in class folders, `root/<class>/<name>.JPEG`.
 
-    classes: None for all folders, an int k for the first k in sorted order, or a list of folder names; the
-    labels are then 0 .. k-1 in sorted order. label_of: {folder name: label} for sets whose labels are given
-    from outside (folders without an entry are an error). exif=False leaves images as they are stored,
-    which is how published ImageNet accuracies were measured (a handful of images differ).
+    classes: None for all folders, an int k for the first k in sorted order, or a list of folder
+    names; the labels are then 0 .. k-1 in sorted order. label_of: {folder name: label} for sets
+    whose labels are given from outside (folders without an entry are an error). exif=False leaves
+    images as they are stored, which is how published ImageNet accuracies were measured (a handful
+    of images differ).
 
-    The list of files is kept in `root/.image_index.json` (or under ~/.cache when root is read-only) and is
-    used again as long as no class folder has changed; cache=False neither reads nor writes it.
+    The list of files is kept in `root/.image_index.json` (or under ~/.cache when root is read-only)
+    and is used again as long as no class folder has changed; cache=False neither reads nor writes
+    it.
 
     Attributes: labels (N,) int64, classes (folder names in label order), root.
     """
@@ -93,7 +95,8 @@ class ImageFolder:
             )
         counts = [len(names[c]) for c in self.classes]
         self.labels = np.repeat(np.array([label_of[c] for c in self.classes], np.int64), counts)
-        # Names are kept as one byte string: a million str objects would be copied into every worker.
+        # Names are kept as one byte string: a million str objects would be copied into every
+        # worker.
         encoded = [os.fsencode(name) for c in self.classes for name in names[c]]
         self.names_blob = b"".join(encoded)
         self._name_ends = np.cumsum([len(name) for name in encoded])
@@ -130,7 +133,8 @@ class ImageFolder:
 
 
 def class_folders(root: str | Path) -> list[str]:
-    """Sorted names of the class folders in root, with an error that says what is wrong with the layout."""
+    """Sorted names of the class folders in root, with an error that says what is wrong with the
+    layout."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; expected {root}/<class>/*.JPEG")
@@ -214,7 +218,8 @@ def imagenet(
 ) -> Any:
     """The "train" or "val" split below root: an ImageFolder, or a PackedImages when root is a pack.
 
-    With both splits present their class folders must be the same, since the labels come from their order.
+    With both splits present their class folders must be the same, since the labels come from their
+    order.
     """
     root = Path(root)
     if split not in ("train", "val"):
@@ -224,7 +229,8 @@ def imagenet(
 
         return PackedImages(root, split, classes=classes)
     if not (root / split).is_dir():
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
+        found = ", ".join(
+            sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
         raise ValueError(
             f"{root / split}: no such folder; expected {root}/train/<class>/*.JPEG and"
             f" {root}/val/<class>/*.JPEG, found {found or 'an empty folder'}"
@@ -250,7 +256,8 @@ def read_wnids(source: str | Path) -> list[str]:
     if source.is_dir():
         split = next((source / name for name in ("val", "train") if (source / name).is_dir()), source)
         return class_folders(split)
-    return sorted(line.split()[0].strip(",") for line in source.read_text().splitlines() if line.strip())
+    return sorted(line.split()[0].strip(",") for line in source.read_text().splitlines()
+                  if line.strip())
 
 
 def imagenet_variant(
@@ -262,24 +269,27 @@ def imagenet_variant(
 ) -> ImageFolder:
     """Robustness sets with the labels of the 1000-class problem.
 
-    kind "a", "r", "sketch": folders are wnids; wnids is the sorted list of the training classes (`read_wnids`),
-    and each folder gets its position there. `labels` of A and R take 200 values: restrict the logits to
-    `np.unique(dataset.labels)` before the argmax.
+    kind "a", "r", "sketch": folders are wnids; wnids is the sorted list of the training classes
+    (`read_wnids`), and each folder gets its position there. `labels` of A and R take 200 values:
+    restrict the logits to `np.unique(dataset.labels)` before the argmax.
     kind "v2": folders are class numbers, "0" .. "999", sorted as numbers.
-    kind "9": the background challenge, folders `00_dog` .. `08_...`, labels 0 .. 8; see `imagenet9_groups`.
+    kind "9": the background challenge, folders `00_dog` .. `08_...`, labels 0 .. 8; see
+    `imagenet9_groups`.
     """
     folders = class_folders(root)
     if kind in ("a", "r", "sketch"):
         if wnids is None:
             raise ValueError(f'kind={kind!r} needs wnids, e.g. read_wnids("/data/imagenet/val")')
         if list(wnids) != sorted(set(wnids)):
-            raise ValueError("wnids must be sorted and without repeats: the order is the class number")
+            raise ValueError(
+                "wnids must be sorted and without repeats: the order is the class number")
         label_of = {wnid: label for label, wnid in enumerate(wnids)}
     elif kind in ("v2", "9"):
         heads = {name: name if kind == "v2" else name.split("_")[0] for name in folders}
         if wrong := [name for name, head in heads.items() if not head.isdecimal()]:
             expected = "0, 1, ..., 999" if kind == "v2" else "00_dog, ..., 08_insect"
-            raise ValueError(f"{root}: folder {wrong[0]!r} has no class number; expected {expected}")
+            raise ValueError(
+                f"{root}: folder {wrong[0]!r} has no class number; expected {expected}")
         label_of = {name: int(head) for name, head in heads.items()}
     else:
         raise ValueError(f'kind must be "a", "r", "sketch", "v2" or "9", got {kind!r}')
@@ -298,11 +308,13 @@ def imagenet9_groups(path: str | Path, num_classes: int = 1000) -> Tensor:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads containers, numbers, strings and numeric numpy arrays; refuses everything that could run code."""
+    """Loads containers, numbers, strings and numeric numpy arrays; refuses everything that could
+    run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return lambda kind, shape, code: np.empty(0, np.uint8)  # filled by the array's __setstate__
+            # filled by the array's __setstate__
+            return lambda kind, shape, code: np.empty(0, np.uint8)
         if (module, name) == ("numpy", "ndarray"):
             return "ndarray"  # only ever handed to _reconstruct
         if (module, name) == ("numpy", "dtype"):
@@ -330,16 +342,19 @@ def load_pickle(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a CIFAR pickle ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}, expected a dict")
-    return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in data.items()}
+    return {key.decode("latin1") if isinstance(key, bytes) else key: value
+            for key, value in data.items()}
 
 
 def cifar(root: str | Path, name: str = "cifar10", train: bool = True) -> ArrayImages:
-    """CIFAR-10 or CIFAR-100 (fine labels) from the python pickles: 50,000 or 10,000 images of 32x32.
+    """CIFAR-10 or CIFAR-100 (fine labels) from the python pickles: 50,000 or 10,000 images of
+    32x32.
 
     root holds the pickles or the folder of the archive (`cifar-10-batches-py`, `cifar-100-python`).
     """
     sets = {
-        "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "labels"),
+        "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch",
+                    "labels"),
         "cifar100": ("cifar-100-python", ["train"], "test", "fine_labels"),
     }
     if name not in sets:
@@ -355,7 +370,8 @@ def cifar(root: str | Path, name: str = "cifar10", train: bool = True) -> ArrayI
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
             raise ValueError(f"{root / file}: 'data' is not uint8 (N, 3072)")
         if len(batch.get(key, ())) != len(data):
-            raise ValueError(f"{root / file}: {len(data)} images, {len(batch.get(key, ()))} {key!r}")
+            raise ValueError(
+                f"{root / file}: {len(data)} images, {len(batch.get(key, ()))} {key!r}")
         images.append(data.reshape(-1, 3, 32, 32))
         labels.extend(batch[key])
     return ArrayImages(np.concatenate(images), np.array(labels, np.int64))

@@ -6,13 +6,14 @@
         loader.set_epoch(epoch)                           # set_epoch(epoch, 120) goes on at batch 120
         for images, labels in loader: ...                 # (256, 3, 224, 224) float32 on the GPU
 
-A *data set* is any object with `len()`, `labels` (one row per sample), `name(index)` and `open(index)`, which
-returns a PIL image that is not decoded yet, an EncodedJpeg, or an (H, W, 3) uint8 array. Decoding is left to
-the transform, because a transform that knows its crop decodes a large JPEG at half or a quarter of its
-size. Ordinary transforms (PIL image in, tensor out) work as well.
+A *data set* is any object with `len()`, `labels` (one row per sample), `name(index)` and
+`open(index)`, which returns a PIL image that is not decoded yet, an EncodedJpeg, or an (H, W, 3)
+uint8 array. Decoding is left to the transform, because a transform that knows its crop decodes a
+large JPEG at half or a quarter of its size. Ordinary transforms (PIL image in, tensor out) work as
+well.
 
-Everything random about a sample follows from (seed, epoch, index): results depend neither on the number
-of workers nor on where an epoch was resumed. Images stay uint8 until they are on the device.
+Everything random about a sample follows from (seed, epoch, index): results depend neither on the
+number of workers nor on where an epoch was resumed. Images stay uint8 until they are on the device.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class BadImage(ValueError):
 
 
 class EncodedJpeg:
-    """A plain RGB JPEG whose size is known: Pillow need not parse its headers (0.1 ms of Python an image).
+    """A plain RGB JPEG whose size is known: Pillow need not parse its headers (0.1 ms of Python an
+    image).
 
     data: the file's bytes, which libjpeg reads; size: (width, height).
     """
@@ -66,7 +68,8 @@ class EncodedJpeg:
         return self
 
     def decode(self, at_least: tuple[int, int] | None = None) -> Image.Image:
-        """RGB pixels, at 1/2, 1/4 or 1/8 of the size if that is not below at_least; BadImage if damaged."""
+        """RGB pixels, at 1/2, 1/4 or 1/8 of the size if that is not below at_least; BadImage if
+        damaged."""
         width, height = self.size
         reduction = min(width // at_least[0], height // at_least[1]) if at_least else 1
         scale = max(s for s in (1, 2, 4, 8) if s <= max(1, reduction))
@@ -103,8 +106,8 @@ def decode(
     """Decodes what `open` returned to an upright RGB image.
 
     Greyscale, palette, CMYK and 16-bit images are converted; EXIF orientation is applied.
-    at_least: (width, height) that is enough: a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, as far
-    as the result does not fall below it. Raises BadImage with the reason.
+    at_least: (width, height) that is enough: a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size,
+    as far as the result does not fall below it. Raises BadImage with the reason.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(image))
@@ -127,11 +130,14 @@ def decode(
 
 
 class ArrayImages:
-    """Images that are in memory: uint8 (N, 3, H, W) or (N, H, W, 3), array or tensor, and their labels."""
+    """Images that are in memory: uint8 (N, 3, H, W) or (N, H, W, 3), array or tensor, and their
+    labels."""
 
-    def __init__(self, images: np.ndarray | Tensor, labels: Any, classes: Sequence[str] | None = None):
+    def __init__(self, images: np.ndarray | Tensor, labels: Any,
+                 classes: Sequence[str] | None = None):
         images = images.numpy() if isinstance(images, Tensor) else np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
+        if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1],
+                                                                     images.shape[3]):
             raise ValueError(
                 f"images must be uint8 (N, 3, H, W) or (N, H, W, 3), got {images.dtype} {images.shape}"
             )
@@ -165,7 +171,8 @@ def open_and(dataset: Any, index: int, function: Callable) -> Any:
         return function(image)
     except BadImage as error:
         root = getattr(dataset, "root", None)
-        raise BadImage(f"{root / dataset.name(index) if root else dataset.name(index)}: {error}") from error
+        raise BadImage(
+            f"{root / dataset.name(index) if root else dataset.name(index)}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------- transforms
@@ -179,7 +186,8 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 def normalize(
     images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
-    """(..., 3, H, W) uint8 to float32 with the given channel statistics (of values in [0, 1]), on its device."""
+    """(..., 3, H, W) uint8 to float32 with the given channel statistics (of values in [0, 1]), on
+    its device."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}; are they normalised already?")
     mean = torch.tensor(mean, device=images.device).mul_(255)[:, None, None]
@@ -197,7 +205,8 @@ def random_resized_crop_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of the Inception crop: area fraction uniform in scale, log aspect uniform.
+    """(left, top, width, height) of the Inception crop: area fraction uniform in scale, log aspect
+    uniform.
 
     size: (width, height). Ten tries, then the largest central crop whose aspect is within ratio.
     """
@@ -225,9 +234,9 @@ def crop_resize(
 ) -> Tensor:
     """The part box = (left, top, width, height) of an image, resized to size, as (3, h, w) uint8.
 
-    image: what a data set's `open` returns; size: side or (h, w). Antialiased, by torch's uint8 kernel: three
-    times as fast as Pillow's, and the same up to rounding. A JPEG is decoded at a reduced size as
-    long as the crop keeps `draft` times the pixels of size along both sides.
+    image: what a data set's `open` returns; size: side or (h, w). Antialiased, by torch's uint8
+    kernel: three times as fast as Pillow's, and the same up to rounding. A JPEG is decoded at a
+    reduced size as long as the crop keeps `draft` times the pixels of size along both sides.
     """
     rows, columns = (size, size) if isinstance(size, int) else size
     width, height = image_size(image)
@@ -254,9 +263,9 @@ def crop_resize(
 class TrainTransform:
     """Random resized crop, flip, optional augmentation: image to (3, size, size) uint8.
 
-    augment: called on the cropped PIL image (RandAugment, colour jitter); an attribute `generator` on it is
-    set to the sample's generator first. coords=True also returns the crop (4,) float32 = (top/H, left/W,
-    height/H, width/W) of the whole image; a flip leaves it as it is.
+    augment: called on the cropped PIL image (RandAugment, colour jitter); an attribute `generator`
+    on it is set to the sample's generator first. coords=True also returns the crop (4,) float32 =
+    (top/H, left/W, height/H, width/W) of the whole image; a flip leaves it as it is.
     """
 
     takes_encoded = True
@@ -276,7 +285,8 @@ class TrainTransform:
         self.interpolation, self.augment, self.coords = interpolation, augment, coords
 
     def __call__(
-        self, image: Image.Image | EncodedJpeg | np.ndarray, generator: torch.Generator | None = None
+        self, image: Image.Image | EncodedJpeg | np.ndarray,
+        generator: torch.Generator | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         width, height = image_size(image)
         box = random_resized_crop_box((width, height), generator, self.scale, self.ratio)
@@ -311,7 +321,8 @@ class EvalTransform:
         short, side = min(width, height), int(self.size / self.crop)
         rows, columns = side * height // short, side * width // short
         whole = (0, 0, width, height)
-        out = crop_resize(image, whole, (rows, columns), interpolation=self.interpolation, draft=2.0)
+        out = crop_resize(image, whole, (rows, columns), interpolation=self.interpolation,
+                          draft=2.0)
         top, left = round((rows - self.size) / 2), round((columns - self.size) / 2)
         return out[:, top : top + self.size, left : left + self.size]
 
@@ -325,7 +336,8 @@ class PadCropTransform:
         self.padding, self.flip = padding, flip
 
     def __call__(
-        self, image: Image.Image | EncodedJpeg | np.ndarray, generator: torch.Generator | None = None
+        self, image: Image.Image | EncodedJpeg | np.ndarray,
+        generator: torch.Generator | None = None
     ) -> Tensor:
         pixels = to_tensor(image if isinstance(image, np.ndarray) else decode(image))
         height, width = pixels.shape[1:]
@@ -344,7 +356,8 @@ def _check_interpolation(name: str) -> None:
 
 
 def sample_seed(*parts: int) -> int:
-    """A 32-bit seed that differs between all tuples of non-negative integers (SplitMix64 finaliser)."""
+    """A 32-bit seed that differs between all tuples of non-negative integers (SplitMix64
+    finaliser)."""
     state, mask = 0, (1 << 64) - 1
     for part in parts:
         state = (state ^ part) + 0x9E3779B97F4A7C15 & mask
@@ -377,7 +390,8 @@ class _Reader:
         self.generator: torch.Generator | None = None
         self.takes_encoded = self.transform is None or getattr(self.transform, "takes_encoded", False)
         self.takes_generator = (
-            self.transform is not None and "generator" in inspect.signature(self.transform).parameters
+            self.transform is not None and "generator" in inspect.signature(
+                self.transform).parameters
         )
 
     def __getitems__(self, batch: tuple[int, list[int], list[int]]) -> tuple[Any, Any, list[str]]:
@@ -396,7 +410,8 @@ class _Reader:
                 except BadImage as error:
                     bad.append(str(error))
         if samples and isinstance(samples[0], Tensor) and len({s.shape for s in samples}) > 1:
-            raise ValueError("images of different sizes in a batch: pass a transform that makes them equal")
+            raise ValueError(
+                "images of different sizes in a batch: pass a transform that makes them equal")
         return default_collate(samples) if samples else None, self._labels(used), bad
 
     def _labels(self, indices: list[int]) -> Tensor:
@@ -416,17 +431,21 @@ class _Reader:
 
 
 class Loader:
-    """Batches (images, labels[, extras of the transform]) of one epoch; iterate again for the next one.
+    """Batches (images, labels[, extras of the transform]) of one epoch; iterate again for the next
+    one.
 
     dataset: see the module's docstring; its `labels` may hold more than one number per sample.
-    transform: image to tensor, or to a tuple of tensors, called with generator=... if it has such a parameter;
+    transform: image to tensor, or to a tuple of tensors, called with generator=... if it has such a
+    parameter;
         it gets a PIL RGB image, or the undecoded image if it has `takes_encoded`. None: (3, H, W) uint8.
     workers: processes; 0 reads in this one. The batches are the same for any number.
-    rank, world_size: this process's share of the samples. A shuffled epoch is made equally long on every rank
+    rank, world_size: this process's share of the samples. A shuffled epoch is made equally long on
+    every rank
         (filled up from its beginning, or cut with drop_last); an unshuffled one holds each sample once.
-    sampler: an iterable of indices, already this rank's share (repeated augmentation); `set_epoch` is passed on.
-    device, normalize: images go to the device as uint8; normalize=(mean, std) then makes them float32.
-    on_bad_image: "raise" BadImage, or "skip": a shuffled epoch takes the next readable image instead (batches
+    sampler: an iterable of indices, already this rank's share (repeated augmentation); `set_epoch`
+    is passed on. device, normalize: images go to the device as uint8; normalize=(mean, std) then
+    makes them float32. on_bad_image: "raise" BadImage, or "skip": a shuffled epoch takes the next
+    readable image instead (batches
         keep their size), any other leaves the sample out. `bad_images` lists what was met, with reasons.
     """
 
@@ -448,7 +467,8 @@ class Loader:
         on_bad_image: str = "raise",
     ):
         if batch_size < 1 or workers < 0:
-            raise ValueError(f"batch_size must be >= 1 and workers >= 0, got {batch_size} and {workers}")
+            raise ValueError(
+                f"batch_size must be >= 1 and workers >= 0, got {batch_size} and {workers}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0 .. world_size - 1, got {rank} of {world_size}")
         if on_bad_image not in ("raise", "skip"):
@@ -490,7 +510,8 @@ class Loader:
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """The next pass is this epoch, from this batch on; nothing before it is read or decoded."""
         if epoch < 0 or not 0 <= start_batch <= len(self):
-            raise ValueError(f"epoch {epoch}, batch {start_batch}: an epoch has {len(self)} batches")
+            raise ValueError(
+                f"epoch {epoch}, batch {start_batch}: an epoch has {len(self)} batches")
         self._epoch, self._start = epoch, start_batch
 
     def _order(self, epoch: int) -> tuple[list[int], list[int]]:
@@ -522,10 +543,12 @@ class Loader:
                     raise BadImage(message)
                 if message not in self.bad_images:
                     self.bad_images.append(message)
-                    warnings.warn(f"skipped {message} ({len(self.bad_images)} so far)", stacklevel=2)
+                    warnings.warn(f"skipped {message} ({len(self.bad_images)} so far)",
+                                  stacklevel=2)
             if samples is None:
                 if self.shuffle:
-                    raise BadImage(f"{len(bad)} images in a row are unreadable, the last: {bad[-1]}")
+                    raise BadImage(
+                        f"{len(bad)} images in a row are unreadable, the last: {bad[-1]}")
                 continue
             images, *extras = samples if isinstance(samples, (list, tuple)) else (samples,)
             if self.device is not None:

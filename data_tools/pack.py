@@ -4,18 +4,20 @@
     python -m data_tools.imagenet verify DST
     python -m data_tools.imagenet check SRC
 
-A training job that opens a million small files waits for the file system, and decodes pixels which the crop
-throws away. A pack stores each image once more: upright, RGB, its short side reduced to `--short-side`, as
-JPEG or (`--raw`) as plain pixels which need no decoding at all (0.1 MB for 32 thousand pixels; 1000
-images of 256 x 341 pixels take 26 MB as JPEG, 262 MB raw). JPEG files that are small enough
-already, RGB and upright are copied as they are, byte by byte.
+A training job that opens a million small files waits for the file system, and decodes pixels which
+the crop throws away. A pack stores each image once more: upright, RGB, its short side reduced to
+`--short-side`, as JPEG or (`--raw`) as plain pixels which need no decoding at all (0.1 MB for 32
+thousand pixels; 1000 images of 256 x 341 pixels take 26 MB as JPEG, 262 MB raw). JPEG files that
+are small enough already, RGB and upright are copied as they are, byte by byte.
 
     DST/pack.json                    splits, classes, options, and the checksum of every index file
     DST/train-00000.bin              records, one after the other
-    DST/train-00000.npz              offset, length, width, height, label, CRC-32 and name of each record
+    DST/train-00000.npz              offset, length, width, height, label, CRC-32 and name of each
+                                     record
 
-A shard is written under another name and renamed when it is complete, its index after it, and pack.json last: a
-killed run goes on with the first missing shard when it is started again, and never looks finished.
+A shard is written under another name and renamed when it is complete, its index after it, and
+pack.json last: a killed run goes on with the first missing shard when it is started again, and
+never looks finished.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ COLUMNS = ("offset", "length", "width", "height", "label", "crc")
 class PackedImages:
     """One split of a pack, with the interface of ImageFolder.
 
-    classes: as for ImageFolder. `open` returns an EncodedJpeg, or for raw packs the pixels themselves,
-    (H, W, 3) uint8, as a view of the mapped file.
+    classes: as for ImageFolder. `open` returns an EncodedJpeg, or for raw packs the pixels
+    themselves, (H, W, 3) uint8, as a view of the mapped file.
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class PackedImages:
         self.root = Path(root)
         header = read_header(self.root)
         if split not in header["splits"]:
-            raise ValueError(f"{root} holds the splits {', '.join(header['splits'])}, not {split!r}")
+            raise ValueError(
+                f"{root} holds the splits {', '.join(header['splits'])}, not {split!r}")
         self.raw = header["options"]["raw"]
         self.files = [self.root / f"{name}.bin" for name in header["splits"][split]["shards"]]
         tables = [load_index(self.root, name, header) for name in header["splits"][split]["shards"]]
@@ -106,7 +109,8 @@ class PackedImages:
 
     def _batch(self, indices: Sequence[int]) -> Tensor:
         """(B, 3, H, W) uint8, for packs whose images all have one size."""
-        return torch.from_numpy(np.stack([self.open(i) for i in indices])).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(np.stack([self.open(i) for i in indices])).permute(0, 3, 1,
+                                                                                   2).contiguous()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return open_and(self, index, decode), int(self.labels[index])
@@ -136,14 +140,16 @@ def read_header(root: Path) -> dict[str, Any]:
             else f"{root}: not a pack (no pack.json)"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{root / 'pack.json'} is damaged ({error}); make the pack again") from None
+        raise ValueError(
+            f"{root / 'pack.json'} is damaged ({error}); make the pack again") from None
     if header.get("version") != VERSION:
         raise ValueError(f"{root}: pack version {header.get('version')}, this code reads {VERSION}")
     return header
 
 
 def load_index(root: Path, shard: str, header: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The columns of one shard's index, after comparing its checksum and the size of the data file."""
+    """The columns of one shard's index, after comparing its checksum and the size of the data
+    file."""
     path, data_path = root / f"{shard}.npz", root / f"{shard}.bin"
     expected = header["checksums"][shard]
     if not path.is_file() or not data_path.is_file():
@@ -239,10 +245,11 @@ def pack(
     on_bad_image: str = "raise",
     images_per_shard: int = IMAGES_PER_SHARD,
 ) -> dict[str, Any]:
-    """Packs src (train/ and/or val/ with class folders, or class folders directly) into dst; returns the header.
+    """Packs src (train/ and/or val/ with class folders, or class folders directly) into dst;
+    returns the header.
 
-    A folder of class folders becomes the split "val". Started again with the same arguments after an
-    interruption it continues; a finished pack is left as it is. The source is only read.
+    A folder of class folders becomes the split "val". Started again with the same arguments after
+    an interruption it continues; a finished pack is left as it is. The source is only read.
     """
     src, dst = Path(src), Path(dst)
     if short_side < 1 or not 1 <= quality <= 95 or images_per_shard < 1:
@@ -252,7 +259,8 @@ def pack(
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f'on_bad_image must be "raise" or "skip", got {on_bad_image!r}')
     splits = [split for split in ("train", "val") if (src / split).is_dir()]
-    sources = {split: imagenet(src, split) for split in splits} if splits else {"val": ImageFolder(src)}
+    sources = {split: imagenet(src, split)
+               for split in splits} if splits else {"val": ImageFolder(src)}
     listing = hashlib.sha256()
     for split, dataset in sources.items():
         listing.update(f"{split} {dataset.classes} {images_per_shard} {on_bad_image}".encode())
@@ -276,7 +284,8 @@ def pack(
         _write(dst / "unfinished.json", json.dumps(plan).encode())
 
     jobs = {
-        f"{split}-{number:05d}": (dataset, range(start, min(start + images_per_shard, len(dataset))))
+        f"{split}-{number:05d}": (dataset,
+                                  range(start, min(start + images_per_shard, len(dataset))))
         for split, dataset in sources.items()
         for number, start in enumerate(range(0, len(dataset), images_per_shard))
     }
@@ -288,7 +297,8 @@ def pack(
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
             tasks = {
-                pool.submit(_write_shard, jobs[s][0], dst, s, jobs[s][1], options, skip): s for s in missing
+                pool.submit(_write_shard, jobs[s][0], dst, s, jobs[s][1], options, skip): s
+                for s in missing
             }
             try:
                 for done, task in enumerate(as_completed(tasks), 1):
@@ -334,7 +344,8 @@ def pack(
 
 
 def verify(root: str | Path) -> list[str]:
-    """Damaged records of all splits, as `<split>/<class>/<file>`; raises ValueError if an index is damaged."""
+    """Damaged records of all splits, as `<split>/<class>/<file>`; raises ValueError if an index is
+    damaged."""
     return [
         f"{split}/{name}"
         for split in read_header(Path(root))["splits"]
@@ -357,14 +368,17 @@ def check(src: str | Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.imagenet", description="Image packs.")
+    parser = argparse.ArgumentParser(prog="python -m data_tools.imagenet",
+                                     description="Image packs.")
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("pack", help="write an image tree into a few large files")
     make.add_argument("src", type=Path)
     make.add_argument("dst", type=Path)
-    make.add_argument("--short-side", type=int, default=256, help="larger images are reduced to this")
+    make.add_argument("--short-side", type=int, default=256,
+                      help="larger images are reduced to this")
     make.add_argument("--quality", type=int, default=90, help="of re-encoded JPEGs")
-    make.add_argument("--raw", action="store_true", help="store pixels: no decoding, about 10x the space")
+    make.add_argument("--raw", action="store_true",
+                      help="store pixels: no decoding, about 10x the space")
     make.add_argument("--workers", type=int, default=None, help="processes (all cores)")
     make.add_argument("--on-bad-image", choices=("raise", "skip"), default="raise")
     make.add_argument("--images-per-shard", type=int, default=IMAGES_PER_SHARD)
@@ -384,12 +398,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 images_per_shard=args.images_per_shard,
             )
             size = sum(entry["bytes"] for entry in header["checksums"].values())
-            counts = ", ".join(f"{name} {entry['images']}" for name, entry in header["splits"].items())
+            counts = ", ".join(f"{name} {entry['images']}"
+                               for name, entry in header["splits"].items())
             print(f"{args.dst}: {counts} images, {size / 1e6:.1f} MB")
             return 0
         bad = verify(args.root) if args.command == "verify" else check(args.root)
     except BadImage as error:
-        print(f"error: {error} (repair or remove the file, or pass --on-bad-image skip)", file=sys.stderr)
+        print(f"error: {error} (repair or remove the file, or pass --on-bad-image skip)",
+              file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

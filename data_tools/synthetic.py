@@ -1,17 +1,21 @@
-"""The embedded data: procedural images with exact labels, masks and boxes, so that every script runs without a download.
+"""The embedded data: procedural images with exact labels, masks and boxes, so that every script
+runs without a download.
 
     data = shapes(3000, size=32, seed=0)
     data["images"]   (N, 3, S, S) uint8        data["masks"]   (N, S, S) bool, True on the object
-    data["labels"]   (N,) int64                data["boxes"]   (N, 4) int64: x0, y0, x1, y1, upper edges exclusive
+    data["labels"]   (N,) int64                data["boxes"]   (N, 4) int64: x0, y0, x1, y1, upper
+                     edges exclusive
 
     loader = Batches(data["images"], data["labels"], batch_size=64, seed=0, transform=to_float)
     for images, labels in loader: ...
 
-A seed determines a set entirely; different seeds give independent sets (use one for training, another for
-validation). Everything is drawn in vectorised batches on the CPU; `python -m data_tools.synthetic` shows the rate.
+A seed determines a set entirely; different seeds give independent sets (use one for training,
+another for validation). Everything is drawn in vectorised batches on the CPU; `python -m
+data_tools.synthetic` shows the rate.
 
-The primitives (`shape_mask`, `stripes`, `mask_boxes`) take tensors of parameters, one entry per object, so that other
-data sets (scenes with several objects, videos, captions) are built from the same parts.
+The primitives (`shape_mask`, `stripes`, `mask_boxes`) take tensors of parameters, one entry per
+object, so that other data sets (scenes with several objects, videos, captions) are built from the
+same parts.
 """
 
 import itertools
@@ -23,8 +27,10 @@ import torch
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 TEXTURES = ("plain", "striped")
-CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)      # label = 2 * shape + texture
-CHUNK = 1024                                                  # images rendered at a time: bounds the memory
+# label = 2 * shape + texture
+CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
+# images rendered at a time: bounds the memory
+CHUNK = 1024
 
 
 # ---------------------------------------------------------------- primitives
@@ -35,11 +41,13 @@ def pixel_grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return line.view(1, 1, -1), line.view(1, -1, 1)
 
 
-def shape_mask(kind: torch.Tensor, size: int, cx: torch.Tensor, cy: torch.Tensor, radius: torch.Tensor,
+def shape_mask(kind: torch.Tensor, size: int, cx: torch.Tensor, cy: torch.Tensor,
+               radius: torch.Tensor,
                angle: torch.Tensor | None = None) -> torch.Tensor:
     """(N, S, S) bool masks of shapes that fit in a circle of `radius` around (cx, cy).
 
-    kind: (N,) int64 indices into SHAPES. cx, cy, radius: (N,) in pixels. angle: (N,) radians, None for upright.
+    kind: (N,) int64 indices into SHAPES. cx, cy, radius: (N,) in pixels. angle: (N,) radians, None
+    for upright.
     """
     x, y = pixel_grid(size)
     column = lambda v: v.view(-1, 1, 1)                       # noqa: E731
@@ -51,22 +59,26 @@ def shape_mask(kind: torch.Tensor, size: int, cx: torch.Tensor, cy: torch.Tensor
     masks = torch.stack([
         distance <= 1,
         largest <= 0.8,
-        (v <= 0.5) & (u.abs() <= (v + 1) / math.sqrt(3)),     # equilateral, apex up, corners on the circle
+        # equilateral, apex up, corners on the circle
+        (v <= 0.5) & (u.abs() <= (v + 1) / math.sqrt(3)),
         (largest <= 1) & (torch.minimum(u.abs(), v.abs()) <= 0.3),
         (distance <= 1) & (distance >= 0.3),
     ], dim=1)
     return masks[torch.arange(len(kind)), kind]
 
 
-def stripes(size: int, angle: torch.Tensor, phase: torch.Tensor, frequency: float = 1.9) -> torch.Tensor:
-    """(N, S, S) bool: where sin(frequency * (x cos a + y sin a) + phase) > 0; angle and phase (N,) in radians."""
+def stripes(size: int, angle: torch.Tensor, phase: torch.Tensor,
+            frequency: float = 1.9) -> torch.Tensor:
+    """(N, S, S) bool: where sin(frequency * (x cos a + y sin a) + phase) > 0; angle and phase (N,)
+    in radians."""
     x, y = pixel_grid(size)
     a = angle.view(-1, 1, 1)
     return torch.sin(frequency * (x * a.cos() + y * a.sin()) + phase.view(-1, 1, 1)) > 0
 
 
 def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Tight boxes (N, 4) int64 x0, y0, x1, y1 (upper edges exclusive) of (N, H, W) masks; zeros where a mask is empty."""
+    """Tight boxes (N, 4) int64 x0, y0, x1, y1 (upper edges exclusive) of (N, H, W) masks; zeros
+    where a mask is empty."""
     sides = []
     for line in (masks.any(1), masks.any(2)):                 # columns, then rows
         line = line.to(torch.uint8)
@@ -92,15 +104,18 @@ def to_float(images: torch.Tensor, mean: float = 0.5, std: float = 0.3) -> torch
 
 def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, rotate: bool = False,
            labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """One object per image: 10 classes, five shapes times plain or striped, random colours, position and size.
+    """One object per image: 10 classes, five shapes times plain or striped, random colours,
+    position and size.
 
     Returns images (N, 3, S, S) uint8, labels (N,) int64, masks (N, S, S) bool, boxes (N, 4) int64.
-    The centre is uniform in [9, 23] / 32 of the side, the radius in [5, 9] / 32; colours are uniform RGB;
-    Gaussian noise of standard deviation `noise` (images in [0, 1]) is added. `labels` (N,) fixes the classes.
+    The centre is uniform in [9, 23] / 32 of the side, the radius in [5, 9] / 32; colours are
+    uniform RGB; Gaussian noise of standard deviation `noise` (images in [0, 1]) is added. `labels`
+    (N,) fixes the classes.
     """
     if count < 0 or size < 8:
         raise ValueError(f"count must be >= 0 and size >= 8, not {count} and {size}")
-    if labels is not None and (labels.shape != (count,) or (count and not 0 <= labels.min() <= labels.max() < len(CLASSES))):
+    if labels is not None and (labels.shape != (count,)
+                               or (count and not 0 <= labels.min() <= labels.max() < len(CLASSES))):
         raise ValueError(f"labels must be ({count},) with values in 0..{len(CLASSES) - 1}, not {tuple(labels.shape)}")
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
@@ -124,18 +139,22 @@ def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, ro
     return {"images": images, "labels": labels, "masks": masks, "boxes": mask_boxes(masks)}
 
 
-PALETTE = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.3, 0.95), "yellow": (0.95, 0.9, 0.2)}
-COLORED_CLASSES = tuple(f"{color} {shape}" for shape in ("disc", "cross") for color in PALETTE)   # 4 * shape + color
+PALETTE = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.3, 0.95),
+           "yellow": (0.95, 0.9, 0.2)}
+# 4 * shape + color
+COLORED_CLASSES = tuple(f"{color} {shape}" for shape in ("disc", "cross") for color in PALETTE)
 
 
 def colored_objects(count: int, objects: int = 2, size: int = 64, seed: int = 0, *,
                     noise: float = 0.05) -> dict[str, torch.Tensor]:
-    """One object, or two of different classes beside each other: the label of a pair tells half of the truth.
+    """One object, or two of different classes beside each other: the label of a pair tells half of
+    the truth.
 
-    Eight classes that a small network learns in minutes: disc or cross in one of four colours (with some variation) on
-    grey. Returns images (N, 3, S, S) uint8; classes (N, objects) int64; labels (N,), one of the row's classes drawn at
-    random; masks (N, objects, S, S) bool; boxes (N, objects, 4). Two objects lie in different halves (left and right, or
-    above and below). Radii are in [8, 14] / 64 of the side.
+    Eight classes that a small network learns in minutes: disc or cross in one of four colours (with
+    some variation) on grey. Returns images (N, 3, S, S) uint8; classes (N, objects) int64; labels
+    (N,), one of the row's classes drawn at random; masks (N, objects, S, S) bool; boxes (N,
+    objects, 4). Two objects lie in different halves (left and right, or above and below). Radii are
+    in [8, 14] / 64 of the side.
     """
     if objects not in (1, 2):
         raise ValueError(f"objects must be 1 or 2, not {objects}")
@@ -169,14 +188,17 @@ def colored_objects(count: int, objects: int = 2, size: int = 64, seed: int = 0,
 
 
 class Batches:
-    """Batches of tensors held in memory: shuffled by (seed, epoch), able to begin in the middle of an epoch.
+    """Batches of tensors held in memory: shuffled by (seed, epoch), able to begin in the middle of
+    an epoch.
 
-    Yields tuples of the tensors' rows; `transform` is applied to the first (images). With `world_size` processes,
-    process `rank` gets every world_size-th batch-sized part of the same permutation.
+    Yields tuples of the tensors' rows; `transform` is applied to the first (images). With
+    `world_size` processes, process `rank` gets every world_size-th batch-sized part of the same
+    permutation.
     """
 
     def __init__(self, *tensors: torch.Tensor, batch_size: int, shuffle: bool = True, seed: int = 0,
-                 drop_last: bool = False, transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+                 drop_last: bool = False, transform: Callable[[torch.Tensor], torch.Tensor]
+                 | None = None,
                  rank: int = 0, world_size: int = 1):
         if not tensors or any(len(t) != len(tensors[0]) for t in tensors):
             raise ValueError(f"tensors must have equal lengths, not {[len(t) for t in tensors]}")
@@ -201,7 +223,8 @@ class Batches:
         first, self.start_batch = self.start_batch, 0
         self.epoch += 1                                       # plain re-iteration gives a new order
         for batch in range(first, len(self)):
-            rows = order[batch * self.batch_size:(batch + 1) * self.batch_size][self.rank::self.world_size]
+            rows = order[batch * self.batch_size:(batch + 1)
+                         * self.batch_size][self.rank::self.world_size]
             images, *rest = (tensor[rows.to(tensor.device)] for tensor in self.tensors)
             yield (self.transform(images) if self.transform else images, *rest)
 
@@ -210,12 +233,14 @@ class Batches:
 
 def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise: float = 0.04,
            labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """One object of CLASSES on one of ten striped backgrounds; with probability `rho` the background is the class's own.
+    """One object of CLASSES on one of ten striped backgrounds; with probability `rho` the
+    background is the class's own.
 
-    Otherwise it is drawn uniformly, so rho = 0 leaves no cue outside the object and rho = 1 makes the background
-    tell the class as surely as the object does. A background has a hue and a stripe direction; an object has, besides its
-    shape and texture, the strong hue of its class (opposite to that background's) on all of it or on its stripes; the
-    colour between the stripes, place, size and angle are random. Returns the keys of `shapes` and "backgrounds" (N,) int64.
+    Otherwise it is drawn uniformly, so rho = 0 leaves no cue outside the object and rho = 1 makes
+    the background tell the class as surely as the object does. A background has a hue and a stripe
+    direction; an object has, besides its shape and texture, the strong hue of its class (opposite
+    to that background's) on all of it or on its stripes; the colour between the stripes, place,
+    size and angle are random. Returns the keys of `shapes` and "backgrounds" (N,) int64.
     """
     if count < 0 or size < 8:
         raise ValueError(f"count must be >= 0 and size >= 8, not {count} and {size}")
@@ -225,30 +250,37 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
     if labels is None:
         labels = torch.randint(len(CLASSES), (count,), generator=generator)
     telling = torch.rand(count, generator=generator) < rho
-    backgrounds = torch.where(telling, labels, torch.randint(len(CLASSES), (count,), generator=generator))
+    backgrounds = torch.where(telling, labels,
+                              torch.randint(len(CLASSES), (count,), generator=generator))
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     masks = torch.empty(count, size, size, dtype=torch.bool)
     scale = size / 64
-    thirds = torch.arange(3).view(1, 3, 1, 1) / 3             # red, green, blue on the circle of hues
+    # red, green, blue on the circle of hues
+    thirds = torch.arange(3).view(1, 3, 1, 1) / 3
     for start in range(0, count, CHUNK):
         part = slice(start, min(start + CHUNK, count))
         label, cue = labels[part], backgrounds[part]
         n = len(label)
         cx, cy = uniform(generator, 21 * scale, 43 * scale, 2, n)
-        radius, angle = uniform(generator, 13 * scale, 21 * scale, n), uniform(generator, 0, 2 * math.pi, n)
+        radius, angle = uniform(generator, 13 * scale, 21 * scale, n), uniform(generator, 0,
+                                                                               2 * math.pi, n)
         stripe_angle, phase, back_phase = uniform(generator, 0, 2 * math.pi, 3, n)
         hue = (cue / len(CLASSES)).view(-1, 1, 1, 1)
-        back = 0.5 + 0.12 * torch.cos(2 * math.pi * (hue + thirds)) + uniform(generator, -0.08, 0.08, n, 1, 1, 1)
+        back = 0.5 + 0.12 * torch.cos(2 * math.pi * (hue + thirds)) + uniform(generator, -0.08,
+                                                                              0.08, n, 1, 1, 1)
         bands = stripes(size, cue * (math.pi / len(CLASSES)), back_phase, 0.6 / scale).unsqueeze(1)
         mask = shape_mask(label // 2, size, cx, cy, radius, angle)
         light = (label % 2 == 0).view(-1, 1, 1) | stripes(size, stripe_angle, phase, 1.2 / scale)
-        own = 0.5 + 0.4 * torch.cos(2 * math.pi * (label.view(-1, 1, 1, 1) / len(CLASSES) + 0.5 + thirds))
+        own = 0.5 + 0.4 * torch.cos(2 * math.pi
+                                    * (label.view(-1, 1, 1, 1) / len(CLASSES) + 0.5 + thirds))
         own = own + uniform(generator, -0.15, 0.15, n, 3, 1, 1)
         other = uniform(generator, 0, 1, n, 3, 1, 1)
-        image = torch.where(mask.unsqueeze(1), torch.where(light.unsqueeze(1), own, other), back + 0.16 * (bands.float() - 0.5))
+        image = torch.where(mask.unsqueeze(1), torch.where(light.unsqueeze(1), own, other),
+                            back + 0.16 * (bands.float() - 0.5))
         image += noise * torch.randn(image.shape, generator=generator)
         images[part], masks[part] = to_uint8(image), mask
-    return {"images": images, "labels": labels, "masks": masks, "boxes": mask_boxes(masks), "backgrounds": backgrounds}
+    return {"images": images, "labels": labels, "masks": masks, "boxes": mask_boxes(masks),
+            "backgrounds": backgrounds}
 
 
 # ------------------------------------------------ videos: the class is a direction of motion
@@ -285,7 +317,8 @@ def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classe
         telling = torch.rand(count, generator=generator) < rho
         scenes_of = torch.where(telling, labels,
                                 torch.randint(classes, (count,), generator=generator))
-    fixed = torch.Generator().manual_seed(7919)               # class scenes do not depend on the seed
+    # class scenes do not depend on the seed
+    fixed = torch.Generator().manual_seed(7919)
     shared = torch.rand(classes, 3, 4, 4, generator=fixed)
     out = torch.empty(count, 3, frames, size, size, dtype=torch.uint8)
     masks = torch.empty(count, frames, size, size, dtype=torch.bool)
@@ -323,21 +356,25 @@ HUES = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3,
         "yellow": (0.95, 0.9, 0.2), "purple": (0.65, 0.2, 0.8), "white": (1.0, 1.0, 1.0)}
 SIZES = {"small": 6.0, "medium": 9.5, "large": 13.0}          # radius in 1/64 of the side
 PLACES = ("upper left", "upper right", "lower left", "lower right")
-ATTRIBUTES = (tuple(SIZES), tuple(HUES), SHAPES, PLACES)      # the order of an object's four numbers
+# the order of an object's four numbers
+ATTRIBUTES = (tuple(SIZES), tuple(HUES), SHAPES, PLACES)
 RELATIONS = ("and", "left of", "above")
 
 
-def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int = 5, objects: int = 3,
+def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int = 5,
+                     objects: int = 3,
                      labels: torch.Tensor | None = None, noise: float = 0.03) -> dict:
-    """Images of 1 to `objects` shapes in different quarters, and captions that tell more or less of them.
+    """Images of 1 to `objects` shapes in different quarters, and captions that tell more or less of
+    them.
 
-    A caption mentions one or more of the objects, each by a part of its size, colour, shape and place ("a large
-    red disc in the upper left", "a blue shape above a cross"): the less it says, the more images it fits.
-    labels (N,) fixes the classes of single objects, 5 * colour + shape.
+    A caption mentions one or more of the objects, each by a part of its size, colour, shape and
+    place ("a large red disc in the upper left", "a blue shape above a cross"): the less it says,
+    the more images it fits. labels (N,) fixes the classes of single objects, 5 * colour + shape.
 
-    Returns images (N, 3, S, S) uint8; objects (N, 3, 4) int64, indices into ATTRIBUTES (-1: no object); captions,
-    N * `captions` strings, those of an image together; mentions (N * captions, 3, 4) int64 (-1: not told);
-    relations (N * captions,) int64, index into RELATIONS of the first two mentions. See `caption_matches`.
+    Returns images (N, 3, S, S) uint8; objects (N, 3, 4) int64, indices into ATTRIBUTES (-1: no
+    object); captions, N * `captions` strings, those of an image together; mentions (N * captions,
+    3, 4) int64 (-1: not told); relations (N * captions,) int64, index into RELATIONS of the first
+    two mentions. See `caption_matches`.
     """
     if count < 0 or size < 16 or not 1 <= objects <= 3 or captions < 1:
         raise ValueError(f"count must be >= 0, size >= 16, objects in 1..3 and captions >= 1, "
@@ -345,8 +382,10 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
     if labels is not None and labels.shape != (count,):
         raise ValueError(f"labels must be ({count},), not {tuple(labels.shape)}")
     generator = torch.Generator().manual_seed(seed)
-    scene = torch.stack([torch.randint(len(values), (count, 3), generator=generator) for values in ATTRIBUTES], 2)
-    scene[..., 3] = torch.rand(count, 4, generator=generator).argsort(1)[:, :3]      # different quarters
+    scene = torch.stack([torch.randint(len(values), (count, 3), generator=generator)
+                         for values in ATTRIBUTES], 2)
+    # different quarters
+    scene[..., 3] = torch.rand(count, 4, generator=generator).argsort(1)[:, :3]
     number = torch.randint(1, objects + 1, (count,), generator=generator)
     if labels is not None:
         number = torch.ones_like(number)
@@ -354,7 +393,8 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
     scene[torch.arange(3) >= number[:, None]] = -1
 
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    palette, radii, unit = torch.tensor(list(HUES.values())), torch.tensor(list(SIZES.values())), size / 64
+    palette, radii, unit = torch.tensor(
+        list(HUES.values())), torch.tensor(list(SIZES.values())), size / 64
     for start in range(0, count, CHUNK):
         part = scene[start:start + CHUNK]
         n = len(part)
@@ -362,7 +402,8 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
         for extent, hue, kind, place in part.permute(1, 2, 0):
             dx, dy = uniform(generator, -2, 2, 2, n)
             radius = radii[extent] * uniform(generator, 0.93, 1.07, n)
-            mask = shape_mask(kind, size, unit * (16 + 32 * (place % 2) + dx), unit * (16 + 32 * (place // 2) + dy),
+            mask = shape_mask(kind, size, unit * (16 + 32 * (place % 2) + dx),
+                              unit * (16 + 32 * (place // 2) + dy),
                               unit * radius) & (hue >= 0).view(-1, 1, 1)
             color = palette[hue] + uniform(generator, -0.1, 0.1, n, 3)
             image = torch.where(mask.unsqueeze(1), color.view(n, 3, 1, 1), image)
@@ -375,12 +416,15 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
     named = (torch.rand(total, generator=generator) * number).long() + 1
     true = _relation_holds(mentions[:, 0, 3], mentions[:, 1, 3])[torch.arange(total), relations]
     relations = relations.masked_fill(~true | (named < 2), 0)
-    share = uniform(generator, 0.0, 1.0, total, 1, 1)         # one caption is sparing, another generous
+    # one caption is sparing, another generous
+    share = uniform(generator, 0.0, 1.0, total, 1, 1)
     told = torch.rand(total, 3, 4, generator=generator) < share
-    told.scatter_(2, torch.randint(4, (total, 3, 1), generator=generator), True)     # but never silent
+    # but never silent
+    told.scatter_(2, torch.randint(4, (total, 3, 1), generator=generator), True)
     mentions = mentions.masked_fill(~told | (torch.arange(3) >= named[:, None])[..., None], -1)
     texts = [_caption_text(*row) for row in zip(mentions.tolist(), relations.tolist())]
-    return {"images": images, "objects": scene, "captions": texts, "mentions": mentions, "relations": relations}
+    return {"images": images, "objects": scene, "captions": texts, "mentions": mentions,
+            "relations": relations}
 
 
 def _relation_holds(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -392,23 +436,29 @@ def _relation_holds(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def _caption_text(mentions: list[list[int]], relation: int) -> str:
     parts = []
     for extent, hue, kind, place in (mention for mention in mentions if max(mention) >= 0):
-        words = ["a", ATTRIBUTES[0][extent] if extent >= 0 else "", ATTRIBUTES[1][hue] if hue >= 0 else "",
-                 SHAPES[kind] if kind >= 0 else "shape", f"in the {PLACES[place]}" if place >= 0 else ""]
+        words = ["a", ATTRIBUTES[0][extent] if extent >= 0 else "",
+                 ATTRIBUTES[1][hue] if hue >= 0 else "",
+                 SHAPES[kind] if kind >= 0 else "shape",
+                 f"in the {PLACES[place]}" if place >= 0 else ""]
         parts.append(" ".join(filter(None, words)))
     if len(parts) > 1:
         parts[:2] = [f"{parts[0]} {RELATIONS[relation]} {parts[1]}"]
     return " and ".join(parts)
 
 
-def caption_matches(objects: torch.Tensor, mentions: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:
-    """(Ni, Nc) bool: everything that caption c says is true of image i (its mentions are of different objects)."""
+def caption_matches(objects: torch.Tensor, mentions: torch.Tensor,
+                    relations: torch.Tensor) -> torch.Tensor:
+    """(Ni, Nc) bool: everything that caption c says is true of image i (its mentions are of
+    different objects)."""
     matches = torch.zeros(len(objects), len(mentions), dtype=torch.bool)
     place = objects[..., 3]
     lies = _relation_holds(place[:, :, None], place[:, None, :])                     # (Ni, 3, 3, 3)
     for start in range(0, len(mentions), CHUNK):
         said = mentions[start:start + CHUNK]
-        agrees = torch.stack([((said[None, :, :, None, a] < 0) | (said[None, :, :, None, a] == objects[:, None, None, :, a]))
-                              for a in range(4)]).all(0)                             # (Ni, n, mention, object)
+        agrees = torch.stack([((said[None, :, :, None, a] < 0)
+                               | (said[None, :, :, None, a] == objects[:, None, None, :, a]))
+                              # (Ni, n, mention, object)
+                              for a in range(4)]).all(0)
         relation = relations[start:start + CHUNK]
         for a, b, c in itertools.permutations(range(3)):
             matches[:, start:start + CHUNK] |= (agrees[:, :, 0, a] & agrees[:, :, 1, b] & agrees[:, :, 2, c]
@@ -417,7 +467,8 @@ def caption_matches(objects: torch.Tensor, mentions: torch.Tensor, relations: to
 
 
 def scene_codes(objects: torch.Tensor) -> torch.Tensor:
-    """(Ni, 11) uint8: which colours, then which shapes an image holds (the analogue of COCO's 80 categories)."""
+    """(Ni, 11) uint8: which colours, then which shapes an image holds (the analogue of COCO's 80
+    categories)."""
     present = [(objects[..., a, None] == torch.arange(len(ATTRIBUTES[a]))).any(1) for a in (1, 2)]
     return torch.cat(present, 1).to(torch.uint8)
 

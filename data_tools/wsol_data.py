@@ -1,22 +1,28 @@
-"""Images with labels and boxes or masks for weakly supervised localization: metadata files, CUB, ILSVRC, OpenImages30k, yours.
+"""Images with labels and boxes or masks for weakly supervised localization: metadata files, CUB,
+ILSVRC, OpenImages30k, yours.
 
     split = read_split("metadata/CUB/val", image_root="dataset/CUB")     # checked line by line
     images = SplitImages(split, "dataset/CUB")
     loader = Loader(images, 32, transform=TrainResizeCrop(), shuffle=True, normalize=(IMAGENET_MEAN, IMAGENET_STD))
     evaluator = BoxEvaluator(split.boxes, split.sizes)                   # of reference.wsol_evaluation
 
-A split is a folder of text files, the format published with clovaai/wsolevaluation (which also ships these files for the three
-data sets, below `metadata/<CUB|ILSVRC|OpenImages>/<train|val|test>`; train has image labels, val the small full supervision):
+A split is a folder of text files, the format published with clovaai/wsolevaluation (which also
+ships these files for the three data sets, below
+`metadata/<CUB|ILSVRC|OpenImages>/<train|val|test>`; train has image labels, val the small full
+supervision):
 
-    image_ids.txt       path                      image_ids_proxy.txt, optional: a part of it for fast search
+    image_ids.txt       path                      image_ids_proxy.txt, optional: a part of it for
+                        fast search
     class_labels.txt    path,label                0 .. classes - 1
     image_sizes.txt     path,width,height         may be empty
     localization.txt    path,x0,y0,x1,y1          one line per box, pixels of the original image; or
-                        path,mask,ignore          one line per instance mask, ignore only on the first of an image; may be empty
+                        path,mask,ignore          one line per instance mask, ignore only on the
+                                                  first of an image; may be empty
 
-Images: CUB-200-2011 and CUBV2 under one folder of classes; ILSVRC `train/<wnid>/*.JPEG`, `val/*.JPEG` (the test split) and
-ImageNetV2 `val2/<class>/<n>.jpeg`; OpenImages30k `<split>/<class>/<id>.jpg` with `<id>_m<class>_<hash>.png` masks and
-`<id>_ignore.png` beside it. Where the metadata are not at hand, most of them follow from the original annotations:
+Images: CUB-200-2011 and CUBV2 under one folder of classes; ILSVRC `train/<wnid>/*.JPEG`,
+`val/*.JPEG` (the test split) and ImageNetV2 `val2/<class>/<n>.jpeg`; OpenImages30k
+`<split>/<class>/<id>.jpg` with `<id>_m<class>_<hash>.png` masks and `<id>_ignore.png` beside it.
+Where the metadata are not at hand, most of them follow from the original annotations:
 
     python -m data_tools.wsol_data cub CUB_200_2011 metadata/CUB                   train and test
     python -m data_tools.wsol_data ilsvrc ILSVRC XML_FOLDER metadata/ILSVRC        train, test; val with val2 and ImageNetV2_boxes.txt
@@ -24,8 +30,8 @@ ImageNetV2 `val2/<class>/<n>.jpeg`; OpenImages30k `<split>/<class>/<id>.jpg` wit
     python -m data_tools.wsol_data own IMAGES annotations.csv metadata/mine/test   path,class,x0,y0,x1,y1 or path,class,mask
     python -m data_tools.wsol_data check metadata/CUB/val [--images dataset/CUB]
 
-The boxes of CUBV2 only come as metadata: the released CUBV2_boxes.txt holds width and height in its last two columns
-and internal numbers for images.
+The boxes of CUBV2 only come as metadata: the released CUBV2_boxes.txt holds width and height in its
+last two columns and internal numbers for images.
 """
 from __future__ import annotations
 
@@ -41,15 +47,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader, decode, to_tensor  # noqa: F401
+# noqa: F401
+from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader, decode, to_tensor
 
 IMAGES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass
 class Split:
-    """image_ids in order; labels {id: int}; sizes {id: (width, height)}; boxes {id: int64 [k, 4]}; masks {id: paths};
-    ignore {id: path of the ignore mask}. What a split does not have is empty."""
+    """image_ids in order; labels {id: int}; sizes {id: (width, height)}; boxes {id: int64 [k, 4]};
+    masks {id: paths}; ignore {id: path of the ignore mask}. What a split does not have is empty."""
     image_ids: list[str]
     labels: dict[str, int]
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -67,10 +74,11 @@ class Split:
         return replace(self, image_ids=ids, **parts)
 
     def per_class(self, count: int, seed: int = 0, short: str = "raise") -> "Split":
-        """`count` random images of each class, 0: all. A class with fewer is an error, or with short="take" taken whole
-        (CUBV2 has classes of three and four images)."""
+        """`count` random images of each class, 0: all. A class with fewer is an error, or with
+        short="take" taken whole (CUBV2 has classes of three and four images)."""
         if count < 0 or short not in ("raise", "take"):
-            raise ValueError(f'count must be >= 0 and short "raise" or "take", got {count} and {short!r}')
+            raise ValueError(
+                f'count must be >= 0 and short "raise" or "take", got {count} and {short!r}')
         if count == 0:
             return self
         rng, groups = np.random.default_rng(seed), {}
@@ -79,7 +87,8 @@ class Split:
         few = {label: len(ids) for label, ids in groups.items() if len(ids) < count}
         if few and short == "raise":
             label, have = min(few.items())
-            raise ValueError(f'{len(few)} classes have fewer than {count} images (class {label}: {have}); '
+            raise ValueError(
+                f'{len(few)} classes have fewer than {count} images (class {label}: {have}); '
                              'use fewer, 0 for all, or short="take"')
         chosen = set()
         for _, ids in sorted(groups.items()):
@@ -99,7 +108,8 @@ class _Lines:
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise FileNotFoundError(f"{self.path}: no such file; a split needs image_ids.txt, class_labels.txt, "
+            raise FileNotFoundError(
+                f"{self.path}: no such file; a split needs image_ids.txt, class_labels.txt, "
                                     "image_sizes.txt and localization.txt") from None
         for self.number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
@@ -125,8 +135,8 @@ def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path |
                mask_root: str | Path | None = None, outside: str = "raise") -> Split:
     """Read and check a folder of metadata; ValueError with file and line for the first thing wrong.
 
-    proxy: the images of image_ids_proxy.txt only. image_root, mask_root: check that every image (mask) is there.
-    outside: what to do with a box that leaves its image, "raise" or "clip".
+    proxy: the images of image_ids_proxy.txt only. image_root, mask_root: check that every image
+    (mask) is there. outside: what to do with a box that leaves its image, "raise" or "clip".
     """
     folder = Path(folder)
     if outside not in ("raise", "clip"):
@@ -157,7 +167,8 @@ def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path |
     return split
 
 
-def _read_ids(path: Path, image_root: str | Path | None, known: set[str] | None = None) -> list[str]:
+def _read_ids(path: Path, image_root: str | Path | None,
+              known: set[str] | None = None) -> list[str]:
     ids = {}
     for (image_id,) in (lines := _Lines(path, (1,), known)):
         if image_id in ids:
@@ -170,7 +181,8 @@ def _read_ids(path: Path, image_root: str | Path | None, known: set[str] | None 
     return list(ids)
 
 
-def _read_localization(split: Split, path: Path, mask_root: str | Path | None, outside: str) -> None:
+def _read_localization(split: Split, path: Path, mask_root: str | Path | None,
+                       outside: str) -> None:
     boxes: dict[str, list] = {}
     for row in (lines := _Lines(path, (3, 5), set(split.image_ids))):
         image_id = row[0]
@@ -200,7 +212,8 @@ def _read_localization(split: Split, path: Path, mask_root: str | Path | None, o
             x0, x1 = np.clip((x0, x1), 0, width).tolist()
             y0, y1 = np.clip((y0, y1), 0, height).tolist()
         boxes.setdefault(image_id, []).append((x0, y0, x1, y1))
-    split.boxes.update((image_id, np.array(rows, dtype=np.int64)) for image_id, rows in boxes.items())
+    split.boxes.update((image_id, np.array(rows, dtype=np.int64))
+                       for image_id, rows in boxes.items())
 
 
 def write_split(folder: str | Path, split: Split) -> None:
@@ -209,12 +222,14 @@ def write_split(folder: str | Path, split: Split) -> None:
     if bad := [i for i in split.image_ids if "," in i or i != i.strip() or "\n" in i]:
         raise ValueError(f"image ids must not hold commas or surrounding blanks, got {bad[0]!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [(i, *box) for i in split.image_ids for box in np.asarray(split.boxes.get(i, ())).tolist()]
+    rows = [(i, *box) for i in split.image_ids
+            for box in np.asarray(split.boxes.get(i, ())).tolist()]
     rows += [(i, mask, split.ignore.get(i, "") if k == 0 else "")
              for i in split.image_ids for k, mask in enumerate(split.masks.get(i, ()))]
     for name, lines in (("image_ids", [(i,) for i in split.image_ids]),
                         ("class_labels", [(i, split.labels[i]) for i in split.image_ids]),
-                        ("image_sizes", [(i, *split.sizes[i]) for i in split.image_ids if i in split.sizes]),
+                        ("image_sizes", [(i, *split.sizes[i]) for i in split.image_ids
+                                         if i in split.sizes]),
                         ("localization", rows)):
         text = "".join(",".join(map(str, row)) + "\n" for row in lines)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -245,8 +260,10 @@ class SplitImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return decode(self.open(index)), int(self.labels[index])
 
-    def masks(self, index: int, mask_root: str | Path) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """(instance masks, ignore mask or None) as uint8 arrays of their own sizes, the arguments of `get_mask`."""
+    def masks(self, index: int, mask_root: str | Path) -> tuple[list[np.ndarray],
+                                                                np.ndarray | None]:
+        """(instance masks, ignore mask or None) as uint8 arrays of their own sizes, the arguments
+        of `get_mask`."""
         image_id = self.name(index)
         ignore = self.split.ignore.get(image_id)
         return ([_read_grey(Path(mask_root) / mask) for mask in self.split.masks.get(image_id, ())],
@@ -262,7 +279,8 @@ def _read_grey(path: Path) -> np.ndarray:
 
 
 class Resize:
-    """Both sides to `size`, aspect ratio given up, so that the score map covers the whole image: (3, size, size) uint8."""
+    """Both sides to `size`, aspect ratio given up, so that the score map covers the whole image:
+    (3, size, size) uint8."""
 
     def __init__(self, size: int = 224):
         self.size = size
@@ -330,9 +348,11 @@ def cub_splits(root: str | Path) -> dict[str, Split]:
     return splits
 
 
-def ilsvrc_splits(root: str | Path, annotations: str | Path, v2_boxes: str | Path | None = None) -> dict[str, Split]:
-    """{"train", "test"[, "val"]}: class folders `train`, images `val` with the XML boxes of `annotations`; with v2_boxes
-    (ImageNetV2_boxes.txt) also ImageNetV2 in `val2/<class>/`. Classes in the order of the sorted wnids."""
+def ilsvrc_splits(root: str | Path, annotations: str | Path,
+                  v2_boxes: str | Path | None = None) -> dict[str, Split]:
+    """{"train", "test"[, "val"]}: class folders `train`, images `val` with the XML boxes of
+    `annotations`; with v2_boxes (ImageNetV2_boxes.txt) also ImageNetV2 in `val2/<class>/`. Classes
+    in the order of the sorted wnids."""
     root = Path(root)
     wnids = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
@@ -351,14 +371,17 @@ def ilsvrc_splits(root: str | Path, annotations: str | Path, v2_boxes: str | Pat
             tree = ElementTree.parse(xml).getroot()
             classes = {item.findtext("name") for item in tree.iter("object")}
             size = tuple(int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-            boxes = [_inside([float(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")], size)
+            boxes = [_inside([float(item.findtext(f"bndbox/{side}"))
+                              for side in ("xmin", "ymin", "xmax", "ymax")], size)
                      for item in tree.iter("object")]
         except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
             raise ValueError(f"{xml}: {error}") from error
         if len(classes) != 1 or not classes <= label_of.keys():
-            raise ValueError(f"{xml}: one class of {root / 'train'} expected, got {sorted(map(str, classes))}")
+            raise ValueError(
+                f"{xml}: one class of {root / 'train'} expected, got {sorted(map(str, classes))}")
         test.image_ids.append(name)
-        test.labels[name], test.sizes[name], test.boxes[name] = label_of[classes.pop()], size, np.array(boxes)
+        test.labels[name], test.sizes[
+            name], test.boxes[name] = label_of[classes.pop()], size, np.array(boxes)
     splits = {"train": train, "test": test}
     if v2_boxes is not None:
         val, boxes = Split([], {}), {}
@@ -381,7 +404,8 @@ def ilsvrc_splits(root: str | Path, annotations: str | Path, v2_boxes: str | Pat
 
 
 def openimages_splits(root: str | Path) -> dict[str, Split]:
-    """{"train", "val", "test"} as far as the folders are there; masks are the PNGs beside an image; train without."""
+    """{"train", "val", "test"} as far as the folders are there; masks are the PNGs beside an image;
+    train without."""
     root, splits = Path(root), {}
     for name in ("train", "val", "test"):
         if not (root / name).is_dir():
@@ -408,7 +432,8 @@ def openimages_splits(root: str | Path) -> dict[str, Split]:
 
 
 def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[str]]:
-    """(split, class names) from a CSV of your own: lines `path,class,x0,y0,x1,y1` or `path,class,mask`, several per image."""
+    """(split, class names) from a CSV of your own: lines `path,class,x0,y0,x1,y1` or
+    `path,class,mask`, several per image."""
     images, names, rows = Path(images), {}, []
     for row in (lines := _Lines(Path(annotations), (3, 6))):
         if not (images / row[0]).is_file():
@@ -437,7 +462,8 @@ def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, places in (("cub", ["root"]), ("ilsvrc", ["root", "annotations"]), ("openimages", ["root"]),
                          ("own", ["images", "annotations"]), ("check", [])):
@@ -445,7 +471,8 @@ def main(argv: list[str] | None = None) -> int:
         for place in (*places, "metadata"):
             command.add_argument(place, type=Path)
         if name == "ilsvrc":
-            command.add_argument("--v2-boxes", type=Path, help="ImageNetV2_boxes.txt; the images lie in val2/")
+            command.add_argument("--v2-boxes", type=Path,
+                                 help="ImageNetV2_boxes.txt; the images lie in val2/")
         if name == "check":
             command.add_argument("--images", type=Path)
             command.add_argument("--masks", type=Path)
@@ -457,7 +484,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "check":
             splits = {"": read_split(args.metadata, image_root=args.images, mask_root=args.masks)}
         else:
-            splits = {"cub": lambda: cub_splits(args.root), "openimages": lambda: openimages_splits(args.root),
+            splits = {"cub": lambda: cub_splits(args.root),
+                      "openimages": lambda: openimages_splits(args.root),
                       "ilsvrc": lambda: ilsvrc_splits(args.root, args.annotations, args.v2_boxes)}[args.command]()
         for name, split in splits.items():
             if args.command != "check":
@@ -465,7 +493,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.metadata / name}: {len(split.image_ids)} images, {len(set(split.labels.values()))} classes, "
                   f"{sum(map(len, split.boxes.values()))} boxes, {sum(map(len, split.masks.values()))} masks")
         if args.command == "own":
-            (args.metadata / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+            (args.metadata / "classes.txt").write_text("".join(f"{name}\n" for name in classes),
+                                                       encoding="utf-8")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,4 +1,5 @@
-"""AdamP and SGDP: recorded trajectories, agreement of the paths, identities, arguments, state, scripts."""
+"""AdamP and SGDP: recorded trajectories, agreement of the paths, identities, arguments, state,
+scripts."""
 
 import copy
 import doctest
@@ -19,7 +20,8 @@ from reference.adamp import SGDP, AdamP
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "adamp"
-ADAMP_PATHS = {"readable": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True},
+ADAMP_PATHS = {"readable": {"foreach": False, "fused": False}, "foreach": {"foreach": True},
+               "fused": {"fused": True},
                "capturable": {"capturable": True}, "default": {}}
 SGDP_PATHS = {"readable": {"foreach": False}, "foreach": {"foreach": True}, "default": {}}
 SHAPES = [(6, 3, 3, 3), (7, 12), (1, 10), (5, 1, 1, 1), (4, 3, 5), (6,), ()]
@@ -36,11 +38,14 @@ def orthogonal(w, g):
 
 
 def replay(make, steps=10, dtype=torch.float64, shapes=SHAPES, seed=0, layout=None, **options):
-    """Weights after `steps` gradients, half of the matrices' orthogonal to a common trajectory of weights."""
+    """Weights after `steps` gradients, half of the matrices' orthogonal to a common trajectory of
+    weights."""
     generator = rng(seed)
-    params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+    params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype))
+              for s in shapes]
     if layout:
-        params = [nn.Parameter(p.data.to(memory_format=layout)) if p.ndim == 4 else p for p in params]
+        params = [nn.Parameter(p.data.to(memory_format=layout)) if p.ndim == 4 else p
+                  for p in params]
     optimizer = make(params, **options)
     for step in range(steps):
         for i, p in enumerate(params):
@@ -88,13 +93,16 @@ def test_recorded_trajectory(name, path):
             if official:
                 for n, p in zip(names, params):
                     assert p.norm().item() == pytest.approx(
-                        data[f"{n}__official_norm"][step].item(), rel=1e-11 if exact else 2e-5, abs=1e-12)
+                        data[f"{n}__official_norm"][step].item(), rel=1e-11 if exact else 2e-5,
+                        abs=1e-12)
                     if step in kept:
                         np.testing.assert_allclose(
-                            p.detach().numpy(), data[f"{n}__official_traj"][kept.index(step)], **tolerance)
+                            p.detach().numpy(), data[f"{n}__official_traj"][kept.index(step)],
+                            **tolerance)
         for n, p in zip(names, params):
             if not official:
-                np.testing.assert_allclose(p.detach().numpy(), data[f"{n}__timm_final"], **tolerance)
+                np.testing.assert_allclose(p.detach().numpy(), data[f"{n}__timm_final"],
+                                           **tolerance)
             for key, value in optimizer.state[p].items():
                 np.testing.assert_allclose(np.asarray(value), data[f"{n}__{source}_state_{key}"],
                                            **tolerance)
@@ -102,7 +110,8 @@ def test_recorded_trajectory(name, path):
 
 def test_the_two_buffers_differ_where_the_packages_do():
     data = np.load(GOLDEN / "sgdp_momentum.npz")
-    gap = max(np.abs(data[f"{n}__timm_final"] - data[f"{n}__official_traj"][-1]).max() for n in data["names"])
+    gap = max(np.abs(data[f"{n}__timm_final"] - data[f"{n}__official_traj"][-1]).max()
+              for n in data["names"])
     assert gap > 0.1
 
 
@@ -138,12 +147,14 @@ def test_sgdp_paths_agree(path, project_buffer, options):
                     [reference.state[p]["momentum"] for p in expected], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("make, path", [(AdamP, {"fused": True}), (SGDP, {"lr": 0.1, "momentum": 0.9})])
+@pytest.mark.parametrize("make, path",
+                                        [(AdamP, {"fused": True}), (SGDP, {"lr": 0.1, "momentum": 0.9})])
 @pytest.mark.parametrize("view", ["channel", "layer"])
 def test_blocks_smaller_than_the_tensor(monkeypatch, make, path, view):
     monkeypatch.setattr(adamp, "BLOCK", 30)
     results = []
-    for options in (path, {**path, "foreach": False, **({"fused": False} if make is AdamP else {})}):
+    for options in (path, {**path, "foreach": False,
+                           **({"fused": False} if make is AdamP else {})}):
         generator = rng(3)
         w = nn.Parameter(torch.randn(11, 9, generator=generator, dtype=torch.float64))
         optimizer = make([w], weight_decay=0.1, **options)
@@ -168,7 +179,8 @@ def test_unusual_memory_layouts():
         strided = nn.Parameter(torch.stack([base, base], -1)[..., 0])
         optimizer = make([plain, odd, strided], **path)
         for p in (plain, odd, strided):
-            p.grad = grad.clone()                                 # its layout is not the parameter's
+            # its layout is not the parameter's
+            p.grad = grad.clone()
         optimizer.step()
         assert_same([odd, strided], [plain, plain], rtol=1e-12, atol=1e-14)
 
@@ -196,7 +208,8 @@ def test_decoupled_decay_of_sgdp_settles_like_coupled_decay():
     optimizer = SGDP([w], lr=0.1, momentum=0.9, weight_decay=0.01)
     w.grad = torch.zeros_like(w)
     optimizer.step()
-    torch.testing.assert_close(w.detach(), torch.full((3,), 1 - 0.1 * 0.01 / 0.1, dtype=torch.float64))
+    torch.testing.assert_close(w.detach(),
+                               torch.full((3,), 1 - 0.1 * 0.01 / 0.1, dtype=torch.float64))
 
 
 def test_norm_after_projected_steps_grows_by_pythagoras():
@@ -207,10 +220,12 @@ def test_norm_after_projected_steps_grows_by_pythagoras():
         w.grad = orthogonal(before, torch.randn(5, 8, generator=rng(step), dtype=torch.float64))
         optimizer.step()
         move = w.detach() - before
-        torch.testing.assert_close((w.detach() ** 2).sum(1), (before ** 2).sum(1) + (move ** 2).sum(1),
+        torch.testing.assert_close((w.detach() ** 2).sum(1), (before ** 2).sum(1)
+                                   + (move ** 2).sum(1),
                                    rtol=1e-12, atol=0)
         plane = torch.stack([before[0], optimizer.state[w]["momentum"][0], w.detach()[0]])
-        assert torch.linalg.svdvals(plane)[-1] < 1e-12              # Proposition 3.1: the same great circle
+        # Proposition 3.1: the same great circle
+        assert torch.linalg.svdvals(plane)[-1] < 1e-12
 
 
 def test_gradient_of_a_scale_invariant_function_passes_the_test():
@@ -243,13 +258,15 @@ def test_threshold_uses_the_row_length_and_is_strict():
     g = torch.tensor([[cosine, 0.8], [1.0, 0.0]], dtype=torch.float64)
     for delta, expected in ((cosine * math.sqrt(2) + 1e-9, "channel"), (cosine * math.sqrt(2) - 1e-9, None)):
         g_layer = g.clone()
-        g_layer[1] = torch.tensor([0.0, 10.0]) if expected is None else g[1]   # spoils the layer view
+        # spoils the layer view
+        g_layer[1] = torch.tensor([0.0, 10.0]) if expected is None else g[1]
         assert adamp.scale_invariance(w, g_layer, delta) == expected
     assert adamp.scale_invariance(w, w.flip(1), 0.0) is None                 # 0 < 0 is false
 
 
 def test_small_weights_add_eps_in_the_projection_only():
-    w, u = torch.tensor([[1e-7, 0.0]], dtype=torch.float64), torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    w, u = torch.tensor([[1e-7, 0.0]], dtype=torch.float64), torch.tensor([[1.0, 1.0]],
+                                                                          dtype=torch.float64)
     result, _ = adamp.projection(w, torch.tensor([[0.0, 1.0]], dtype=torch.float64), u, 0.1, 0.1, 1e-8)
     assert result[0, 0].item() == pytest.approx(1 - (1e-7 / 1.1e-7) ** 2, rel=1e-9)
 
@@ -346,7 +363,8 @@ def test_half_precision_follows_float32():
 
 
 def test_mixed_dtypes_in_one_group():
-    params = [nn.Parameter(torch.ones(2, 3, dtype=d)) for d in (torch.float32, torch.float64, torch.bfloat16)]
+    params = [nn.Parameter(torch.ones(2, 3, dtype=d))
+              for d in (torch.float32, torch.float64, torch.bfloat16)]
     for options in ADAMP_PATHS.values():
         optimizer = AdamP(params, **options)
         for p in params:
@@ -422,7 +440,8 @@ def test_compiled_step_gives_the_same_numbers():
         optimizer = AdamP([w], lr=0.01, weight_decay=0.1, capturable=True)
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for seed in range(3):
-            w.grad = orthogonal(w.detach(), torch.randn(4, 5, generator=rng(seed), dtype=torch.float64))
+            w.grad = orthogonal(w.detach(),
+                                torch.randn(4, 5, generator=rng(seed), dtype=torch.float64))
             step()
         assert optimizer.stats["channel"] == 1
         results.append(w)
@@ -484,11 +503,13 @@ def test_sparse_complex_and_flat_parameters():
 
 def tiny_problem():
     generator = rng(7)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(64, 3))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    loader = [(torch.randn(8, 1, 6, 6, generator=generator), torch.randint(3, (8,), generator=generator))
+    loader = [(torch.randn(8, 1, 6, 6, generator=generator),
+               torch.randint(3, (8,), generator=generator))
               for _ in range(5)]
     return model, loader
 
@@ -498,7 +519,8 @@ def tiny_problem():
 def test_training_resumes_to_the_same_numbers(make, tmp_path):
     model, loader = tiny_problem()
     whole = list(adamp.train(model, loader, make(model.parameters()), epochs=3, measure_every=2))
-    assert [v["step"] for v in whole] == list(range(15)) and ("weight_norm" in whole[2]) > ("weight_norm" in whole[1])
+    assert [v["step"] for v in whole] == list(
+        range(15)) and ("weight_norm" in whole[2]) > ("weight_norm" in whole[1])
     other, loader = tiny_problem()
     steps = adamp.train(other, loader, make(other.parameters()), epochs=3, measure_every=2)
     first = [next(steps) for _ in range(7)]
@@ -527,40 +549,49 @@ def test_docstring_example():
 
 def script(name, out, *arguments):
     """The results of the smallest preset."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--preset", "tiny", "--threads", "1", "--out", str(out)]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--preset", "tiny",
+               "--threads", "1", "--out", str(out)]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=200)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return json.loads((out / f"{name}.json").read_text())
 
 
 def test_the_toys_reproduce_the_theory(tmp_path):
     results = script("adamp_toy", tmp_path, "--seeds", 1, "--figures", tmp_path / "figures")
-    assert all(claim["holds"] is not False for claim in results["claims"]) and len(list((tmp_path / "figures").iterdir())) == 4
+    assert all(claim["holds"] is not False
+               for claim in results["claims"]) and len(list((tmp_path / "figures").iterdir())) == 4
     row = results["tables"]["plane"][0]
     assert (round(row["momentum: norm"], 3), row["momentum: steps"]) == (4.331, 94)
     assert (round(row["SGDP: norm"], 3), row["SGDP: steps"]) == (1.209, 22)
-    assert (round(row["SGDP, official buffer: norm"], 3), row["SGDP, official buffer: steps"]) == (1.347, 36)
+    assert (round(row["SGDP, official buffer: norm"], 3),
+            row["SGDP, official buffer: steps"]) == (1.347, 36)
 
 
 def test_the_study_with_attacks_resumes_after_a_kill(tmp_path):
     arguments = ("--seeds", 1, "--attack", "linf")
-    whole = script("adamp_imagenet", tmp_path / "whole", *arguments, "--figures", tmp_path / "figures")
+    whole = script("adamp_imagenet", tmp_path / "whole", *arguments, "--figures",
+                   tmp_path / "figures")
     row = whole["tables"]["main"][1]
     assert row["paper, attacked"] == 66.28 and 0 <= row["attacked"] <= row["top-1"] + 5
     assert len(list((tmp_path / "figures").iterdir())) == 2
-    part = subprocess.Popen([sys.executable, str(ROOT / "benchmarks" / "adamp_imagenet.py"), "--preset", "tiny", "--threads", "1",
-                             "--out", str(tmp_path / "part"), *map(str, arguments), "--checkpoint-seconds", "0"],
+    part = subprocess.Popen([sys.executable, str(ROOT / "benchmarks" / "adamp_imagenet.py"),
+                             "--preset", "tiny", "--threads", "1",
+                             "--out", str(tmp_path / "part"), *map(str, arguments),
+                             "--checkpoint-seconds", "0"],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list((tmp_path / "part").glob("adamp-seed0-*.pt")):
         assert part.poll() is None
     part.kill()
     part.communicate()
-    assert script("adamp_imagenet", tmp_path / "part", *arguments, "--resume")["results"] == whole["results"]
+    assert script("adamp_imagenet", tmp_path / "part", *arguments,
+                  "--resume")["results"] == whole["results"]
 
 
 def test_speed_script(tmp_path):
     results = script("speed_adamp", tmp_path)
-    assert {row["optimiser"] for row in results["tables"]["AdamP"]} >= {"AdamW fused", "AdamP", "AdamP foreach"}
+    assert {row["optimiser"] for row in results["tables"]["AdamP"]} >= {"AdamW fused", "AdamP",
+                                                                        "AdamP foreach"}
 
 # ---------------------------------------------------------------- GPU
 
@@ -588,7 +619,8 @@ def test_no_synchronisation_in_a_step(make):
 def test_gpu_equals_cpu_and_a_graph_equals_both():
     results = []
     for device, capture in (("cpu", False), ("cuda", False), ("cuda", True)):
-        params = [nn.Parameter(torch.randn(s, generator=rng(1), dtype=torch.float64).to(device)) for s in SHAPES]
+        params = [nn.Parameter(torch.randn(s, generator=rng(1), dtype=torch.float64).to(device))
+                  for s in SHAPES]
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer = AdamP(params, 0.01, capturable=capture)

@@ -1,4 +1,5 @@
-"""The corruptions against the published codes, their building blocks against scikit-image, OpenCV and ImageMagick."""
+"""The corruptions against the published codes, their building blocks against scikit-image, OpenCV
+and ImageMagick."""
 
 import subprocess
 import sys
@@ -38,10 +39,12 @@ def test_corruptions_equal_the_published_ones(name, variant):
         seed = int(data[f"seed_{name}"][severity - 1])
         out = C.corrupt(data["image"], name, severity, variant, rng=seed, textures=[texture])
         difference = np.abs(out.astype(int) - data[f"{name}_s{severity}"])
-        if name == "jpeg_compression":                        # depends on the libjpeg that Pillow was built with
+        # depends on the libjpeg that Pillow was built with
+        if name == "jpeg_compression":
             assert difference.mean() <= 1
             continue
-        assert difference.max() <= 1 and (difference > 0).sum() <= 2, severity    # almost all are bit-equal
+        # almost all are bit-equal
+        assert difference.max() <= 1 and (difference > 0).sum() <= 2, severity
 
 
 def test_impulse_masks_equal_the_published_ones():
@@ -49,7 +52,8 @@ def test_impulse_masks_equal_the_published_ones():
         data = golden(f"corruptions_{variant}")
         image, shape = data["image"], data["image"].shape
         for severity in range(1, 6):
-            flipped, salted = (np.unpackbits(data[f"impulse_{kind}_s{severity}"])[:image.size].reshape(shape).astype(bool)
+            flipped, salted = (np.unpackbits(
+                data[f"impulse_{kind}_s{severity}"])[:image.size].reshape(shape).astype(bool)
                                for kind in ("flipped", "salted"))
             rng = np.random.default_rng(int(data["seed_impulse_noise"][severity - 1]))
             out = C.corrupt(image, "impulse_noise", severity, variant, rng)
@@ -61,13 +65,16 @@ def test_gaussian_filter_equals_scipy():
     x = data["gauss_x"]
     close = {"atol": 1e-12, "rtol": 0}
     for sigma in ("0.4", "1", "2.5"):
-        np.testing.assert_allclose(C.gaussian_filter(x, float(sigma)), data[f"gauss_nearest_{sigma}"], **close)
+        np.testing.assert_allclose(C.gaussian_filter(x, float(sigma)),
+                                   data[f"gauss_nearest_{sigma}"], **close)
     for key, sigma in (("5", 5), ("aniso", (0.4, 1.3)), ("170.8", 170.8)):
         out = C.gaussian_filter(x, sigma, "reflect", 3)
         np.testing.assert_allclose(out, data[f"gauss_reflect_t3_{key}"], **close)
-    assert np.array_equal(C.gaussian_filter(x, 0), x) and C.gaussian_filter(x.astype(np.float32), 2).dtype == np.float32
+    assert np.array_equal(C.gaussian_filter(x, 0), x) and C.gaussian_filter(x.astype(np.float32),
+                                                                            2).dtype == np.float32
     channels = np.stack([x, 2 * x], -1)
-    np.testing.assert_allclose(C.gaussian_filter(channels, 2.5)[..., 1], 2 * data["gauss_nearest_2.5"], **close)
+    np.testing.assert_allclose(C.gaussian_filter(channels, 2.5)[..., 1],
+                               2 * data["gauss_nearest_2.5"], **close)
     with pytest.raises(ValueError, match="mode"):
         C.gaussian_filter(x, 1, "wrap")
 
@@ -75,7 +82,8 @@ def test_gaussian_filter_equals_scipy():
 def test_disk_plasma_and_zoom_equal_the_published_helpers():
     data = golden("corruption_helpers")
     for i in range(6):
-        np.testing.assert_allclose(C.disk(*data[f"disk_{i}_radius_alias"]), data[f"disk_{i}"], atol=1e-6)
+        np.testing.assert_allclose(C.disk(*data[f"disk_{i}_radius_alias"]), data[f"disk_{i}"],
+                                   atol=1e-6)
     for size in (8, 32, 64):
         seed, decay = data[f"plasma_{size}_seed_decay"]
         field = C.plasma(size, decay, np.random.RandomState(int(seed)))
@@ -98,7 +106,8 @@ def test_motion_blur_equals_imagemagick():
         assert np.array_equal(C.motion_blur(data["mb_x"], *parameters), data[f"mb_{i}_imagemagick"])
         out = C.motion_blur(data["mb_x"], *parameters, "bethge")
         np.testing.assert_allclose(out, data[f"mb_{i}_numpy_bethge"], atol=1e-4)
-    assert np.array_equal(C.motion_blur(data["mb_x"][..., 0], *parameters), data["mb_4_imagemagick"][..., 0])
+    assert np.array_equal(C.motion_blur(data["mb_x"][..., 0], *parameters),
+                          data["mb_4_imagemagick"][..., 0])
 
 
 def test_colour_and_geometry_equal_the_published_helpers():
@@ -114,7 +123,8 @@ def test_colour_and_geometry_equal_the_published_helpers():
     np.testing.assert_allclose(C.warp_affine(image, matrix), data["affine_warp_opencv4"], atol=1e-6)
     identity = np.array([[1.0, 0, 0], [0, 1, 0]])
     np.testing.assert_allclose(C.warp_affine(image, identity, quantize=False), image, atol=1e-7)
-    np.testing.assert_allclose(C.warp_affine(image, matrix, quantize=False), C.warp_affine(image, matrix), atol=0.02)
+    np.testing.assert_allclose(C.warp_affine(image, matrix, quantize=False),
+                               C.warp_affine(image, matrix), atol=0.02)
     for tie in ([1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1], [0.2, 0.2, 0.1]):
         np.testing.assert_allclose(C.hsv_to_rgb(C.rgb_to_hsv(np.array(tie))), tie, atol=1e-15)
 
@@ -126,7 +136,8 @@ def test_spatter_chain_equals_opencv():
     distance = C.distance_5x5(255 - edges)
     assert np.array_equal(distance, data["sp_dist"])
     assert np.array_equal(C.equalize(data["sp_blur_u8"]), data["sp_eq"])
-    assert (C.distance_5x5(np.ones((5, 6), np.uint8)) == 8191).all() and (C.canny(np.full((9, 9), 7, np.uint8)) == 0).all()
+    assert (C.distance_5x5(np.ones((5, 6), np.uint8))
+            == 8191).all() and (C.canny(np.full((9, 9), 7, np.uint8)) == 0).all()
     constant = np.full((4, 5), 90, np.uint8)
     assert np.array_equal(C.equalize(constant), constant)
 
@@ -151,13 +162,15 @@ def test_glass_blur_equals_the_loop():
     """The published line means to swap and, on arrays, copies; here literally."""
     image = picture(height=20, width=26)
     for reach, seed in ((1, 0), (2, 1), (4, 2)):
-        offsets = np.random.RandomState(seed).randint(-reach, reach, size=((20 - 2 * reach) * (26 - 2 * reach), 2))
+        offsets = np.random.RandomState(seed).randint(-reach, reach,
+                                                      size=((20 - 2 * reach) * (26 - 2 * reach), 2))
         expected, k = image.copy(), 0
         for h in range(20 - reach, reach, -1):
             for w in range(26 - reach, reach, -1):
                 dx, dy = offsets[k]
                 k += 1
-                a, b = expected[h, w], expected[h + dy, w + dx]   # views: what the tuple assignment sees
+                # views: what the tuple assignment sees
+                a, b = expected[h, w], expected[h + dy, w + dx]
                 expected[h, w], expected[h + dy, w + dx] = b, a
         sources = recipes._glass_sources(np.stack([offsets, offsets]), 20, 26, reach)
         both = np.stack([image, image]).reshape(-1, 3)[sources].reshape(2, 20, 26, 3)
@@ -177,10 +190,12 @@ def test_batches_equal_single_images_in_any_order(name):
     images = np.stack([picture(k, 32, 32) for k in range(5)])
     before = images.copy()
     batch = C.corrupt_batch(images, name, 2, seed=3)
-    single = [C.corrupt(x, name, 2, "cifar", C.image_seed(3, name, 2, i)) for i, x in enumerate(images)]
+    single = [C.corrupt(x, name, 2, "cifar", C.image_seed(3, name, 2, i))
+              for i, x in enumerate(images)]
     assert np.array_equal(batch, np.stack(single)) and np.array_equal(images, before)
     order = [3, 1, 4]
-    assert np.array_equal(C.corrupt_batch(images[order], name, 2, seed=3, indices=order), batch[order])
+    assert np.array_equal(C.corrupt_batch(images[order], name, 2, seed=3, indices=order),
+                          batch[order])
     part = C.corrupt_batch(images[:, ::-1].transpose(0, 2, 1, 3)[:2], name, 2)     # not contiguous
     assert part.shape == (2, 32, 32, 3) and part.dtype == np.uint8
 
@@ -190,20 +205,24 @@ def test_any_size_grey_and_constant_images(variant):
     grey = picture(1, 40, 57)[..., 0]
     for name in C.CORRUPTIONS:
         small = picture(2, 8, 13) if variant != "bethge" else picture(2, 32, 33)
-        for image in (picture(0, 40, 57), np.full((33, 32, 3), 255, np.uint8), np.zeros((32, 35, 3), np.uint8), small):
+        for image in (picture(0, 40, 57), np.full((33, 32, 3), 255, np.uint8),
+                      np.zeros((32, 35, 3), np.uint8), small):
             for severity in (1, 5):
                 out = C.corrupt(image, name, severity, variant, rng=1)
                 assert out.shape == image.shape and out.dtype == np.uint8
         flat = C.corrupt(grey, name, 3, variant, rng=1)
         assert flat.shape == grey.shape and np.array_equal(C.corrupt(grey[..., None], name, 3, variant, rng=1)[..., 0], flat)
     rgb = C.corrupt(np.repeat(grey[..., None], 3, 2), "fog", 3, variant, rng=1).astype(float)
-    assert np.array_equal(C.corrupt(grey, "fog", 3, variant, rng=1), np.rint(rgb @ [0.299, 0.587, 0.114]))
+    assert np.array_equal(C.corrupt(grey, "fog", 3, variant, rng=1),
+                          np.rint(rgb @ [0.299, 0.587, 0.114]))
 
 
 def test_damage_grows_with_severity():
     images = np.stack([picture(k, 32, 32) for k in range(6)])
-    for name in ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "fog", "contrast", "brightness"):
-        damage = [np.abs(C.corrupt_batch(images, name, s).astype(int) - images).mean() for s in range(1, 6)]
+    for name in ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "fog",
+                 "contrast", "brightness"):
+        damage = [np.abs(C.corrupt_batch(images, name, s).astype(int) - images).mean()
+                  for s in range(1, 6)]
         assert damage == sorted(damage), name
 
 
@@ -232,11 +251,14 @@ def test_frost_textures(tmp_path):
     for k in range(1, 7):
         Image.fromarray(two if k == 1 else one).save(tmp_path / f"frost{k}.png")
     assert len(recipes.check_textures(tmp_path)) == 5              # the sixth is never used
-    assert any(np.array_equal(C.corrupt(image, "frost", 1, rng=s, textures=tmp_path), bright) for s in range(20))
+    assert any(np.array_equal(C.corrupt(image, "frost", 1, rng=s, textures=tmp_path), bright)
+               for s in range(20))
     small = [np.full((20, 24, 3), 9, np.uint8)]               # enlarged to cover the image
-    assert (C.corrupt(np.zeros((64, 64, 3), np.uint8), "frost", 3, "bethge", 0, textures=small) == 6).all()
+    assert (C.corrupt(np.zeros((64, 64, 3), np.uint8), "frost", 3, "bethge", 0, textures=small)
+            == 6).all()
     textures = filters.procedural_frost()
-    assert len(textures) == 5 and all(0.2 < t.mean() / 255 < 0.6 and t.shape == (512, 512, 3) for t in textures)
+    assert len(textures) == 5 and all(0.2 < t.mean() / 255 < 0.6 and t.shape == (512, 512, 3)
+                                      for t in textures)
     (tmp_path / "empty").mkdir()
     for bad in ([], [np.zeros((4, 4))], tmp_path / "empty"):
         with pytest.raises(ValueError, match="texture"):
@@ -263,11 +285,13 @@ def test_errors():
 # ---------------------------------------------------------------- data sets
 
 def test_cifar_c_files_and_resume(tmp_path, monkeypatch):
-    images = np.stack([picture(k, 32, 32) for k in range(3)] * 200)[:503]          # two blocks per severity
+    # two blocks per severity
+    images = np.stack([picture(k, 32, 32) for k in range(3)] * 200)[:503]
     labels, names = np.arange(503) % 10, ["contrast", "impulse_noise"]
     whole = tmp_path / "whole"
     calls = []
-    C.make_cifar_c(images, whole, labels, names=names, seed=1, progress=lambda d, t: calls.append((d, t)))
+    C.make_cifar_c(images, whole, labels, names=names, seed=1,
+                   progress=lambda d, t: calls.append((d, t)))
     assert calls == [(k, 20) for k in range(1, 21)]
     for name in names:
         x, y = C.load_cifar_c(whole, name)
@@ -304,7 +328,8 @@ def test_cifar_c_files_and_resume(tmp_path, monkeypatch):
 def test_cifar_c_workers_and_errors(tmp_path):
     images = np.stack([picture(k, 32, 32) for k in range(2)])
     C.make_cifar_c(images, tmp_path, names=["fog"], workers=2)
-    np.save(tmp_path / "labels.npy", np.arange(10) % 2)       # the published files repeat the labels
+    # the published files repeat the labels
+    np.save(tmp_path / "labels.npy", np.arange(10) % 2)
     x, y = C.load_cifar_c(tmp_path, "fog", 4)
     assert np.array_equal(x, C.corrupt_batch(images, "fog", 4)) and y.tolist() == [0, 1]
     for bad in ({"labels": [1]}, {"names": ["fogg"]}, {"images": images / 255}):
@@ -352,7 +377,8 @@ def test_imagenet_c_folder_command_line_and_resume(tmp_path):
     for folder, name, size in (("n01", "a.JPEG", (60, 40)), ("n01", "b.png", (30, 50)), ("n02", "a.jpg", (45, 45))):
         (src / folder).mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(len(name), *size[::-1])).save(src / folder / name)
-    arguments = (src, dst, "--names", "contrast", "fog", "--severity", 2, 5, "--size", 32, "--workers", 1)
+    arguments = (src, dst, "--names", "contrast", "fog", "--severity", 2, 5, "--size", 32,
+                 "--workers", 1)
     first = run(*arguments)
     assert first.returncode == 0 and "3/3" in first.stderr, first.stderr
     written = sorted(p.relative_to(dst).as_posix() for p in dst.rglob("*.JPEG"))
@@ -381,6 +407,8 @@ def test_command_line_arrays_sheet_and_mistakes(tmp_path):
     assert "invalid choice" in run(tmp_path / "x.npy", tmp_path / "c", "--names", "fogg").stderr
     assert "DST is missing" in run(tmp_path / "x.npy").stderr
     Image.fromarray(picture()).save(tmp_path / "p.png")
-    C.contact_sheet(picture(), tmp_path / "sheet.png", names=("fog", "snow"), severities=(1, 5), groups=2)
+    C.contact_sheet(picture(), tmp_path / "sheet.png", names=("fog", "snow"), severities=(1, 5),
+                    groups=2)
     assert Image.open(tmp_path / "sheet.png").size == (2 * (130 + 2 * 52), 52)
-    assert run(tmp_path / "p.png", "--sheet", tmp_path / "s.png", "--names", "fog", "--size", 48).returncode == 0
+    assert run(tmp_path / "p.png", "--sheet", tmp_path / "s.png", "--names", "fog", "--size",
+               48).returncode == 0

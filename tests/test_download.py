@@ -79,7 +79,8 @@ def server():
     server.script, server.requests, server.released = [], [], threading.Event()
     server.content, server.tag = CONTENT, '"v1"'
     server.url = f"http://127.0.0.1:{server.server_port}/files/set.bin?x=1"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01},
+                     daemon=True).start()
     yield server
     server.released.set()
     server.shutdown()
@@ -98,7 +99,8 @@ def test_plain_download(server, tmp_path):
     fetch(server, path)
     assert len(server.requests) == 1  # it is there already
     path.write_bytes(b"mine")
-    with pytest.raises(tool.DownloadError, match="there already, but it has 4 bytes instead of 3000000; remove"):
+    with pytest.raises(tool.DownloadError,
+                       match="there already, but it has 4 bytes instead of 3000000; remove"):
         fetch(server, path)
     assert path.read_bytes() == b"mine"
     assert fetch(server, tmp_path / "new" / "name").exists()
@@ -225,12 +227,14 @@ def test_command_line(server, tmp_path):
     server.content = inner.getvalue()
     digest = hashlib.sha256(server.content).hexdigest()
     command = [sys.executable, "-m", "data_tools.download", server.url, str(tmp_path / "x.zip")]
-    options = ["--sha256", digest, "--size", str(len(server.content)), "--unpack", str(tmp_path / "out")]
+    options = ["--sha256", digest, "--size", str(len(server.content)), "--unpack",
+               str(tmp_path / "out")]
     done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 files in" in done.stdout and "100%" in done.stderr, done.stderr
     assert (tmp_path / "out/a/b.txt").read_text() == "hello"
     failed = subprocess.run(command + ["--size", "3"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    assert failed.returncode == 1 and failed.stderr.startswith(
+        "error: ") and failed.stderr.count("\n") == 1
 
 
 def test_continues_after_a_kill(server, tmp_path):
@@ -276,11 +280,13 @@ def make_zip(path, *members):
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz", "zip"])
 def test_unpack(tmp_path, mode):
     files = [("set/a.txt", b"one"), ("./set/sub/b.txt", b"two"), ("empty", b"")]
-    make = make_zip(tmp_path / "x", *files) if mode == "zip" else make_tar(tmp_path / "x", *files, mode=mode)
+    make = make_zip(tmp_path / "x", *files) if mode == "zip" else make_tar(tmp_path / "x", *files,
+                                                                           mode=mode)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/kept").write_text("kept")
     assert tool.unpack(make, tmp_path / "out") == 3
-    found = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    found = sorted(p.relative_to(tmp_path / "out").as_posix()
+                   for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert found == ["empty", "kept", "set/a.txt", "set/sub/b.txt"]
     assert (tmp_path / "out/set/sub/b.txt").read_bytes() == b"two"
 
@@ -330,7 +336,8 @@ def test_bombs(tmp_path, make):
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz", "zip"])
 def test_damaged_archives(tmp_path, mode):
     members = ("name", CONTENT), ("last", b"1")
-    archive = make_zip(tmp_path / "x", *members) if mode == "zip" else make_tar(tmp_path / "x", *members, mode=mode)
+    archive = make_zip(tmp_path / "x", *members) if mode == "zip" else make_tar(tmp_path / "x",
+                                                                                *members, mode=mode)
     whole = archive.read_bytes()
     middle = len(whole) // 2
     for damaged in (whole[:middle], whole[:middle] + bytes(40) + whole[middle + 40 :]):

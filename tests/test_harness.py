@@ -62,7 +62,8 @@ def toy(tmp_path):
 
     def start(*arguments, launch=(sys.executable,), **options):
         command = [*launch, str(tmp_path / "toy.py"), *map(str, arguments)]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True,
+                                stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, **options)
 
     def finish(*arguments, **options):
@@ -102,7 +103,8 @@ def test_a_run_leaves_log_results_and_a_table(toy, tmp_path):
 def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, kill):
     assert toy("--out", "whole")[0] == 0
     process = toy.start("--out", "part", "--pause", "0.02", "--checkpoint-seconds", "0")
-    wait_for(lambda: len(lines(tmp_path / "part" / "toy-1.jsonl")) > 7)          # in the second seed
+    # in the second seed
+    wait_for(lambda: len(lines(tmp_path / "part" / "toy-1.jsonl")) > 7)
     process.send_signal(kill)
     out, err = process.communicate(timeout=60)
     assert process.returncode == (-9 if kill == signal.SIGKILL else 130)
@@ -112,7 +114,8 @@ def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, kill):
     assert code == 0 and "going on after step" in out, err
     for name in ("toy-0.jsonl", "toy-1.jsonl"):
         assert lines(tmp_path / "part" / name) == lines(tmp_path / "whole" / name)
-    read = lambda folder: json.loads((tmp_path / folder / "toy.json").read_text())["results"]     # noqa: E731
+    # noqa: E731
+    read = lambda folder: json.loads((tmp_path / folder / "toy.json").read_text())["results"]
     assert read("part") == read("whole")
 
 
@@ -121,17 +124,21 @@ def test_only_the_two_newest_snapshots_are_kept(toy, tmp_path):
     wait_for(lambda: len(lines(tmp_path / "a" / "toy-0.jsonl")) > 10)
     process.kill()
     process.communicate()
-    assert 1 <= len(list((tmp_path / "a").glob("toy-0-*.rank0.pt"))) <= 3        # 3 when killed between save and removal
+    # 3 when killed between save and removal
+    assert 1 <= len(list((tmp_path / "a").glob("toy-0-*.rank0.pt"))) <= 3
 
 
 def test_two_processes_agree_and_resume(toy, tmp_path):
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+              "--rdzv_backend=c10d",
               "--rdzv_endpoint=localhost:0")
     code, out, err = toy("--out", "whole", launch=launch)
     assert code == 0, err
-    process = toy.start("--out", "part", "--pause", "0.02", "--checkpoint-seconds", "0", launch=launch)
+    process = toy.start("--out", "part", "--pause", "0.02", "--checkpoint-seconds", "0",
+                        launch=launch)
     wait_for(lambda: len(lines(tmp_path / "part" / "toy-0.jsonl")) > 7)
-    process.send_signal(signal.SIGTERM)                       # torchrun passes it on; both save after the same step
+    # torchrun passes it on; both save after the same step
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "everything is saved" in out
     code, out, err = toy("--out", "part", "--pause", "0.02", "--resume", launch=launch)
@@ -169,7 +176,8 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
         start("--out", "a", "--resume", "--seed", "3")
     assert "--seed was 0, now 3" in capsys.readouterr().err
     run = start("--out", "a", "--resume")
-    assert run.recorded("part") == {"x": 1} and run.recorded("other") is None and run.resumed("other") is None
+    assert run.recorded(
+        "part") == {"x": 1} and run.recorded("other") is None and run.resumed("other") is None
     with pytest.raises(ValueError, match="name must be"):
         run.record("a/b", {})
 
@@ -186,7 +194,8 @@ def test_a_fresh_run_keeps_an_unfinished_one(toy, tmp_path):
 
 def test_a_full_disk_ends_with_a_clear_line_and_whole_files(toy, tmp_path):
     import resource
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))      # noqa: E731  smaller than a snapshot
+    # noqa: E731  smaller than a snapshot
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
     code, out, err = toy("--out", "a", "--checkpoint-seconds", "0", preexec_fn=limit)
     assert code == 1 and "writing failed after step 1" in err and "--resume" in err and "Traceback" not in err
     assert not list((tmp_path / "a").glob("*.pt")) and not list((tmp_path / "a").glob(".*tmp"))
@@ -200,13 +209,16 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
         raise OSError("disk full")
     with pytest.raises(OSError):
         harness.write_atomically(path, fail)
-    assert json.loads(path.read_text()) == {"a": 1.5, "b": [1, 2], "c": None} and len(list(tmp_path.iterdir())) == 1
+    assert json.loads(path.read_text()) == {"a": 1.5, "b": [1, 2],
+                                            "c": None} and len(list(tmp_path.iterdir())) == 1
 
 
 def test_format_table_and_readme_block(tmp_path, monkeypatch):
     assert harness.format_table([{"a": 1.23456, "b": None}, {"a": "x", "c": True}]).splitlines() == [
-        "| a     | b | c    |", "|-------|---|------|", "| 1.235 | - | -    |", "| x     | - | True |"]
-    run = {"claims": [{"claim": "c", "holds": None}], "tables": {"main": [{"m": 1}]}, "command": "python benchmarks/x.py",
+        "| a     | b | c    |", "|-------|---|------|", "| 1.235 | - | -    |",
+        "| x     | - | True |"]
+    run = {"claims": [{"claim": "c", "holds": None}], "tables": {"main": [{"m": 1}]},
+           "command": "python benchmarks/x.py",
            "hardware": {"gpu": None, "cores": 2}, "versions": {"torch": "2"}, "wall_seconds": 60}
     (tmp_path / "x.json").write_text(json.dumps(run))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
@@ -223,7 +235,8 @@ def test_pictures_are_written(tmp_path):
     assert boxed.shape == (64, 80, 3) and tuple(boxed[12, 20]) == (0x1F, 0x6F, 0xB4)
     heat = figures.overlay(picture, torch.arange(12.0).view(3, 4))
     assert heat.shape == (16, 20, 3) and heat.dtype == np.uint8
-    figures.image_grid(tmp_path / "grid.png", [boxed, heat, np.zeros((5, 5), bool)], titles=["a", "b" * 90, "c"], columns=2)
+    figures.image_grid(tmp_path / "grid.png", [boxed, heat, np.zeros((5, 5), bool)],
+                       titles=["a", "b" * 90, "c"], columns=2)
     x = np.linspace(0.1, 10, 50)
     figures.line_chart(tmp_path / "line.png", {"a": (x, 1 / x), "b": (x, x, 0.1 * x), "gap": (x, np.where(x > 5, np.nan, x))},
                        logx=True, logy=True, title="t", xlabel="x", ylabel="y", markers=True)

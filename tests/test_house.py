@@ -33,14 +33,18 @@ def test_a_method_imports_only_torch_numpy_pillow_and_the_standard_library(path)
     assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL"}
 
 
-def run_all(commands: list[list[str]], folders: list[Path], path: str | None) -> list[subprocess.CompletedProcess]:
-    """Run Python with each argument list in its folder, one single-threaded process per core at a time."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+def run_all(commands: list[list[str]], folders: list[Path],
+            path: str | None) -> list[subprocess.CompletedProcess]:
+    """Run Python with each argument list in its folder, one single-threaded process per core at a
+    time."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     if path is not None:
         environment["PYTHONPATH"] = path
 
     def run(command, folder):
-        return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True,
+        return subprocess.run([sys.executable, *command], cwd=folder, env=environment,
+                              capture_output=True, text=True,
                               timeout=180)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -49,7 +53,8 @@ def run_all(commands: list[list[str]], folders: list[Path], path: str | None) ->
 
 def selected(request, argument: str) -> list:
     """What the tests that are about to run and use this fixture have as `argument`."""
-    return [item.callspec.params[argument] for item in request.session.items if request.fixturename in item.fixturenames]
+    return [item.callspec.params[argument] for item in request.session.items
+            if request.fixturename in item.fixturenames]
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +75,19 @@ def test_a_method_copied_alone_runs_its_demonstration(path, demonstrations):
 
 def test_data_tools_import_no_method_and_only_allowed_packages():
     for path in sorted((ROOT / "data_tools").glob("*.py")):
-        assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL", "data_tools"}, path
+        assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL",
+                                                                 "data_tools"}, path
 
 
 def test_the_top_level_holds_only_what_belongs_there():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode or not listed.stdout:                # not a checkout: an unpacked archive
-        names = {path.name for path in ROOT.iterdir() if not path.name.endswith(".egg-info")} - {"runs", "data", "build"}
+        names = {path.name for path in ROOT.iterdir()
+                 if not path.name.endswith(".egg-info")} - {"runs", "data", "build"}
     else:
         names = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    assert {n for n in names if not n.startswith(".")} <= {"setup.py", "README.md", "LICENSE", *FOLDERS}
+    assert {n for n in names if not n.startswith(".")} <= {"setup.py", "README.md", "LICENSE",
+                                                           *FOLDERS}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -88,11 +96,14 @@ def test_no_global_seeding_no_unsafe_load_no_leftovers(path):
         if not isinstance(node, ast.Call):
             continue
         call = ast.unparse(node.func)
-        assert call not in {"torch.manual_seed", "torch.random.manual_seed", "torch.cuda.manual_seed",
-                            "torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed", "random.seed",
+        assert call not in {"torch.manual_seed", "torch.random.manual_seed",
+                            "torch.cuda.manual_seed",
+                            "torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed",
+                            "random.seed",
                             "torch.seed"}, f"line {node.lineno}: {call}"
         if call == "torch.load":
-            safe = [k for k in node.keywords if k.arg == "weights_only" and getattr(k.value, "value", False) is True]
+            safe = [k for k in node.keywords if k.arg == "weights_only"
+                    and getattr(k.value, "value", False) is True]
             assert safe, f"line {node.lineno}: torch.load without weights_only=True"
     leftovers = "|".join(("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error"))
     assert not re.search(rf"\b({leftovers})\b", path.read_text(encoding="utf-8"))
@@ -110,7 +121,8 @@ def snippets(request, tmp_path_factory):
     return dict(zip(blocks, run_all([["-c", block] for block in blocks], folders, str(ROOT))))
 
 
-@pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.strip().splitlines()[0][:60])
+@pytest.mark.parametrize("block", python_blocks(),
+                         ids=lambda block: block.strip().splitlines()[0][:60])
 def test_snippets_of_the_readme_run(block, snippets):
     assert snippets[block].returncode == 0, snippets[block].stderr[-2000:]
 
@@ -123,5 +135,6 @@ def test_tables_of_the_readme_are_those_of_the_recorded_runs():
 
 def test_pictures_named_in_the_readme_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [link for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme) if not (ROOT / link).exists()]
+    missing = [link for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme)
+               if not (ROOT / link).exists()]
     assert not missing

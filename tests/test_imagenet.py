@@ -1,4 +1,5 @@
-"""Folders, robustness sets, CIFAR pickles, transforms, the loader and packs, on trees written here."""
+"""Folders, robustness sets, CIFAR pickles, transforms, the loader and packs, on trees written
+here."""
 
 import io
 import json
@@ -78,7 +79,8 @@ def test_index_cache_follows_changed_folders(tree, monkeypatch):
     assert (root / ".image_index.json").exists()
     scanned = []
     original = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(Path(path).name) or original(path))
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(Path(path).name)
+                        or original(path))
     data.ImageFolder(root)
     assert scanned == ["train"]  # the class folders are not listed again
     photo(99).save(root / "n02" / "a_new.JPEG")
@@ -143,7 +145,8 @@ def test_exif_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     image.save(tmp_path / "c" / "x.jpg", quality=95, exif=exif)
     steps = {
-        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+        5: lambda a: a.swapaxes(0, 1),
         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90,
     }
     stored = np.asarray(Image.open(tmp_path / "c" / "x.jpg"))
@@ -345,7 +348,8 @@ def test_array_images(tmp_path):
 
 def test_crop_boxes_follow_the_stated_distribution():
     generator = torch.Generator().manual_seed(0)
-    boxes = torch.tensor([loading.random_resized_crop_box((640, 480), generator) for _ in range(4000)]).double()
+    boxes = torch.tensor([loading.random_resized_crop_box((640, 480), generator)
+                          for _ in range(4000)]).double()
     left, top, width, height = boxes.unbind(1)
     assert (left >= 0).all() and (top >= 0).all()
     assert (left + width <= 640).all() and (top + height <= 480).all()
@@ -369,7 +373,8 @@ def test_crop_box_falls_back_to_the_centre():
 def test_crop_resize_agrees_with_pillow(interpolation, size):
     image, box = photo(3, 90, 70), (11, 7, 60, 55)
     rows, columns = (size, size) if isinstance(size, int) else size
-    method = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    method = {"bicubic": Image.Resampling.BICUBIC,
+              "bilinear": Image.Resampling.BILINEAR}[interpolation]
     expected = np.asarray(image.crop((11, 7, 71, 62)).resize((columns, rows), method), int)
     for source in (image, np.asarray(image)):
         out = loading.crop_resize(source, box, size, interpolation=interpolation)
@@ -410,7 +415,8 @@ def test_encoded_jpeg_decodes_as_pillow_does(tmp_path):
         assert top.size == (203, min(101, row + 4))
         assert np.array_equal(np.asarray(top.decode())[:row], whole[:row])
     box = (150, 3, 50, 40)
-    assert torch.equal(loading.crop_resize(encoded, box, 20), loading.crop_resize(Image.fromarray(whole), box, 20))
+    assert torch.equal(loading.crop_resize(encoded, box, 20),
+                       loading.crop_resize(Image.fromarray(whole), box, 20))
     for damaged in (encoded.data[:500], b"", b"x" * 500):
         with pytest.raises(data.BadImage):
             loading.decode(loading.EncodedJpeg(damaged, (203, 101)))
@@ -427,7 +433,8 @@ def test_train_transform_returns_its_crop(tmp_path):
     assert height * width == pytest.approx(0.3, abs=0.01)
     same, _ = transform(image, torch.Generator().manual_seed(1))
     assert torch.equal(out, same)
-    flip = data.TrainTransform(50, scale=(0.3, 0.3), flip=1.0)(image, torch.Generator().manual_seed(1))
+    flip = data.TrainTransform(50, scale=(0.3, 0.3), flip=1.0)(image,
+                                                               torch.Generator().manual_seed(1))
     assert torch.equal(flip.flip(2), out)
 
 
@@ -487,7 +494,8 @@ def test_normalize():
 
 def equal(first, second):
     return len(first) == len(second) and all(
-        len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b)) for a, b in zip(first, second)
+        len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+        for a, b in zip(first, second)
     )
 
 
@@ -540,14 +548,16 @@ def test_shares_of_the_ranks(tree):
     )
     seen = [torch.cat([labels for _, labels in make(rank)]).tolist() for rank in range(5)]
     assert sorted(sum(seen, [])) == list(range(12)) and seen[0] == [0, 5, 10]
-    seen = [torch.cat([labels for _, labels in make(rank, shuffle=True)]).tolist() for rank in range(5)]
+    seen = [torch.cat([labels for _, labels in make(rank, shuffle=True)]).tolist()
+            for rank in range(5)]
     assert {len(share) for share in seen} == {3} and set(sum(seen, [])) == set(range(12))
     loaders = [make(rank, shuffle=True, drop_last=True) for rank in range(5)]
     seen = [torch.cat([labels for _, labels in loader]).tolist() for loader in loaders]
     assert {len(loader) for loader in loaders} == {1} and len(set(sum(seen, []))) == 10
     one = data.Loader(dataset, 10, shuffle=True, drop_last=True, transform=data.TrainTransform(8))
     two = [
-        next(iter(data.Loader(dataset, 5, rank=r, world_size=2, shuffle=True, drop_last=True, transform=data.TrainTransform(8))))
+        next(iter(data.Loader(dataset, 5, rank=r, world_size=2, shuffle=True, drop_last=True,
+                              transform=data.TrainTransform(8))))
         for r in range(2)
     ]
     images, labels = next(iter(one))
@@ -565,7 +575,8 @@ def test_sampler_repeats_are_augmented_differently(tree):
         def __iter__(self):
             return iter([self.epoch] * 3 + [7] * 3)
 
-    loader = data.Loader(data.imagenet(tree), 3, sampler=Thrice(), transform=data.TrainTransform(12))
+    loader = data.Loader(data.imagenet(tree), 3, sampler=Thrice(),
+                         transform=data.TrainTransform(12))
     loader.set_epoch(2)
     (first, labels), (second, _) = loader
     assert labels.tolist() == [0, 0, 0]
@@ -602,14 +613,18 @@ def test_normalised_batches_and_bad_arguments(tree):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_a_gpu(tree):
-    options = dict(transform=data.EvalTransform(8), normalize=(data.IMAGENET_MEAN, data.IMAGENET_STD), workers=1)
+    options = dict(transform=data.EvalTransform(8),
+                   normalize=(data.IMAGENET_MEAN, data.IMAGENET_STD), workers=1)
     dataset = data.imagenet(tree)
-    for (a, b), (c, d) in zip(data.Loader(dataset, 4, device="cuda", **options), data.Loader(dataset, 4, **options)):
-        assert a.is_cuda and b.is_cuda and torch.allclose(a.cpu(), c, atol=1e-6) and torch.equal(b.cpu(), d)
+    for (a, b), (c, d) in zip(data.Loader(dataset, 4, device="cuda", **options),
+                              data.Loader(dataset, 4, **options)):
+        assert a.is_cuda and b.is_cuda and torch.allclose(a.cpu(), c,
+                                                          atol=1e-6) and torch.equal(b.cpu(), d)
 
 
 def test_sample_seeds_do_not_collide():
-    seeds = {loading.sample_seed(s, e, i, 0) for s in range(3) for e in range(10) for i in range(500)}
+    seeds = {loading.sample_seed(s, e, i, 0) for s in range(3) for e in range(10)
+             for i in range(500)}
     assert len(seeds) > 15000 - 3  # 32 bits: 0.03 collisions are expected among 15,000
     assert loading.sample_seed(0, 1) != loading.sample_seed(1, 0)
 
@@ -626,7 +641,8 @@ def test_pack_holds_the_files_and_the_same_order(tree, tmp_path):
     for index in range(12):  # small upright JPEGs are copied as they are
         assert packed.record(index).tobytes() == (folder.root / folder.name(index)).read_bytes()
     options = dict(transform=data.TrainTransform(16), shuffle=True)
-    assert equal(list(data.Loader(folder, 5, **options)), list(data.Loader(packed, 5, workers=1, **options)))
+    assert equal(list(data.Loader(folder, 5, **options)),
+                 list(data.Loader(packed, 5, workers=1, **options)))
     subset = data.imagenet(tmp_path / "pack", "val", classes=["n03", "n01"])
     assert subset.labels.tolist() == [0] * 4 + [1] * 4 and subset.name(4) == "n03/n03_0.JPEG"
     assert len(pickle.dumps(packed)) < 20000
@@ -638,7 +654,8 @@ def test_raw_pack(tree, tmp_path):
     for index in range(12):
         pixels = packed.open(index)
         assert min(pixels.shape[:2]) == 32 and pixels.dtype == np.uint8
-        expected = folder[index][0].resize(pixels.shape[1::-1], Image.Resampling.BICUBIC, reducing_gap=3.0)
+        expected = folder[index][0].resize(pixels.shape[1::-1], Image.Resampling.BICUBIC,
+                                           reducing_gap=3.0)
         assert np.array_equal(pixels, np.asarray(expected)) and packed[index][0].mode == "RGB"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a read-only map must not make torch warn
@@ -716,7 +733,8 @@ def test_bad_images_do_not_get_into_a_pack(tree, tmp_path):
     assert "--on-bad-image skip" in failed.stderr and failed.stderr.count("\n") == 1
     checked = run("check", tree)
     assert checked.returncode == 1 and "n02_1.JPEG" in checked.stderr
-    header = packs.pack(tree, tmp_path / "other", workers=2, on_bad_image="skip", images_per_shard=3)
+    header = packs.pack(tree, tmp_path / "other", workers=2, on_bad_image="skip",
+                        images_per_shard=3)
     assert header["splits"]["train"]["images"] == 11 == len(data.imagenet(tmp_path / "other"))
     with pytest.raises(ValueError, match="other files or options"):
         packs.pack(tree, tmp_path / "other", workers=1, short_side=20)
@@ -745,7 +763,8 @@ def test_pack_goes_on_after_a_kill(tmp_path):
     for path in (tmp_path / "whole").iterdir():
         if path.suffix == ".bin":
             assert path.read_bytes() == (dst / path.name).read_bytes()
-    assert packs.verify(dst) == [] and sorted(p.suffix for p in dst.iterdir()).count(".partial") == 0
+    assert packs.verify(dst) == [] and sorted(p.suffix
+                                              for p in dst.iterdir()).count(".partial") == 0
 
 
 def test_full_disk_keeps_finished_shards(tree, tmp_path):
@@ -755,12 +774,14 @@ def test_full_disk_keeps_finished_shards(tree, tmp_path):
     packs_dst = tmp_path / "pack"
     command = ("pack", tree, packs_dst, "--workers", 1, "--images-per-shard", 4)
     sizes = [
-        sum((tree / "train" / c / f"{c}_{i}.JPEG").stat().st_size for i in range(4)) for c in ("n01", "n02", "n03")
+        sum((tree / "train" / c / f"{c}_{i}.JPEG").stat().st_size for i in range(4))
+        for c in ("n01", "n02", "n03")
     ]
     assert max(sizes) < 9000
     photo(1, 800, 800).save(tree / "train/n03/n03_3.JPEG", quality=100, subsampling=0)
     failed = run(*command, "--short-side", 800, preexec_fn=small_disk)
-    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "free space" in failed.stderr
+    assert failed.returncode == 1 and failed.stderr.count(
+        "\n") == 1 and "free space" in failed.stderr
     assert {p.name for p in packs_dst.glob("*.bin*")} == {"train-00000.bin", "train-00001.bin"}
     assert run(*command, "--short-side", 800).returncode == 0 and packs.verify(packs_dst) == []
 
@@ -773,7 +794,8 @@ def test_output_that_cannot_be_written(tree, tmp_path):
 
 
 def test_pack_arguments(tree, tmp_path):
-    for wrong in (dict(short_side=0), dict(quality=101), dict(images_per_shard=0), dict(on_bad_image="x")):
+    for wrong in (dict(short_side=0), dict(quality=101), dict(images_per_shard=0),
+                  dict(on_bad_image="x")):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             packs.pack(tree, tmp_path / "pack", **wrong)
     with pytest.raises(ValueError, match="holds the splits train, val, not 'test'"):

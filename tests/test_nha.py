@@ -21,7 +21,8 @@ def load(name):
 
 
 def close(a, b, tolerance):
-    a, b = (v.detach().double() if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=F64) for v in (a, b))
+    a, b = (v.detach().double() if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=F64)
+            for v in (a, b))
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -33,7 +34,8 @@ def parameters_from(module, generator, scale=1.0):
     """Random parameters from an explicit generator."""
     with torch.no_grad():
         for p in module.parameters():
-            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[-1] ** 0.5)
+            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                    / p.shape[-1] ** 0.5)
     return module
 
 
@@ -55,7 +57,8 @@ A = torch.tensor([[-0.1, 2], [-2, -0.1]], dtype=F64)
 SYSTEMS = {
     "linear": lambda t, y: y @ A.T,
     "vdp1": oscillator(1.0),
-    "lorenz": lambda t, y: torch.stack([10 * (y[:, 1] - y[:, 0]), y[:, 0] * (28 - y[:, 2]) - y[:, 1],
+    "lorenz": lambda t, y: torch.stack([10 * (y[:, 1] - y[:, 0]),
+                                        y[:, 0] * (28 - y[:, 2]) - y[:, 1],
                                         y[:, 0] * y[:, 1] - 8 / 3 * y[:, 2]], 1),
     "nonautonomous": lambda t, y: torch.cos(t)[:, None] * y - 0.5 * torch.sin(3 * t)[:, None],
     "vdp20": oscillator(20.0),
@@ -118,9 +121,11 @@ def test_accepted_steps(name):
     z, f = load(f"ode_{name}"), SYSTEMS[name]
     start = torch.zeros(len(z["y0"]), dtype=F64)
     tab = nha._tableau("dopri5", F64, torch.device("cpu"))
-    steps = nha._march(f, z["y0"], f(start, z["y0"]), start, start + z["t"][-1], tab, rtol=float(z["rtol"]),
+    steps = nha._march(f, z["y0"], f(start, z["y0"]), start, start + z["t"][-1], tab,
+                       rtol=float(z["rtol"]),
                        atol=float(z["atol"]))
-    found = torch.cat([torch.stack([steps.offset, steps.h], 1)[steps.sample == i] for i in range(len(start))])
+    found = torch.cat([torch.stack([steps.offset, steps.h], 1)[steps.sample == i]
+                       for i in range(len(start))])
     expected = z["per_sample_steps"]
     first = 10 if name == "lorenz" else len(expected)          # chaos separates later steps
     close(found[:first], expected[:first], 1e-6)
@@ -129,7 +134,8 @@ def test_accepted_steps(name):
 def test_shared_and_per_sample_agree_on_one_sample_and_float32_keeps_its_dtype():
     y0 = torch.tensor([[2.0, 0.0]])
     t = torch.linspace(0, 5, 6)
-    own, shared = (nha.odeint(oscillator(1.0), y0, t, per_sample=p, rtol=1e-4, atol=1e-5) for p in (True, False))
+    own, shared = (nha.odeint(oscillator(1.0), y0, t, per_sample=p, rtol=1e-4, atol=1e-5)
+                   for p in (True, False))
     assert own.ys.dtype == torch.float32 and torch.equal(own.ys, shared.ys)
 
 
@@ -139,14 +145,16 @@ def test_reversed_time():
         forward = nha.odeint(f, z["y0"], z["t"], rtol=1e-10, atol=1e-12)
         back = nha.odeint(f, forward.ys[-1], z["t"].flip(0), rtol=1e-10, atol=1e-12)
         close(back.ys.flip(0), forward.ys, 1e-7)
-        close(nha.odeint(f, z["y_dopri5"][-1], z["t"].flip(0), rtol=1e-9, atol=1e-11, per_sample=False).ys,
+        close(nha.odeint(f, z["y_dopri5"][-1], z["t"].flip(0), rtol=1e-9, atol=1e-11,
+                         per_sample=False).ys,
               z["y_reverse"], 1e-6)
 
 
 def test_own_time_grids_directions_and_padding():
     f = SYSTEMS["nonautonomous"]
     y0 = torch.tensor([[1.0], [0.5], [2.0]], dtype=F64)
-    t = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.5, 0.7], [2.0, 0.0, 0.9], [3.0, -1.0, 0.9]], dtype=F64)
+    t = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.5, 0.7], [2.0, 0.0, 0.9], [3.0, -1.0, 0.9]],
+                     dtype=F64)
     ys = nha.odeint(f, y0, t, rtol=1e-9, atol=1e-11).ys
     for i in range(3):
         alone = nha.odeint(f, y0[i : i + 1], t[: 3 if i == 2 else 4, i], rtol=1e-9, atol=1e-11).ys
@@ -160,7 +168,8 @@ def test_own_time_grids_directions_and_padding():
 def test_orders_on_a_nonautonomous_problem(method, order):
     f = lambda t, y: torch.cos(t)[:, None] * y
     y0 = torch.ones(1, 1, dtype=F64)
-    errors = [abs(float(nha.odeint(f, y0, torch.linspace(0, 2, n + 1, dtype=F64), method=method).ys[-1])
+    errors = [abs(float(nha.odeint(f, y0, torch.linspace(0, 2, n + 1, dtype=F64),
+                                   method=method).ys[-1])
                   - math.exp(math.sin(2.0))) for n in (80, 160)]
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1
 
@@ -179,7 +188,8 @@ def test_dense_output(method):
 def test_checks_every_few_attempts_change_nothing():
     z, f = load("ode_vdp1"), SYSTEMS["vdp1"]
     start, tab = torch.zeros(3, dtype=F64), nha._tableau("dopri5", F64, torch.device("cpu"))
-    run = lambda every: nha._march(f, z["y0"], f(start, z["y0"]), start, start + 5, tab, rtol=1e-6, atol=1e-8,
+    run = lambda every: nha._march(f, z["y0"], f(start, z["y0"]), start, start + 5, tab, rtol=1e-6,
+                                   atol=1e-8,
                                    check_every=every)
     for a, b in zip(run(1)[:9], run(8)[:9]):
         assert torch.equal(a, b)
@@ -228,8 +238,10 @@ def test_wide_states_and_batched_jacobians_give_the_same_gradients(monkeypatch):
 
 
 def test_the_rest_of_a_batch_is_unrolled_with_the_same_gradients(monkeypatch):
-    """A recorded batch of which one stiff sample is left, against everything recorded; both directions of time."""
-    f = lambda t, s: torch.cat([torch.tanh(s[:, :2] @ weight.T) * s[:, 2:] * (1 + t[:, None] / 9), 0 * s[:, 2:]], 1)
+    """A recorded batch of which one stiff sample is left, against everything recorded; both
+    directions of time."""
+    f = lambda t, s: torch.cat([torch.tanh(s[:, :2] @ weight.T) * s[:, 2:] * (1 + t[:, None] / 9),
+                                0 * s[:, 2:]], 1)
     weight = torch.tensor([[0.3, -1.0], [1.2, 0.1]], dtype=F64, requires_grad=True)
     y0 = torch.cat([torch.randn(6, 2, generator=gen(), dtype=F64), torch.ones(6, 1, dtype=F64)], 1)
     y0[0, 2] = 20.0
@@ -240,15 +252,18 @@ def test_the_rest_of_a_batch_is_unrolled_with_the_same_gradients(monkeypatch):
             y, t = y0.clone().requires_grad_(), torch.tensor(times, dtype=F64, requires_grad=True)
             solution = nha.odeint(f, y, t, rtol=1e-6, atol=1e-8)
             loss = (solution.ys * torch.linspace(0.5, 2, solution.ys.numel(), dtype=F64).view_as(solution.ys)).sum()
-            results.append([solution.ys, *solution.stats, *torch.autograd.grad(loss, [y, t, weight])])
+            results.append([solution.ys, *solution.stats,
+                            *torch.autograd.grad(loss, [y, t, weight])])
         for other in results[1:]:
             for a, b in zip(results[0], other):
                 close(a, b, 1e-10)
     monkeypatch.setattr(nha, "SMALL_BATCH", 1)
-    y = torch.tensor([[0.5], [40.0]], dtype=F64, requires_grad=True)          # the sample left over fails
+    # the sample left over fails
+    y = torch.tensor([[0.5], [40.0]], dtype=F64, requires_grad=True)
     solution = nha.odeint(lambda t, y: y**2, y, [0.0, 0.01, 1.0], on_failure="mask", max_steps=300)
     assert solution.stats.success.tolist() == [True, False] and solution.ys[2, 1].isnan()
-    with pytest.raises(RuntimeError, match="max_steps=300 exceeded for 1 of 2 samples, first sample 1"):
+    with pytest.raises(
+        RuntimeError, match="max_steps=300 exceeded for 1 of 2 samples, first sample 1"):
         nha.odeint(lambda t, y: y**2, y, [0.0, 0.01, 1.0], max_steps=300)
 
 
@@ -257,13 +272,16 @@ def test_gradient_equals_finite_differences_with_closures_and_failing_neighbours
 
     def final(y0, w, t_end):
         f = lambda t, y: torch.tanh(y @ w.T) * (1 + 0.2 * torch.sin(t)[:, None])
-        return nha.odeint(f, y0, torch.stack([torch.zeros_like(t_end), t_end]), rtol=1e-10, atol=1e-12).ys[-1]
+        return nha.odeint(f, y0, torch.stack([torch.zeros_like(t_end), t_end]), rtol=1e-10,
+                          atol=1e-12).ys[-1]
 
     y0 = torch.randn(3, 2, generator=gen(1), dtype=F64)
     end = torch.tensor(1.5, dtype=F64)
-    assert torch.autograd.gradcheck(final, tuple(v.clone().requires_grad_() for v in (y0, weight, end)),
+    assert torch.autograd.gradcheck(final,
+                                    tuple(v.clone().requires_grad_() for v in (y0, weight, end)),
                                     eps=1e-6, atol=1e-6)
-    y = torch.tensor([[0.5], [40.0]], dtype=F64, requires_grad=True)          # y' = y^2 blows up at 1 / y0
+    # y' = y^2 blows up at 1 / y0
+    y = torch.tensor([[0.5], [40.0]], dtype=F64, requires_grad=True)
     solution = nha.odeint(lambda t, y: y**2, y, [0.0, 0.01, 1.0], on_failure="mask", max_steps=300)
     assert solution.stats.success.tolist() == [True, False]
     assert solution.ys[1].isfinite().all() and solution.ys[2, 0].isfinite() and solution.ys[2, 1].isnan()
@@ -326,7 +344,8 @@ def test_solver_errors():
     with raises(ValueError, r"\(2, 1\).*\(2, 2\)"):
         nha.odeint(lambda t, y: y[:, :1], y0, [0.0, 1.0])
     with raises(ValueError, "sample 1"):
-        nha.odeint(lambda t, y: torch.tensor([[1.0, 1.0], [math.nan, 1.0]], dtype=F64), y0, [0.0, 1.0])
+        nha.odeint(lambda t, y: torch.tensor([[1.0, 1.0], [math.nan, 1.0]], dtype=F64),
+                   y0, [0.0, 1.0])
     with raises(RuntimeError, "max_steps=5"):
         nha.odeint(f, y0, [0.0, 100.0], max_steps=5)
     with raises(ValueError, "rtol"):
@@ -363,19 +382,22 @@ def test_oscillator_pendulum_and_clocks():
     zero = torch.zeros(6, dtype=F64)
     y0 = torch.stack([zero + 1, zero, z["osc_w"], z["osc_level"]], 1)
     for direction, key in ((-1, "osc_first_down"), (1, "osc_first_up")):
-        found = nha.odeint_event(swing, y0, 0.0, lambda t, y: y[:, 0] - y[:, 3], t_max=1e3, direction=direction)
+        found = nha.odeint_event(swing, y0, 0.0, lambda t, y: y[:, 0] - y[:, 3], t_max=1e3,
+                                 direction=direction)
         close(found.t_event, z[key], 1e-9)
     crossings = z["pendulum_theta0_and_first3_zero_crossings"]
     y, t = torch.stack([crossings[:, 0], zero], 1), zero
     for i in range(3):
         found = nha.odeint_event(lambda t, y: torch.stack([y[:, 1], -torch.sin(y[:, 0])], 1), y, t,
                                  lambda t, y: y[:, 0], t_max=1e3, rtol=1e-11)
-        y, t = found.y_event, found.t_event                    # starts on the guard: must not fire at once
+        # starts on the guard: must not fire at once
+        y, t = found.y_event, found.t_event
         close(t, crossings[:, i + 1], 1e-9)
     for w0, key, growth in ((zero + 0.693, "clock_t_slowstart", lambda w: 0.3465 * w),
                             (z["clock_w0"], "clock_t_ca", lambda w: 0 * w + 0.5)):
         found = nha.odeint_event(lambda t, y: torch.stack([growth(y[:, 0]), y[:, 0] / 20, 0 * y[:, 2]], 1),
-                                 torch.stack([w0, zero, z["clock_s"]], 1), 0.0, lambda t, y: y[:, 1] - y[:, 2],
+                                 torch.stack([w0, zero, z["clock_s"]], 1),
+                                 0.0, lambda t, y: y[:, 1] - y[:, 2],
                                  t_max=1e3, direction=1)
         close(found.t_event, z[key], 2e-9)
 
@@ -389,10 +411,12 @@ def test_several_guards_misses_and_double_crossings():
     assert found.which.tolist() == [1, 1, -1] and found.fired.tolist() == [True, True, False]
     close(found.y_event[:, 0], [1.0, 1.0, 8.0], 1e-12)
     # y' = 1 takes one long step over both roots of (y - 1)(y - 1.4).
-    twice = nha.odeint_event(f, y0[:1], 0.0, lambda t, y: (y[:, 0] - 1) * (y[:, 0] - 1.4), t_max=1.6,
+    twice = nha.odeint_event(f, y0[:1], 0.0, lambda t, y: (y[:, 0] - 1) * (y[:, 0] - 1.4),
+                             t_max=1.6,
                              first_step=1.6)
     close(twice.t_event, [1.0], 1e-12)
-    tie = nha.odeint_event(f, y0[:1], 0.0, lambda t, y: torch.stack([y[:, 0] - 1, y[:, 0] - 1], 1), t_max=2.0)
+    tie = nha.odeint_event(f, y0[:1], 0.0, lambda t, y: torch.stack([y[:, 0] - 1, y[:, 0] - 1], 1),
+                           t_max=2.0)
     assert tie.which.tolist() == [0]
 
 
@@ -439,7 +463,8 @@ def test_saltation_by_finite_differences():
 def test_sensitivity_grows_with_events_but_not_per_piece():
     """x' = 0 with x+ = 1.5 x at unit times: dx(T)/dx0 = 1.5^K, within a piece it is 1."""
     growth = nha.HybridSystem([lambda t, s: torch.stack([0 * s[:, 0], 0 * s[:, 1] + 1], 1)],
-                              [nha.Event(lambda t, s: s[:, 1] - 1, lambda t, s: s * s.new_tensor([1.5, 0.0]),
+                              [nha.Event(lambda t, s: s[:, 1] - 1, lambda t, s: s
+                                         * s.new_tensor([1.5, 0.0]),
                                          direction=1)])
     for events in (1, 3):
         x0 = torch.tensor([[1.0, 0.0]], dtype=F64, requires_grad=True)
@@ -456,12 +481,15 @@ def test_output_at_an_event_is_after_the_jump_terminal_and_zeno():
     assert found.modes[:, 0].tolist() == [0, 0, 1, 1]
     over = nha.odeint_hybrid(count(terminal=True), torch.zeros(1, 1, dtype=F64), 0, [0.0, 0.5, 1.5])
     assert over.ys[2].isnan().all() and over.modes[2, 0] == -1 and over.n_events[0] == 1
-    zeno = nha.odeint_hybrid(nha.BouncingBall(e=0.5), torch.tensor([[1.0, 0.0]], dtype=F64), 0, [0.0, 3.0],
+    zeno = nha.odeint_hybrid(nha.BouncingBall(e=0.5), torch.tensor([[1.0, 0.0]], dtype=F64),
+                             0, [0.0, 3.0],
                              max_events=12)
     assert zeno.n_events[0] == 12 and zeno.ys[-1].isnan().all()
-    rest = nha.odeint_hybrid(nha.BouncingBall(e=0.2), torch.tensor([[1.0, 0.0]], dtype=F64), 0, [0.0, 3.0])
+    rest = nha.odeint_hybrid(nha.BouncingBall(e=0.2), torch.tensor([[1.0, 0.0]], dtype=F64),
+                             0, [0.0, 3.0])
     assert 5 < rest.n_events[0] < 60 and rest.ys[-1].isnan().all()
-    none = nha.odeint_hybrid(nha.WheeledRobot(), torch.zeros(2, 3, dtype=F64), torch.tensor([0, 4]), [0.0, 15.0])
+    none = nha.odeint_hybrid(nha.WheeledRobot(), torch.zeros(2, 3, dtype=F64),
+                             torch.tensor([0, 4]), [0.0, 15.0])
     close(none.ys[-1, :, :2], [[-1.0, 2.0], [1.0, 2.0]], 1e-3)
     assert none.event_times.shape == (2, 0) and none.n_events.tolist() == [0, 0]
 
@@ -499,9 +527,11 @@ def test_simulated_tcp_follows_the_same_law_and_the_exact_flow():
     x = torch.cat([torch.zeros(40, 1, 2, dtype=F64), solved.x_post], 1)
     z = torch.cat([torch.zeros(40, 1, dtype=torch.long), solved.mode_post], 1)
     valid = torch.arange(k) < solved.n_events[:, None]
-    flowed = tcp._exact_flow(x[:, :-1][valid], z[:, :-1][valid], (ends[:, 1:] - ends[:, :-1])[valid])
+    flowed = tcp._exact_flow(x[:, :-1][valid],
+                             z[:, :-1][valid], (ends[:, 1:] - ends[:, :-1])[valid])
     close(flowed, solved.x_pre[valid], 1e-6)
-    for mode, w in ((1, 0.693), (0, 0.0)):                     # uniform if the durations follow the law
+    # uniform if the durations follow the law
+    for mode, w in ((1, 0.693), (0, 0.0)):
         taken = valid & (z[:, :-1] == mode) & (ends[:, :-1] < 12)
         survived = tcp.survival((ends[:, 1:] - ends[:, :-1])[taken], mode, w).sort().values
         assert (survived - (torch.arange(len(survived)) + 0.5) / len(survived)).abs().max() < 0.2
@@ -516,9 +546,11 @@ def test_splines(tag, bound):
     y, logdet = nha.rational_quadratic_spline(x, w, h, d, tail_bound=bound)
     close(y.detach(), z[f"{tag}_y"], 1e-10)
     close(logdet.detach(), z[f"{tag}_logabsdet"], 1e-10)
-    for v, key, g in zip((x, w, h, d), "xwhd", torch.autograd.grad((y + 0.7 * logdet).sum(), (x, w, h, d))):
+    for v, key, g in zip((x, w, h, d), "xwhd",
+                         torch.autograd.grad((y + 0.7 * logdet).sum(), (x, w, h, d))):
         close(g, z[f"{tag}_grad_{key}"], 1e-9)
-    back, logdet = nha.rational_quadratic_spline(y.detach(), w, h, d, tail_bound=bound, inverse=True)
+    back, logdet = nha.rational_quadratic_spline(y.detach(), w, h, d, tail_bound=bound,
+                                                 inverse=True)
     close(back.detach(), z[f"{tag}_x_inv"], 1e-8)
     close(logdet.detach(), z[f"{tag}_logabsdet_inv"], 1e-8)
     y, logdet = nha.rational_quadratic_spline(x, w, h, d, tail_bound=bound, identity_init=True)
@@ -618,8 +650,10 @@ def test_estimators_fit_a_race_of_two_clocks(estimator):
     drawn, to = module.sample(torch.zeros(20000, dtype=torch.long), generator=gen(1))
     assert abs(float(drawn.mean()) - 0.5) < 0.06 and abs(float(to.double().mean()) - 0.5) < 0.04
     assert (drawn <= 0.35).double().mean().sub(1 - math.exp(-0.7)).abs() < 0.03
-    # Racing fits of the observed (minimal) times would halve the mean: that is not what `race` does.
-    naive = torch.stack([tau[torch.randint(0, 3000, (20000,), generator=gen(i))] for i in (2, 3)]).min(0).values
+    # Racing fits of the observed (minimal) times would halve the mean: that is not what `race`
+    # does.
+    naive = torch.stack([tau[torch.randint(0, 3000, (20000,), generator=gen(i))]
+                         for i in (2, 3)]).min(0).values
     assert abs(float(naive.mean()) - 0.25) < 0.03
 
 
@@ -630,13 +664,16 @@ def test_censored_times_and_event_module_checks():
     for estimator in ("joint", "race"):
         module = nha.EventModule(2, estimator=estimator)
         list(nha.train_event_module(module, tau, z, z2, censored=censored, epochs=120, lr=2e-2))
-        alive = module.log_prob(torch.tensor([0.4]), z[:1], z2[:1], censored=torch.tensor([True])).exp()
+        alive = module.log_prob(torch.tensor([0.4]), z[:1], z2[:1],
+                                censored=torch.tensor([True])).exp()
         assert abs(float(alive.detach()) - math.exp(-0.8)) < 0.04
         unknown = torch.full_like(z2, 99)
-        close(module.log_prob(tau, z, torch.where(censored, unknown, z2), censored=censored).detach(),
+        close(module.log_prob(tau, z, torch.where(censored, unknown, z2),
+                              censored=censored).detach(),
               module.log_prob(tau, z, z2, censored=censored).detach(), 0)
     module = nha.EventModule(3)
-    module.initialize(torch.ones(4) + torch.arange(4), torch.zeros(4).long(), torch.tensor([1, 1, 1, 2]))
+    module.initialize(torch.ones(4) + torch.arange(4), torch.zeros(4).long(),
+                      torch.tensor([1, 1, 1, 2]))
     close(module.transition_probs(torch.tensor([0])).detach()[0], [0.0, 0.75, 0.25], 1e-3)
     with pytest.raises(ValueError, match="joint"):
         nha.EventModule(2, estimator="race").transition_probs(z[:1])
@@ -665,14 +702,16 @@ def test_event_module_with_context_normalises():
 
 def test_the_context_of_an_event_module_is_standardised_and_used():
     c = torch.rand(600, 2, generator=gen(1)) * torch.tensor([1.0, 100.0])
-    tau = -(0.2 + c[:, 0]) * torch.log(torch.rand(600, generator=gen(2)).clamp(min=1e-6))      # mean 0.2 + c_0
+    # mean 0.2 + c_0
+    tau = -(0.2 + c[:, 0]) * torch.log(torch.rand(600, generator=gen(2)).clamp(min=1e-6))
     zero = torch.zeros(600, dtype=torch.long)
     for estimator in ("joint", "race"):
         module = nha.EventModule(1, context_dim=2, estimator=estimator)
         rows = list(nha.train_event_module(module, tau, zero, zero, context=c, epochs=25, lr=4e-2))
         close(module.center, c.mean(0), 1e-5)
         assert rows[-1]["nll"] < rows[0]["nll"] - 0.05
-        means = [float(module.sample(zero, torch.tensor([[v, 50.0]]).expand(600, 2), generator=gen(3))[0].mean())
+        means = [float(module.sample(zero, torch.tensor([[v, 50.0]]).expand(600, 2),
+                                     generator=gen(3))[0].mean())
                  for v in (0.1, 0.9)]
         assert means[0] < 0.6 * means[1]
 
@@ -692,7 +731,8 @@ def test_published_segmentation():
     packed = nha.pack_pieces(pieces)
     assert torch.equal(packed.features, z["encoder_features"])
     assert torch.equal(packed.lengths, z["segment_lengths"])
-    assert all((packed.t[i, n:] == packed.t[i, n - 1]).all() for i, n in enumerate(packed.lengths.tolist()))
+    assert all((packed.t[i, n:] == packed.t[i, n - 1]).all()
+               for i, n in enumerate(packed.lengths.tolist()))
 
 
 def test_segmentation_without_labels_jitter_and_errors():
@@ -760,7 +800,8 @@ def test_sparsemax_and_straight_through():
     q = nha.straight_through(logits, sample=z["ste_sample"])
     close(q.detach(), z["ste_out"], 1e-12)
     close(torch.autograd.grad((q * z["ste_w"]).sum(), logits)[0], z["ste_grad"], 1e-12)
-    drawn = nha.straight_through(torch.tensor([[0.0, math.log(3.0)]]).expand(4000, 2), generator=gen())
+    drawn = nha.straight_through(torch.tensor([[0.0, math.log(3.0)]]).expand(4000, 2),
+                                 generator=gen())
     assert abs(float(drawn[:, 1].mean()) - 0.75) < 0.03
 
 
@@ -805,19 +846,23 @@ def test_decoder_counts_starts_constant_and_the_exact_flow_is_rk4s_limit():
     close(exact[0, 149, 0], x0[0, 0] * torch.exp(0.3465 * (t[0, 149] - t[0, 0])), 1e-7)
     for small in (1e-9, 0.0999, 0.1001, -3.0):
         value = torch.tensor(small, dtype=F64)
-        close(nha._Phi2.apply(value), (math.expm1(small) - small) / small**2 if abs(small) > 1e-3 else 0.5, 1e-9)
-    at = torch.tensor([-3.0, -0.1001, -0.0999, 0.0, 1e-6, 0.0999, 0.1001, 2.0], dtype=F64, requires_grad=True)
+        close(nha._Phi2.apply(value), (math.expm1(small) - small) / small**2 if abs(small) > 1e-3
+              else 0.5, 1e-9)
+    at = torch.tensor([-3.0, -0.1001, -0.0999, 0.0, 1e-6, 0.0999, 0.1001, 2.0], dtype=F64,
+                      requires_grad=True)
     assert torch.autograd.gradcheck(nha._Phi2.apply, (at,), eps=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="solver"):
         model.decode(x0, q, t, solver="euler")
     with pytest.raises(ValueError, match="affine"):
-        nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 3, hidden=8)).decode(x0, q, t, solver="exact")
+        nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 3, hidden=8)).decode(x0, q, t,
+                                                                                solver="exact")
 
 
 def test_v_measure():
     z = load("vmeasure")
     for i in range(sum(k.startswith("true_") for k in z)):
-        close(nha.v_measure(z[f"true_{i}"], z[f"pred_{i}"], float(z[f"beta_{i}"])), z[f"hcv_{i}"].tolist(), 1e-12)
+        close(nha.v_measure(z[f"true_{i}"], z[f"pred_{i}"], float(z[f"beta_{i}"])),
+              z[f"hcv_{i}"].tolist(), 1e-12)
     assert nha.v_measure([0, 0, 1], [5, 5, 2]) == (1.0, 1.0, 1.0)
     for bad in (([], []), ([0], [0, 1])):
         with pytest.raises(ValueError, match="true and pred"):
@@ -904,21 +949,24 @@ def test_generation_with_the_true_modules_matches_the_system():
     """Exact decoder, event flows fitted on exact pieces, jumps by regression."""
     runs = nha.RenoTCP().sample_exact(150, n_points=2, generator=gen(5), dtype=torch.float32)
     k = runs.n_events[:, None] > torch.arange(runs.event_times.shape[1])
-    jump = nha.JumpMaps(3, 2).fit(runs.x_pre[k], runs.x_post[k], runs.mode_pre[k], runs.mode_post[k])
+    jump = nha.JumpMaps(3, 2).fit(runs.x_pre[k], runs.x_post[k], runs.mode_pre[k],
+                                  runs.mode_post[k])
     close(jump(torch.tensor([[4.0, 7.0]]), torch.tensor([1]), torch.tensor([2])), [[2.0, 7.0]], 1e-3)
     close(jump(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), torch.tensor([1])), [[0.693, 0.0]], 1e-3)
     d = runs.durations(0.0, 100.0)
     keep = d["tau"] > 1e-6
     d = {name: v[keep] for name, v in d.items()}
     events = nha.EventModule(3)
-    list(nha.train_event_module(events, d["tau"].float(), d["z"], d["z2"], censored=d["censored"], epochs=60, lr=2e-2))
+    list(nha.train_event_module(events, d["tau"].float(), d["z"], d["z2"], censored=d["censored"],
+                                epochs=60, lr=2e-2))
     model = nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 3), events, jump).eval()
     with torch.no_grad():
         model.decoder.weight.copy_(torch.tensor([[[0.0], [0.0]], [[0.3465], [1.0]], [[0.0], [1.0]]]))
         model.decoder.bias.copy_(torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.5, 0.0]]))
     made = model.generate(torch.zeros(200, 2), 0, 100.0, generator=gen(6))
     truth = nha.RenoTCP().sample_exact(200, n_points=201, generator=gen(7))
-    assert abs(float(made.n_events.double().mean()) / float(truth.n_events.double().mean()) - 1) < 0.1
+    assert abs(float(made.n_events.double().mean()) / float(truth.n_events.double().mean())
+               - 1) < 0.1
     for mode in range(3):
         share = [(s.modes == mode).double().mean() for s in (made, truth)]
         assert abs(float(share[0] - share[1])) < 0.05
@@ -962,7 +1010,8 @@ SCRIPTS = [p.name for p in sorted((ROOT / "benchmarks").glob("*nha*.py"))]
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_run(script, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--preset", "tiny", "--threads", "1",
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--preset", "tiny",
+                           "--threads", "1",
                            "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures")],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,5 @@
-"""PiT: parity with the public implementation, the identities of the method, the recipe, errors, long runs."""
+"""PiT: parity with the public implementation, the identities of the method, the recipe, errors,
+long runs."""
 
 import copy
 import json
@@ -141,7 +142,8 @@ def test_published_sizes(name):
     seed = int(golden["seed"])
     seeded(model, seed)
     assert list(model.state_dict()) == list(golden["param_checksum/names"])
-    sums = [(v.double().sum().item(), v.double().abs().sum().item()) for v in model.state_dict().values()]
+    sums = [(v.double().sum().item(), v.double().abs().sum().item())
+            for v in model.state_dict().values()]
     wanted = torch.stack([golden["param_checksum/sum"], golden["param_checksum/abs_sum"]], 1)
     close(torch.tensor(sums, dtype=torch.float64), wanted, atol=1e-9, rtol=1e-9)
     x = torch.from_numpy((1.7 * uniform_from_key("input.x", (1, 3, 224, 224), seed)).astype(np.float32))
@@ -176,7 +178,8 @@ def test_published_sizes(name):
         grad = parameters[key].grad.flatten()
         close(grad.norm(), golden["grad/l2"][i].float(), rtol=1e-3, atol=0)
         first = grad[torch.arange(8) % len(grad)]
-        close(first, golden["grad/first8"][i].float(), rtol=1e-3, atol=1e-5 * float(grad.abs().max()))
+        close(first, golden["grad/first8"][i].float(), rtol=1e-3,
+              atol=1e-5 * float(grad.abs().max()))
     close(x.grad.norm(), golden["grad_x_l2"].float(), rtol=1e-3, atol=0)
     close_gradient(F.avg_pool2d(x.grad.abs(), 28), golden["grad_x_mean_abs_8x8"])
 
@@ -242,7 +245,8 @@ def test_attention_statistics():
         close(pit.attention_entropy(attn), wanted("entropy_nats"), rtol=1e-6, atol=1e-6)
         close(pit.interaction_distance(attn), wanted("distance_in_tokens"), rtol=1e-6, atol=1e-6)
         grid = int(golden[f"block{i}/grid"])
-        assert torch.equal(pit.interaction_distance(attn, (grid, grid)), pit.interaction_distance(attn, grid))
+        assert torch.equal(pit.interaction_distance(attn, (grid, grid)),
+                           pit.interaction_distance(attn, grid))
         for tau in (0.01, 0.02, 0.1):
             close(pit.interaction_rate(attn, tau), wanted(f"interaction_rate_tau{tau}"), atol=1e-6)
 
@@ -257,7 +261,8 @@ def test_recipe_schedule():
 
 @pytest.mark.parametrize("prefix", ["mix", "mix_nosmooth"])
 def test_recipe_mixing(prefix):
-    golden = {k.split("/", 1)[1]: v for k, v in load("recipe").items() if k.startswith(prefix + "/")}
+    golden = {k.split("/", 1)[1]: v for k, v in load("recipe").items()
+              if k.startswith(prefix + "/")}
     x, y = golden["x"], golden["y"]
     target = pit.smooth_one_hot(y, int(golden["num_classes"]), float(golden["smoothing"]))
     lam = float(golden["mixup_lam"])
@@ -267,7 +272,8 @@ def test_recipe_mixing(prefix):
         center = tuple(golden[f"cutmix{j}_center_yx"].tolist())
         mixed, lam = pit.cutmix_batch(x, float(golden[f"cutmix{j}_lam"]), center)
         assert isinstance(lam, float) and torch.equal(mixed, golden[f"cutmix{j}_x"])
-        close(lam * target + (1 - lam) * target.flip(0), golden[f"cutmix{j}_target"], rtol=1e-6, atol=1e-6)
+        close(lam * target + (1 - lam) * target.flip(0), golden[f"cutmix{j}_target"], rtol=1e-6,
+              atol=1e-6)
 
 
 def test_recipe_losses():
@@ -277,7 +283,8 @@ def test_recipe_losses():
     close(pit.SoftTargetCrossEntropy()(logits, golden["soft_target"]), golden["soft_target_ce"], **exact)
     close(pit.LabelSmoothingCrossEntropy()(logits, y), golden["label_smoothing_ce_0.1"], **exact)
     for kind, alpha, tau in (("none", 0.5, 1.0), ("hard", 0.5, 1.0), ("soft", 0.1, 3.0)):
-        loss = pit.DistillationLoss(pit.SoftTargetCrossEntropy(), lambda _: golden["teacher_logits"],
+        loss = pit.DistillationLoss(
+            pit.SoftTargetCrossEntropy(), lambda _: golden["teacher_logits"],
                                     kind, alpha, tau)
         found = loss(logits, (logits, golden["logits_dist"]), golden["soft_target"])
         close(found, golden[f"distill_{kind}_alpha{alpha}_tau{tau}"], **exact)
@@ -337,12 +344,14 @@ def test_recipe_evaluation_transform():
     image = Image.fromarray(golden["eval/img_uint8"].numpy())
     found = pit.eval_transform(image, 32, 0.9)
     close(found, golden["eval/size32_crop0.9"], rtol=1e-6, atol=1e-6)
-    close(pit.eval_transform(image, 48, 0.875), golden["eval/size48_crop0.875"], rtol=1e-6, atol=1e-6)
+    close(pit.eval_transform(image, 48, 0.875), golden["eval/size48_crop0.875"], rtol=1e-6,
+          atol=1e-6)
 
 
 def test_recipe_randaugment_operations():
     golden = load("recipe")
-    image, level = Image.fromarray(golden["ra_ops/img_uint8"].numpy()), float(golden["ra_ops/level"])
+    image, level = Image.fromarray(
+        golden["ra_ops/img_uint8"].numpy()), float(golden["ra_ops/level"])
     assert pit.RANDAUGMENT_OPS == tuple(golden["ra_ops/order"])
     cases = [key for key in golden if re.fullmatch(r"ra_ops/\w+/neg\d/out", key)]
     for key in cases:
@@ -369,12 +378,14 @@ def test_parameters_macs_and_grids_of_the_paper(name, params, distilled, gmacs):
         headless = getattr(pit, f"pit_{name}_224")(num_classes=0)
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert counts == [params, distilled]
-    assert counts[0] - sum(p.numel() for p in headless.parameters()) == models[0].head.weight.numel() + 1000
+    assert counts[
+        0] - sum(p.numel() for p in headless.parameters()) == models[0].head.weight.numel() + 1000
     assert len(models[0].state_dict()) == (172 if name == "b" else 160)
     for model, total in zip(models, gmacs):
         macs = pit.count_macs(model)
         assert round(macs["total"] / 1e9, 3) == total
-        assert macs["total"] == macs["embed"] + sum(macs["stages"]) + sum(macs["pools"]) + macs["head"]
+        assert macs[
+            "total"] == macs["embed"] + sum(macs["stages"]) + sum(macs["pools"]) + macs["head"]
     side = 31 if name == "b" else 27
     assert models[0].grids == [(n, n) for n in (side, (side + 1) // 2, (side + 3) // 4)]
     stages = {"ti": (0.208, 0.292, 0.162), "s": (0.670, 1.311, 0.808), "b": (3.691, 5.257, 3.306)}
@@ -394,7 +405,8 @@ def test_parameters_and_macs_of_deit(name, params, gmacs):
     if gmacs:
         assert round(pit.count_macs(model)["total"] / 1e9, 3) == gmacs
     tokens = 2 if "distilled" in name else 1
-    assert model.pos_embed.shape[1] == 196 + tokens and ("dist_token" in model.state_dict()) == (tokens == 2)
+    assert model.pos_embed.shape[
+        1] == 196 + tokens and ("dist_token" in model.state_dict()) == (tokens == 2)
 
 
 @pytest.mark.parametrize("model_class", [pit.PoolingTransformer, pit.DistilledPoolingTransformer])
@@ -585,7 +597,8 @@ def test_precision_layout_and_batch_of_one():
     wanted = model(x)
     close(model(x[:1]), wanted[:1], rtol=1e-4, atol=1e-5)
     close(model(x.to(memory_format=torch.channels_last)), wanted, rtol=1e-4, atol=1e-5)
-    close(model(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)), wanted, rtol=1e-4, atol=1e-5)
+    close(model(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)), wanted, rtol=1e-4,
+          atol=1e-5)
     double = copy.deepcopy(model).double()
     close(double(x.double()).float(), wanted, rtol=1e-4, atol=1e-5)
     close(copy.deepcopy(model).bfloat16()(x.bfloat16()).float(), wanted, rtol=0.05, atol=0.05)
@@ -609,7 +622,8 @@ def test_init_rules():
     assert fc1.weight.abs().max() <= 512**-0.5 and abs(fc1.weight.std() * 1536**0.5 - 1) < 0.02
     assert abs(big.pos_embed.std() - 0.02) < 2e-3 and big.norm.weight.unique().tolist() == [1]
     a, b, c = small(seed=1).state_dict(), small(seed=1).state_dict(), small(seed=2).state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["cls_token"], c["cls_token"])
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["cls_token"],
+                                                                       c["cls_token"])
     assert pit.DistilledPoolingTransformer(**CONFIG_A, init="deit").head_dist.bias.abs().max() == 0
 
 
@@ -717,7 +731,8 @@ def test_randaugment_draws():
     assert all(np.array_equal(p, q) for p, q in zip(a, b))
     changed = sum(not np.array_equal(p, np.asarray(image)) for p in a)
     assert 8 <= changed <= 19                                 # one in four is left alone
-    assert np.array_equal(np.asarray(pit.RandAugment(prob=0, generator=rng())(image)), np.asarray(image))
+    assert np.array_equal(np.asarray(pit.RandAugment(prob=0, generator=rng())(image)),
+                          np.asarray(image))
     for level in (0, 10):
         for name in pit.RANDAUGMENT_OPS:
             for negative in (False, True):
@@ -750,7 +765,8 @@ def test_training_transform():
     out = pit.train_transform(image, 24, pit.RandAugment(generator=rng(1)), generator)
     assert out.shape == (3, 24, 24) and out.dtype == torch.float32
     same = [pit.train_transform(image, 24, generator=rng(3)) for _ in range(2)]
-    assert torch.equal(*same) and not torch.equal(same[0], pit.train_transform(image, 24, generator=rng(4)))
+    assert torch.equal(*same) and not torch.equal(same[0],
+                                                  pit.train_transform(image, 24, generator=rng(4)))
     assert pit.train_transform(Image.new("L", (1, 90)), 8, generator=rng()).shape == (3, 8, 8)
     plain = pit.train_transform(Image.new("RGB", (30, 30), (124, 116, 104)), 8, generator=rng())
     assert plain.abs().max() < 0.02                           # the mean colour becomes zero
@@ -838,7 +854,8 @@ def test_training_errors():
 
 def test_mixed_precision_training():
     model, loader = toy()
-    logs = list(pit.train(model, loader, epochs=3, lr=1e-3, warmup_epochs=0, amp_dtype=torch.bfloat16))
+    logs = list(pit.train(model, loader, epochs=3, lr=1e-3, warmup_epochs=0,
+                          amp_dtype=torch.bfloat16))
     assert all(math.isfinite(log["loss"]) for log in logs)
     assert next(model.parameters()).dtype == torch.float32
 
@@ -877,7 +894,8 @@ def test_fgsm_and_occlusion():
     assert not torch.equal(other, adversary) and torch.equal(pit.fgsm(model, x, y, 0.0), x)
 
     hidden = pit.occlude_center(x, 12)
-    assert (hidden[..., 10:22, 10:22] == 0).all() and torch.equal(hidden[..., :10, :], x[..., :10, :])
+    assert (hidden[..., 10:22, 10:22] == 0).all() and torch.equal(hidden[..., :10, :],
+                                                                  x[..., :10, :])
     assert (hidden != x).sum() == 8 * 3 * 144 and torch.equal(pit.occlude_center(x, 0), x)
     assert (pit.occlude_center(x, 32) == 0).all()
 
@@ -908,7 +926,8 @@ def read_results(folder, script="pit_imagenet"):
 
 
 def start_script(out, *arguments, launcher=(sys.executable,)):
-    command = [*launcher, str(ROOT / "benchmarks" / "pit_imagenet.py"), "--preset", "tiny", "--out", str(out),
+    command = [*launcher, str(ROOT / "benchmarks" / "pit_imagenet.py"), "--preset", "tiny",
+               "--out", str(out),
                "--checkpoint-seconds", "0", "--device", "cpu", "--threads", "1", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -929,7 +948,8 @@ def test_benchmark_killed_at_any_step_resumes_to_the_same_numbers(tmp_path):
     assert resumed.returncode == 0 and "PiT-seed0 12/12" not in text, text
     a, b = (read_results(tmp_path / name) for name in ("whole", "killed"))
     assert a["results"] == b["results"] and set(a["results"]) == {"PiT-seed0", "ViT-seed0"}
-    weights = [torch.load(tmp_path / name / "ViT-seed0.pt", weights_only=True)["model"] for name in ("whole", "killed")]
+    weights = [torch.load(tmp_path / name / "ViT-seed0.pt", weights_only=True)["model"]
+               for name in ("whole", "killed")]
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
@@ -941,18 +961,21 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
     assert one.wait(120) == 0, one.stdout.read()
     a, b = (read_results(tmp_path / name)["results"]["PiT-seed0"] for name in ("one", "two"))
     assert b["count"] == a["count"] == 50
-    assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["top1"] == pytest.approx(a["top1"], abs=2)
+    assert b["loss"] == pytest.approx(a["loss"],
+                                      rel=1e-3) and b["top1"] == pytest.approx(a["top1"], abs=2)
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A folder in ImageNet's layout: two classes that differ in colour, and ImageNet-A with one of them."""
+    """A folder in ImageNet's layout: two classes that differ in colour, and ImageNet-A with one of
+    them."""
     for split, count in (("train", 6), ("val", 3)):
         for label, wnid in enumerate(("n01", "n02")):
             folder = tmp_path / "data" / split / wnid
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = torch.randint(100, (40, 36, 3), generator=rng(10 * i + label), dtype=torch.uint8)
+                pixels = torch.randint(100, (40, 36, 3), generator=rng(10 * i + label),
+                                       dtype=torch.uint8)
                 pixels[..., 2 * label] += 120
                 Image.fromarray(pixels.numpy()).save(folder / f"{i}.JPEG")
     (tmp_path / "a" / "n02").mkdir(parents=True)
@@ -966,11 +989,13 @@ def tree(tmp_path):
 def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pit_imagenet.py"])
     common = ["--data", str(tree / "data"), "--preset", "small32", "--device", "cpu"]
-    pit_imagenet.main([*common, "--epochs", "8", "--batch-size", "4", "--models", "PiT", "--out", str(tree / "o"),
+    pit_imagenet.main([*common, "--epochs", "8", "--batch-size", "4", "--models", "PiT", "--out",
+                       str(tree / "o"),
                        "--figures", str(tree / "figures")])
     trained = read_results(tree / "o")["results"]["PiT-seed0"]
     assert trained["count"] == 6 and trained["top1"] >= 50 and list((tree / "figures").iterdir())
-    pit_imagenet.main([*common, "--models", "PiT", "--checkpoint", str(tree / "o" / "PiT-seed0.pt"), "--out", str(tree / "e"),
+    pit_imagenet.main([*common, "--models", "PiT", "--checkpoint",
+                       str(tree / "o" / "PiT-seed0.pt"), "--out", str(tree / "e"),
                        "--imagenet-a", str(tree / "a"), "--background", str(tree / "background"),
                        "--in9-map", str(tree / "in9.json")])
     found = {row["set"]: row["value"] for row in read_results(tree / "e")["tables"]["evaluation"]}
@@ -978,11 +1003,13 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, monke
     assert found["ImageNet-A"] == 100 and found["background"] in (0, 100)
 
     with pytest.raises(SystemExit, match="does not fit pit_ti"):
-        pit_imagenet.main([*common, "--models", "pit_ti", "--checkpoint", str(tree / "o" / "PiT-seed0.pt"), "--out", str(tree / "f")])
+        pit_imagenet.main([*common, "--models", "pit_ti", "--checkpoint",
+                           str(tree / "o" / "PiT-seed0.pt"), "--out", str(tree / "f")])
     with pytest.raises(SystemExit, match="no model 'resnet'.*PiT, ViT"):
         pit_imagenet.main([*common, "--models", "resnet", "--out", str(tree / "f")])
     with pytest.raises(SystemExit, match="distill needs --teacher"):
-        pit_imagenet.main([*common, "--models", "pit_ti", "--recipe", "distill", "--batch-size", "4", "--out", str(tree / "f")])
+        pit_imagenet.main([*common, "--models", "pit_ti", "--recipe", "distill", "--batch-size",
+                           "4", "--out", str(tree / "f")])
     with pytest.raises(SystemExit, match="whole batch"):
         pit_imagenet.main([*common, "--models", "PiT", "--out", str(tree / "f")])
     (tree / "data" / "val" / "n03").mkdir()
@@ -997,15 +1024,18 @@ def test_distillation_recipe_with_a_teacher(tree, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pit_imagenet.py"])
     teacher = resnet.resnet18(num_classes=2)
     torch.save(teacher.state_dict(), tree / "teacher.pth")
-    pit_imagenet.main(["--data", str(tree / "data"), "--preset", "paper", "--image-size", "32", "--models", "pit_ti",
-                       "--recipe", "distill", "--teacher", "resnet18", str(tree / "teacher.pth"), "--epochs", "1",
+    pit_imagenet.main(["--data", str(tree / "data"), "--preset", "paper", "--image-size", "32",
+                       "--models", "pit_ti",
+                       "--recipe", "distill", "--teacher", "resnet18", str(tree / "teacher.pth"),
+                       "--epochs", "1",
                        "--batch-size", "4", "--device", "cpu", "--out", str(tree / "o")])
     assert read_results(tree / "o")["results"]["pit_ti_distilled-seed0"]["count"] == 6
 
 
 def test_ablation_and_speed_scripts(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pit_ablation.py"])
-    pit_ablation.main(["--preset", "tiny", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "a"),
+    pit_ablation.main(["--preset", "tiny", "--epochs", "1", "--device", "cpu", "--out",
+                       str(tmp_path / "a"),
                        "--figures", str(tmp_path / "f")])
     tables = read_results(tmp_path / "a", "pit_ablation")["tables"]
     assert [len(tables[name]) for name in ("pooling", "dimensions", "attention")] == [6, 4, 8]
@@ -1013,7 +1043,8 @@ def test_ablation_and_speed_scripts(tmp_path, monkeypatch):
     for row in tables["attention"]:
         assert 0.9 < row["entropy / log N"] <= 1 and 0 < row["distance, px"] < 45
     monkeypatch.setattr(sys, "argv", ["speed_pit.py"])
-    speed_pit.main(["--preset", "tiny", "--threads", "1", "--device", "cpu", "--out", str(tmp_path / "s")])
+    speed_pit.main(["--preset", "tiny", "--threads", "1", "--device", "cpu", "--out",
+                    str(tmp_path / "s")])
     tables = read_results(tmp_path / "s", "speed_pit")["tables"]
     assert {row["pass"] for row in tables["time"]} == {"forward", "training step"}
     assert 0 < tables["memory"][0]["ours / unfused"] < 1

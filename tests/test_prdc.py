@@ -42,9 +42,12 @@ def brute_force(real, fake, k, ties="strict"):
     d, rr, rf = square(real, fake), radii(real), radii(fake)
     inside = d < rr[:, None] if ties == "strict" else d <= rr[:, None]
     recalled = d < rf if ties == "strict" else d <= rf
-    return {"count_per_fake": inside.sum(0), "count_per_real": inside.sum(1), "real_in_fake_manifold": recalled.any(1),
-            "real_radii": rr.sqrt(), "fake_radii": rf.sqrt(), "precision": inside.any(0).double().mean().item(),
-            "recall": recalled.any(1).double().mean().item(), "density": inside.sum().item() / (k * len(fake)),
+    return {"count_per_fake": inside.sum(0), "count_per_real": inside.sum(1),
+            "real_in_fake_manifold": recalled.any(1),
+            "real_radii": rr.sqrt(), "fake_radii": rf.sqrt(),
+            "precision": inside.any(0).double().mean().item(),
+            "recall": recalled.any(1).double().mean().item(),
+            "density": inside.sum().item() / (k * len(fake)),
             "coverage": inside.any(1).double().mean().item()}
 
 
@@ -54,13 +57,15 @@ def assert_equal(result, expected):
     for name in METRICS:
         assert result[name] == pytest.approx(expected[name], abs=1e-13), name
     for name in ("real_radii", "fake_radii"):
-        assert torch.allclose(result[name], expected[name], rtol=1e-12, atol=1e-13 * float(expected[name].max()) + 1e-300), name
+        assert torch.allclose(result[name], expected[name], rtol=1e-12,
+                              atol=1e-13 * float(expected[name].max()) + 1e-300), name
 
 
 # ---------------------------------------------------------------- values of the official package
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("options", [{}, {"precision": "float64"}, {"precision": "screened", "memory_budget": 1}],
+@pytest.mark.parametrize("options",
+                                     [{}, {"precision": "float64"}, {"precision": "screened", "memory_budget": 1}],
                          ids=["default", "float64", "tiny blocks"])
 def test_equal_to_the_official_package_and_to_brute_force(name, options):
     g = load(name)
@@ -73,9 +78,11 @@ def test_equal_to_the_official_package_and_to_brute_force(name, options):
         np.testing.assert_array_equal(result[key].numpy(), g[f"exact_{key}"])
         np.testing.assert_array_equal(result[key].numpy(), g[f"official_{key}"])
     for side in ("real", "fake"):
-        np.testing.assert_allclose(result[f"{side}_radii"].numpy(), g[f"exact_{side}_radii"], rtol=1e-12, atol=1e-12 * scale)
+        np.testing.assert_allclose(result[f"{side}_radii"].numpy(), g[f"exact_{side}_radii"],
+                                   rtol=1e-12, atol=1e-12 * scale)
         rtol = 2e-6 if g["real"].dtype == np.float32 else 1e-9
-        np.testing.assert_allclose(result[f"{side}_radii"].numpy(), g[f"official_{side}_radii"], rtol=rtol, atol=2e-6 * scale)
+        np.testing.assert_allclose(result[f"{side}_radii"].numpy(), g[f"official_{side}_radii"],
+                                   rtol=rtol, atol=2e-6 * scale)
     closed = compute_prdc(g["real"], g["fake"], k, ties="inclusive", **options)
     for metric in METRICS:
         assert closed[metric] == pytest.approx(float(g[f"exact_le_{metric}"]), abs=1e-12)
@@ -93,7 +100,8 @@ def cases():
     doubled = torch.cat([a[:60], a[:60], a[:20]])
     return {
         "duplicates": (doubled, torch.cat([a[:40], b[:50]])),
-        "many equal": (torch.cat([a[:1].repeat(90, 1), a[:50]]), torch.cat([a[:1].repeat(70, 1), b[:30]])),
+        "many equal": (torch.cat([a[:1].repeat(90, 1), a[:50]]),
+                       torch.cat([a[:1].repeat(70, 1), b[:30]])),
         "offset of 1e4 deviations": (a + 1e4, b + 1e4),
         "float64 offset of 1e8": (a.double() + 1e8, b.double() + 1e8),
         "integers": (grid.to(torch.int64), grid[:90].to(torch.int64) + 1),
@@ -111,7 +119,8 @@ def cases():
 @pytest.mark.parametrize("ties", ["strict", "inclusive"])
 def test_exact_on_difficult_data(name, ties):
     real, fake = cases()[name]
-    scale = 1e-200 if name == "vanishing squares" else 1.0    # brute force on numbers whose squares exist
+    # brute force on numbers whose squares exist
+    scale = 1e-200 if name == "vanishing squares" else 1.0
     for k in (1, 4, 9):
         expected = brute_force(real.double() / scale, fake.double() / scale, k, ties)
         expected["real_radii"] *= scale
@@ -123,21 +132,24 @@ def test_exact_on_difficult_data(name, ties):
 def test_exact_on_random_mixtures_of_difficulties():
     for seed in range(40):
         g = seeded(seed)
-        n, m, d = (int(torch.randint(low, high, (), generator=g)) for low, high in ((20, 150), (20, 150), (1, 40)))
+        n, m, d = (int(torch.randint(low, high, (), generator=g))
+                   for low, high in ((20, 150), (20, 150), (1, 40)))
         real, fake = (torch.randn(size, d, generator=g, dtype=torch.float64) for size in (n, m))
         if seed % 4 == 0:                                     # few values: ties everywhere
             real, fake = (z.sign().long() for z in (real, fake))
         elif seed % 4 == 1:                                   # copies, far from 0
             real = real[torch.randint(n // 3, (n,), generator=g)] + 1e4
             fake = torch.cat([real[:m // 2], fake + 1e4])[:m]
-        elif seed % 4 == 2:                                   # columns of very different scales, outliers
+        # columns of very different scales, outliers
+        elif seed % 4 == 2:
             scale = 10.0 ** torch.linspace(-20, 5, d, dtype=torch.float64)
             real, fake = real * scale, fake * scale
             real[0] *= 1e6
         k, budget = int(torch.randint(1, 19, (), generator=g)), (1, 20_000, None)[seed % 3]
         for ties in ("strict", "inclusive"):
             expected = brute_force(real, fake, k, ties)
-            assert_equal(compute_prdc(real, fake, k, ties=ties, details=True, memory_budget=budget), expected)
+            assert_equal(compute_prdc(real, fake, k, ties=ties, details=True,
+                                      memory_budget=budget), expected)
 
 
 def test_several_k_equal_separate_calls():
@@ -163,7 +175,9 @@ def test_blocks_row_order_scale_rotation_and_swap():
     assert torch.equal(mixed["count_per_fake"], whole["count_per_fake"][q])
     assert torch.equal(mixed["real_radii"], whole["real_radii"][p])
     doubled = compute_prdc(2 * real, 2 * fake, 4, details=True)
-    assert torch.equal(doubled["real_radii"], 2 * whole["real_radii"]) and torch.equal(doubled["count_per_real"], whole["count_per_real"])
+    assert torch.equal(doubled["real_radii"],
+                       2 * whole["real_radii"]) and torch.equal(doubled["count_per_real"],
+                                                                whole["count_per_real"])
     rotation = torch.linalg.qr(normal(7, 7, seed=9, dtype=torch.float64)).Q
     turned = compute_prdc(real.double() @ rotation, fake.double() @ rotation, 4, details=True)
     assert (turned["count_per_fake"] - whole["count_per_fake"]).abs().sum() <= 2
@@ -183,7 +197,8 @@ def test_a_collapsed_generator_is_quick_and_right():
     fake = real[:1].repeat(2000, 1)
     result = compute_prdc(real, fake, 5, details=True, memory_budget=3_000_000)
     inside = (real.double() - real[0].double()).norm(dim=1) < result["real_radii"]
-    assert torch.equal(result["count_per_real"], 2000 * inside.long()) and not result["fake_radii"].any()
+    assert torch.equal(result["count_per_real"],
+                       2000 * inside.long()) and not result["fake_radii"].any()
     assert compute_prdc(real, fake, 5, ties="inclusive")["recall"] == 1 / 1500
 
 
@@ -191,7 +206,8 @@ def test_evenly_spaced_points_by_hand():
     real = torch.arange(10.0)[:, None]
     result = compute_prdc(real, real + 0.25, 2, details=True)
     assert result["real_radii"].tolist() == [2] + [1] * 8 + [2]
-    # the fake at j + 0.25 lies within 1 of the reals j and j + 1; those at 1.25 and 7.25 also within 2 of an end
+    # the fake at j + 0.25 lies within 1 of the reals j and j + 1; those at 1.25 and 7.25 also
+    # within 2 of an end
     assert result["count_per_fake"].tolist() == [2, 3, 2, 2, 2, 2, 2, 3, 2, 1]
     assert compute_prdc(real[:3], real[:3] + 0.25, 2)["coverage"] == 1.0        # N = k + 1
 
@@ -207,14 +223,17 @@ def test_realism():
         assert torch.allclose(result["realism"], expected, rtol=1e-12)
     same = compute_prdc(real, real[:5].clone(), 3, metrics=["density"], realism=True)["realism"]
     assert same.isinf().sum() == keep[:5].sum()
-    constant = compute_prdc(torch.ones(9, 2), torch.ones(4, 2), 3, metrics=["density"], realism=True)
+    constant = compute_prdc(torch.ones(9, 2), torch.ones(4, 2), 3, metrics=["density"],
+                            realism=True)
     assert not constant["realism"].any()
 
 
 def test_float32_rounding_and_approximate_mode():
     generator = np.random.default_rng(0)
     real, fake = (generator.standard_normal((400, 64)).astype(np.float32) for _ in range(2))
-    square = lambda a, b: np.stack([np.square(p - b.astype(np.float64)).sum(1) for p in a]).astype(np.float32)    # noqa: E731
+    # noqa: E731
+    square = lambda a, b: np.stack([np.square(p - b.astype(np.float64)).sum(1)
+                                    for p in a]).astype(np.float32)
     d = np.sqrt(square(real, fake))
     radii = np.sort(np.sqrt(square(real, real)), 1)[:, 5]
     rounded = compute_prdc(real, fake, 5, rounding="float32", details=True)
@@ -230,7 +249,8 @@ def test_expected_coverage_and_the_law_of_counts():
     assert prdc.expected_density() == 1.0
     assert prdc.expected_coverage(5, 10_000, 10_000) == pytest.approx(0.9687734, abs=5e-8)
     assert prdc.expected_coverage(5, 2000, 2000) == pytest.approx(0.9688671, abs=5e-8)
-    assert prdc.expected_coverage(3, 7, 4) == pytest.approx(1 - math.comb(6, 3) / math.comb(10, 3), rel=1e-13)
+    assert prdc.expected_coverage(3, 7, 4) == pytest.approx(1 - math.comb(6, 3) / math.comb(10, 3),
+                                                            rel=1e-13)
     assert prdc.select_k(10_000, 10_000) == 5 and prdc.select_k(10_000, 5_000) == 8
     for k, n, m in ((5, 50, 80), (1, 3, 2), (7, 900, 300)):
         law = prdc.ball_count_pmf(k, n, m)
@@ -245,7 +265,8 @@ def test_expected_coverage_and_the_law_of_counts():
 
 
 def test_equal_distributions_meet_the_expectations():
-    runs = [compute_prdc(normal(200, 3, seed=2 * s), normal(150, 3, seed=2 * s + 1), 5) for s in range(40)]
+    runs = [compute_prdc(normal(200, 3, seed=2 * s), normal(150, 3, seed=2 * s + 1), 5)
+            for s in range(40)]
     for metric, expected in (("density", 1.0), ("coverage", prdc.expected_coverage(5, 200, 150))):
         values = np.array([r[metric] for r in runs])
         assert abs(values.mean() - expected) < 4 * values.std(ddof=1) / math.sqrt(len(values))
@@ -256,7 +277,8 @@ def test_outliers_fool_precision_and_recall_only():
     outlier = real.clone()
     outlier[0] = 3.0
     shifted = compute_prdc(outlier, fake + 1, 5)
-    assert shifted["precision"] > 0.99 and 0.2 <= shifted["density"] < 0.21 and shifted["coverage"] < 0.02
+    assert shifted[
+        "precision"] > 0.99 and 0.2 <= shifted["density"] < 0.21 and shifted["coverage"] < 0.02
     away = fake - 1
     away[0] = 3.0
     other = compute_prdc(real, away, 5)
@@ -281,7 +303,8 @@ def test_batches_reset_cache_and_state(tmp_path):
     fresh = PRDC(nearest_k=[5])
     fresh.cache_real(tmp_path / "real.npz")
     fresh.update(other, False)
-    assert fresh.compute() == {name: value[1:] for name, value in expected_other.items()} and fresh.num_real == 150
+    assert fresh.compute() == {name: value[1:]
+                               for name, value in expected_other.items()} and fresh.num_real == 150
     again = PRDC(nearest_k=[2, 5])
     again.load_state_dict(metric.state_dict())
     assert again.compute() == expected_other
@@ -311,12 +334,14 @@ def test_inputs_are_left_alone_and_may_be_of_any_kind():
     kept = real.clone(), fake.clone()
     expected = compute_prdc(real, fake, 4)
     assert torch.equal(real, kept[0]) and torch.equal(fake, kept[1])
-    assert compute_prdc(real_features=real.numpy(), fake_features=fake.tolist(), nearest_k=4) == expected
+    assert compute_prdc(real_features=real.numpy(), fake_features=fake.tolist(),
+                        nearest_k=4) == expected
     assert compute_prdc(real.requires_grad_(), fake, 4) == expected
     half = compute_prdc(kept[0].half(), kept[1].half(), 4)
     assert half == compute_prdc(kept[0].half().float(), kept[1].half().float(), 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert compute_prdc(kept[0].float(), kept[1].float(), 4) == compute_prdc(kept[0].float(), kept[1].float(), 4)
+        assert compute_prdc(kept[0].float(), kept[1].float(), 4) == compute_prdc(kept[0].float(),
+                                                                                 kept[1].float(), 4)
     read_only = kept[0].numpy()
     read_only.flags.writeable = False
     assert compute_prdc(read_only, kept[1], 4) == expected
@@ -326,7 +351,9 @@ def test_metrics_chosen_and_official_names():
     real, fake = normal(60, 3), normal(50, 3, seed=1)
     every = compute_prdc(real, fake, 4)
     assert list(every) == list(METRICS) and all(type(v) is float for v in every.values())
-    assert compute_prdc(real, fake, 4, metrics=["coverage", "density"]) == {m: every[m] for m in ("density", "coverage")}
+    assert compute_prdc(real, fake, 4,
+                        metrics=["coverage", "density"]) == {m: every[m]
+                                                             for m in ("density", "coverage")}
     f = compute_prdc(real, fake, 4, metrics=["f_score"])
     assert f == {"f_score": pytest.approx(2 * every["precision"] * every["recall"] / (every["precision"] + every["recall"]))}
     details = compute_prdc(real, fake, 4, metrics=["density"], details=True)
@@ -336,20 +363,23 @@ def test_metrics_chosen_and_official_names():
     assert isinstance(radii, np.ndarray) and radii.dtype == np.float64
     assert torch.equal(torch.from_numpy(radii), details["real_radii"])
     distances = prdc.compute_pairwise_distance(real)
-    assert isinstance(distances, torch.Tensor) and not distances.diagonal().any() and torch.equal(distances, distances.T)
+    assert isinstance(distances, torch.Tensor) and not distances.diagonal(
+        ).any() and torch.equal(distances, distances.T)
     assert torch.allclose(distances.sort(1).values[:, 4], details["real_radii"])
 
 
 def test_subsets_and_progress():
     real, fake = normal(300, 4), normal(200, 4, seed=1)
     mean, std = prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=1)
-    assert list(mean) == list(std) == list(METRICS) and 0 < std["density"] < 0.5 and abs(mean["density"] - 1) < 0.3
+    assert list(mean) == list(
+        std) == list(METRICS) and 0 < std["density"] < 0.5 and abs(mean["density"] - 1) < 0.3
     assert prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=1) == (mean, std) != prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=2)
     whole = prdc.bootstrap_prdc(real[:200], fake, 3, num_subsets=2, subset_size=200)[1]
     assert all(value == pytest.approx(0, abs=1e-15) for value in whole.values())
     steps = list(prdc.iter_prdc(real, fake, 3, memory_budget=1))
     assert {s["stage"] for s in steps} == {"real radii", "fake radii", "counting", "done"}
-    assert all(1 <= s["done"] <= s["total"] for s in steps) and steps[-1]["result"] == compute_prdc(real, fake, 3)
+    assert all(1 <= s["done"] <= s["total"]
+               for s in steps) and steps[-1]["result"] == compute_prdc(real, fake, 3)
     for arguments, words in [({"num_subsets": 1}, "num_subsets"), ({"subset_size": 500}, "subset_size")]:
         with pytest.raises(ValueError, match=words):
             prdc.bootstrap_prdc(real, fake, 3, **arguments)
@@ -383,9 +413,11 @@ dist.destroy_process_group()
 
 def test_processes_share_the_work_and_agree(tmp_path):
     (tmp_path / "shared.py").write_text(DISTRIBUTED)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--rdzv_backend=c10d",
                            "--rdzv_endpoint=localhost:0", str(tmp_path / "shared.py"), str(ROOT)],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
 
 
@@ -395,7 +427,8 @@ def test_memory_is_bounded():
             "a, b = torch.randn(20000, 8, generator=g), torch.randn(20000, 8, generator=g); compute_prdc(a[:600], b[:600]); "
             r"peak = lambda: int(re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1]); "
             "before = peak(); compute_prdc(a, b, metrics=['density', 'coverage']); print((peak() - before) / 1024)")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout) < 150
 
@@ -421,12 +454,14 @@ def test_errors_name_the_numbers():
     ]:
         with pytest.raises(ValueError, match=words):
             compute_prdc(*arguments, **options)
-    assert compute_prdc(good, good[:3] + 0.1, 3, metrics=["density"])["density"] > 0      # M <= k is fine without recall
+    # M <= k is fine without recall
+    assert compute_prdc(good, good[:3] + 0.1, 3, metrics=["density"])["density"] > 0
     with pytest.raises(ValueError, match="positive integer"):
         PRDC(nearest_k=0)
     with pytest.raises(TypeError, match="unknown option 'tie'; there are metrics, ties"):
         PRDC(5, tie="strict")
-    for function in (prdc.bootstrap_prdc, lambda a, b, k: prdc.compute_nearest_neighbour_distances(a, k)):
+    for function in (
+        prdc.bootstrap_prdc, lambda a, b, k: prdc.compute_nearest_neighbour_distances(a, k)):
         with pytest.raises(ValueError, match="one positive integer"):
             function(good, good, [2, 3])
     with pytest.raises(ValueError, match="columns|features per row"):
@@ -449,5 +484,6 @@ def test_warnings_tell_what_to_expect():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_integers():
     real, fake = normal(3000, 40), normal(2500, 40, seed=1)
-    a, b = compute_prdc(real, fake, [1, 5], details=True), compute_prdc(real, fake, [1, 5], details=True, device="cuda")
+    a, b = compute_prdc(real, fake, [1, 5], details=True), compute_prdc(real, fake, [1, 5],
+                                                                        details=True, device="cuda")
     assert all(torch.equal(a[name], b[name]) for name in COUNTS)

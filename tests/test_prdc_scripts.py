@@ -1,4 +1,5 @@
-"""The PRDC scripts on their smallest presets: figures, feature files and folders, a kill and --resume, bad input."""
+"""The PRDC scripts on their smallest presets: figures, feature files and folders, a kill and
+--resume, bad input."""
 
 import json
 import subprocess
@@ -15,12 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(script, out, *arguments):
-    return [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / f"{script}.py"), "--preset", "tiny", "--threads", "1",
+    return [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / f"{script}.py"), "--preset",
+            "tiny", "--threads", "1",
             "--out", str(out), *map(str, arguments)]
 
 
 def run(script, out, *arguments, code=0):
-    done = subprocess.run(command(script, out, *arguments), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command(script, out, *arguments), capture_output=True, text=True,
+                          timeout=200)
     assert done.returncode == code, (done.stdout + done.stderr)[-2000:]
     return done.stderr if code else json.loads((out / f"{script}.json").read_text())
 
@@ -30,19 +33,22 @@ def test_gaussians(tmp_path):
     assert set(results["tables"]) == {"equal sets", "k", "outliers", "modes", "variance"}
     assert len(list((tmp_path / "figures").iterdir())) == 6
     last = results["tables"]["outliers"][-1]
-    assert last["real outlier at 3, precision"] == 1 and 0.2 <= last["real outlier at 3, density"] < 0.22
+    assert last[
+        "real outlier at 3, precision"] == 1 and 0.2 <= last["real outlier at 3, density"] < 0.22
 
 
 def test_images_survive_a_kill(tmp_path):
     whole = run("prdc_images", tmp_path / "whole", "--seeds", 1, "--figures", tmp_path / "figures")
     assert len(whole["tables"]["images"]) == 16 and len(list((tmp_path / "figures").iterdir())) == 3
-    part = subprocess.Popen(command("prdc_images", tmp_path / "part", "--seeds", 1, "--checkpoint-seconds", 0),
+    part = subprocess.Popen(command("prdc_images", tmp_path / "part", "--seeds", 1,
+                                    "--checkpoint-seconds", 0),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list((tmp_path / "part").glob("autoencoder-*.pt")):
         assert part.poll() is None
     part.kill()
     part.communicate()
-    resumed = run("prdc_images", tmp_path / "part", "--seeds", 1, "--checkpoint-seconds", 0, "--resume")
+    resumed = run("prdc_images", tmp_path / "part", "--seeds", 1, "--checkpoint-seconds", 0,
+                  "--resume")
     assert resumed["results"] == whole["results"]
 
 
@@ -51,25 +57,30 @@ def test_feature_files_and_folders(tmp_path):
     real, fake = (rng.standard_normal((40, 6)).astype(np.float32) for _ in range(2))
     np.save(tmp_path / "real.npy", real)
     np.savez(tmp_path / "fake.npz", fake)
-    results = run("prdc_images", tmp_path / "a", "--real-features", tmp_path / "real.npy", "--fake-features", tmp_path / "fake.npz")
+    results = run("prdc_images", tmp_path / "a", "--real-features", tmp_path / "real.npy",
+                  "--fake-features", tmp_path / "fake.npz")
     row, expected = results["tables"]["images"][0], compute_prdc(real, fake, 5)
     assert {name: row[name] for name in expected} == expected
     for side in ("real", "fake"):
         (tmp_path / side / "below").mkdir(parents=True)
         for number in range(12):
             Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(tmp_path / side / "below" / f"{number}.png")
-    results = run("prdc_images", tmp_path / "b", "--real", tmp_path / "real", "--fake", tmp_path / "fake", "--seeds", 1)
+    results = run("prdc_images", tmp_path / "b", "--real", tmp_path / "real", "--fake",
+                  tmp_path / "fake", "--seeds", 1)
     assert [row["embedding"] for row in results["tables"]["images"]] == ["pixels", "R64"]
 
     (tmp_path / "real" / "below" / "3.png").write_bytes(b"broken")
-    text = run("prdc_images", tmp_path / "c", "--real", tmp_path / "real", "--fake", tmp_path / "fake", code=1)
+    text = run("prdc_images", tmp_path / "c", "--real", tmp_path / "real", "--fake",
+               tmp_path / "fake", code=1)
     assert "3.png: not a readable image" in text and "Traceback" not in text
     text = run("prdc_images", tmp_path / "d", "--real", tmp_path / "real", code=2)
     assert "needs both sets" in text
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in run("prdc_images", tmp_path / "e", "--real", tmp_path / "empty", "--fake", tmp_path / "fake", code=1)
+    assert "holds no images" in run("prdc_images", tmp_path / "e", "--real", tmp_path / "empty",
+                                    "--fake", tmp_path / "fake", code=1)
     np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
-    text = run("prdc_images", tmp_path / "f", "--real-features", tmp_path / "cube.npy", "--fake-features", tmp_path / "fake.npz", code=1)
+    text = run("prdc_images", tmp_path / "f", "--real-features", tmp_path / "cube.npy",
+               "--fake-features", tmp_path / "fake.npz", code=1)
     assert "cube.npy: holds float64 (2, 2, 2)" in text
 
 
@@ -77,7 +88,8 @@ def test_speed(tmp_path):
     results = run("speed_prdc", tmp_path)
     row = results["tables"]["speed"][0]
     assert row["ours, s"] > 0 and all(claim["holds"] is not False for claim in results["claims"])
-    growth = run("speed_prdc", tmp_path / "growth", "--growth", "--figures", tmp_path / "figures")["tables"]["growth"]
+    growth = run("speed_prdc", tmp_path / "growth", "--growth", "--figures",
+                 tmp_path / "figures")["tables"]["growth"]
     assert [row["N = M"] for row in growth] == [200, 400] and (tmp_path / "figures" / "prdc-cost-per-pair.png").exists()
     assert "--sizes must be like" in run("speed_prdc", tmp_path / "bad", "--sizes", "12", code=2)
 

@@ -1,4 +1,5 @@
-"""The regularisers against public implementations, their definitions and closed forms; the training loop."""
+"""The regularisers against public implementations, their definitions and closed forms; the training
+loop."""
 
 import copy
 import io
@@ -65,7 +66,8 @@ def test_mixup_equals_the_published_batch():
 
 def test_cutout_equals_the_published_masks():
     data = golden("mixing")
-    for (h, w, holes, length, seed), mask in zip(data["cutout_table"].tolist(), data["cutout_masks"]):
+    for (h, w, holes, length, seed), mask in zip(data["cutout_table"].tolist(),
+                                                 data["cutout_masks"]):
         draw = np.random.RandomState(seed)
         centers = torch.tensor([[[draw.randint(h), draw.randint(w)] for _ in range(holes)]])
         out = R.cutout(torch.ones(1, 2, h, w), length, holes, centers=centers)
@@ -78,7 +80,8 @@ def test_cutout_fill_area_and_draws():
     hole = (out == -3)[:, 0]
     assert torch.equal(out[:, :1] == -3, (out == -3)[:, 1:2]) and (hole.sum((1, 2)) <= 36).all()
     assert torch.equal(out.where(out != -3, x), x) and (hole.sum((1, 2)) >= 9).all()
-    side = sum(min(c + 3, 16) - max(c - 3, 0) for c in range(16)) / 16  # expected height, by enumeration
+    # expected height, by enumeration
+    side = sum(min(c + 3, 16) - max(c - 3, 0) for c in range(16)) / 16
     area = hole.sum((1, 2)).double()
     assert abs(area.mean() - side**2) < 4 * area.std() / 500**0.5
     assert torch.equal(out, R.cutout(x, 7, fill=-3.0, generator=gen(1)))
@@ -126,7 +129,8 @@ def test_cutmix_extreme_lam_and_unadjusted():
 def test_cutmix_mean_of_adjusted_lam_equals_enumeration():
     x, y = torch.zeros(4000, 1, 6, 5), torch.zeros(4000, dtype=torch.int64)
     lam = R.cutmix(x, y, lam=torch.full((4000,), 0.4), generator=gen()).lam
-    every = [R.cutmix(x[:1], y[:1], box=R.rand_bbox(6, 5, 0.4, center=(r, c))).lam for r in range(6) for c in range(5)]
+    every = [R.cutmix(x[:1], y[:1], box=R.rand_bbox(6, 5, 0.4, center=(r, c))).lam
+             for r in range(6) for c in range(5)]
     assert abs(lam.mean().item() - np.mean(every)) < 4 * np.std(every) / 4000**0.5
 
 
@@ -136,7 +140,8 @@ def test_mixup_per_sample_and_beta_moments():
     lam = mixed.lam.view(-1, 1, 1, 1)
     partner = (mixed.x - lam * x) / (1 - lam).clamp(min=1e-9)
     sure = mixed.lam < 0.9
-    assert torch.equal((partner.flatten(1)[sure, None] - x.flatten(1)[None]).abs().amax(2).argmin(1) % 4,
+    assert torch.equal((partner.flatten(1)[sure, None]
+                        - x.flatten(1)[None]).abs().amax(2).argmin(1) % 4,
                        mixed.y_b[sure])
     variance = 1 / (4 * (2 * 0.4 + 1))  # of Beta(a, a)
     assert abs(mixed.lam.mean() - 0.5) < 0.04 and abs(mixed.lam.var() - variance) < 0.015
@@ -190,7 +195,8 @@ def test_label_smoothing_equals_torch(eps):
     torch.testing.assert_close(loss.double(), data[f"ls_{eps}_mean"], rtol=1e-5, atol=1e-6)
     each = R.label_smoothing_loss(logits, y, float(eps), reduction="none")
     torch.testing.assert_close(each, data[f"ls_{eps}_none"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], data[f"ls_{eps}_grad"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], data[f"ls_{eps}_grad"],
+                               rtol=1e-5, atol=1e-7)
 
 
 def test_other_losses_equal_public_ones():
@@ -200,7 +206,8 @@ def test_other_losses_equal_public_ones():
     torch.testing.assert_close(R.label_smoothing_loss(z, y, 0.1).double(), data["timm_ls_0.1"], **close)
     torch.testing.assert_close(R.soft_cross_entropy(z, data["soft"]).double(), data["soft_ce"], **close)
     torch.testing.assert_close(R.alp_loss(z, adv).double(), data["alp_l2_mean"], **close)
-    torch.testing.assert_close(R.alp_loss(z, adv, "sum").double(), data["alp_l2_sum_per_sample_mean"], **close)
+    torch.testing.assert_close(R.alp_loss(z, adv, "sum").double(),
+                               data["alp_l2_sum_per_sample_mean"], **close)
 
 
 def test_mixed_cross_entropy_is_the_soft_target_loss():
@@ -217,7 +224,8 @@ def test_mixed_cross_entropy_is_the_soft_target_loss():
             torch.testing.assert_close(gradient, (z.softmax(1) - target).detach() / 9)
     half = R.mixed_cross_entropy(z.half(), a, b, 0.3)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half.double(), R.mixed_cross_entropy(z, a, b, 0.3), rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(half.double(), R.mixed_cross_entropy(z, a, b, 0.3), rtol=2e-3,
+                               atol=1e-3)
 
 
 def test_loss_errors():
@@ -235,7 +243,8 @@ def test_loss_errors():
 
 
 def small_net(seed=0, classes=4):
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(2),
                         nn.Flatten(), nn.Linear(24, classes))
     with torch.no_grad():
         for p in net.parameters():
@@ -271,7 +280,8 @@ def test_manifold_mixup_draws_and_cleans_up():
         with R.manifold_mixup(net, ["3"]):
             raise RuntimeError("inside")
     assert torch.equal(net(x), clean)
-    with R.manifold_mixup(net, ["3"], mode="cutmix", perm=torch.arange(6).flip(0), lam=0.5, generator=gen(1)) as mixed:
+    with R.manifold_mixup(net, ["3"], mode="cutmix", perm=torch.arange(6).flip(0), lam=0.5,
+                          generator=gen(1)) as mixed:
         logits = net(x)
     area = round((1 - mixed.lam) * 64)
     assert 0 < area <= 36 and math.isclose(mixed.lam, 1 - area / 64) and not torch.equal(logits, clean)
@@ -296,7 +306,8 @@ def test_shake_drop_equals_the_published_layer():
         out = R.ShakeDrop(p).eval()(data["x"])
         torch.testing.assert_close(out, data[f"eval_p{p}"], atol=1e-7, rtol=0)
     for length in (9, 54, 66):
-        np.testing.assert_allclose(R.linear_drop_rates(length), data[f"p_drop_L{length}"], atol=1e-12)
+        np.testing.assert_allclose(R.linear_drop_rates(length), data[f"p_drop_L{length}"],
+                                   atol=1e-12)
 
 
 def test_shake_drop_factors_broadcast():
@@ -326,7 +337,8 @@ def test_shake_drop_layer_mean_is_its_evaluation_factor(level):
     assert torch.equal(none(x), x) and torch.equal(none.eval()(x), x)
 
 
-@pytest.mark.parametrize("layer", [R.ShakeDrop(0.4), R.ShakeDrop(0.4, level="pixel"), R.DropBlock2d(0.4, 3)])
+@pytest.mark.parametrize("layer", [R.ShakeDrop(0.4), R.ShakeDrop(0.4, level="pixel"),
+                                   R.DropBlock2d(0.4, 3)])
 def test_random_layers_read_no_value_on_the_host(layer):
     x = torch.empty(2, 3, 8, 8, device="meta", requires_grad=True)  # no values: reading one raises
     layer(x).sum().backward()
@@ -425,7 +437,8 @@ def attack(model, x, y):
 
 COMBINATIONS = {
     "plain": {},
-    "cutout + cutmix + smoothing": {"input": ["cutout", "cutmix"], "length": 4, "label_smoothing": 0.1, "prob": 0.5},
+    "cutout + cutmix + smoothing": {"input": ["cutout", "cutmix"], "length": 4,
+                                    "label_smoothing": 0.1, "prob": 0.5},
     "manifold mixup": {"feature": "mixup", "modules": ["", "3"], "alpha": 2.0},
     "feature cutmix": {"feature": "cutmix", "modules": ["1"]},
     "adversarial + pairing": {"adversary": attack, "pairing": 0.5},
@@ -452,7 +465,8 @@ def test_training_resumes_to_the_same_numbers(name, kind):
         regularizer = R.Regularizer(**COMBINATIONS[name])
         if regularizer.modules:
             regularizer.modules = ["" if m == "" else "2" for m in regularizer.modules]
-        return net, R.train(net, loader, optimizer, regularizer=regularizer, epochs=3, generator=generator,
+        return net, R.train(net, loader, optimizer, regularizer=regularizer, epochs=3,
+                            generator=generator,
                             schedule=lambda step: 0.1 / (1 + step), resume=snapshot)
 
     state = torch.get_rng_state()
@@ -525,7 +539,8 @@ def test_parameter_groups_and_schedule():
     decayed, spared = R.parameter_groups(net, 1e-4, no_decay_norm=True)
     assert {p.ndim for p in spared["params"]} == {1} and {p.ndim for p in decayed["params"]} == {2, 4}
     everything, nothing = R.parameter_groups(net, 1e-4)
-    assert len(everything["params"]) == 6 and not nothing["params"] and everything["weight_decay"] == 1e-4
+    assert len(
+        everything["params"]) == 6 and not nothing["params"] and everything["weight_decay"] == 1e-4
     schedule = R.step_schedule(0.25, (150, 225))
     np.testing.assert_allclose([schedule(s) for s in (0, 149, 150, 224, 225)], [0.25, 0.25, 0.025, 0.025, 0.0025])
 
@@ -539,6 +554,7 @@ def test_cuda_agrees_with_the_cpu():
         assert torch.equal(cpu.x, gpu.x.cpu())
     net = small_net().cuda()
     net.insert(3, R.ShakeDrop(0.3))
-    log = list(R.train(net, [(x, y)], torch.optim.SGD(net.parameters(), 0.1), amp=True, generator=gen(),
+    log = list(R.train(net, [(x, y)], torch.optim.SGD(net.parameters(), 0.1), amp=True,
+                       generator=gen(),
                        regularizer=R.Regularizer("cutmix")))
     assert math.isfinite(log[0]["loss"])

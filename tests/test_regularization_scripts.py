@@ -1,4 +1,5 @@
-"""The study's scripts: their tiny presets, a killed run that is resumed, two processes, the speed script."""
+"""The study's scripts: their tiny presets, a killed run that is resumed, two processes, the speed
+script."""
 
 import json
 import subprocess
@@ -12,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(script, *arguments, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), "--preset", "tiny", "--threads", "1",
+    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), "--preset", "tiny",
+               "--threads", "1",
                *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -21,14 +23,18 @@ def run(script, *arguments, launcher=()):
 
 def test_small_images_resume_to_the_same_figures(tmp_path):
     methods = ("--methods", "cutout+ls", "fgsm-training", "--seeds", 1)
-    run("regularization_cifar100.py", *methods, "--out", tmp_path / "whole", "--figures", tmp_path / "figures")
+    run("regularization_cifar100.py", *methods, "--out", tmp_path / "whole", "--figures",
+        tmp_path / "figures")
     whole = json.loads((tmp_path / "whole" / "regularization_cifar100.json").read_text())
     row = whole["results"]["fgsm-training-seed0"]
-    assert 0 <= row["error"] <= 1 and len(row["corruptions"]) == 15 and set(row["ood"]) == {"uniform", "gaussian", "shuffled"}
+    assert 0 <= row["error"] <= 1 and len(
+        row["corruptions"]) == 15 and set(row["ood"]) == {"uniform", "gaussian", "shuffled"}
     assert all(Image.open(f).size[0] >= 640 for f in (tmp_path / "figures").iterdir())
 
-    # interrupted in the middle of the second row: the first is kept, the second goes on from its checkpoint
-    command = [sys.executable, str(ROOT / "benchmarks" / "regularization_cifar100.py"), "--preset", "tiny", "--threads", "1",
+    # interrupted in the middle of the second row: the first is kept, the second goes on from its
+    # checkpoint
+    command = [sys.executable, str(ROOT / "benchmarks" / "regularization_cifar100.py"), "--preset",
+               "tiny", "--threads", "1",
                *map(str, methods), "--out", str(tmp_path / "part"), "--checkpoint-seconds", "0"]
     part = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list((tmp_path / "part").glob("fgsm-training-seed0-*.pt")):
@@ -53,17 +59,20 @@ def folder(root):
 
 def test_image_folders(tmp_path):
     data = folder(tmp_path / "data")
-    run("regularization_cifar100.py", "--data", data, "--classes", 2, "--methods", "baseline", "--seeds", 1, "--out", tmp_path / "a")
+    run("regularization_cifar100.py", "--data", data, "--classes", 2, "--methods", "baseline",
+        "--seeds", 1, "--out", tmp_path / "a")
     results = json.loads((tmp_path / "a" / "regularization_cifar100.json").read_text())
     assert "other classes" in results["results"]["baseline-seed0"]["ood"]
-    run("regularization_imagenet.py", "--data", data, "--methods", "dropblock", "--out", tmp_path / "b")
+    run("regularization_imagenet.py", "--data", data, "--methods", "dropblock", "--out",
+        tmp_path / "b")
     results = json.loads((tmp_path / "b" / "regularization_imagenet.json").read_text())
     assert 0 < results["results"]["dropblock-seed0"]["mce"]
 
 
 def test_two_processes(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    out = run("regularization_cifar100.py", "--methods", "baseline", "--seeds", 1, "--device", "cpu", "--out", tmp_path,
+    out = run("regularization_cifar100.py", "--methods", "baseline", "--seeds", 1, "--device",
+              "cpu", "--out", tmp_path,
               launcher=launcher)
     assert out.count("grows with severity") == 1
     results = json.loads((tmp_path / "regularization_cifar100.json").read_text())
@@ -73,4 +82,5 @@ def test_two_processes(tmp_path):
 def test_speed_script(tmp_path):
     out = run("speed_corruptions.py", "--out", tmp_path)
     results = json.loads((tmp_path / "speed_corruptions.json").read_text())
-    assert len(results["tables"]["set"]) == 19 and results["tables"]["glass"][0]["equal"] is True and "holds" in out
+    assert len(results["tables"]["set"]) == 19 and results[
+        "tables"]["glass"][0]["equal"] is True and "holds" in out

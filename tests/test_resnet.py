@@ -13,7 +13,8 @@ PUBLISHED = {"resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_
 
 
 def small(**options):
-    options = {"width": 8, "small_stem": True, "generator": torch.Generator().manual_seed(0)} | options
+    options = {"width": 8, "small_stem": True,
+               "generator": torch.Generator().manual_seed(0)} | options
     return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), options.pop("num_classes", 10), **options)
 
 

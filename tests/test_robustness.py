@@ -27,7 +27,8 @@ def gen(seed=0):
 def random_logits(n=500, k=7, seed=0, scale=3.0):
     draw = gen(seed)
     z = scale * torch.randn(n, k, generator=draw, dtype=torch.float64)
-    y = torch.where(torch.rand(n, generator=draw) < 0.6, z.argmax(1), torch.randint(k, (n,), generator=draw))
+    y = torch.where(torch.rand(n, generator=draw) < 0.6, z.argmax(1),
+                    torch.randint(k, (n,), generator=draw))
     return z, y
 
 
@@ -65,7 +66,8 @@ def test_fgsm_and_pgd_equal_torchattacks():
 
 
 def test_attacks_leave_the_model_alone_and_attack_in_eval_mode():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(256, 5))
     net[1].eval()  # a submodule frozen on purpose stays so
     net[0].weight.grad = torch.ones_like(net[0].weight)
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -179,7 +181,8 @@ def test_corruption_errors_asks_each_severity():
 
 @pytest.mark.parametrize("case", ["a", "b", "tiny"])
 def test_calibration_equals_public_packages(case):
-    data = {k[len(case) + 1 :]: v for k, v in golden("calibration").items() if k.startswith(case + "_")}
+    data = {k[len(case) + 1 :]: v for k, v in golden("calibration").items()
+            if k.startswith(case + "_")}
     z, y = data["logits"], data["labels"]
     close = lambda value, key: pytest.approx(float(data[key]), abs=1e-6) == value
     assert close(R.expected_calibration_error(z, y, 10), "ece10")
@@ -194,7 +197,8 @@ def test_calibration_equals_public_packages(case):
         T = R.fit_temperature(z, y)
         assert T == pytest.approx(float(data["T"]), abs=1e-4)
         assert close(R.nll(z / T, y), "nll_T")
-        assert R.expected_calibration_error(z / T, y) == pytest.approx(float(data["ece15_T"]), abs=1e-4)
+        assert R.expected_calibration_error(z / T, y) == pytest.approx(float(data["ece15_T"]),
+                                                                       abs=1e-4)
 
 
 @pytest.mark.parametrize("bins", [1, 4, 15])
@@ -213,7 +217,8 @@ def test_calibration_equals_a_loop_over_bins(bins):
             assert table["confidence"][m] == pytest.approx(confidence[inside].mean())
         else:
             assert table["accuracy"][m] == table["confidence"][m] == 0
-    expected = {"l1": np.dot(sizes, gaps), "l2": np.sqrt(np.dot(sizes, np.square(gaps))), "max": max(gaps)}
+    expected = {"l1": np.dot(sizes, gaps), "l2": np.sqrt(np.dot(sizes, np.square(gaps))),
+                "max": max(gaps)}
     for norm, value in expected.items():
         assert R.expected_calibration_error(z, y, bins, norm) == pytest.approx(value, abs=1e-12)
     assert table["lower"][0] == 0 and table["upper"][-1] == 1 and len(table["lower"]) == bins
@@ -223,7 +228,8 @@ def test_calibration_equals_a_loop_over_bins(bins):
             inside = (p[:, k] > m / bins) & (p[:, k] <= (m + 1) / bins)
             if inside.any():
                 classes += inside.mean() * abs((y.numpy()[inside] == k).mean() - p[inside, k].mean())
-    assert R.classwise_calibration_error(z, y, bins) == pytest.approx(classes / p.shape[1], abs=1e-12)
+    assert R.classwise_calibration_error(z, y, bins) == pytest.approx(classes / p.shape[1],
+                                                                      abs=1e-12)
 
 
 def test_adaptive_bins_hold_equal_shares_and_do_not_depend_on_the_order():
@@ -232,8 +238,10 @@ def test_adaptive_bins_hold_equal_shares_and_do_not_depend_on_the_order():
     order = confidence.argsort()
     hit = (z.argmax(1) == y)[order].double()
     expected = sum(len(c) / 203 * abs(h.mean() - c.mean()).item() for c, h in zip(
-        np.array_split(confidence[order].numpy(), 15), np.array_split(hit.numpy(), 15)))  # fmt: skip
-    assert R.expected_calibration_error(z, y, strategy="adaptive") == pytest.approx(expected, abs=1e-12)
+        # fmt: skip
+        np.array_split(confidence[order].numpy(), 15), np.array_split(hit.numpy(), 15)))
+    assert R.expected_calibration_error(z, y, strategy="adaptive") == pytest.approx(expected,
+                                                                                    abs=1e-12)
     saturated = z.round() * 40  # many confidences of exactly 1
     shuffle = torch.randperm(203, generator=gen(4))
     one = R.expected_calibration_error(saturated, y, 7, strategy="adaptive")
@@ -253,7 +261,8 @@ def test_calibration_closed_forms():
     assert R.nll(wrong, y) == 2e4  # never the logarithm of a clamped probability
     even = torch.zeros(6, 3)
     assert R.nll(even, y) == pytest.approx(math.log(3)) and R.brier(even, y) == pytest.approx(2 / 3)
-    assert R.expected_calibration_error(torch.zeros(1, 1), torch.tensor([0])) == 0  # one sample, one class
+    # one sample, one class
+    assert R.expected_calibration_error(torch.zeros(1, 1), torch.tensor([0])) == 0
     edge = torch.tensor([[0.75, 0.25]])  # 3/4 belongs to the bin that ends there
     assert R.reliability_table(edge, torch.tensor([0]), 4, from_probs=True)["count"][2] == 1
     z, y = random_logits()
@@ -314,7 +323,8 @@ def test_ood_metrics_equal_sklearn(case):
         assert R.auroc(a, b) == pytest.approx(float(data["maha_AUROC"]), abs=1e-9)
     out = data["oe_out_positive"]
     assert R.aupr(a, b, "out") == pytest.approx(float(out[1]), abs=1e-9)
-    # That code takes the point nearest to the level, on a plateau the one with the most false positives.
+    # That code takes the point nearest to the level, on a plateau the one with the most false
+    # positives.
     assert R.fpr_at_tpr(a, b, positive="out") <= float(out[2]) + 1 / len(a) + 1e-12
 
 
@@ -389,13 +399,15 @@ def test_odin_equals_the_published_steps_on_normalised_input():
 def test_predict_and_evaluate():
     draw = gen()
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 4))
-    batches = [(torch.randn(n, 3, 2, 2, generator=draw), torch.randint(4, (n,), generator=draw)) for n in (5, 1)]
+    batches = [(torch.randn(n, 3, 2, 2, generator=draw), torch.randint(4, (n,), generator=draw))
+               for n in (5, 1)]
     z, y = R.predict(net, batches)
     assert z.shape == (6, 4) and y.dtype == torch.int64 and net.training and not z.requires_grad
     assert torch.equal(z, R.predict(net, batches)[0])  # evaluation mode: no dropout
     result = R.evaluate(net, batches)
     assert {"error", "nll", "ece", "brier"} <= set(result)
     assert result["error"] == pytest.approx((z.argmax(1) != y).float().mean().item())
-    assert result["gap"] == pytest.approx(1 - result["error"] - z.softmax(1).amax(1).mean().item(), abs=1e-6)
+    assert result["gap"] == pytest.approx(1 - result["error"] - z.softmax(1).amax(1).mean().item(),
+                                          abs=1e-6)
     with pytest.raises(ValueError, match="empty"):
         R.predict(net, [])

@@ -7,7 +7,8 @@ from data_tools.synthetic import Batches, mask_boxes, shapes, to_float
 
 def test_shapes_are_determined_by_their_seed_and_their_boxes_are_tight():
     data, again, other = shapes(60, seed=3), shapes(60, seed=3), shapes(60, seed=4)
-    assert all(torch.equal(data[key], again[key]) for key in data) and not torch.equal(data["images"], other["images"])
+    assert all(torch.equal(data[key], again[key])
+               for key in data) and not torch.equal(data["images"], other["images"])
     assert data["images"].shape == (60, 3, 32, 32) and data["images"].dtype == torch.uint8
     assert data["labels"].min() >= 0 and data["labels"].max() < len(synthetic.CLASSES) == 10
     for mask, (x0, y0, x1, y1) in zip(data["masks"], data["boxes"].tolist()):
@@ -19,7 +20,8 @@ def test_chunks_do_not_show_and_sizes_scale(monkeypatch):
     large = shapes(8, size=64, labels=torch.arange(8), noise=0)
     assert large["images"].shape == (8, 3, 64, 64) and torch.equal(large["labels"], torch.arange(8))
     colours = large["images"][0].flatten(1).unique(dim=1)
-    assert colours.shape[1] == 2                              # a plain disc: foreground and background, nothing else
+    # a plain disc: foreground and background, nothing else
+    assert colours.shape[1] == 2
     assert shapes(0)["boxes"].shape == (0, 4)
     monkeypatch.setattr(synthetic, "CHUNK", 7)
     assert shapes(20)["images"].shape == (20, 3, 32, 32)
@@ -27,7 +29,8 @@ def test_chunks_do_not_show_and_sizes_scale(monkeypatch):
 
 def test_shapes_have_their_areas():
     one = torch.ones(5)
-    area = synthetic.shape_mask(torch.arange(5), 201, 100 * one, 100 * one, 80 * one).flatten(1).float().sum(1) / 80**2
+    area = synthetic.shape_mask(torch.arange(5), 201, 100 * one, 100 * one,
+                                80 * one).flatten(1).float().sum(1) / 80**2
     expected = torch.tensor([torch.pi, 1.6**2, 3 * 3**0.5 / 4, 4 * 0.6 - 0.36, 0.7 * torch.pi])
     assert torch.allclose(area, expected, rtol=0.03)
     turned = synthetic.shape_mask(torch.arange(5), 201, 100 * one, 100 * one, 80 * one, 0.3 * one)
@@ -37,12 +40,14 @@ def test_shapes_have_their_areas():
 def test_colored_objects_are_apart_and_of_different_classes():
     data, again = synthetic.colored_objects(50, seed=1), synthetic.colored_objects(50, seed=1)
     assert all(torch.equal(data[key], again[key]) for key in data)
-    assert data["images"].shape == (50, 3, 64, 64) and (data["classes"][:, 0] != data["classes"][:, 1]).all()
+    assert data["images"].shape == (50, 3, 64,
+                                    64) and (data["classes"][:, 0] != data["classes"][:, 1]).all()
     assert (data["labels"].unsqueeze(1) == data["classes"]).any(1).all()
     assert not (data["masks"][:, 0] & data["masks"][:, 1]).any() and data["masks"].flatten(2).any(2).all()
     assert torch.equal(data["boxes"][:, 1], mask_boxes(data["masks"][:, 1]))
     single = synthetic.colored_objects(9, objects=1, size=32)
-    assert single["images"].shape == (9, 3, 32, 32) and torch.equal(single["labels"], single["classes"][:, 0])
+    assert single["images"].shape == (9, 3, 32, 32) and torch.equal(single["labels"],
+                                                                    single["classes"][:, 0])
     mask = single["masks"][0, 0]
     strongest = single["images"][0].float()[:, mask].mean(1)
     expected = torch.tensor(list(synthetic.PALETTE.values())[int(single["labels"][0]) % 4]) * 255
@@ -76,13 +81,16 @@ def test_batches_resume_in_the_middle_and_share_among_processes():
     assert len(whole) == len(loader) == 6 and sorted(sum(whole, [])) == list(range(23))
     loader.set_epoch(5, 3)
     assert [a.tolist() for a, _ in loader] == whole[3:]
-    assert [a.tolist() for a, _ in loader] != whole           # the next epoch has another order, from its start
+    # the next epoch has another order, from its start
+    assert [a.tolist() for a, _ in loader] != whole
     parts = [Batches(rows, batch_size=4, seed=1, rank=r, world_size=2) for r in range(2)]
     for part in parts:
         part.set_epoch(5)
-    assert [sorted(a.tolist() + b.tolist()) for (a,), (b,) in zip(*parts)] == [sorted(batch) for batch in whole]
+    assert [sorted(a.tolist() + b.tolist()) for (a,), (b,) in zip(*parts)] == [sorted(batch)
+                                                                               for batch in whole]
     assert len(Batches(rows, batch_size=4, drop_last=True)) == 5
 
 
 def test_to_float():
-    assert torch.allclose(to_float(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-0.5, 0.5]) / 0.3)
+    assert torch.allclose(to_float(torch.tensor([0, 255], dtype=torch.uint8)),
+                          torch.tensor([-0.5, 0.5]) / 0.3)

@@ -25,8 +25,10 @@ def test_published_parameter_count(name):
 
 
 def test_state_dict_has_torchvision_names_and_shapes():
-    convolutions = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256),
-                    17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
+    convolutions = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128),
+                    12: (256, 256), 14: (256, 256),
+                    17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512),
+                    28: (512, 512)}
     expected = {}
     for index, (outputs, inputs) in convolutions.items():
         expected[f"features.{index}.weight"], expected[f"features.{index}.bias"] = (outputs, inputs, 3, 3), (outputs,)
@@ -58,10 +60,12 @@ def test_initial_weights_follow_the_rule_and_the_seed():
 
 
 def test_the_random_embedding_is_reproducible_and_resizes():
-    images = torch.randint(256, (3, 3, 40, 52), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (3, 3, 40, 52), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     embed, again = (vgg.r64(5, 32, width=4, hidden=32) for _ in range(2))
     features = embed(images)
-    assert features.shape == (3, 64) and features.dtype == torch.float32 and not features.requires_grad
+    assert features.shape == (
+        3, 64) and features.dtype == torch.float32 and not features.requires_grad
     assert torch.equal(features, again(images)) and features.min() >= 0 and features.std() > 0
     same = torch.nn.functional.interpolate(images / 255, (32, 32), mode="bilinear", antialias=True)
     torch.testing.assert_close(embed.model.embed((same - embed.mean) / embed.std), features)

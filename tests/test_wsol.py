@@ -81,7 +81,8 @@ def test_cutmix_pastes_the_area_it_reports():
     for seed in range(20):
         out, a, b, lam = wsol.cutmix(x, torch.arange(8), 0.7, generator(seed))
         pasted = (out != x).flatten(1).float().mean(1)
-        assert torch.equal(out[:, 0, 0, 0].long().eq(a) | out[:, 0, 0, 0].long().eq(b), torch.ones(8).bool())
+        assert torch.equal(out[:, 0, 0, 0].long().eq(a) | out[:, 0, 0, 0].long().eq(b),
+                           torch.ones(8).bool())
         moved = a != b
         assert torch.allclose(pasted[moved], torch.full_like(pasted[moved], 1 - lam))
         again = wsol.cutmix(x, torch.arange(8), 0.7, generator(seed))
@@ -129,29 +130,35 @@ def test_a_constant_map_is_nan_and_erases_nothing():
     assert torch.equal(wsol.erase_attention(flat, attention, 0.5), flat)
 
 
-THRESHOLDS = {"default": ((.7, .01), (.5, .05), (.7, .1)), "tight": ((.99999, .2), (.9, .3), (.95, .4))}
+THRESHOLDS = {"default": ((.7, .01), (.5, .05), (.7, .1)),
+              "tight": ((.99999, .2), (.9, .3), (.95, .4))}
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
 def test_spg_equals_the_published_loss_and_gradients(name):
     maps = {key: tensor(f"spg_{key}").requires_grad_() for key in ("b1", "b2", "c")}
     logits = tensor("spg_fm").mean((2, 3)).requires_grad_()
-    attention, fused = wsol.spg_attention(tensor("spg_fm"), tensor("spg_lab"), maps["b1"], maps["b2"])
+    attention, fused = wsol.spg_attention(tensor("spg_fm"), tensor("spg_lab"), maps["b1"],
+                                          maps["b2"])
     assert not attention.requires_grad and not fused.requires_grad
-    torch.testing.assert_close(attention[:, :, ::4, ::4], tensor("spg_attention"), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(attention[:, :, ::4, ::4], tensor("spg_attention"), rtol=1e-4,
+                               atol=1e-6)
     torch.testing.assert_close(fused[:, :, ::4, ::4], tensor("spg_fused"), rtol=1e-4, atol=1e-6)
-    assert torch.equal(wsol.spg_mask(attention, *THRESHOLDS[name][0]).to(torch.uint8), tensor(f"spg_mask_{name}"))
+    assert torch.equal(wsol.spg_mask(attention, *THRESHOLDS[name][0]).to(torch.uint8),
+                       tensor(f"spg_mask_{name}"))
     out = {"logits": logits, "attention": attention, "fused_attention": fused,
            **{f"logits_{key}": value for key, value in maps.items()}}
     loss = wsol.spg_loss(out, tensor("spg_lab"), THRESHOLDS[name])
     assert loss.item() == pytest.approx(float(METHODS[f"spg_loss_{name}"]), rel=1e-4)
     loss.backward()
     for key, value in {"logits": logits, **maps}.items():
-        torch.testing.assert_close(value.grad, tensor(f"spg_grad_{key}_{name}"), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(value.grad, tensor(f"spg_grad_{key}_{name}"), rtol=1e-4,
+                                   atol=1e-7)
 
 
 def test_spg_without_a_confident_pixel_is_plain_cross_entropy():
-    maps = {f"logits_{key}": torch.zeros(2, 1, 5, 5, requires_grad=True) for key in ("b1", "b2", "c")}
+    maps = {f"logits_{key}": torch.zeros(2, 1, 5, 5, requires_grad=True)
+            for key in ("b1", "b2", "c")}
     nan = torch.full((2, 1, 8, 8), torch.nan)
     out = {"logits": randn(2, 4), "attention": nan, "fused_attention": nan, **maps}
     target = torch.tensor([0, 3])
@@ -190,7 +197,8 @@ def formula(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def formula_state(network: torch.nn.Module) -> dict:
-    return {name: torch.tensor(0) if name.endswith("num_batches_tracked") else formula(name, value.shape)
+    return {name: torch.tensor(0) if name.endswith("num_batches_tracked")
+            else formula(name, value.shape)
             for name, value in network.state_dict().items()}
 
 
@@ -227,7 +235,8 @@ def test_networks_equal_the_published_ones(arch, method):
         for name in set(out) & {"logits", "logit_b", "logits_b1", "logits_b2", "logits_c"}:
             close_to_fixture(out[name], f"{key}_{name}")
         if method == "acol":
-            assert wsol.acol_loss(out, labels).item() == pytest.approx(float(NETWORKS[f"{key}_loss"]), rel=1e-3)
+            assert wsol.acol_loss(
+                out, labels).item() == pytest.approx(float(NETWORKS[f"{key}_loss"]), rel=1e-3)
         if method == "spg":
             assert out["attention"].shape == out["fused_attention"].shape == (2, 1, 96, 96)
             with torch.no_grad():  # the public code makes its masks at 224 x 224 whatever the input
@@ -260,12 +269,14 @@ def test_maps_at_224_pixels(arch, large, side):
 
 
 def test_build_network_is_reproducible_and_accepts_any_memory_format():
-    one, two = (wsol.build_network("resnet50", "adl", 3, generator=generator(4)).state_dict() for _ in range(2))
+    one, two = (wsol.build_network("resnet50", "adl", 3, generator=generator(4)).state_dict()
+                for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     network = wsol.build_network("resnet50", "cam", 3, generator=generator(4)).eval()
     x, labels = randn(1, 3, 64, 64), torch.tensor([2])
     maps = network(x, labels, return_cam=True)
-    last = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), labels, return_cam=True)
+    last = network.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last),
+                                                         labels, return_cam=True)
     torch.testing.assert_close(maps, last, rtol=1e-3, atol=1e-5)
     assert network.double()(x.double(), labels, return_cam=True).dtype == torch.float64
 
@@ -284,15 +295,18 @@ def test_load_torchvision_finds_the_layers_that_moved(arch, method):
     if arch == "vgg16":
         source = {name: value for name, value in source.items() if name.startswith("features.")}
         source["classifier.0.weight"] = torch.zeros(2, 2)
-    network.load_state_dict({name: torch.zeros(()).expand(value.shape) - 1 for name, value in network.state_dict().items()},
+    network.load_state_dict({name: torch.zeros(()).expand(value.shape) - 1
+                             for name, value in network.state_dict().items()},
                             assign=True)
     for parameter in itertools.chain(network.parameters(), network.buffers()):
         parameter.data = parameter.data.clone()
     kept = wsol.load_torchvision(network, source)
-    state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+    state = {name: value for name, value in network.state_dict().items()
+             if "num_batches" not in name}
     loaded = [float(state[name].flatten()[0]) for name in state if name not in kept]
     expected = [float(value.flatten()[0]) for name, value in source.items()
-                if not name.startswith(("classifier", "fc") if method in ("spg", "acol") else "classifier")
+                if not name.startswith(("classifier", "fc") if method in ("spg", "acol")
+                                       else "classifier")
                 and "num_batches" not in name]
     assert loaded == expected
     assert all((state[name] == -1).all() for name in kept)
@@ -310,7 +324,8 @@ def test_load_torchvision_rejects_a_foreign_checkpoint():
 
 
 def heads() -> dict:
-    trunk = lambda: torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)                               # noqa: E731
+    # noqa: E731
+    trunk = lambda: torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)
     return {"cam": wsol.CAMHead(trunk(), 6, 4), "acol": wsol.ACoLHead(trunk(), 6, 4, 0.6, width=8),
             "spg": wsol.SPGHead(trunk(), 6, 4, width=8)}
 
@@ -322,7 +337,8 @@ def test_heads_give_logits_and_maps(name):
     maps = head(x, labels, return_cam=True)
     assert out["logits"].shape == (3, 4) and maps.shape == (3, 5, 6)
     logits, predicted = head.predict(x, labels)
-    assert torch.equal(logits, out["logits"]) and torch.equal(predicted, maps) and predicted.is_inference()
+    assert torch.equal(logits, out["logits"]) and torch.equal(predicted,
+                                                              maps) and predicted.is_inference()
     assert head(x)["logits"].shape == (3, 4)
     one = head.predict(x[1:2], labels[1:2])[1]
     torch.testing.assert_close(one, maps[1:2].detach(), rtol=1e-4, atol=1e-5)
@@ -374,8 +390,10 @@ def test_gradient_maps():
     numeric = (nonlinear(x[:1] + step)[:, 4] - nonlinear(x[:1] - step)[:, 4]) / 2e-6
     torch.testing.assert_close(signed[0], numeric.view(3, 6, 7), rtol=1e-5, atol=1e-8)
     assert torch.equal(wsol.vanilla_gradient(nonlinear, x, y), signed.abs().amax(1))
-    assert torch.equal(wsol.vanilla_gradient(lambda z: {"logits": nonlinear(z)}, x, y, "mean"), signed.abs().mean(1))
-    torch.testing.assert_close(wsol.smooth_grad(nonlinear, x, y, n=3, sigma=0.0), signed.abs().amax(1))
+    assert torch.equal(wsol.vanilla_gradient(lambda z: {"logits": nonlinear(z)}, x, y, "mean"),
+                       signed.abs().mean(1))
+    torch.testing.assert_close(wsol.smooth_grad(nonlinear, x, y, n=3, sigma=0.0),
+                               signed.abs().amax(1))
     one, two = (wsol.smooth_grad(nonlinear, x, y, n=2, generator=generator(1)) for _ in range(2))
     assert torch.equal(one, two) and not torch.equal(one, signed.abs().amax(1))
 
@@ -383,10 +401,13 @@ def test_gradient_maps():
 @pytest.mark.parametrize("baseline", (None, 0.3))
 def test_integrated_gradients_sum_to_the_change_of_the_logit(baseline):
     x, y = 0.05 * randn(2, 3, 6, 7, dtype=torch.float64), torch.tensor([4, 1])
-    start = torch.zeros_like(x) if baseline is None else baseline * randn(1, 3, 6, 7, seed=5, dtype=x.dtype) / 6
-    signed = wsol.integrated_gradients(nonlinear, x, y, 200, None if baseline is None else start, reduce=None)
+    start = torch.zeros_like(x) if baseline is None else baseline * randn(1, 3, 6, 7, seed=5,
+                                                                          dtype=x.dtype) / 6
+    signed = wsol.integrated_gradients(nonlinear, x, y, 200, None if baseline is None else start,
+                                       reduce=None)
     change = nonlinear(x) - nonlinear(start.expand_as(x))
-    torch.testing.assert_close(signed.sum((1, 2, 3)), change[torch.arange(2), y], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(signed.sum((1, 2, 3)), change[torch.arange(2), y], rtol=1e-3,
+                               atol=1e-4)
 
 
 def test_gradients_work_where_gradients_are_off():
@@ -410,7 +431,8 @@ def test_few_shot_targets_and_loss():
     logits = randn(2, 1, 3, 3)
     target = torch.stack([expected, resized])
     upsampled = F.interpolate(logits, size=6, mode="bilinear", align_corners=False)[:, 0]
-    torch.testing.assert_close(wsol.few_shot_loss(logits, target), F.binary_cross_entropy_with_logits(upsampled, target))
+    torch.testing.assert_close(wsol.few_shot_loss(logits, target),
+                               F.binary_cross_entropy_with_logits(upsampled, target))
     target[1] = 255
     torch.testing.assert_close(wsol.few_shot_loss(logits, target),
                                F.binary_cross_entropy_with_logits(upsampled[:1], target[:1]))
@@ -456,7 +478,8 @@ def test_learning_rate_falls_at_the_start_of_every_third_epoch():
     rows = list(wsol.train(head, [(randn(2, 3, 6, 6), torch.tensor([0, 1]))], {"lr": 0.1, "epochs": 10}))
     decays = [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
     assert [row["lr"] for row in rows] == pytest.approx([0.1 * 0.1**d for d in decays])
-    assert [row["step"] for row in rows] == list(range(10)) and all(type(v) is float for v in rows[0].values())
+    assert [row["step"] for row in rows] == list(range(10)) and all(type(v) is float
+                                                                    for v in rows[0].values())
 
 
 def tiny_network(method: str) -> torch.nn.Module:
@@ -477,9 +500,11 @@ def tiny_network(method: str) -> torch.nn.Module:
 @pytest.mark.parametrize("method", (*wsol.METHODS, "fewshot"))
 def test_training_resumes_to_the_same_numbers(method):
     images = randn(6, 4, 3, 8, 8)
-    targets = (randn(6, 4, 8, 8, seed=2) > 0).float() if method == "fewshot" else torch.arange(24).view(6, 4) % 3
+    targets = (randn(6, 4, 8, 8, seed=2) > 0).float(
+        ) if method == "fewshot" else torch.arange(24).view(6, 4) % 3
     loader = list(zip(images, targets))
-    cfg = {"method": method, "epochs": 2, "decay_frequency": 2, "cutmix_prob": 0.5, "large_feature_map": True}
+    cfg = {"method": method, "epochs": 2, "decay_frequency": 2, "cutmix_prob": 0.5,
+           "large_feature_map": True}
     rows = list(wsol.train(tiny_network(method), loader, cfg))
     assert len(rows) == 12 and all(np.isfinite(row["loss"]) for row in rows)
     steps = wsol.train(tiny_network(method), loader, cfg)
@@ -525,10 +550,12 @@ BAD_CALLS = {
     "acol: label range": (ValueError, "labels", lambda: wsol.acol_attention(MAPS, Y + 3)),
     "acol: label shape": (ValueError, "labels", lambda: wsol.acol_attention(MAPS, Y[:1])),
     "acol head: threshold": (ValueError, "drop_threshold", lambda: wsol.ACoLHead(None, 4, 2, 1.5)),
-    "spg: negative label": (ValueError, "labels", lambda: wsol.spg_attention(MAPS, Y - 1, MAPS[:, :1], MAPS[:, :1])),
+    "spg: negative label": (ValueError,
+                            "labels", lambda: wsol.spg_attention(MAPS, Y - 1, MAPS[:, :1], MAPS[:, :1])),
     "spg: high": (ValueError, "high", lambda: wsol.spg_mask(MAPS[:, :1], 1.1, 0.1)),
     "spg: low": (ValueError, "low", lambda: wsol.spg_mask(MAPS[:, :1], 0.9, -0.1)),
-    "cam without labels": (ValueError, "labels", lambda: wsol.CAMHead(None, 3, 2)(X, return_cam=True)),
+    "cam without labels": (ValueError,
+                           "labels", lambda: wsol.CAMHead(None, 3, 2)(X, return_cam=True)),
     "cam: label range": (ValueError, "labels", lambda: wsol.CAMHead(None, 3, 2)(X, Y + 1, return_cam=True)),
     "build: arch": (ValueError, "arch", lambda: wsol.build_network("resnet18", "cam")),
     "build: method": (ValueError, "method", lambda: wsol.build_network("vgg16", "gradcam")),
@@ -565,8 +592,10 @@ def test_scenes_have_objects_on_backgrounds_that_tell_the_class():
     told = (data["backgrounds"] == data["labels"]).float().mean()
     assert abs(told - (0.6 + 0.4 / 10)) < 0.07
     assert torch.equal(scenes(600, size=32, seed=3, rho=1.0)["backgrounds"], data["labels"])
-    assert all(torch.equal(value, scenes(600, size=32, seed=3, rho=0.6)[key]) for key, value in data.items())
+    assert all(torch.equal(value, scenes(600, size=32, seed=3, rho=0.6)[key])
+               for key, value in data.items())
     for mask, (x0, y0, x1, y1) in zip(data["masks"], data["boxes"].tolist()):
-        assert mask[y0:y1, x0:x1].sum() == mask.sum() > 30 and mask[y0].any() and mask[:, x1 - 1].any()
+        assert mask[y0:y1, x0:x1].sum() == mask.sum() > 30 and mask[y0].any() and mask[:,
+                                                                                       x1 - 1].any()
     with pytest.raises(ValueError, match="rho"):
         scenes(4, rho=1.5)

@@ -20,7 +20,8 @@ def mask(path, box, size=(32, 32)):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Images in class folders and metadata beside them: val/<wnid>/val_<n>.JPEG, 32 x 32, exclusive boxes."""
+    """Images in class folders and metadata beside them: val/<wnid>/val_<n>.JPEG, 32 x 32, exclusive
+    boxes."""
     ids = [f"val/n0{label}/val_{n}.JPEG" for label in range(3) for n in range(4)]
     for n, image_id in enumerate(ids):
         picture(tmp_path / image_id, value=20 * n)
@@ -62,7 +63,8 @@ def test_images_and_transforms(tree):
     assert torch.equal(first[1][0], again[1][0])
     loader.set_epoch(0, 2)
     assert torch.equal(next(iter(loader))[1], first[2][1])
-    values = {int(image[0, 0, 0]) // 20: label for images_, labels in first for image, label in zip(images_, labels)}
+    values = {int(image[0, 0, 0]) // 20: label for images_, labels in first
+              for image, label in zip(images_, labels)}
     assert all(int(label) == value // 4 for value, label in values.items())
     picture(tree / "wide.png", (40, 10))
     assert data.Resize(16)(Image.open(tree / "wide.png")).shape == (3, 16, 16)
@@ -83,7 +85,8 @@ def test_the_random_crop_reaches_every_place_and_flips():
 def test_small_supervision(tree):
     split = data.read_split(tree / "metadata" / "val")
     few = split.per_class(2, seed=3)
-    assert sorted(few.labels.values()) == [0, 0, 1, 1, 2, 2] and set(few.boxes) == set(few.image_ids)
+    assert sorted(few.labels.values()) == [0, 0, 1, 1, 2,
+                                           2] and set(few.boxes) == set(few.image_ids)
     assert few.image_ids == split.per_class(2, seed=3).image_ids != split.per_class(2, seed=4).image_ids
     assert split.per_class(0) is split
     with pytest.raises(ValueError, match="3 classes have fewer than 5"):
@@ -101,8 +104,10 @@ def test_small_supervision(tree):
     ("class_labels", "val/n00/val_0.JPEG", r"class_labels.txt:13: 2 fields"),
     ("image_sizes", "val/n00/val_0.JPEG,32,32", r"image_sizes.txt:13: .*two sizes"),
     ("localization", "val/n00/val_0.JPEG,1,2,3", r"localization.txt:14: 3 or 5 fields"),
-    ("localization", "val/n00/val_0.JPEG,9,2,3,8", r"localization.txt:14: box must have x0 <= x1.*9,2,3,8"),
-    ("localization", "val/n00/val_0.JPEG,9,2,33,8", r"localization.txt:14: box .*leaves the image of 32 x 32"),
+    ("localization", "val/n00/val_0.JPEG,9,2,3,8",
+     r"localization.txt:14: box must have x0 <= x1.*9,2,3,8"),
+    ("localization", "val/n00/val_0.JPEG,9,2,33,8",
+     r"localization.txt:14: box .*leaves the image of 32 x 32"),
     ("localization", "val/n00/val_0.JPEG,9,2,wide,8", r"localization.txt:14: box must be numbers"),
     ("localization", "val/n00/val_0.JPEG,m.png,", r"localization.txt:14: boxes and masks"),
 ])
@@ -183,9 +188,12 @@ def test_ilsvrc_with_v2(tmp_path, capsys):
     picture(root / "val2" / "1" / "0.jpeg", (30, 20))
     part = "<object><name>n02</name><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>60</xmax><ymax>9</ymax></bndbox></object>"
     (tmp_path / "ILSVRC2012_val_00000001.xml").write_text(
-        "<annotation><size><width>60</width><height>50</height></size>" + part.format(1) + part.format(7) + "</annotation>")
-    (tmp_path / "boxes.txt").write_text("image_id,x0,y0,x1,y1\n1/0.jpeg,2,3,30,20\n1/0.jpeg,0,0,4,4\n")
-    call = ["ilsvrc", str(root), str(tmp_path), str(tmp_path / "meta"), "--v2-boxes", str(tmp_path / "boxes.txt")]
+        "<annotation><size><width>60</width><height>50</height></size>" + part.format(1)
+        + part.format(7) + "</annotation>")
+    (tmp_path / "boxes.txt").write_text(
+        "image_id,x0,y0,x1,y1\n1/0.jpeg,2,3,30,20\n1/0.jpeg,0,0,4,4\n")
+    call = ["ilsvrc", str(root), str(tmp_path), str(tmp_path / "meta"), "--v2-boxes",
+            str(tmp_path / "boxes.txt")]
     assert data.main(call) == 0
     test = data.read_split(tmp_path / "meta" / "test", image_root=root)
     assert list(test.labels.values()) == [1] and [b.tolist() for b in test.boxes.values()] == [[[1, 2, 60, 9], [7, 2, 60, 9]]]

@@ -10,7 +10,8 @@ from PIL import Image
 from reference import wsol_evaluation as wsol
 
 GOLDEN = Path(__file__).parent / "golden" / "wsol"
-RING = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]      # clockwise from north
+# clockwise from north
+RING = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -127,14 +128,16 @@ def test_boxes_fixture():
     for name in data["names"]:
         scoremap = data[f"map_{name}"].astype(np.float64)
         for multi in (0, 1):
-            boxes, counts = wsol.compute_bboxes_from_scoremaps(scoremap, data["thresholds"], bool(multi))
+            boxes, counts = wsol.compute_bboxes_from_scoremaps(scoremap, data["thresholds"],
+                                                               bool(multi))
             assert counts == data[f"counts_{name}_multi{multi}"].tolist()
             assert np.array_equal(np.concatenate(boxes), data[f"boxes_{name}_multi{multi}"])
 
 
 def test_a_batch_gives_the_boxes_of_its_maps():
     rng = np.random.default_rng(2)
-    maps = wsol.normalize_scoremap(wsol.resize_scoremap(rng.random((9, 6, 6)), 300))   # more than one block
+    # more than one block
+    maps = wsol.normalize_scoremap(wsol.resize_scoremap(rng.random((9, 6, 6)), 300))
     for multi in (False, True):
         batch = by_cell(*wsol.scoremap_boxes(maps, multi))
         for image in range(9):
@@ -180,14 +183,17 @@ def test_resize_and_normalize_fixture(name, size, tolerance, flips):
     normalized = wsol.normalize_scoremap(resized)
     assert resized.dtype == normalized.dtype == np.float64
     np.testing.assert_allclose(resized[::3, ::3], data[f"resized_{name}"], rtol=0, atol=tolerance)
-    np.testing.assert_allclose(normalized[::3, ::3], data[f"normalized_{name}"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(normalized[::3, ::3], data[f"normalized_{name}"], rtol=0,
+                               atol=tolerance)
     assert ((normalized * 255).astype(np.uint8) != data[f"u8_{name}"]).sum() <= flips
 
 
 def test_broken_and_constant_maps_become_zero():
     data = np.load(GOLDEN / "resize_iou.npz")
-    assert np.array_equal(wsol.normalize_scoremap(np.full((4, 4), 3.0)), data["constant_normalized"])
-    assert np.array_equal(wsol.normalize_scoremap(np.array([[1.0, np.nan], [0, 2]])), data["nan_normalized"])
+    assert np.array_equal(wsol.normalize_scoremap(np.full((4, 4), 3.0)),
+                          data["constant_normalized"])
+    assert np.array_equal(wsol.normalize_scoremap(np.array([[1.0, np.nan], [0, 2]])),
+                          data["nan_normalized"])
     for value in (0.1, 0.3, -7.7, 1e30):
         resized = wsol.resize_scoremap(np.full((2, 14, 14), value), 224)
         assert (resized == value).all() and not wsol.normalize_scoremap(resized).any()
@@ -198,7 +204,8 @@ def test_broken_and_constant_maps_become_zero():
 def test_resize_agrees_with_torch_and_keeps_its_input():
     cam = torch.rand(2, 3, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     before = cam.clone()
-    expected = torch.nn.functional.interpolate(cam, size=(20, 33), mode="bicubic", align_corners=False)
+    expected = torch.nn.functional.interpolate(cam, size=(20, 33), mode="bicubic",
+                                               align_corners=False)
     torch.testing.assert_close(wsol.resize_scoremap(cam, (20, 33)), expected, rtol=0, atol=1e-12)
     wsol.normalize_scoremap(cam)
     assert torch.equal(cam, before)
@@ -230,7 +237,8 @@ def test_iou_fixture_and_errors():
 def test_resize_bbox():
     data = np.load(GOLDEN / "box_metrics.npz")
     sizes = data["image_sizes_wh"][data["gt_owner"]]
-    assert [wsol.resize_bbox(box, size, (224, 224)) for box, size in zip(data["gt_boxes"], sizes)] == list(
+    assert [wsol.resize_bbox(box, size, (224, 224))
+            for box, size in zip(data["gt_boxes"], sizes)] == list(
         map(tuple, data["gt_boxes_224"].tolist()))
     with pytest.raises(RuntimeError, match="box"):
         wsol.resize_bbox((5, 0, 4, 1), (10, 10), (224, 224))
@@ -250,7 +258,8 @@ def test_box_metrics_fixture(multi, taus):
     evaluator.accumulate_batch(data["maps_u8"] / 255.0, list(boxes))
     counts = data[f"num_correct_multi{multi}_thr{taus}"]
     assert np.array_equal(np.stack([evaluator.num_correct[iou] for iou in (30, 50, 70)]), counts)
-    np.testing.assert_allclose(evaluator.compute(strict=True), data[f"maxboxacc_multi{multi}_thr{taus}"], rtol=1e-12)
+    np.testing.assert_allclose(evaluator.compute(strict=True),
+                               data[f"maxboxacc_multi{multi}_thr{taus}"], rtol=1e-12)
     result = evaluator.result()
     assert result.n == evaluator.cnt == len(boxes) and result.curve.shape == (3, taus)
     assert result.v2 == np.mean(result.max_box_acc)
@@ -286,21 +295,26 @@ def test_many_true_boxes_and_low_maps_against_the_definition():
     rng = np.random.default_rng(5)
     size, ids = 24, [f"{n}" for n in range(6)]
     corner = rng.integers(0, 40, (6, 5, 2))
-    truth = {i: np.concatenate([c, c + rng.integers(2, 30, (5, 2))], 1)[:n + 1] * (n != 3) for n, (i, c) in
+    truth = {i: np.concatenate([c, c + rng.integers(2, 30, (5, 2))], 1)[:n + 1] * (n != 3)
+             for n, (i, c) in
              enumerate(zip(ids, corner))}
     sizes = dict.fromkeys(ids, (80, 70))
     maps = wsol.normalize_scoremap(wsol.resize_scoremap(rng.random((6, 5, 5)), size)) * 0.6
-    maps[3] = 0                                           # the empty foreground predicts [0, 0, 0, 0]
+    # the empty foreground predicts [0, 0, 0, 0]
+    maps[3] = 0
     taus = np.array([0.0, 0.2, 0.55, 0.9, 1.0])
     for multi in (False, True):
-        evaluator = wsol.BoxEvaluator(truth, sizes, taus, iou_threshold_list=(10, 40), multi_contour_eval=multi,
+        evaluator = wsol.BoxEvaluator(truth, sizes, taus, iou_threshold_list=(10, 40),
+                                      multi_contour_eval=multi,
                                       resize_length=size)
         evaluator.accumulate_batch(maps, ids)
         expected = np.zeros((2, len(taus)), int)
         for image_id, scoremap in zip(ids, maps):
-            gt = np.array([wsol.resize_bbox(box, (80, 70), (size, size)) for box in truth[image_id]])
+            gt = np.array([wsol.resize_bbox(box, (80, 70), (size, size))
+                           for box in truth[image_id]])
             for t, boxes in enumerate(wsol.compute_bboxes_from_scoremaps(scoremap, taus, multi)[0]):
-                expected[:, t] += wsol.calculate_multiple_iou(boxes, gt).max() >= np.array([0.1, 0.4])
+                expected[:, t] += wsol.calculate_multiple_iou(boxes,
+                                                              gt).max() >= np.array([0.1, 0.4])
         assert np.array_equal(np.stack(list(evaluator.num_correct.values())), expected)
 
 
@@ -407,19 +421,23 @@ def test_pxap_fixture(taus):
     np.testing.assert_allclose(value, data[f"pxap_thr{taus}"], rtol=1e-12)
     precision, recall, thresholds = evaluator.curve()
     assert (np.diff(thresholds) < 0).all() and np.isfinite(precision).all()
-    np.testing.assert_allclose(100 * (precision * np.diff(recall, prepend=0)).sum(), value, rtol=1e-12)
+    np.testing.assert_allclose(100 * (precision * np.diff(recall, prepend=0)).sum(), value,
+                               rtol=1e-12)
     low, high = evaluator.confidence_interval(resamples=100)
     assert low < value < high and np.isfinite(evaluator.per_image()).all()
 
 
 def test_scores_at_and_beside_the_edges_fall_into_the_bins_of_numpy():
-    for thresholds in (np.arange(0, 1, 0.001), np.arange(0, 1, 0.01), np.arange(0, 1, 0.3), np.array([0.0]),
+    for thresholds in (np.arange(0, 1, 0.001), np.arange(0, 1, 0.01), np.arange(0, 1, 0.3),
+                       np.array([0.0]),
                        np.array([0, 0.1, 0.5, 0.51, 1 - 1e-9]), np.array([0.2, 0.4, 0.6])):
-        scores = np.concatenate([thresholds, np.nextafter(thresholds, 2), np.nextafter(thresholds, -1)[1:], [1.0],
+        scores = np.concatenate([thresholds, np.nextafter(thresholds, 2),
+                                 np.nextafter(thresholds, -1)[1:], [1.0],
                                  np.random.default_rng(0).random(500)])
         side = int(np.sqrt(len(scores)))
         scores = scores[:side * side].reshape(side, side)
-        evaluator = wsol.MaskEvaluator({"a": np.ones((side, side), np.uint8)}, thresholds, resize_length=side)
+        evaluator = wsol.MaskEvaluator({"a": np.ones((side, side), np.uint8)}, thresholds,
+                                       resize_length=side)
         evaluator.accumulate(scores, "a")
         expected = np.histogram(scores, np.append(thresholds, [1, 2, 3]))[0]
         assert np.array_equal(evaluator.gt_true_score_hist, expected)
@@ -468,7 +486,8 @@ def test_evaluate_wsol_reads_files(tmp_path):
     (folder / "image_sizes.txt").write_text(
         "".join(f"{i},{sizes[str(n)][0]},{sizes[str(n)][1]}\n" for n, i in enumerate(ids)))
     (folder / "localization.txt").write_text(
-        "".join(f"{i},{','.join(map(str, box))}\n" for n, i in enumerate(ids) for box in boxes[str(n)]))
+        "".join(f"{i},{','.join(map(str, box))}\n" for n, i in enumerate(ids)
+                for box in boxes[str(n)]))
     (tmp_path / "maps" / "class").mkdir(parents=True)
     for n, image_id in enumerate(ids):                    # both namings
         np.save(tmp_path / "maps" / (f"{image_id}.npy" if n % 2 else f"class/{n}.npy"), maps[n])
@@ -513,9 +532,11 @@ def test_evaluate_wsol_reads_masks(tmp_path):
 
 def test_samples_stay_in_the_space():
     rng = np.random.default_rng(0)
-    keys = {"cam": set(), "has": {"has_drop_rate", "has_grid_size"}, "acol": {"acol_drop_threshold"},
+    keys = {"cam": set(), "has": {"has_drop_rate", "has_grid_size"},
+            "acol": {"acol_drop_threshold"},
             "spg": {f"spg_threshold_{n}{e}" for n in "123" for e in "hl"},
-            "adl": {"adl_drop_rate", "adl_drop_threshold"}, "cutmix": {"cutmix_beta", "cutmix_prob"}}
+            "adl": {"adl_drop_rate", "adl_drop_threshold"},
+            "cutmix": {"cutmix_beta", "cutmix_prob"}}
     for method, names in keys.items():
         space = wsol.search_space(method)
         trials = [wsol.sample_trial(space, rng) for _ in range(300)]
@@ -530,7 +551,8 @@ def test_samples_stay_in_the_space():
             assert 1 <= trial.get("has_grid_size", 1) <= 224 and trial.get("cutmix_beta", 0) >= 0
             for n in "123" if method == "spg" else "":
                 assert trial[f"spg_threshold_{n}l"] <= trial[f"spg_threshold_{n}h"]
-    first, second = (wsol.sample_trial(wsol.search_space("spg"), np.random.default_rng(3)) for _ in range(2))
+    first, second = (wsol.sample_trial(wsol.search_space("spg"), np.random.default_rng(3))
+                     for _ in range(2))
     assert first == second
     with pytest.raises(ValueError, match="method"):
         wsol.search_space("grad")
