@@ -83,7 +83,8 @@ class Preset(NamedTuple):
 PRESETS = {
     "default": Preset("small-8", 24, 64, "small-16", 32, 15, 20, 64, 0.1, 5e-4, 1, 2),
     "tiny": Preset("small-4", 16, 32, "small-4", 16, 1, 1, 32, 0.1, 5e-4, 0, 0),
-    "small": Preset("small-8", 24, 64, "small-16", 32, 16, 25, 64, 0.1, 5e-4, 1, 3),
+    # maps near the teacher's own size: at 64 it knows a tenth fewer of the images
+    "small": Preset("small-8", 24, 40, "small-16", 32, 16, 25, 64, 0.1, 5e-4, 1, 3),
     "paper": Preset("resnet50", 224, 475, "resnet50", 224, 300, 300, 1024, 0.1, 1e-4, 5, 5),
 }
 
