@@ -1,13 +1,13 @@
-"""Pictures with Pillow: image grids, heat-map overlays, boxes, and charts with axes, ticks and a
-legend.
+"""Pictures with Pillow: image grids, heat-map overlays, boxes, charts with axes and a legend.
 
     image_grid("grid.png", images, titles=names, columns=8)
-    line_chart("curve.png", {"SGD": (steps, loss), "AdamP": (steps, loss2, error)}, title="Loss", xlabel="step", logy=True)
+    line_chart("curve.png", {"SGD": (steps, loss), "AdamP": (steps, loss2, error)}, logy=True)
     bar_chart("bars.png", ["top-1", "ECE"], {"CAM": [70, 5], "CALM": [69, 3]})
-    chart = Chart((0, 1), (0, 1), title="anything"); chart.line(x, y); chart.text(0.5, 0.5, "here"); chart.save("own.png")
+    chart = Chart((0, 1), (0, 1), title="anything")
+    chart.line(x, y)
+    chart.save("own.png")
 
-Images are (H, W, 3) or (3, H, W), uint8 or float in [0, 1], arrays or tensors; grey (H, W) is
-accepted.
+Images are (H, W), (H, W, 3) or (3, H, W), uint8 or float in [0, 1], arrays or tensors.
 """
 
 import math
@@ -22,8 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#c0392b", "#16858a", "#b8860b", "#555555",
           "#e377c2", "#7f7f00")
 INK, GRID = "#333333", "#e4e4e4"
-# charts are drawn larger and reduced: smooth lines
-ZOOM = 2
+ZOOM = 2                                      # charts are drawn larger and reduced: smooth lines
 
 
 # ---------------------------------------------------------------- images
@@ -38,22 +37,19 @@ def as_image(image) -> np.ndarray:
     if array.ndim != 3 or array.shape[2] not in (1, 3):
         raise ValueError(f"image must be (H, W), (H, W, 3) or (3, H, W), not {array.shape}")
     if array.dtype == bool or array.dtype.kind == "f":
-        array = (np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1)
-                 * 255).round().astype(np.uint8)
+        array = (np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1) * 255).round()
     return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))
 
 
 def heat_colors(heat) -> np.ndarray:
-    """(H, W) values, scaled from their minimum to their maximum, as (H, W, 3) uint8: dark blue over
-    teal to yellow."""
-    heat = np.asarray(heat.detach().cpu() if isinstance(heat, torch.Tensor) else heat,
-                      dtype=np.float64)
+    """(H, W) values from their minimum (dark blue) to their maximum (yellow): (H, W, 3) uint8."""
+    heat = torch.as_tensor(heat).detach().cpu().double().numpy()
     low, high = np.nanmin(heat), np.nanmax(heat)
     level = np.nan_to_num((heat - low) / (high - low if high > low else 1))
-    stops = np.array([(48, 18, 90), (40, 90, 140), (33, 145, 140), (110, 205, 88), (253, 231, 37)], float)
+    stops = ((48, 18, 90), (40, 90, 140), (33, 145, 140), (110, 205, 88), (253, 231, 37))
     at = np.linspace(0, 1, len(stops))
-    return np.stack([np.interp(level, at, stops[:, c]) for c in range(3)],
-                    -1).round().astype(np.uint8)
+    colors = np.stack([np.interp(level, at, channel) for channel in zip(*stops)], -1)
+    return colors.round().astype(np.uint8)
 
 
 def overlay(image, heat, strength: float = 0.5) -> np.ndarray:
@@ -64,13 +60,12 @@ def overlay(image, heat, strength: float = 0.5) -> np.ndarray:
 
 
 def draw_boxes(image, boxes, colors: Sequence[str] = COLORS, scale: int = 1) -> np.ndarray:
-    """Boxes (N, 4) x0, y0, x1, y1 (upper edges exclusive) outlined on the image, enlarged `scale`
-    times first."""
-    image = as_image(image)
-    picture = Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale),
-                                            Image.NEAREST)
+    """The image, `scale` times as large, with boxes (N, 4) x0, y0, x1, y1, upper edge exclusive."""
+    picture = Image.fromarray(as_image(image))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     pen = ImageDraw.Draw(picture)
-    for number, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4) * scale):
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
+    for number, (x0, y0, x1, y1) in enumerate(boxes):
         if x1 > x0 and y1 > y0:
             pen.rectangle([x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)],
                           outline=colors[number % len(colors)], width=2)
@@ -78,16 +73,15 @@ def draw_boxes(image, boxes, colors: Sequence[str] = COLORS, scale: int = 1) -> 
 
 
 def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None = None,
-               columns: int = 8,
-               cell: int = 128, gap: int = 6) -> None:
-    """Write the images in rows of `columns`, each enlarged or reduced to `cell` pixels, with a
-    title above each."""
+               columns: int = 8, cell: int = 128, gap: int = 6) -> None:
+    """Write the images in rows of `columns`, each resized to `cell` pixels, below its title."""
     if not len(images):
         raise ValueError("images is empty")
     columns = min(columns, len(images))
     head = 18 if titles is not None else 0
     rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap + head) + gap), "white")
+    size = (columns * (cell + gap) + gap, rows * (cell + gap + head) + gap)
+    canvas = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     for number, image in enumerate(images):
         picture = Image.fromarray(as_image(image))
@@ -107,12 +101,10 @@ def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None 
 # ---------------------------------------------------------------- charts
 
 class Chart:
-    """Axes with ticks, a title and a legend; `line`, `points`, `band`, `bar`, `text`, `ellipse`
-    take data coordinates."""
+    """Axes with ticks, a title and a legend. All drawing is in data coordinates."""
 
     def __init__(self, xlim: tuple[float, float], ylim: tuple[float, float], *, title: str = "",
-                 xlabel: str = "",
-                 ylabel: str = "", logx: bool = False, logy: bool = False,
+                 xlabel: str = "", ylabel: str = "", logx: bool = False, logy: bool = False,
                  size: tuple[int, int] = (640, 420),
                  xticks: Sequence[tuple[float, str]] | None = None,
                  yticks: Sequence[tuple[float, str]] | None = None):
@@ -137,7 +129,8 @@ class Chart:
             tile = Image.new("RGB", (int(font.getlength(ylabel)) + 4, 18 * ZOOM), "white")
             ImageDraw.Draw(tile).text((0, 0), ylabel, fill=INK, font=font)
             tile = tile.rotate(90, expand=True)
-            self.canvas.paste(tile, (4, int((self.box[1] + self.box[3]) / 2 * ZOOM - tile.height / 2)))
+            middle = (self.box[1] + self.box[3]) / 2 * ZOOM
+            self.canvas.paste(tile, (4, int(middle - tile.height / 2)))
         self.frame()
 
     def frame(self) -> None:
@@ -163,7 +156,8 @@ class Chart:
         self._remember(label, color)
         for px, py in self._points(x, y):
             if math.isfinite(px) and math.isfinite(py):
-                self.pen.ellipse([(px - radius) * ZOOM, (py - radius) * ZOOM, (px + radius) * ZOOM, (py + radius) * ZOOM], fill=color)
+                corners = (px - radius, py - radius, px + radius, py + radius)
+                self.pen.ellipse([value * ZOOM for value in corners], fill=color)
 
     def band(self, x, low, high, color: str = COLORS[0]) -> None:
         """A translucent band between two curves (error bars of a line)."""
@@ -178,7 +172,8 @@ class Chart:
             error: float | None = None, base: float = 0) -> None:
         if not math.isfinite(height):
             return
-        (x0, y0), (x1, y1) = self._points([x - width / 2, x + width / 2], [max(base, height), min(base, height)])
+        (x0, y0), (x1, y1) = self._points([x - width / 2, x + width / 2],
+                                          [max(base, height), min(base, height)])
         self.pen.rectangle([x0 * ZOOM, y0 * ZOOM, x1 * ZOOM, y1 * ZOOM], fill=color)
         if error:
             self._stroke(self._points([x, x], [height - error, height + error]), INK, 1.5)
@@ -194,8 +189,7 @@ class Chart:
         self._label(px, py, text, anchor, 12, color)
 
     def save(self, path: str | Path) -> None:
-        """Write PNG, the legend above the plot area's content in the corner that holds the fewest
-        marks."""
+        """Write a PNG, the legend in the corner that holds the fewest marks."""
         if self.legend:
             self._draw_legend()
         self.frame()
@@ -206,12 +200,14 @@ class Chart:
         width = max(font.getlength(label) for label, _ in self.legend) / ZOOM + 36
         height = 18 * len(self.legend) + 6
         x0, y0, x1, y1 = self.box
-        corners = [(x1 - width - 6, y0 + 6), (x0 + 8, y0 + 6), (x1 - width - 6, y1 - height - 6), (x0 + 8, y1 - height - 6)]
+        corners = [(x, y) for y in (y0 + 6, y1 - height - 6) for x in (x1 - width - 6, x0 + 8)]
         pixels = np.asarray(self.canvas).astype(int)
         ink = (pixels.max(-1) - pixels.min(-1) > 40) | (pixels.max(-1) < 120)
+
         def marks(corner):
             x, y = (int(v * ZOOM) for v in corner)
             return ink[max(y, 0):y + int(height * ZOOM), max(x, 0):x + int(width * ZOOM)].sum()
+
         x, y = min(corners, key=marks)
         self.pen.rectangle([x * ZOOM, y * ZOOM, (x + width) * ZOOM, (y + height) * ZOOM],
                            fill="white", outline=GRID, width=ZOOM)
@@ -231,8 +227,7 @@ class Chart:
                 return math.nan
             value, low, high = math.log10(value), math.log10(low), math.log10(high)
         at = (value - low) / (high - low)
-        # what lies outside runs along the edge
-        at = min(max(at, -0.02), 1.02) if math.isfinite(at) else math.nan
+        at = min(max(at, -0.02), 1.02) if math.isfinite(at) else math.nan    # outside: on the edge
         x0, y0, x1, y1 = self.box
         return x0 + at * (x1 - x0) if axis == 0 else y1 - at * (y1 - y0)
 
@@ -252,13 +247,11 @@ class Chart:
 def line_chart(path: str | Path, series: dict[str, tuple], *, markers: bool = False,
                xlim: tuple[float, float] | None = None, ylim: tuple[float, float] | None = None,
                **axes) -> None:
-    """`series`: name -> (x, y) or (x, y, error); the error is drawn as a band. Keywords as for
-    Chart."""
+    """`series`: name -> (x, y) or (x, y, error), drawn as a band. Other keywords as for Chart."""
     series = {name: [np.asarray(v, dtype=float) for v in values] for name, values in series.items()}
+    edges = [v[1] + sign * (v[2] if len(v) > 2 else 0) for v in series.values() for sign in (-1, 1)]
     chart = Chart(xlim or _span([v[0] for v in series.values()], axes.get("logx")),
-                  ylim or _span([v[1] + sign * (v[2] if len(v) > 2 else 0) for v in series.values()
-                                 for sign in (-1, 1)],
-                                axes.get("logy")), **axes)
+                  ylim or _span(edges, axes.get("logy")), **axes)
     for color, (name, (x, y, *error)) in zip(_cycle(len(series)), series.items()):
         if error:
             chart.band(x, y - error[0], y + error[0], color)
@@ -281,8 +274,7 @@ def scatter_chart(path: str | Path, series: dict[str, tuple], *, radius: float =
 
 def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequence], *, ylim=None,
               **axes) -> None:
-    """Groups of bars: `labels` along x, one bar per series and label; `series`: name -> values or
-    (values, errors)."""
+    """Groups of bars, one group per label; `series`: name -> values or (values, errors)."""
     split = {name: (v[0], v[1]) if isinstance(v, tuple) else (v, [None] * len(labels))
              for name, v in series.items()}
     if any(len(values) != len(labels) for values, _ in split.values()):
@@ -292,10 +284,11 @@ def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequenc
     axes.setdefault("xticks", list(enumerate(map(str, labels))))
     chart = Chart((-0.5, len(labels) - 0.5), ylim or (bottom, np.nanmax(top) * 1.08 or 1.0), **axes)
     width = 0.8 / len(split)
-    for number, (color, (name, (values, errors))) in enumerate(zip(_cycle(len(split)), split.items())):
-        for at, (value, error) in enumerate(zip(values, errors)):
-            chart.bar(at + (number - (len(split) - 1) / 2) * width, value, width * 0.92, color,
-                      error, base=chart.limits[1][0] if ylim else 0)
+    base = chart.limits[1][0] if ylim else 0
+    for number, (color, (name, pair)) in enumerate(zip(_cycle(len(split)), split.items())):
+        offset = (number - (len(split) - 1) / 2) * width
+        for at, (value, error) in enumerate(zip(*pair)):
+            chart.bar(at + offset, value, width * 0.92, color, error, base)
         if len(split) > 1:
             chart._remember(name, color)
     chart.save(path)
@@ -320,8 +313,7 @@ def _span(arrays: Sequence[np.ndarray], log: bool | None) -> tuple[float, float]
 def _limits(limit: tuple[float, float], log: bool) -> tuple[float, float]:
     low, high = map(float, limit)
     if not (math.isfinite(low) and math.isfinite(high)) or low >= high or (log and low <= 0):
-        raise ValueError(
-            f"limits must be finite, increasing and positive on a log axis, not {limit}")
+        raise ValueError(f"limits must be finite, increasing, positive on a log axis, not {limit}")
     return low, high
 
 
@@ -344,9 +336,12 @@ def _dashes(points: list[tuple[float, float]], dash: float = 6) -> list[list[tup
         return []
     p = np.array(points)
     along = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(p, axis=0).T))])
-    cuts = np.arange(0, along[-1], 2 * dash)
-    at = [np.concatenate([[c], along[(along > c) & (along < c + dash)], [min(c + dash, along[-1])]]) for c in cuts]
-    return [list(zip(np.interp(a, along, p[:, 0]), np.interp(a, along, p[:, 1]))) for a in at]
+    dashes = []
+    for start in np.arange(0, along[-1], 2 * dash):
+        end = min(start + dash, along[-1])
+        at = np.concatenate([[start], along[(along > start) & (along < end)], [end]])
+        dashes.append(list(zip(np.interp(at, along, p[:, 0]), np.interp(at, along, p[:, 1]))))
+    return dashes
 
 
 def _write(image: Image.Image, path: str | Path) -> None:

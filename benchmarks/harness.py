@@ -1,15 +1,14 @@
-"""What every benchmark script shares: arguments, device, torchrun, progress, checkpoints, results,
-closing table.
+"""What every benchmark script shares: arguments, device, torchrun, progress, checkpoints, results.
 
 A script is a plain program that asks this file for help:
 
-    import harness                                      # first: makes `reference` and `data_tools` importable
+    import harness                              # first: makes reference and data_tools importable
     run = harness.start(harness.parser(__doc__))
     for seed in run.seeds:
         name = f"pit-seed{seed}"
-        if (row := run.recorded(name)) is None:         # None unless finished before an interruption
+        if (row := run.recorded(name)) is None:         # None: not finished before
             steps = pit.train(model, loader, resume=run.resumed(name))
-            run.drive(name, steps, total=1000)          # progress line, JSONL log, checkpoints, Ctrl-C
+            run.drive(name, steps, total=1000)          # progress, log, checkpoints, Ctrl-C
             row = run.record(name, pit.evaluate(model, val_loader))
     run.finish(rows=[{"claim": "top-1", "paper": 81.0, "this run": row["top1"], "holds": None}])
 
@@ -23,8 +22,7 @@ What a run leaves in its folder (`--out`, by default `runs/<script>`):
     <name>-<step>.rank<r>.pt    the two newest snapshots, removed once <name> is recorded
     recorded.json               what is finished
     <script>.json               the results: figures, hardware, versions, seeds, command, wall time
-Every file is written under a temporary name and renamed: a kill at any moment leaves the previous
-version.
+Every file is written under a temporary name and renamed: a kill leaves the previous version.
 """
 
 import argparse
@@ -65,11 +63,10 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"),
            seeds: int = 1) -> argparse.ArgumentParser:
-    """Arguments common to all scripts. `presets[0]` is the default one, `seeds` the default number
-    of seeds."""
+    """Arguments common to all scripts; `presets[0]` and `seeds` are the defaults."""
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--data", type=Path, help="folder of the real data set (default: the embedded synthetic data)")
+    add("--data", type=Path, help="folder of the real data set (default: embedded data)")
     add("--preset", choices=presets, default=presets[0])
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the first accelerator, else cpu)")
     add("--seed", type=int, default=0, help="first seed")
@@ -111,8 +108,8 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {name} is not usable here: {reason}") from None
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank)
@@ -162,13 +159,13 @@ def plain(value: Any) -> Any:
 
 
 class Run:
-    """One run of one script: `args`, `device`, `seeds`, `out`, `figures`, `rank`, `world_size`,
-    `is_main`."""
+    """One run of one script: its arguments, device, seeds, folders, rank and world size."""
 
     def __init__(self, args: argparse.Namespace, argv: list[str]):
         self.args, self.argv = args, list(argv)
         self.script = Path(sys.argv[0]).stem
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
         self.device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.device.type == "cuda":
@@ -200,7 +197,8 @@ class Run:
         description = self.out / "run.json"
         if self.args.resume:
             if not description.exists():
-                raise ValueError(f"--resume: no run in {self.out}; start one without --resume, or name its folder with --out")
+                raise ValueError(f"--resume: no run in {self.out}; start one without --resume, "
+                                 "or name its folder with --out")
             before = json.loads(description.read_text())
             changed = [f"--{key.replace('_', '-')} was {before.get(key)}, now {value}"
                        for key, value in settings.items() if before.get(key) != value]
@@ -214,7 +212,8 @@ class Run:
                           if not self.out.with_name(f"{self.out.name}.{n}").exists())
             aside = self.out.with_name(f"{self.out.name}.{number}")
             self.out.rename(aside)
-            print(f"an unfinished run was in {self.out}; it is kept in {aside} (--resume would have gone on with it)")
+            print(f"an unfinished run was in {self.out}; it is kept in {aside} "
+                  "(--resume would have gone on with it)")
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "recorded.json").unlink(missing_ok=True)
         write_json(description, settings)
@@ -232,8 +231,7 @@ class Run:
         return value
 
     def mean(self, metrics: dict[str, float], count: float = 1.0) -> dict[str, float]:
-        """Averages over all processes, each weighted with its `count`; a key named "count" is
-        summed."""
+        """Averages over all processes, weighted with each one's `count`; key "count" is summed."""
         if self.world_size == 1:
             return dict(metrics)
         names = sorted(metrics)
@@ -245,8 +243,7 @@ class Run:
                 for name, value in zip(names, sums)}
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model on the run's device, compiled if asked, in DistributedDataParallel under
-        torchrun."""
+        """The model on the run's device, compiled if asked, under torchrun in DDP."""
         model = model.to(self.device)
         if self.args.compile:
             model.compile()
@@ -282,8 +279,7 @@ class Run:
         first = self._resumed_step(name)
         log = open(self.out / f"{name}.jsonl", "a+b") if self.is_main else None
         if log:
-            # lines past the checkpoint are written again
-            log.truncate(_offset_of_line(log, first))
+            log.truncate(_offset_of_line(log, first))         # later lines are written again
         line = ProgressLine(name, total, self.is_main, first)
         last, step, saved_at = {}, first, time.monotonic()
         checked, checked_at, check_at = first, saved_at, first + 1
@@ -310,12 +306,14 @@ class Run:
                         saved_at = time.monotonic()
                     if interrupted:
                         line.close()
-                        self.log(f"stopped after step {step} of {name}; everything is saved. To go on:\n  {self.resume_command()}")
+                        self.log(f"stopped after step {step} of {name}; everything is saved. "
+                                 f"To go on:\n  {self.resume_command()}")
                         self._leave()
                         sys.exit(130)
         except OSError as error:
-            raise SystemExit(f"{name}: writing failed after step {step}: {error}. Snapshots in {self.out} are whole; "
-                             f"free space there and run\n  {self.resume_command()}") from error
+            raise SystemExit(
+                f"{name}: writing failed after step {step}: {error}. Snapshots in {self.out} are "
+                f"whole; free space there and run\n  {self.resume_command()}") from error
         finally:
             if log:
                 log.close()
@@ -342,14 +340,12 @@ class Run:
         path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
         write_tensors(path, snapshot)
         self._write_recorded()
-        # all ranks have the new one before an old one goes
-        self.barrier()
+        self.barrier()                      # all ranks have the new one before an old one goes
         for old in _snapshot_steps(self.out, name, self.rank)[:-2]:
             (self.out / f"{name}-{old:08d}.rank{self.rank}.pt").unlink(missing_ok=True)
 
     def _agree(self, *votes: float) -> list[float]:
-        """The largest vote over all processes, so that all stop, save and look again after the same
-        step."""
+        """The largest vote of all processes: they stop, save and look again after the same step."""
         if self.world_size == 1:
             return list(votes)
         votes = torch.tensor(votes, dtype=torch.float32, device=self.device)
@@ -370,8 +366,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _explain(self, kind, error, trace):
-        """Ctrl-C outside a training loop, and bad input (ValueError, OSError), end in a line and
-        not in a traceback."""
+        """Ctrl-C outside a training loop and bad input (ValueError, OSError) end in one line."""
         if issubclass(kind, KeyboardInterrupt):
             self.log(f"\nstopped. To go on from the last checkpoint:\n  {self.resume_command()}")
         elif issubclass(kind, (ValueError, OSError)) and not os.environ.get("TRACEBACK"):
@@ -379,14 +374,15 @@ class Run:
                   flush=True)
         else:
             return sys.__excepthook__(kind, error, trace)
-        # loader workers and peers must not hold the exit
-        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)   # workers must not hold it
 
     def resume_command(self) -> str:
-        prefix = ["torchrun", f"--nproc_per_node={self.world_size}"] if self.world_size > 1 else [
-            "python"]
         extra = [] if "--resume" in self.argv else ["--resume"]
-        return shlex.join([*prefix, sys.argv[0], *self.argv, *extra])
+        return shlex.join([*self._launcher(), sys.argv[0], *self.argv, *extra])
+
+    def _launcher(self) -> list[str]:
+        several = self.world_size > 1
+        return ["torchrun", f"--nproc_per_node={self.world_size}"] if several else ["python"]
 
     # ------------------------------------------------------------ results
 
@@ -406,7 +402,8 @@ class Run:
 
     def _write_recorded(self) -> None:
         if self.is_main:
-            write_json(self.out / "recorded.json", {"results": self._recorded, "wall_seconds": self._wall()})
+            write_json(self.out / "recorded.json",
+                       {"results": self._recorded, "wall_seconds": self._wall()})
 
     def save(self, name: str, value: dict) -> Path:
         """Keep tensors (trained weights, say) in the run's folder, atomically."""
@@ -420,15 +417,15 @@ class Run:
                **more: Any) -> dict:
         """Print the tables, last the claims (paper / this run / holds?), and write the results."""
         results = {"script": f"benchmarks/{self.script}.py", "command": self._command(),
-                   "seed": self.seeds[0],
-                   "seeds": self.seeds, "date": time.strftime("%Y-%m-%d"),
-                   "wall_seconds": round(self._wall(), 1),
-                   "hardware": hardware(self.device), "versions": versions(), "claims": rows,
-                   "tables": tables or {}, "results": self._recorded, **more}
+                   "seed": self.seeds[0], "seeds": self.seeds, "date": time.strftime("%Y-%m-%d"),
+                   "wall_seconds": round(self._wall(), 1), "hardware": hardware(self.device),
+                   "versions": versions(), "claims": rows, "tables": tables or {},
+                   "results": self._recorded, **more}
         if self.is_main:
             for title, table in (tables or {}).items():
                 print(f"\n{title}\n{format_table(table)}")
-            print(f"\n{format_table([{**row, 'holds': verdict(row.get('holds'))} for row in rows])}", flush=True)
+            claims = [{**row, "holds": verdict(row.get("holds"))} for row in rows]
+            print(f"\n{format_table(claims)}", flush=True)
             write_json(self.out / f"{self.script}.json", results)
             if self.args.record is not None:
                 suffix = f"-{self.args.record}" if self.args.record else ""
@@ -441,10 +438,8 @@ class Run:
         return self._wall_before + time.monotonic() - self.began
 
     def _command(self) -> str:
-        # folders of this machine say nothing
-        words = [re.sub(r"(^|=)/.*/", r"\1", word) for word in self.argv]
-        launch = f"torchrun --nproc_per_node={self.world_size}" if self.world_size > 1 else "python"
-        return f"{launch} benchmarks/{self.script}.py {shlex.join(words)}".rstrip()
+        words = [re.sub(r"(^|=)/.*/", r"\1", word) for word in self.argv]    # no machine's folders
+        return shlex.join([*self._launcher(), f"benchmarks/{self.script}.py", *words])
 
     def _leave(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
@@ -454,8 +449,7 @@ class Run:
 # ---------------------------------------------------------------- small parts
 
 class ProgressLine:
-    """`name 120/700  12.3/s  0:47 left  loss 1.234`: one line kept fresh on a terminal, now and
-    then a line elsewhere."""
+    """`name 120/700  12.3/s  0:47 left  loss 1.2`: fresh on a terminal, else now and then."""
 
     def __init__(self, label: str, total: int | None, active: bool = True, first: int = 0):
         self.label, self.total, self.active, self.first = label, total, active, first
@@ -482,7 +476,8 @@ class ProgressLine:
         count = f"{self.done}/{self.total}" if self.total else str(self.done)
         values = "  ".join(f"{key} {value:.4g}" for key, value in self.values.items()
                            if isinstance(value, (int, float)) and key != "step")
-        sys.stderr.write(f"{before}{self.label} {count}  {rate:.3g}/s  {_clock(elapsed)}{left}  {values}"[:160] + after)
+        line = f"{before}{self.label} {count}  {rate:.3g}/s  {_clock(elapsed)}{left}  {values}"
+        sys.stderr.write(line[:160] + after)
         sys.stderr.flush()
 
 
@@ -495,16 +490,15 @@ def format_table(rows: list[dict]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |"
              for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|",
-                      *lines[1:]])
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def hardware(device: torch.device) -> dict:
     names = re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
     return {"device": str(device), "cpu": names[0] if names else platform.processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
 
@@ -530,13 +524,11 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 def versions() -> dict:
     try:
         commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-                                capture_output=True,
-                                text=True, check=True).stdout.strip()
+                                capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__, "commit": commit}
+            "numpy": np.__version__, "pillow": PIL.__version__, "commit": commit}
 
 
 def _cell(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Images per second and core: torchvision's pipeline, this project's folder loader, and its packs.
 
-    python benchmarks/speed_loader.py                                # generated photographs, 3 minutes
-    python benchmarks/speed_loader.py --data /data/imagenet          # files of your own (train/, val/, or class folders)
+    python benchmarks/speed_loader.py                        # generated photographs, 3 minutes
+    python benchmarks/speed_loader.py --data /data/imagenet  # train/ and val/, or class folders
     python benchmarks/speed_loader.py --workers 8 --images 4096      # whole machine, wall time
 
 Every pipeline makes normalised float32 batches of 224 x 224 random resized crops (bicubic, flipped)
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import timing
 import torch
 from PIL import Image
 
@@ -132,15 +133,14 @@ def main(argv: list[str] | None = None) -> None:
                 row = {"files": name, "pipeline": key, "images/s": statistics.median(values)}
                 for other in ("torchvision", "folder"):
                     if other in rates:
-                        row[f"x {other}"] = statistics.median(a / b
-                                                              for a, b in zip(values, rates[other]))
+                        row[f"x {other}"] = timing.ratio(rates, key, other)
                         ratios[name, key, other] = row[f"x {other}"]
                 table.append(row)
     rows = []
+    bounds = (("folder", "torchvision", 1.0), ("pack", "torchvision", 2.0),
+              ("raw pack", "folder", 2.0))
     for name in sets:
-        for key, other, bound in (
-            ("folder", "torchvision", 1.0), ("pack", "torchvision", 2.0), ("raw pack", "folder", 2.0)
-        ):
+        for key, other, bound in bounds:
             if (name, key, other) in ratios:
                 ratio = ratios[name, key, other]
                 claim = f"{name}: {key} at least {bound:g} x {other}"

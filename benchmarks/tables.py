@@ -32,7 +32,8 @@ def render(stem: str, title: str) -> str:
         raise SystemExit(
             f"{path.name} has no table {title!r}; it has: claims, {', '.join(run['tables'])}")
     machine = run["hardware"]["gpu"] or f"{run['hardware']['cores']} CPU cores"
-    source = f"`{run['command']}` ({machine}, torch {run['versions']['torch']}, {run['wall_seconds'] / 60:.0f} min)"
+    source = (f"`{run['command']}` ({machine}, torch {run['versions']['torch']}, "
+              f"{run['wall_seconds'] / 60:.0f} min)")
     return f"{format_table(rows)}\n\n{source}\n"
 
 
@@ -45,7 +46,8 @@ def main() -> None:
     before = readme.read_text(encoding="utf-8")
     after = BLOCK.sub(lambda m: f"{m[1]}{render(m[2], m[3])}{m[4]}", before)
     if args.check:
-        sys.exit("README.md is out of date: run python benchmarks/tables.py" if after != before else 0)
+        stale = "README.md is out of date: run python benchmarks/tables.py"
+        sys.exit(stale if after != before else 0)
     readme.write_text(after, encoding="utf-8")
 
 

@@ -112,9 +112,8 @@ def download(
             if failures > retries:
                 kept = part.stat().st_size if part.exists() else 0
                 raise DownloadError(
-                    f"{url}: {_reason(error)} ({failures} tries in a row; {kept} bytes are kept in {part},"
-                    " the same command goes on from there)"
-                ) from error
+                    f"{url}: {_reason(error)} ({failures} tries in a row; {kept} bytes are kept in "
+                    f"{part}, the same command goes on from there)") from error
             time.sleep(min(30.0, backoff * 2 ** max(0, failures - 1)))
     os.replace(part, dst)
     _validator_path(part).unlink(missing_ok=True)
@@ -221,7 +220,8 @@ class _Meter:
         text = f"{self.name}: {received / 1e6:.1f} MB"
         if self.total:
             left = (self.total - received) / max(rate, 1e-9)
-            text += f" of {self.total / 1e6:.1f} ({100 * received / self.total:.0f}%), {left:.0f} s left"
+            share = received / self.total
+            text += f" of {self.total / 1e6:.1f} ({share:.0%}), {left:.0f} s left"
         text += f", {rate / 1e6:.1f} MB/s"
         print(f"\r{text}\033[K" if self.terminal else text, file=sys.stderr, flush=True,
               end="\n" if last or not self.terminal else "")
@@ -264,9 +264,9 @@ def unpack(
                     written += len(block)
                     if written > limit:
                         raise UnsafeArchive(
-                            f"{archive}: {name!r} takes the contents above {limit} bytes (the archive has {packed});"
-                            " raise max_bytes and max_ratio if it can be trusted"
-                        )
+                            f"{archive}: {name!r} takes the contents above {limit} bytes (the "
+                            f"archive has {packed}); raise max_bytes and max_ratio if it can be "
+                            "trusted")
                     file.write(block)
             count += 1
         for folder, _, files in os.walk(staging):

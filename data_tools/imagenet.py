@@ -10,9 +10,9 @@
 Loader and transforms live in `data_tools.loader`, packs in `data_tools.pack`; the names a training
 script needs can be imported from here.
 
-    python -m data_tools.imagenet pack SRC DST [--short-side 256] [--raw]     a few large files
-    python -m data_tools.imagenet verify DST                                  name every damaged record
-    python -m data_tools.imagenet check SRC                                   name every unreadable image
+    python -m data_tools.imagenet pack SRC DST [--short-side 256] [--raw]  # a few large files
+    python -m data_tools.imagenet verify DST                               # names damaged records
+    python -m data_tools.imagenet check SRC                                # names unreadable images
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ def _list_images(root: Path, folders: list[str], cache: bool) -> dict[str, list[
     known: dict[str, tuple[int, list[str]]] = {}
     for place in places if cache else []:
         try:
-            known = {name: (stamp, files) for name, (stamp, files) in json.loads(place.read_bytes()).items()}
+            saved = json.loads(place.read_bytes())
+            known = {name: (stamp, files) for name, (stamp, files) in saved.items()}
             break
         except (OSError, ValueError, TypeError, AttributeError):  # absent or damaged: scan again
             continue
@@ -241,9 +242,9 @@ def imagenet(
         if mine != theirs:
             name = min(mine ^ theirs)
             raise ValueError(
-                f"{root}: train and val have different class folders ({len(mine - theirs)} only in {split},"
-                f" {len(theirs - mine)} only in {other.name}, first {name!r}); labels would not match"
-            )
+                f"{root}: train and val have different class folders ({len(mine - theirs)} only in "
+                f"{split}, {len(theirs - mine)} only in {other.name}, first {name!r}); "
+                "labels would not match")
     return ImageFolder(root / split, classes=classes, exif=exif)
 
 
@@ -254,7 +255,8 @@ def read_wnids(source: str | Path) -> list[str]:
     """
     source = Path(source)
     if source.is_dir():
-        split = next((source / name for name in ("val", "train") if (source / name).is_dir()), source)
+        splits = (source / name for name in ("val", "train"))
+        split = next((folder for folder in splits if folder.is_dir()), source)
         return class_folders(split)
     return sorted(line.split()[0].strip(",") for line in source.read_text().splitlines()
                   if line.strip())

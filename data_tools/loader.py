@@ -3,7 +3,7 @@
     loader = Loader(dataset, 256, transform=TrainTransform(224), shuffle=True, seed=0, workers=8,
                     drop_last=True, device="cuda", normalize=(IMAGENET_MEAN, IMAGENET_STD))
     for epoch in range(300):
-        loader.set_epoch(epoch)                           # set_epoch(epoch, 120) goes on at batch 120
+        loader.set_epoch(epoch)                       # set_epoch(epoch, 120) goes on at batch 120
         for images, labels in loader: ...                 # (256, 3, 224, 224) float32 on the GPU
 
 A *data set* is any object with `len()`, `labels` (one row per sample), `name(index)` and
@@ -136,11 +136,9 @@ class ArrayImages:
     def __init__(self, images: np.ndarray | Tensor, labels: Any,
                  classes: Sequence[str] | None = None):
         images = images.numpy() if isinstance(images, Tensor) else np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1],
-                                                                     images.shape[3]):
-            raise ValueError(
-                f"images must be uint8 (N, 3, H, W) or (N, H, W, 3), got {images.dtype} {images.shape}"
-            )
+        if images.dtype != np.uint8 or images.ndim != 4 or 3 not in images.shape[1::2]:
+            raise ValueError("images must be uint8 (N, 3, H, W) or (N, H, W, 3), "
+                             f"got {images.dtype} {images.shape}")
         self.images = images if images.shape[3] == 3 else images.transpose(0, 2, 3, 1)
         self.labels = np.asarray(labels)
         if len(self.labels) != len(images):
@@ -295,7 +293,8 @@ class TrainTransform:
         if self.augment is not None:
             if hasattr(self.augment, "generator"):
                 self.augment.generator = generator
-            out = to_tensor(self.augment(Image.fromarray(out.permute(1, 2, 0).contiguous().numpy())))
+            picture = Image.fromarray(out.permute(1, 2, 0).contiguous().numpy())
+            out = to_tensor(self.augment(picture))
         if not self.coords:
             return out
         left, top, w, h = box
@@ -388,10 +387,10 @@ class _Reader:
         self.dataset, self.transform, self.seed = loader.dataset, loader.transform, loader.seed
         self.substitute = loader.shuffle and loader.on_bad_image == "skip"
         self.generator: torch.Generator | None = None
-        self.takes_encoded = self.transform is None or getattr(self.transform, "takes_encoded", False)
+        given = self.transform is not None
+        self.takes_encoded = not given or getattr(self.transform, "takes_encoded", False)
         self.takes_generator = (
-            self.transform is not None and "generator" in inspect.signature(
-                self.transform).parameters
+            given and "generator" in inspect.signature(self.transform).parameters
         )
 
     def __getitems__(self, batch: tuple[int, list[int], list[int]]) -> tuple[Any, Any, list[str]]:
@@ -431,22 +430,21 @@ class _Reader:
 
 
 class Loader:
-    """Batches (images, labels[, extras of the transform]) of one epoch; iterate again for the next
-    one.
+    """Batches (images, labels[, extras of the transform]) of one epoch; iterate for the next one.
 
     dataset: see the module's docstring; its `labels` may hold more than one number per sample.
-    transform: image to tensor, or to a tuple of tensors, called with generator=... if it has such a
-    parameter;
-        it gets a PIL RGB image, or the undecoded image if it has `takes_encoded`. None: (3, H, W) uint8.
+    transform: image to tensor, or to a tuple of tensors, called with generator=... if it has such
+        a parameter; it gets a PIL RGB image, or the undecoded image if it has `takes_encoded`.
+        None: (3, H, W) uint8.
     workers: processes; 0 reads in this one. The batches are the same for any number.
-    rank, world_size: this process's share of the samples. A shuffled epoch is made equally long on
-    every rank
-        (filled up from its beginning, or cut with drop_last); an unshuffled one holds each sample once.
-    sampler: an iterable of indices, already this rank's share (repeated augmentation); `set_epoch`
-    is passed on. device, normalize: images go to the device as uint8; normalize=(mean, std) then
-    makes them float32. on_bad_image: "raise" BadImage, or "skip": a shuffled epoch takes the next
-    readable image instead (batches
-        keep their size), any other leaves the sample out. `bad_images` lists what was met, with reasons.
+    rank, world_size: this process's share of the samples. A shuffled epoch is made equally long
+        on every rank (filled up from its beginning, or cut with drop_last); an unshuffled one
+        holds each sample once.
+    sampler: indices, already this rank's share (repeated augmentation), with `set_epoch` or not.
+    device, normalize: images go there as uint8; normalize=(mean, std) then makes them float32.
+    on_bad_image: "raise" BadImage, or "skip": a shuffled epoch takes the next readable image
+        instead (batches keep their size), any other leaves the sample out. `bad_images` lists
+        what was met, with reasons.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Packs: an image set in a few large files, read by memory map.
 
-    python -m data_tools.imagenet pack SRC DST [--short-side 256] [--quality 90] [--raw] [--workers N]
+    python -m data_tools.imagenet pack SRC DST [--short-side 256] [--quality 90] [--raw]
     python -m data_tools.imagenet verify DST
     python -m data_tools.imagenet check SRC
 
@@ -177,7 +177,8 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def encode(dataset: Any, index: int, short_side: int, quality: int, raw: bool) -> tuple[bytes, int, int]:
+def encode(dataset: Any, index: int, short_side: int, quality: int,
+           raw: bool) -> tuple[bytes, int, int]:
     """(record, width, height) of one image, reduced to the short side if it is larger."""
 
     def stored(image: Image.Image) -> tuple[bytes, int, int]:
@@ -253,9 +254,8 @@ def pack(
     """
     src, dst = Path(src), Path(dst)
     if short_side < 1 or not 1 <= quality <= 95 or images_per_shard < 1:
-        raise ValueError(
-            f"short_side {short_side}, images_per_shard {images_per_shard} must be >= 1; quality {quality} 1 .. 95"
-        )
+        raise ValueError(f"short_side {short_side}, images_per_shard {images_per_shard} "
+                         f"must be >= 1; quality {quality} in 1 .. 95")
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f'on_bad_image must be "raise" or "skip", got {on_bad_image!r}')
     splits = [split for split in ("train", "val") if (src / split).is_dir()]
@@ -272,10 +272,8 @@ def pack(
         if (dst / name).exists():
             found = json.loads((dst / name).read_text())
             if {key: found.get(key) for key in plan} != plan:
-                raise ValueError(
-                    f"{dst} holds a pack of other files or options ({found.get('options')}); remove it or choose"
-                    " another folder"
-                )
+                raise ValueError(f"{dst} holds a pack of other files or options "
+                                 f"({found.get('options')}); remove it or choose another folder")
             if name == "pack.json":
                 print(f"{dst} is complete")
                 return found
@@ -382,21 +380,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     make.add_argument("--workers", type=int, default=None, help="processes (all cores)")
     make.add_argument("--on-bad-image", choices=("raise", "skip"), default="raise")
     make.add_argument("--images-per-shard", type=int, default=IMAGES_PER_SHARD)
-    for name, text in (("verify", "compare all checksums"), ("check", "decode every image of a tree")):
+    for name, text in (("verify", "compare all checksums"), ("check", "decode all images")):
         commands.add_parser(name, help=text).add_argument("root", type=Path)
     args = parser.parse_args(argv)
     try:
         if args.command == "pack":
-            header = pack(
-                args.src,
-                args.dst,
-                short_side=args.short_side,
-                quality=args.quality,
-                raw=args.raw,
-                workers=args.workers,
-                on_bad_image=args.on_bad_image,
-                images_per_shard=args.images_per_shard,
-            )
+            header = pack(args.src, args.dst, short_side=args.short_side, quality=args.quality,
+                          raw=args.raw, workers=args.workers, on_bad_image=args.on_bad_image,
+                          images_per_shard=args.images_per_shard)
             size = sum(entry["bytes"] for entry in header["checksums"].values())
             counts = ", ".join(f"{name} {entry['images']}"
                                for name, entry in header["splits"].items())
@@ -411,11 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"error: {error.filename or vars(args).get('dst', '')}: {error.strerror}; free space or choose another folder, then"
-            " run the same command again: finished shards are kept",
-            file=sys.stderr,
-        )
+        where = error.filename or vars(args).get("dst", "")
+        print(f"error: {where}: {error.strerror}; free space or choose another folder, then run "
+              "the same command again: finished shards are kept", file=sys.stderr)
         return 1
     for message in bad:
         print(f"damaged: {message}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""The embedded data: procedural images with exact labels, masks and boxes, so that every script
-runs without a download.
+"""The embedded data: procedural images with exact labels, masks and boxes; no download.
 
     data = shapes(3000, size=32, seed=0)
-    data["images"]   (N, 3, S, S) uint8        data["masks"]   (N, S, S) bool, True on the object
-    data["labels"]   (N,) int64                data["boxes"]   (N, 4) int64: x0, y0, x1, y1, upper
-                     edges exclusive
+    data["images"]   (N, 3, S, S) uint8
+    data["labels"]   (N,) int64
+    data["masks"]    (N, S, S) bool, True on the object
+    data["boxes"]    (N, 4) int64: x0, y0, x1, y1, upper edges exclusive
 
     loader = Batches(data["images"], data["labels"], batch_size=64, seed=0, transform=to_float)
     for images, labels in loader: ...
@@ -27,10 +27,8 @@ import torch
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 TEXTURES = ("plain", "striped")
-# label = 2 * shape + texture
 CLASSES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)
-# images rendered at a time: bounds the memory
-CHUNK = 1024
+CHUNK = 1024                                  # images rendered at a time: bounds the memory
 
 
 # ---------------------------------------------------------------- primitives
@@ -42,8 +40,7 @@ def pixel_grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shape_mask(kind: torch.Tensor, size: int, cx: torch.Tensor, cy: torch.Tensor,
-               radius: torch.Tensor,
-               angle: torch.Tensor | None = None) -> torch.Tensor:
+               radius: torch.Tensor, angle: torch.Tensor | None = None) -> torch.Tensor:
     """(N, S, S) bool masks of shapes that fit in a circle of `radius` around (cx, cy).
 
     kind: (N,) int64 indices into SHAPES. cx, cy, radius: (N,) in pixels. angle: (N,) radians, None
@@ -59,8 +56,7 @@ def shape_mask(kind: torch.Tensor, size: int, cx: torch.Tensor, cy: torch.Tensor
     masks = torch.stack([
         distance <= 1,
         largest <= 0.8,
-        # equilateral, apex up, corners on the circle
-        (v <= 0.5) & (u.abs() <= (v + 1) / math.sqrt(3)),
+        (v <= 0.5) & (u.abs() <= (v + 1) / math.sqrt(3)),     # equilateral, corners on the circle
         (largest <= 1) & (torch.minimum(u.abs(), v.abs()) <= 0.3),
         (distance <= 1) & (distance >= 0.3),
     ], dim=1)
@@ -69,16 +65,14 @@ def shape_mask(kind: torch.Tensor, size: int, cx: torch.Tensor, cy: torch.Tensor
 
 def stripes(size: int, angle: torch.Tensor, phase: torch.Tensor,
             frequency: float = 1.9) -> torch.Tensor:
-    """(N, S, S) bool: where sin(frequency * (x cos a + y sin a) + phase) > 0; angle and phase (N,)
-    in radians."""
+    """(N, S, S) bool: sin(frequency * (x cos a + y sin a) + phase) > 0; a, phase (N,) radians."""
     x, y = pixel_grid(size)
     a = angle.view(-1, 1, 1)
     return torch.sin(frequency * (x * a.cos() + y * a.sin()) + phase.view(-1, 1, 1)) > 0
 
 
 def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Tight boxes (N, 4) int64 x0, y0, x1, y1 (upper edges exclusive) of (N, H, W) masks; zeros
-    where a mask is empty."""
+    """(N, H, W) masks -> (N, 4) int64 tight boxes, upper edges exclusive; zeros of empty masks."""
     sides = []
     for line in (masks.any(1), masks.any(2)):                 # columns, then rows
         line = line.to(torch.uint8)
@@ -100,12 +94,11 @@ def to_float(images: torch.Tensor, mean: float = 0.5, std: float = 0.3) -> torch
     return images.float().div_(255 * std).sub_(mean / std)
 
 
-# ---------------------------------------------------------------- classification with masks and boxes
+# ---------------------------------------------------------------- classification, masks, boxes
 
 def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, rotate: bool = False,
            labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """One object per image: 10 classes, five shapes times plain or striped, random colours,
-    position and size.
+    """One object per image, one of 10 CLASSES, of random colours, position and size.
 
     Returns images (N, 3, S, S) uint8, labels (N,) int64, masks (N, S, S) bool, boxes (N, 4) int64.
     The centre is uniform in [9, 23] / 32 of the side, the radius in [5, 9] / 32; colours are
@@ -116,7 +109,8 @@ def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, ro
         raise ValueError(f"count must be >= 0 and size >= 8, not {count} and {size}")
     if labels is not None and (labels.shape != (count,)
                                or (count and not 0 <= labels.min() <= labels.max() < len(CLASSES))):
-        raise ValueError(f"labels must be ({count},) with values in 0..{len(CLASSES) - 1}, not {tuple(labels.shape)}")
+        raise ValueError(f"labels must be ({count},) with values in 0..{len(CLASSES) - 1}, "
+                         f"not {tuple(labels.shape)}")
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
         labels = torch.randint(len(CLASSES), (count,), generator=generator)
@@ -131,7 +125,8 @@ def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, ro
         radius = uniform(generator, 5 * scale, 9 * scale, n)
         stripe_angle, phase, angle = uniform(generator, 0, 2 * math.pi, 3, n)
         mask = shape_mask(label // 2, size, cx, cy, radius, angle if rotate else None)
-        painted = mask & ((label % 2 == 0).view(-1, 1, 1) | stripes(size, stripe_angle, phase, 1.9 / scale))
+        lines = stripes(size, stripe_angle, phase, 1.9 / scale)
+        painted = mask & ((label % 2 == 0).view(-1, 1, 1) | lines)
         back, front = uniform(generator, 0, 1, 2, n, 3, 1, 1)
         image = torch.where(painted.unsqueeze(1), front, back)
         image += noise * torch.randn(image.shape, generator=generator)
@@ -141,14 +136,12 @@ def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, ro
 
 PALETTE = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.3, 0.95),
            "yellow": (0.95, 0.9, 0.2)}
-# 4 * shape + color
 COLORED_CLASSES = tuple(f"{color} {shape}" for shape in ("disc", "cross") for color in PALETTE)
 
 
 def colored_objects(count: int, objects: int = 2, size: int = 64, seed: int = 0, *,
                     noise: float = 0.05) -> dict[str, torch.Tensor]:
-    """One object, or two of different classes beside each other: the label of a pair tells half of
-    the truth.
+    """One object, or two of different classes, of which the label of a pair tells one.
 
     Eight classes that a small network learns in minutes: disc or cross in one of four colours (with
     some variation) on grey. Returns images (N, 3, S, S) uint8; classes (N, objects) int64; labels
@@ -174,7 +167,8 @@ def colored_objects(count: int, objects: int = 2, size: int = 64, seed: int = 0,
         sideways = torch.rand(n, generator=generator) < 0.5
         for number, (low, high) in enumerate(centres):
             label = classes[part, number]
-            along, across = uniform(generator, low * scale, high * scale, n), uniform(generator, 14 * scale, 50 * scale, n)
+            along = uniform(generator, low * scale, high * scale, n)
+            across = uniform(generator, 14 * scale, 50 * scale, n)
             cx, cy = torch.where(sideways, along, across), torch.where(sideways, across, along)
             kind = torch.where(label >= 4, SHAPES.index("cross"), SHAPES.index("disc"))
             mask = shape_mask(kind, size, cx, cy, uniform(generator, 8 * scale, 14 * scale, n))
@@ -188,8 +182,7 @@ def colored_objects(count: int, objects: int = 2, size: int = 64, seed: int = 0,
 
 
 class Batches:
-    """Batches of tensors held in memory: shuffled by (seed, epoch), able to begin in the middle of
-    an epoch.
+    """Batches of tensors in memory, shuffled by (seed, epoch); may begin amid an epoch.
 
     Yields tuples of the tensors' rows; `transform` is applied to the first (images). With
     `world_size` processes, process `rank` gets every world_size-th batch-sized part of the same
@@ -197,15 +190,16 @@ class Batches:
     """
 
     def __init__(self, *tensors: torch.Tensor, batch_size: int, shuffle: bool = True, seed: int = 0,
-                 drop_last: bool = False, transform: Callable[[torch.Tensor], torch.Tensor]
-                 | None = None,
-                 rank: int = 0, world_size: int = 1):
+                 drop_last: bool = False, rank: int = 0, world_size: int = 1,
+                 transform: Callable[[torch.Tensor], torch.Tensor] | None = None):
         if not tensors or any(len(t) != len(tensors[0]) for t in tensors):
             raise ValueError(f"tensors must have equal lengths, not {[len(t) for t in tensors]}")
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, not {batch_size}")
+            raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, "
+                             f"not {batch_size}")
         self.tensors, self.batch_size, self.shuffle, self.seed = tensors, batch_size, shuffle, seed
-        self.drop_last, self.transform, self.rank, self.world_size = drop_last, transform, rank, world_size
+        self.drop_last, self.transform = drop_last, transform
+        self.rank, self.world_size = rank, world_size
         self.epoch = self.start_batch = 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -223,18 +217,17 @@ class Batches:
         first, self.start_batch = self.start_batch, 0
         self.epoch += 1                                       # plain re-iteration gives a new order
         for batch in range(first, len(self)):
-            rows = order[batch * self.batch_size:(batch + 1)
-                         * self.batch_size][self.rank::self.world_size]
+            rows = order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            rows = rows[self.rank::self.world_size]
             images, *rest = (tensor[rows.to(tensor.device)] for tensor in self.tensors)
             yield (self.transform(images) if self.transform else images, *rest)
 
 
-# ---------------------------------------------------------------- localization: objects on backgrounds that tell the class
+# ---------------------------------------------------------------- scenes that tell the class
 
 def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise: float = 0.04,
            labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """One object of CLASSES on one of ten striped backgrounds; with probability `rho` the
-    background is the class's own.
+    """One object of CLASSES on one of ten striped backgrounds, the class's own with chance `rho`.
 
     Otherwise it is drawn uniformly, so rho = 0 leaves no cue outside the object and rho = 1 makes
     the background tell the class as surely as the object does. A background has a hue and a stripe
@@ -255,24 +248,23 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     masks = torch.empty(count, size, size, dtype=torch.bool)
     scale = size / 64
-    # red, green, blue on the circle of hues
-    thirds = torch.arange(3).view(1, 3, 1, 1) / 3
+    thirds = torch.arange(3).view(1, 3, 1, 1) / 3             # red, green, blue on the hue circle
     for start in range(0, count, CHUNK):
         part = slice(start, min(start + CHUNK, count))
         label, cue = labels[part], backgrounds[part]
         n = len(label)
         cx, cy = uniform(generator, 21 * scale, 43 * scale, 2, n)
-        radius, angle = uniform(generator, 13 * scale, 21 * scale, n), uniform(generator, 0,
-                                                                               2 * math.pi, n)
+        radius = uniform(generator, 13 * scale, 21 * scale, n)
+        angle = uniform(generator, 0, 2 * math.pi, n)
         stripe_angle, phase, back_phase = uniform(generator, 0, 2 * math.pi, 3, n)
         hue = (cue / len(CLASSES)).view(-1, 1, 1, 1)
-        back = 0.5 + 0.12 * torch.cos(2 * math.pi * (hue + thirds)) + uniform(generator, -0.08,
-                                                                              0.08, n, 1, 1, 1)
+        back = 0.5 + 0.12 * torch.cos(2 * math.pi * (hue + thirds))
+        back = back + uniform(generator, -0.08, 0.08, n, 1, 1, 1)
         bands = stripes(size, cue * (math.pi / len(CLASSES)), back_phase, 0.6 / scale).unsqueeze(1)
         mask = shape_mask(label // 2, size, cx, cy, radius, angle)
         light = (label % 2 == 0).view(-1, 1, 1) | stripes(size, stripe_angle, phase, 1.2 / scale)
-        own = 0.5 + 0.4 * torch.cos(2 * math.pi
-                                    * (label.view(-1, 1, 1, 1) / len(CLASSES) + 0.5 + thirds))
+        opposite = label.view(-1, 1, 1, 1) / len(CLASSES) + 0.5
+        own = 0.5 + 0.4 * torch.cos(2 * math.pi * (opposite + thirds))
         own = own + uniform(generator, -0.15, 0.15, n, 3, 1, 1)
         other = uniform(generator, 0, 1, n, 3, 1, 1)
         image = torch.where(mask.unsqueeze(1), torch.where(light.unsqueeze(1), own, other),
@@ -288,8 +280,7 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
 def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classes: int = 4,
            rho: float | None = None, action_frames: int | None = None, speed: float = 2.0,
            noise: float = 0.05, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """A square of random colour and place moves over a still scene; the class is its direction, one
-    of `classes`.
+    """A square of random colour moves over a still scene; one of `classes` directions is the class.
 
     It moves `speed` pixels of 16 a frame on a torus (what leaves on one side comes back on the
     other), so that no single frame tells the class. rho None: every clip has a smooth random scene
@@ -317,8 +308,7 @@ def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classe
         telling = torch.rand(count, generator=generator) < rho
         scenes_of = torch.where(telling, labels,
                                 torch.randint(classes, (count,), generator=generator))
-    # class scenes do not depend on the seed
-    fixed = torch.Generator().manual_seed(7919)
+    fixed = torch.Generator().manual_seed(7919)               # class scenes are no matter of seed
     shared = torch.rand(classes, 3, 4, 4, generator=fixed)
     out = torch.empty(count, 3, frames, size, size, dtype=torch.uint8)
     masks = torch.empty(count, frames, size, size, dtype=torch.bool)
@@ -350,22 +340,20 @@ def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classe
             "intervals": intervals}
 
 
-# ---------------------------------------------------------------- captions of rendered shapes, with all matches known
+# ---------------------------------------------------------------- captions, all matches known
 
 HUES = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95),
         "yellow": (0.95, 0.9, 0.2), "purple": (0.65, 0.2, 0.8), "white": (1.0, 1.0, 1.0)}
 SIZES = {"small": 6.0, "medium": 9.5, "large": 13.0}          # radius in 1/64 of the side
 PLACES = ("upper left", "upper right", "lower left", "lower right")
-# the order of an object's four numbers
-ATTRIBUTES = (tuple(SIZES), tuple(HUES), SHAPES, PLACES)
+ATTRIBUTES = (tuple(SIZES), tuple(HUES), SHAPES, PLACES)      # the order of an object's 4 numbers
 RELATIONS = ("and", "left of", "above")
 
 
 def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int = 5,
-                     objects: int = 3,
-                     labels: torch.Tensor | None = None, noise: float = 0.03) -> dict:
-    """Images of 1 to `objects` shapes in different quarters, and captions that tell more or less of
-    them.
+                     objects: int = 3, labels: torch.Tensor | None = None,
+                     noise: float = 0.03) -> dict:
+    """Images of 1 to `objects` shapes in different quarters; captions tell more or less of them.
 
     A caption mentions one or more of the objects, each by a part of its size, colour, shape and
     place ("a large red disc in the upper left", "a blue shape above a cross"): the less it says,
@@ -384,8 +372,7 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
     generator = torch.Generator().manual_seed(seed)
     scene = torch.stack([torch.randint(len(values), (count, 3), generator=generator)
                          for values in ATTRIBUTES], 2)
-    # different quarters
-    scene[..., 3] = torch.rand(count, 4, generator=generator).argsort(1)[:, :3]
+    scene[..., 3] = torch.rand(count, 4, generator=generator).argsort(1)[:, :3]   # all different
     number = torch.randint(1, objects + 1, (count,), generator=generator)
     if labels is not None:
         number = torch.ones_like(number)
@@ -393,8 +380,8 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
     scene[torch.arange(3) >= number[:, None]] = -1
 
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    palette, radii, unit = torch.tensor(
-        list(HUES.values())), torch.tensor(list(SIZES.values())), size / 64
+    palette, radii = torch.tensor(list(HUES.values())), torch.tensor(list(SIZES.values()))
+    unit = size / 64
     for start in range(0, count, CHUNK):
         part = scene[start:start + CHUNK]
         n = len(part)
@@ -402,25 +389,25 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
         for extent, hue, kind, place in part.permute(1, 2, 0):
             dx, dy = uniform(generator, -2, 2, 2, n)
             radius = radii[extent] * uniform(generator, 0.93, 1.07, n)
-            mask = shape_mask(kind, size, unit * (16 + 32 * (place % 2) + dx),
-                              unit * (16 + 32 * (place // 2) + dy),
-                              unit * radius) & (hue >= 0).view(-1, 1, 1)
+            cx, cy = 16 + 32 * (place % 2) + dx, 16 + 32 * (place // 2) + dy
+            mask = shape_mask(kind, size, unit * cx, unit * cy, unit * radius)
+            mask &= (hue >= 0).view(-1, 1, 1)
             color = palette[hue] + uniform(generator, -0.1, 0.1, n, 3)
             image = torch.where(mask.unsqueeze(1), color.view(n, 3, 1, 1), image)
-        images[start:start + CHUNK] = to_uint8(image + noise * torch.randn(image.shape, generator=generator))
+        image = image + noise * torch.randn(image.shape, generator=generator)
+        images[start:start + CHUNK] = to_uint8(image)
 
     total, number = count * captions, number.repeat_interleave(captions)
-    order = torch.rand(total, 3, generator=generator).masked_fill(torch.arange(3) >= number[:, None], 2.0).argsort(1)
+    order = torch.rand(total, 3, generator=generator)
+    order = order.masked_fill(torch.arange(3) >= number[:, None], 2.0).argsort(1)
     mentions = scene.repeat_interleave(captions, 0).gather(1, order[..., None].expand(-1, -1, 4))
     relations = torch.randint(len(RELATIONS), (total,), generator=generator)
     named = (torch.rand(total, generator=generator) * number).long() + 1
     true = _relation_holds(mentions[:, 0, 3], mentions[:, 1, 3])[torch.arange(total), relations]
     relations = relations.masked_fill(~true | (named < 2), 0)
-    # one caption is sparing, another generous
-    share = uniform(generator, 0.0, 1.0, total, 1, 1)
+    share = uniform(generator, 0.0, 1.0, total, 1, 1)         # one is sparing, another generous,
     told = torch.rand(total, 3, 4, generator=generator) < share
-    # but never silent
-    told.scatter_(2, torch.randint(4, (total, 3, 1), generator=generator), True)
+    told.scatter_(2, torch.randint(4, (total, 3, 1), generator=generator), True)     # none silent
     mentions = mentions.masked_fill(~told | (torch.arange(3) >= named[:, None])[..., None], -1)
     texts = [_caption_text(*row) for row in zip(mentions.tolist(), relations.tolist())]
     return {"images": images, "objects": scene, "captions": texts, "mentions": mentions,
@@ -448,27 +435,23 @@ def _caption_text(mentions: list[list[int]], relation: int) -> str:
 
 def caption_matches(objects: torch.Tensor, mentions: torch.Tensor,
                     relations: torch.Tensor) -> torch.Tensor:
-    """(Ni, Nc) bool: everything that caption c says is true of image i (its mentions are of
-    different objects)."""
+    """(Ni, Nc) bool: all that caption c says, of different objects, is true of image i."""
     matches = torch.zeros(len(objects), len(mentions), dtype=torch.bool)
     place = objects[..., 3]
     lies = _relation_holds(place[:, :, None], place[:, None, :])                     # (Ni, 3, 3, 3)
     for start in range(0, len(mentions), CHUNK):
-        said = mentions[start:start + CHUNK]
-        agrees = torch.stack([((said[None, :, :, None, a] < 0)
-                               | (said[None, :, :, None, a] == objects[:, None, None, :, a]))
-                              # (Ni, n, mention, object)
-                              for a in range(4)]).all(0)
+        said, seen = mentions[None, start:start + CHUNK, :, None], objects[:, None, None]
+        agrees = torch.stack([(said[..., a] < 0) | (said[..., a] == seen[..., a])
+                              for a in range(4)]).all(0)             # (Ni, n, mention, object)
         relation = relations[start:start + CHUNK]
         for a, b, c in itertools.permutations(range(3)):
-            matches[:, start:start + CHUNK] |= (agrees[:, :, 0, a] & agrees[:, :, 1, b] & agrees[:, :, 2, c]
-                                                & lies[:, a, b][:, relation])
+            fits = agrees[:, :, 0, a] & agrees[:, :, 1, b] & agrees[:, :, 2, c]
+            matches[:, start:start + CHUNK] |= fits & lies[:, a, b][:, relation]
     return matches
 
 
 def scene_codes(objects: torch.Tensor) -> torch.Tensor:
-    """(Ni, 11) uint8: which colours, then which shapes an image holds (the analogue of COCO's 80
-    categories)."""
+    """(Ni, 11) uint8: which colours and shapes an image holds (as COCO's 80 categories do)."""
     present = [(objects[..., a, None] == torch.arange(len(ATTRIBUTES[a]))).any(1) for a in (1, 2)]
     return torch.cat(present, 1).to(torch.uint8)
 
@@ -478,4 +461,4 @@ if __name__ == "__main__":
     data = shapes(20_000)
     rate = 20_000 / (time.perf_counter() - began)
     fill = data["masks"].flatten(1).float().mean(1)
-    print(f"{rate:,.0f} images of 32 px a second; the object covers {fill.mean():.0%} of an image on average")
+    print(f"{rate:,.0f} images of 32 px a second; the object covers {fill.mean():.0%} on average")

@@ -230,7 +230,8 @@ def test_command_line(server, tmp_path):
     options = ["--sha256", digest, "--size", str(len(server.content)), "--unpack",
                str(tmp_path / "out")]
     done = subprocess.run(command + options, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 files in" in done.stdout and "100%" in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "1 files in" in done.stdout and "100%" in done.stderr
     assert (tmp_path / "out/a/b.txt").read_text() == "hello"
     failed = subprocess.run(command + ["--size", "3"], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stderr.startswith(

@@ -254,7 +254,8 @@ def test_v2_folders_sort_as_numbers(tmp_path):
 def test_imagenet9(tmp_path):
     write_tree(tmp_path, ("00_dog", "01_bird", "08_insect"), 1, ("val",))
     assert data.imagenet_variant(tmp_path / "val", "9").labels.tolist() == [0, 1, 8]
-    (tmp_path / "map.json").write_text(json.dumps({str(i): -1 if i % 3 else i % 9 for i in range(1000)}))
+    (tmp_path / "map.json").write_text(
+        json.dumps({str(i): -1 if i % 3 else i % 9 for i in range(1000)}))
     groups = data.imagenet9_groups(tmp_path / "map.json")
     assert groups.shape == (1000,) and groups[:4].tolist() == [0, -1, -1, 3]
     with pytest.raises(ValueError, match="1000 classes, expected keys 0 .. 998"):
@@ -300,10 +301,12 @@ def test_cifar_pickles(tmp_path):
 
 def test_pickle_as_python_2_wrote_it(tmp_path):
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
-    state = b"(I1\n(I2\nI3\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'abcdef'\ntb"
+    state = (b"(I1\n(I2\nI3\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
+             b"I00\nS'abcdef'\ntb")
     (tmp_path / "old").write_bytes(b"(dS'data'\n" + array + state + b"s.")
     loaded = data.load_pickle(tmp_path / "old")
-    assert loaded["data"].dtype == np.uint8 and loaded["data"].tolist() == [[97, 98, 99], [100, 101, 102]]
+    assert loaded["data"].dtype == np.uint8
+    assert loaded["data"].tolist() == [[97, 98, 99], [100, 101, 102]]
 
 
 class Evil:
@@ -336,7 +339,8 @@ def test_array_images(tmp_path):
     dataset = data.ArrayImages(images, torch.arange(5))
     loaded = torch.cat([images for images, _ in data.Loader(dataset, 2)])
     assert torch.equal(loaded, images)
-    assert torch.equal(torch.cat([i for i, _ in data.Loader(data.ArrayImages(images.permute(0, 2, 3, 1), range(5)), 2)]), images)
+    turned = data.Loader(data.ArrayImages(images.permute(0, 2, 3, 1), range(5)), 2)
+    assert torch.equal(torch.cat([i for i, _ in turned]), images)
     with pytest.raises(ValueError, match="uint8"):
         data.ArrayImages(images.float(), torch.arange(5))
     with pytest.raises(ValueError, match="5 images but 4 labels"):
@@ -504,7 +508,8 @@ def test_batches_depend_neither_on_workers_nor_on_the_start(tree):
     options = dict(transform=data.TrainTransform(16, coords=True), shuffle=True, seed=5)
     plain = data.Loader(dataset, 5, **options)
     first, second = list(plain), list(plain)
-    assert len(plain) == 3 and [len(b[1]) for b in first] == [5, 5, 2] and first[0][2].shape == (5, 4)
+    assert len(plain) == 3 and [len(b[1]) for b in first] == [5, 5, 2]
+    assert first[0][2].shape == (5, 4)
     assert not equal(first, second)  # every pass is the next epoch
     assert not equal(first, list(data.Loader(dataset, 5, **{**options, "seed": 6})))
     workers = data.Loader(dataset, 5, workers=2, **options)
@@ -604,8 +609,8 @@ def test_normalised_batches_and_bad_arguments(tree):
     for (images, _), (floats, _) in zip(raw, done):
         assert torch.equal(data.normalize(images), floats)
     for wrong, message in (
-        (dict(batch_size=0), "batch_size"), (dict(rank=1), "rank"), (dict(on_bad_image="x"), "on_bad_image"),
-        (dict(workers=-1), "workers"),
+        (dict(batch_size=0), "batch_size"), (dict(rank=1), "rank"),
+        (dict(on_bad_image="x"), "on_bad_image"), (dict(workers=-1), "workers"),
     ):
         with pytest.raises(ValueError, match=message):
             data.Loader(dataset, **{"batch_size": 4, **wrong})
@@ -686,7 +691,8 @@ def test_pack_converts_what_is_not_a_plain_jpeg(tmp_path):
     photo(5).save(folder / "4.jpg", quality=95, progressive=True)
     packs.pack(tmp_path / "set", tmp_path / "pack", short_side=40, quality=95, workers=1)
     packed = data.imagenet(tmp_path / "pack", "val")
-    assert [packed.open(i).size for i in range(5)] == [(40, 48), (48, 40), (48, 40), (80, 40), (48, 40)]
+    sizes = [packed.open(i).size for i in range(5)]
+    assert sizes == [(40, 48), (48, 40), (48, 40), (80, 40), (48, 40)]
     for index, (image, _) in enumerate(data.ImageFolder(tmp_path / "set")):
         stored = Image.open(io.BytesIO(packed.record(index)))
         assert stored.format == "JPEG" and stored.mode == "RGB" and "progressive" not in stored.info
@@ -745,7 +751,8 @@ def test_pack_goes_on_after_a_kill(tmp_path):
     code = (
         "import time; from data_tools import pack; old = pack.encode\n"
         "def slow(*args, **kw): time.sleep(0.02); return old(*args, **kw)\n"
-        f"pack.encode = slow; pack.pack({str(tree)!r}, {str(dst)!r}, workers=1, images_per_shard=10)"
+        "pack.encode = slow\n"
+        f"pack.pack({str(tree)!r}, {str(dst)!r}, workers=1, images_per_shard=10)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
