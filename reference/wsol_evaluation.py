@@ -15,11 +15,10 @@ boxes or a mask. No threshold carries over from one method to another, so a metr
                          the pixels of all images pooled
 
 Numbers are those of the published evaluator to the last bit, which thresholds each map a thousand
-times and asks OpenCV for the contours. Here no map is thresholded: the sets {g >= v} of its 8-bit
-version g, v = 255..1, grow as a tree; the tree is built once, for a batch of maps, and the boxes of
-all levels are read from it (`scoremap_boxes`). Holes are the same tree of 255 - g. The time does
-not depend on the number of thresholds. What is done per pixel is torch and runs where the maps are
-(CPU or GPU); the trees, a few kilobytes per map, are numpy.
+times and asks OpenCV for the contours. Here no map is thresholded: `scoremap_boxes` reads the boxes
+of all levels from one merge tree, and the time does not depend on the number of thresholds. What is
+done per pixel is torch and runs where the maps are (CPU or GPU); the trees, a few kilobytes per
+map, are numpy.
 
 Copy this file; it needs torch, numpy and (for files of masks) Pillow.
 
@@ -35,12 +34,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Array = np.ndarray | Tensor
@@ -55,8 +56,7 @@ def _maps(name: str, maps: Array, dims: Sequence[int]) -> Tensor:
     if maps.ndim not in dims:
         raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions, "
                          f"got shape {tuple(maps.shape)}")
-    floating = isinstance(maps, Tensor) or np.issubdtype(maps.dtype, np.floating)
-    if not floating or isinstance(maps, Tensor) and not maps.is_floating_point():
+    if not (maps.is_floating_point() if isinstance(maps, Tensor) else maps.dtype.kind == "f"):
         raise TypeError(f"{name} must hold floating-point values, got {maps.dtype}")
     if isinstance(maps, np.ndarray):
         maps = torch.from_numpy(maps.astype(np.float64, order="C", copy=False))
@@ -66,7 +66,7 @@ def _maps(name: str, maps: Array, dims: Sequence[int]) -> Tensor:
 def _scoremaps(maps: Array, name: str = "scoremaps", dims: Sequence[int] = (2, 3)) -> Tensor:
     """A valid score map, or a batch of them, as a contiguous float64 tensor [B, H, W]."""
     maps = _maps(name, maps, dims).contiguous()
-    if maps.shape[-1] == 0 or maps.shape[-2] == 0:
+    if 0 in maps.shape[-2:]:
         raise ValueError(f"{name} must not be empty, got shape {tuple(maps.shape)}")
     if maps.numel():
         low, high = torch.stack(torch.aminmax(maps)).tolist()
@@ -97,44 +97,41 @@ def check_scoremap_validity(scoremap: np.ndarray) -> None:
     _scoremaps(scoremap, "scoremap", (2,))
 
 
-def _cubic_weights(inputs: int, outputs: int, device: torch.device) -> Tensor:
-    """[outputs, inputs]: Keys' cubic kernel, a = -.75, half-pixel centres, borders repeated."""
-    a = -0.75
-    position = torch.arange(outputs, dtype=torch.float64, device=device)
-    position = (position + 0.5) * (inputs / outputs) - 0.5
-    left = position.floor()
-    t = position - left
-    near = lambda d: ((a + 2) * d - (a + 3)) * d * d + 1      # noqa: E731
-    far = lambda d: ((d - 5) * d + 8) * d * a - 4 * a         # noqa: E731
-    taps = torch.stack([far(t + 1), near(t), near(1 - t), far(2 - t)], 1)
-    columns = (left.long()[:, None] + torch.arange(-1, 3, device=device)).clamp(0, inputs - 1)
-    weights = torch.zeros(outputs, inputs, dtype=torch.float64, device=device)
-    return weights.scatter_add_(1, columns, taps)
-
-
 def resize_scoremap(cam: Array, size: int | Sequence[int]) -> Array:
     """Cubic resize of maps [..., H, W] to size = (height, width), float64, as OpenCV's INTER_CUBIC.
 
-    Normalise afterwards: overshoot belongs to the range. A constant map stays exactly constant."""
+    Keys' kernel with a = -.75, half-pixel centres, borders repeated. Normalise afterwards:
+    overshoot belongs to the range. A constant map stays exactly constant."""
     height, width = map(int, (size, size) if np.ndim(size) == 0 else size)
     if height < 1 or width < 1:
         raise ValueError(f"size must be positive, got {size}")
     maps = _maps("cam", cam, range(2, 9))
-    rows = _cubic_weights(maps.shape[-2], height, maps.device)
-    columns = _cubic_weights(maps.shape[-1], width, maps.device)
+
+    def weights(inputs: int, outputs: int) -> Tensor:         # [outputs, inputs], of one axis
+        one_hot = torch.eye(inputs, dtype=torch.float64, device=maps.device)[None, None]
+        return F.interpolate(one_hot, size=(outputs, inputs), mode="bicubic")[0, 0]
+
     corner = maps[..., :1, :1]
     constant = (maps == corner).all(-1, keepdim=True).all(-2, keepdim=True)
-    return _like(torch.where(constant, corner, rows @ maps @ columns.T), cam)
+    resized = weights(maps.shape[-2], height) @ maps @ weights(maps.shape[-1], width).T
+    return _like(torch.where(constant, corner, resized), cam)
 
 
 # ---- Boxes of all levels at once ----
 #
+# The sets {g >= v} of the 8-bit map g, v = 255..1, grow as v falls: components appear at local
+# maxima and merge. The tree of these events holds every component of every level.
+#
 # Cut every row where the score starts to rise again: each run has one top, and {g >= v} is an
-# interval of it. A run that touches a higher one at its own top is never a component of its own
-# and is made part of the other, which leaves about one node per local maximum of the map. For each
-# pair of touching nodes the highest level w at which they touch matters, and of these contacts a
-# maximum spanning forest: a node with the peak p that hangs on its parent by an edge of weight w
-# stands for one component of {g >= v} at each level w < v <= p, and from v = w on is part of it.
+# interval of it. A run that touches a higher one at its own top is never a component of its own and
+# is made part of the other, which leaves about one node per local maximum. For each pair of
+# touching nodes the highest level w at which they touch matters, and of these contacts a maximum
+# spanning forest. There a node of peak p that hangs on its parent by an edge of weight w stands for
+# one component of {g >= v} at each level w < v <= p, and from v = w on is part of its parent's.
+#
+# Holes are the components of {255 - g >= u}, pixels touching at sides only, that do not reach a
+# frame of one pixel around the map. One box for each component and each hole is what all contours
+# give. The largest contour is that of the largest component of the map with its holes filled.
 
 _GREYS = 256
 _FRACTION = 23      # int32 pixel values: 8 bits of grey level, and 23 that order equal grey levels
@@ -147,7 +144,7 @@ def _where(mask: Tensor) -> np.ndarray:
     return np.flatnonzero(mask.numpy())                       # three times faster than torch's
 
 
-def _levels_at(values: Tensor, index: np.ndarray) -> np.ndarray:
+def _levels(values: Tensor, index: np.ndarray) -> np.ndarray:
     """Grey levels, int64 on the host, of the pixels with these flat indices."""
     picked = values.flatten()[torch.from_numpy(index).to(values.device)] >> _FRACTION
     return picked.cpu().numpy().astype(np.int64)
@@ -165,116 +162,42 @@ def _runs(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return first, top
 
 
-@dataclass
-class _Forest:
-    """The merge tree of the level sets of a batch of maps."""
-    peak: np.ndarray              # of each node: level of the local maximum
-    owner: np.ndarray             # its map
-    parent: np.ndarray            # the node it joins, -1: none, or the outside
-    weight: np.ndarray            # the level at which it joins, 0: never
-    tops: list[list[np.ndarray]]  # of the runs of rows, of columns: node, flat pixel index, level
-    run_node: np.ndarray          # node of each run of a row; len(peak) + b is the outside of map b
-    run_length: np.ndarray
-
-    def painted(self, colors: np.ndarray, like: Tensor) -> Tensor:
-        """[B, H, W]: each pixel in the color of its node (or outside)."""
-        color, length = (torch.from_numpy(part).to(like.device)
-                         for part in (colors[self.run_node], self.run_length))
-        return color.repeat_interleave(length, output_size=like.numel()).view(like.shape)
-
-    def climb(self, node: np.ndarray, level: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        """Yields (which items, node, level) where items (node, level) become part of a node.
-
-        An item of level l is in its own node for v <= l, and in an ancestor for v <= the lowest
-        edge on the way. The trees are flat (at most log2 of their size): this takes few rounds."""
-        item = np.arange(len(node))
-        while len(item):
-            weight = self.weight[node]
-            here = level > weight
-            yield item[here], node[here], level[here]
-            level, node = np.minimum(level, weight), self.parent[node]
-            keep = (node >= 0) & (level > 0)
-            item, node, level = item[keep], node[keep], level[keep]
-
-
-def _contacts(values: Tensor, start: np.ndarray, holes: bool) -> Iterator[tuple[np.ndarray, ...]]:
-    """(run, run, level) where runs touch; holes: no diagonals, but the outsides, after all runs."""
+def _contacts(values: Tensor, first: np.ndarray, corners: bool) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields (run, run, level at which they touch); first: flat indices of the runs' first pixels.
+    """
     _, height, width = values.shape
-    run_of = lambda pixel: np.searchsorted(start, pixel, side="right") - 1     # noqa: E731
-    later = np.flatnonzero(start % width)
-    yield later - 1, later, _levels_at(values, start[later] - 1)
-    if holes:
-        frame = torch.ones(values.shape, dtype=torch.bool, device=values.device)
-        frame[:, 1:-1, 1:-1] = False
-        border = _where(frame)
-        outside = len(start) + border // (height * width)
-        yield run_of(border), outside, _levels_at(values, border)
-    if height == 1:
-        return
+    run_of = lambda pixel: np.searchsorted(first, pixel, side="right") - 1     # noqa: E731
+    later = np.flatnonzero(first % width)
+    yield later - 1, later, _levels(values, first[later] - 1)
 
-    def between_rows(mask: Tensor, levels: Tensor, left: int = 0, right: int = 0) -> tuple:
+    def between_rows(mask: Tensor, levels: Tensor, left: int, right: int) -> tuple:
         index = _where(mask)
         row, column = np.divmod(index, mask.shape[2])
         upper = (row + row // (height - 1)) * width + column   # `mask` has one row less per map
-        return run_of(upper + left), run_of(upper + width + right), _levels_at(levels, index)
+        return run_of(upper + left), run_of(upper + width + right), _levels(levels, index)
 
     upper, lower = values[:, :-1], values[:, 1:]
     both = torch.minimum(upper, lower)
-    yield between_rows(_runs(both, 2)[1], both)               # the tops of common stretches suffice
-    if holes or width == 1:
-        return
-    falling, rising = (torch.minimum(upper[..., :-1], lower[..., 1:]),
-                       torch.minimum(upper[..., 1:], lower[..., :-1]))
-    # a diagonal counts where it lies above both other pixels of its 2 x 2 block
-    yield between_rows(falling > torch.maximum(upper[..., 1:], lower[..., :-1]), falling, 0, 1)
-    yield between_rows(rising > torch.maximum(upper[..., :-1], lower[..., 1:]), rising, 1, 0)
+    yield between_rows(_runs(both, 2)[1], both, 0, 0)         # the tops of common stretches suffice
+    part = lambda rows, start: rows[..., start:start + width - 1]              # noqa: E731
+    for left, right in ((0, 1), (1, 0)) if corners else ():
+        both = torch.minimum(part(upper, left), part(lower, right))
+        others = torch.maximum(part(upper, right), part(lower, left))
+        yield between_rows(both > others, both, left, right)  # else they touch at sides as well
 
 
-def _forest(values: Tensor, holes: bool = False) -> _Forest:
-    """Tree of {g >= v}, 8-connected; holes: 4-connected, joined to the outside at the border."""
-    batch, height, width = values.shape
-    outsides = batch if holes else 0
-    start, top = map(_where, _runs(values, 2))
-    runs, level = len(start), _levels_at(values, top)
-    a, b, touch = map(np.concatenate, zip(*_contacts(values, start, holes)))
-    peak = np.append(level, np.full(outsides, _GREYS))
-    into = np.arange(len(peak))
-    rank = peak * len(peak) + into                            # of equal peaks the later is higher
-    for low, high in ((a, b), (b, a)):
-        part = (touch == peak[low]) & (rank[low] < rank[high])
-        into[low[part]] = high[part]
-    while not np.array_equal(further := into[into], into):
-        into = further
-    roots = np.flatnonzero(into == np.arange(len(peak)))
-    node = np.searchsorted(roots, into)
-    a, b = node[a], node[b]
-    apart = (a != b) & (touch > 0)
-    nodes = len(roots) - outsides
-    parent, weight = _spanning_forest(a[apart], b[apart], touch[apart], nodes, outsides)
-    column_top = _where(_runs(values, 1)[1])
-    column_node = node[np.searchsorted(start, column_top, side="right") - 1]
-    tops = [(node[:runs], top, level), (column_node, column_top, _levels_at(values, column_top))]
-    tops = [[part[node < nodes] for part in (node, *rest)] for node, *rest in tops]
-    roots = roots[:nodes]
-    return _Forest(peak[roots], top[roots] // (height * width), parent, weight, tops, node[:runs],
-                   np.diff(start, append=values.numel()))
-
-
-def _spanning_forest(a: np.ndarray, b: np.ndarray, level: np.ndarray, nodes: int,
-                     outsides: int) -> tuple[np.ndarray, np.ndarray]:
-    """(parent, weight) of `nodes` by Kruskal's algorithm; the outsides, which follow, stay roots.
+def _spanning_forest(a: np.ndarray, b: np.ndarray, level: np.ndarray,
+                     size: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(parent, -1: none; weight) of the len(size) nodes by Kruskal's algorithm.
 
     The smaller tree is hung below the root of the larger one, which keeps the trees flat."""
-    total = nodes + outsides
-    code = np.sort((np.minimum(a, b) * total + np.maximum(a, b)) * _GREYS + level)
-    pair, level = np.divmod(code, _GREYS)
-    strongest = np.append(pair[1:] != pair[:-1], True)[:len(pair)]              # of each pair
-    pair, level = pair[strongest], level[strongest]
-    order = np.argsort(-level, kind="stable")
-    a, b = np.divmod(pair[order], total)
-    above, size = list(range(total)), [1] * nodes + [total] * outsides
-    parent, weight = [-1] * total, [0] * total
-    for a, b, level in zip(a.tolist(), b.tolist(), level[order].tolist()):
+    nodes = len(size)
+    code = np.sort((np.minimum(a, b) * nodes + np.maximum(a, b)) * _GREYS + level)
+    code = code[np.append(np.diff(code // _GREYS) > 0, True)[:len(code)]]      # highest of a pair
+    code = code[np.argsort(-(code % _GREYS), kind="stable")]
+    above, parent, weight = list(range(nodes)), [-1] * nodes, [0] * nodes
+    for pair, level in zip((code // _GREYS).tolist(), (code % _GREYS).tolist()):
+        a, b = divmod(pair, nodes)
         while above[a] != a:
             above[a] = a = above[above[a]]
         while above[b] != b:
@@ -282,108 +205,156 @@ def _spanning_forest(a: np.ndarray, b: np.ndarray, level: np.ndarray, nodes: int
         if a != b:
             if size[a] < size[b]:
                 a, b = b, a
-            above[b], weight[b], parent[b] = a, level, a if a < nodes else -1
+            above[b], parent[b], weight[b] = a, a, level
             size[a] += size[b]
-    return np.array(parent[:nodes], dtype=np.int64), np.array(weight[:nodes], dtype=np.int64)
+    return np.array(parent, dtype=np.int64), np.array(weight, dtype=np.int64)
 
 
-@dataclass
-class _Components:
-    """One row for each component of each level set, grouped by node with falling levels."""
-    node: np.ndarray
-    owner: np.ndarray
-    level: np.ndarray             # v of {g >= v}
-    first: np.ndarray             # y * W + x of the leftmost top in the component's first row
-    extent: tuple                 # first x, first y, last x, last y
-    base: np.ndarray              # row of (node, level) = base[node] - level
+class _Tree:
+    """Merge trees of a batch of maps. Of each node: `peak`, its map `owner`, `parent`, `weight`.
+
+    It has a row for each component of each level set, grouped by node with falling levels: `node`,
+    `level` (v of {g >= v}); row base[n] - v is that of node n at level v. With `holes` the map has
+    a frame of the highest value, whose own component is left out."""
+
+    def __init__(self, values: Tensor, holes: bool = False) -> None:
+        self.shape = batch, height, width = values.shape
+        first, top = map(_where, _runs(values, 2))
+        level = _levels(values, top)
+        a, b, touch = map(np.concatenate, zip(*_contacts(values, first, not holes)))
+        into = np.arange(len(first))
+        rank = level * len(level) + into                      # of equal tops the later is higher
+        for low, high in ((a, b), (b, a)):
+            joins = (touch == level[low]) & (rank[low] < rank[high])
+            into[low[joins]] = high[joins]
+        while not np.array_equal(further := into[into], into):
+            into = further
+        roots = np.flatnonzero(into == np.arange(len(into)))
+        node = np.searchsorted(roots, into)
+        self.run_node, self.run_length = node, np.diff(first, append=values.numel())
+        self.peak, self.owner = level[roots], top[roots] // (height * width)
+        a, b = node[a], node[b]
+        apart = (a != b) & (touch > 0)
+        # the last pixels of the maps lie in the frames, which stay roots as the largest
+        frames = node[np.searchsorted(first, np.arange(1, batch + 1) * height * width) - 1]
+        size = np.ones(len(roots), dtype=np.int64)
+        size[frames] += holes * len(roots)
+        self.parent, self.weight = _spanning_forest(a[apart], b[apart], touch[apart], size.tolist())
+        self.weight[frames[:batch * holes]] = _GREYS - 1      # no level of its own
+        column_top = _where(_runs(values, 1)[1])
+        column_node = node[np.searchsorted(first, column_top, side="right") - 1]
+        self.tops = (node, top, level), (column_node, column_top, _levels(values, column_top))
+        count = self.peak - self.weight
+        self.node = np.repeat(np.arange(len(count)), count)
+        self.base = np.cumsum(count) - count + self.peak
+        self.level = self.base[self.node] - np.arange(len(self.node))
+
+    def painted(self, colors: np.ndarray, like: Tensor) -> Tensor:
+        """[B, H, W]: each pixel in the color of its node."""
+        color, length = (torch.from_numpy(part).to(like.device)
+                         for part in (colors[self.run_node], self.run_length))
+        return color.repeat_interleave(length, output_size=math.prod(self.shape)).view(self.shape)
+
+    def climb(self, node: np.ndarray, level: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields (which items, row) where items, pixels of `level` in `node`, enter a component.
+
+        An item of level l is in its own node for v <= l, and in an ancestor for v <= the lowest
+        edge on the way. The trees are flat (at most log2 of their size): this takes few rounds."""
+        item = np.arange(len(node))
+        while len(item):
+            weight = self.weight[node]
+            here = level > weight
+            yield item[here], self.base[node[here]] - level[here]
+            level, node = np.minimum(level, weight), self.parent[node]
+            keep = (node >= 0) & (level > 0)
+            item, node, level = item[keep], node[keep], level[keep]
+
+    def extents(self) -> tuple[np.ndarray, ...]:
+        """(first, x0, y0, x1, y1), inclusive, of each row; first: the leftmost top of the first
+        line of pixels, as y * W + x."""
+        _, height, width = self.shape
+        pixels = height * width
+        # the running minima start afresh at each node: later nodes lie lower by more than any index
+        floor = (len(self.peak) - self.node) * pixels
+        least = np.tile(floor + pixels - 1, (4, 1))           # of index, -index; column, -column
+        for (forward, backward), span, (node, index, level) in zip(
+                least.reshape(2, 2, -1), (pixels, width), self.tops):
+            place = index % span
+            for item, row in self.climb(node, level):
+                np.minimum.at(forward, row, floor[row] + place[item])
+                np.minimum.at(backward, row, floor[row] + pixels - 1 - place[item])
+        first, last, x0, x1 = np.minimum.accumulate(least, axis=1) - floor
+        return first, x0, first // width, pixels - 1 - x1, (pixels - 1 - last) // width
+
+    def doubled_areas(self, values: Tensor) -> np.ndarray:
+        """Twice the polygon area of the outer border of each row's component, in a map without
+        holes.
+
+        The polygon through the pixel centres holds all of a 2 x 2 block with four pixels inside and
+        half of one with three: a block counts from its second lowest level on and from its lowest.
+        """
+        values = (values >> _FRACTION).to(torch.uint8)
+        a, b, c, d = values[:, :-1, :-1], values[:, :-1, 1:], values[:, 1:, :-1], values[:, 1:, 1:]
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        low2, high2 = torch.minimum(c, d), torch.maximum(c, d)
+        lowest = torch.minimum(low, low2)
+        second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
+        cells = len(self.peak) * _GREYS                       # int32 halves the time
+        label = np.arange(0, cells, _GREYS, dtype=np.int32 if cells < 2**31 else np.int64)
+        label = self.painted(label, values)[:, :-1]
+        label = torch.where(a >= b, label[..., :-1], label[..., 1:])   # of three, one is a or b
+        counts = sum(torch.bincount((label + level).flatten(), minlength=cells)
+                     for level in (lowest, second)).cpu().numpy()
+        used = np.flatnonzero(counts)
+        area = np.zeros(len(self.node), dtype=np.int64)
+        for item, row in self.climb(*np.divmod(used, _GREYS)):
+            np.add.at(area, row, counts[used[item]])
+        total, start = np.cumsum(area), (self.base - self.peak)[self.node]
+        return total - total[start] + area[start]
 
 
-def _components(forest: _Forest, height: int, width: int) -> _Components:
-    count = forest.peak - forest.weight
-    base = np.cumsum(count) - count + forest.peak
-    node = np.repeat(np.arange(len(count)), count)
-    pixels = height * width
-    # the running minima start afresh at each node: later nodes lie lower by more than any index
-    floor = (len(count) - node) * pixels
-    least = np.tile(floor + pixels - 1, (4, 1))                # of index, -index; column, -column
-    for (forward, backward), span, (item_node, index, top) in zip(
-            least.reshape(2, 2, -1), (pixels, width), forest.tops):
-        place = index % span
-        for item, at, high in forest.climb(item_node, top):
-            row = base[at] - high
-            np.minimum.at(forward, row, floor[row] + place[item])
-            np.minimum.at(backward, row, floor[row] + pixels - 1 - place[item])
-    first, last, x0, x1 = np.minimum.accumulate(least, axis=1) - floor
-    extent = x0, first // width, pixels - 1 - x1, (pixels - 1 - last) // width
-    level = base[node] - np.arange(len(node))
-    return _Components(node, forest.owner[node], level, first, extent, base)
-
-
-def _fill_holes(holes: _Forest, values: Tensor) -> Tensor:
-    """Fill the holes of every level set: no pixel is lower than its lowest way to the outside."""
+def _fill_holes(holes: _Tree, values: Tensor) -> Tensor:
+    """Fill the holes of every level set: no pixel is lower than its lowest way to the frame."""
     escape, node = holes.weight.copy(), holes.parent.copy()
     while (inside := np.flatnonzero(node >= 0)).size:
         escape[inside] = np.minimum(escape[inside], holes.weight[node[inside]])
         node[inside] = holes.parent[node[inside]]
-    fill = np.append(_GREYS - 1 - escape, np.zeros(len(values), np.int64)).astype(np.int32)
-    return torch.maximum(values, holes.painted(fill << _FRACTION, values))
-
-
-def _doubled_areas(forest: _Forest, values: Tensor, components: _Components) -> np.ndarray:
-    """Twice the polygon area of the outer border of each component of a map without holes.
-
-    The polygon through the pixel centres holds all of a 2 x 2 block with four pixels inside and
-    half of one with three: a block counts from its second lowest level on and from its lowest."""
-    values = (values >> _FRACTION).to(torch.uint8)
-    a, b, c, d = values[:, :-1, :-1], values[:, :-1, 1:], values[:, 1:, :-1], values[:, 1:, 1:]
-    low, high = torch.minimum(a, b), torch.maximum(a, b)
-    low2, high2 = torch.minimum(c, d), torch.maximum(c, d)
-    lowest = torch.minimum(low, low2)
-    second = torch.minimum(torch.maximum(low, low2), torch.minimum(high, high2))
-    label = forest.painted(np.arange(len(forest.peak)), values)[:, :-1]
-    cell = torch.where(a >= b, label[..., :-1], label[..., 1:]) * _GREYS   # of three, one is a or b
-    cells = torch.cat([(cell + second).flatten(), (cell + lowest).flatten()])
-    counts = (torch.bincount(cells).cpu().numpy() if cells.is_cuda else np.bincount(cells.numpy()))
-    used = np.flatnonzero(counts)
-    area = np.zeros(len(components.node), dtype=np.int64)
-    for item, node, level in forest.climb(*np.divmod(used, _GREYS)):
-        np.add.at(area, components.base[node] - level, counts[used[item]])
-    total, start = np.cumsum(area), (components.base - forest.peak)[components.node]
-    return total - total[start] + area[start]
+    fill = (_GREYS - 1 - escape).astype(np.int32) << _FRACTION
+    return torch.maximum(values, holes.painted(fill, values)[:, 1:-1, 1:-1])
 
 
 def _block_boxes(maps: Tensor, multi_contour: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(levels, owner, boxes) of maps [B, H, W], as `scoremap_boxes`."""
     _, height, width = maps.shape
 
-    def rows(found: _Components, grow: int, keep: slice | np.ndarray = slice(None)) -> tuple:
-        # as published: x1 = last x + 1, cut at the image; the border of a hole lies around it
-        x0, y0, x1, y1 = (side[keep] for side in found.extent)
-        boxes = (x0 - grow, y0 - grow, np.minimum(x1 + grow + 1, width - 1),
-                 np.minimum(y1 + grow + 1, height - 1))
-        level = 255 - found.level[keep] if grow else found.level[keep] - 1
-        return level, found.owner[keep], np.stack(boxes, 1)
+    def rows(tree: _Tree, level: np.ndarray, before: int) -> tuple[np.ndarray, ...]:
+        first, x0, y0, x1, y1 = tree.extents()
+        x1, y1 = np.minimum(x1 + 1, width - 1), np.minimum(y1 + 1, height - 1)   # as published
+        boxes = np.stack([x0 - before, y0 - before, x1, y1], 1)
+        return level, tree.owner[tree.node], boxes, first
 
     # the power of two leaves 255 * score as it is rounded: the levels are trunc(255 * score)
     values = (maps * (255.0 * 2.0**_FRACTION)).to(torch.int32)
-    holes = _forest(2**31 - 1 - values, holes=True)
+    holes = _Tree(F.pad(2**31 - 1 - values, (1, 1, 1, 1), value=2**31 - 1), holes=True)
     if multi_contour:
-        parts = (rows(_components(tree, height, width), grow)
-                 for grow, tree in enumerate((_forest(values), holes)))
-        return tuple(map(np.concatenate, zip(*parts)))
-    values = _fill_holes(holes, values) if len(holes.peak) else values
-    forest = _forest(values)
-    outer = _components(forest, height, width)
+        tree = _Tree(values)
+        # the border of a hole lies around it: one pixel before, and one for the frame
+        parts = rows(tree, tree.level - 1, 0), rows(holes, _GREYS - 1 - holes.level, 2)
+        return tuple(map(np.concatenate, list(zip(*parts))[:3]))
+    values = _fill_holes(holes, values) if len(holes.node) else values
+    tree = _Tree(values)
+    level, owner, boxes, first = rows(tree, tree.level - 1, 0)
     # the largest area; of equal ones that with the latest first pixel
-    key = _doubled_areas(forest, values, outer) * (height * width) + outer.first
-    group, best = outer.owner * _GREYS + outer.level, np.full(len(maps) * _GREYS, -1)
+    key = tree.doubled_areas(values) * (height * width) + first
+    group, best = owner * _GREYS + level, np.full(len(maps) * _GREYS, -1)
     np.maximum.at(best, group, key)
-    return rows(outer, 0, key == best[group])
+    won = key == best[group]
+    return level[won], owner[won], boxes[won]
 
 
 def _all_boxes(maps: Tensor, multi_contour: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`_block_boxes` in blocks: of the second-level cache's size on the CPU, of 3 GB on the GPU."""
-    step = max((2**26 if maps.is_cuda else 2**18) // maps[0].numel(), 1) if len(maps) else 1
+    step = max((2**26 if maps.is_cuda else 2**18) // math.prod(maps.shape[1:]), 1)
     parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4), np.int64))]
     for start in range(0, len(maps), step):
         level, owner, boxes = _block_boxes(maps[start:start + step], multi_contour)
@@ -467,7 +438,7 @@ def calculate_multiple_iou(box_a: np.ndarray, box_b: np.ndarray) -> np.ndarray:
 def resize_bbox(box: Sequence[float], image_size: Sequence[int],
                 resize_size: Sequence[int]) -> tuple[int, int, int, int]:
     """Scale (x0, y0, x1, y1) from image_size = (width, height) to resize_size, each truncated."""
-    x0, y0, x1, y1 = _valid_boxes([box], "box", RuntimeError)[0]
+    x0, y0, x1, y1 = _valid_boxes([box], "box", RuntimeError)[0].astype(float)
     (width, height), (new_width, new_height) = image_size, resize_size
     return (int(x0 * new_width / width), int(y0 * new_height / height),
             int(x1 * new_width / width), int(y1 * new_height / height))
@@ -476,14 +447,14 @@ def resize_bbox(box: Sequence[float], image_size: Sequence[int],
 class _Evaluator:
     """What both evaluators do: check and count images, keep a row for each, merge, bootstrap.
 
-    Subclasses have `_measure(maps, image_ids)`, which adds to the arrays of `_counts()` and returns
-    arrays with one row per image; `_rows` has those of all images in the order of `image_ids`."""
+    Subclasses have `_counts()`, arrays that add up over images; and `_measure(maps, image_ids)`,
+    which returns what to add to them and a tuple of arrays with one row per image."""
 
     _same: tuple[str, ...] = ()                    # attributes that must agree for a merge
 
-    def _start(self, known: Mapping, thresholds: Sequence[float] | None, interval: float,
-               resize_length: int, allow_repeat: bool) -> None:
-        self.cam_threshold_list = _thresholds(thresholds, interval, "cam_threshold_list")
+    def __init__(self, known: Mapping, cam_threshold_list: Sequence[float] | None, interval: float,
+                 resize_length: int, allow_repeat: bool) -> None:
+        self.cam_threshold_list = _thresholds(cam_threshold_list, interval, "cam_threshold_list")
         if resize_length < 1:
             raise ValueError(f"resize_length must be positive, got {resize_length}")
         if not known:
@@ -498,9 +469,10 @@ class _Evaluator:
         """Number of accumulated maps."""
         return len(self.image_ids)
 
-    def accumulate(self, scoremap: Array, image_id: str) -> None:
+    def accumulate(self, scoremap: Array, image_id: str, *rest) -> None:
         """Add one map [L, L]."""
-        self.accumulate_batch(_maps("scoremap", scoremap, (2,))[None], [image_id])
+        maps = _maps("scoremap", scoremap, (2,))[None]
+        self.accumulate_batch(maps, [image_id], *([one] for one in rest))
 
     def accumulate_batch(self, scoremaps: Array, image_ids: Sequence[str]) -> None:
         """Add maps [B, L, L] (numpy, or torch of any float type and device) of these images."""
@@ -511,23 +483,32 @@ class _Evaluator:
         if maps.shape[1:] != (side, side):
             raise ValueError(f"score maps must be {side} x {side}, got {tuple(maps.shape[1:])}; "
                              "resize_scoremap brings them to size")
-        for image_id in ids:
-            if image_id not in self.known:
-                raise KeyError(f"unknown image id {image_id!r}")
-        self._refuse_repeats(ids)
+        if unknown := [image_id for image_id in ids if image_id not in self.known]:
+            raise KeyError(f"unknown image id {unknown[0]!r}")
         if ids:
-            self._batches.append(self._measure(maps, ids))
-            self._record(ids)
+            counts, rows = self._measure(maps, ids)
+            self._add(ids, counts, [rows])
 
-    def _refuse_repeats(self, ids: Sequence[str]) -> None:
+    def _add(self, ids: Sequence[str], counts: Sequence[np.ndarray], batches: list) -> None:
         if not self.allow_repeat and (self._seen.intersection(ids) or len(set(ids)) < len(ids)):
             repeated = next(i for i in ids if i in self._seen or ids.count(i) > 1)
             raise ValueError(f"image id {repeated!r} accumulated twice; "
                              "pass allow_repeat=True if that is meant")
-
-    def _record(self, ids: Sequence[str]) -> None:
+        for total, part in zip(self._counts(), counts):
+            total += part
+        self._batches.extend(batches)
         self.image_ids.extend(ids)
         self._seen.update(ids)
+
+    def merge(self, other: "_Evaluator") -> "_Evaluator":
+        """Add what another evaluator of the same ground truth and thresholds has counted."""
+        if type(other) is not type(self):
+            raise TypeError(f"cannot merge {type(other).__name__} into {type(self).__name__}")
+        for name in ("cam_threshold_list", "resize_length", *self._same):
+            if not np.array_equal(getattr(self, name), getattr(other, name)):
+                raise ValueError(f"cannot merge evaluators with different {name}")
+        self._add(other.image_ids, other._counts(), other._batches)
+        return self
 
     def _ready(self, strict: bool = False) -> None:
         if self.cnt == 0:
@@ -537,28 +518,14 @@ class _Evaluator:
             raise ValueError(f"{len(missing)} of {len(self.known)} images were never accumulated, "
                              f"first {missing[0]!r}")
 
-    def merge(self, other: "_Evaluator") -> "_Evaluator":
-        """Add what another evaluator of the same ground truth and thresholds has counted."""
-        if type(other) is not type(self):
-            raise TypeError(f"cannot merge {type(other).__name__} into {type(self).__name__}")
-        for name in ("cam_threshold_list", "resize_length", *self._same):
-            if not np.array_equal(getattr(self, name), getattr(other, name)):
-                raise ValueError(f"cannot merge evaluators with different {name}")
-        self._refuse_repeats(other.image_ids)
-        for mine, theirs in zip(self._counts(), other._counts()):
-            mine += theirs
-        self._batches.extend(other._batches)
-        self._record(other.image_ids)
-        return self
-
     def _rows(self) -> Iterator[np.ndarray]:
+        """The arrays of `_measure` for all images, in the order of `image_ids`."""
         self._ready()
         return map(np.concatenate, zip(*self._batches))
 
-    def _bootstrap(self, statistic: Callable, level: float, resamples: int,
-                   seed: int) -> np.ndarray:
+    def _bootstrap(self, level: float, resamples: int, seed: int,
+                   statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """[2, ...]: interval of statistic(weights float64 [resamples, n]) -> [resamples, ...]."""
-        self._ready()
         if resamples < 1 or not 0 < level < 1:
             raise ValueError("resamples must be positive and level in (0, 1), "
                              f"got {resamples} and {level}")
@@ -567,16 +534,6 @@ class _Evaluator:
         weights = np.bincount(draws.ravel(), minlength=resamples * self.cnt).astype(np.float64)
         return np.quantile(statistic(weights.reshape(resamples, self.cnt)),
                            [(1 - level) / 2, (1 + level) / 2], axis=0)
-
-
-@dataclass
-class BoxResult:
-    """What `BoxEvaluator.result` gives; n_iou and n_tau are the numbers of thresholds."""
-    max_box_acc: list[float]                       # percent, per IoU threshold
-    v2: float                                      # their mean
-    curve: np.ndarray                              # [n_iou, n_tau]: BoxAcc in percent
-    best_threshold: np.ndarray                     # [n_iou]: the first maximising tau
-    n: int                                         # number of maps
 
 
 class BoxEvaluator(_Evaluator):
@@ -594,11 +551,11 @@ class BoxEvaluator(_Evaluator):
                  iou_threshold_list: Sequence[float] = (30, 50, 70),
                  multi_contour_eval: bool = True, resize_length: int = 224,
                  allow_repeat: bool = False) -> None:
+        super().__init__(gt_boxes, cam_threshold_list, interval, resize_length, allow_repeat)
         self.iou_threshold_list = ious = tuple(iou_threshold_list)
         if not ious or not all(0 < iou <= 100 for iou in ious):
             raise ValueError(f"iou_threshold_list must hold percentages in (0, 100], got {ious}")
         self.multi_contour_eval = bool(multi_contour_eval)
-        self._start(gt_boxes, cam_threshold_list, interval, resize_length, allow_repeat)
         self.gt_boxes: dict[str, np.ndarray] = {}    # in pixels of the map
         for image_id, boxes in gt_boxes.items():
             if len(boxes) == 0:
@@ -611,38 +568,31 @@ class BoxEvaluator(_Evaluator):
                                  f"got {(width, height)}")
             boxes = _valid_boxes(boxes, f"gt_boxes of {image_id!r}", ValueError)
             sides = np.array([width, height, width, height])
-            self.gt_boxes[image_id] = (boxes * resize_length / sides).astype(np.int64)
-        taus = len(self.cam_threshold_list)
-        self.num_correct = {iou: np.zeros(taus, np.int64) for iou in ious}
+            self.gt_boxes[image_id] = (boxes * float(resize_length) / sides).astype(np.int64)
+        self.num_correct = {iou: np.zeros(len(self.cam_threshold_list), np.int64) for iou in ious}
 
     def _counts(self) -> list[np.ndarray]:
         return list(self.num_correct.values())
 
-    def _measure(self, maps: Tensor, image_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(best IoU float64 [B, 256] per grey level, grey level uint8 [B, n_tau] of each tau)."""
+    def _measure(self, maps: Tensor, image_ids: Sequence[str]) -> tuple[list, tuple]:
+        """Rows: best IoU float64 [B, 256] of a grey level, grey level uint8 [B, n_tau] of a tau."""
         best = self._best_iou(maps, image_ids)
         peak = (maps.amax((1, 2)) * 255).to(torch.uint8).cpu().numpy()
         chosen = (self.cam_threshold_list * peak[:, None]).astype(np.uint8)
-        at_threshold = np.take_along_axis(best, chosen.astype(np.int64), 1)
-        for iou, correct in self.num_correct.items():
-            correct += (at_threshold >= iou / 100).sum(0)
-        return best, chosen
+        at_threshold = np.take_along_axis(best, chosen, 1)
+        return [(at_threshold >= iou / 100).sum(0) for iou in self.num_correct], (best, chosen)
 
     def _best_iou(self, maps: Tensor, image_ids: Sequence[str]) -> np.ndarray:
         truth = [self.gt_boxes[image_id] for image_id in image_ids]
+        most = max(map(len, truth))                  # [most, B, 4]: those of an image are repeated
+        truth = np.stack([np.resize(boxes, (most, 4)) for boxes in truth], 1)
         levels, owner, boxes = _all_boxes(maps, self.multi_contour_eval)
-        cell, empty = owner * _GREYS + levels, np.ones(len(truth) * _GREYS, dtype=bool)
-        empty[cell] = False                          # an empty foreground predicts [0, 0, 0, 0]
-        cell = np.concatenate([cell, np.flatnonzero(empty)])
-        boxes = np.concatenate([boxes, np.zeros((empty.sum(), 4), np.int64)])
-        # one row for each pair of a predicted and a true box
-        count = np.array([len(boxes) for boxes in truth])
-        repeat = count[cell // _GREYS]
-        row = np.repeat(np.arange(len(cell)), repeat)
-        partner = np.arange(len(row)) + np.repeat(
-            (np.cumsum(count) - count)[cell // _GREYS] - np.cumsum(repeat) + repeat, repeat)
-        best = np.zeros(len(truth) * _GREYS)
-        np.maximum.at(best, cell[row], _iou(boxes[row], np.concatenate(truth)[partner]))
+        found = reduce(np.maximum, (_iou(boxes, others[owner]) for others in truth))
+        # without foreground the predicted box is [0, 0, 0, 0]
+        best = np.repeat(_iou(np.zeros(4), truth).max(0), _GREYS)
+        cell = owner * _GREYS + levels
+        best[cell] = 0
+        np.maximum.at(best, cell, found)
         return best.reshape(-1, _GREYS)
 
     def compute(self, strict: bool = False) -> list[float]:
@@ -650,93 +600,75 @@ class BoxEvaluator(_Evaluator):
         self._ready(strict)
         return [float((correct * 100.0 / self.cnt).max()) for correct in self._counts()]
 
-    def result(self) -> BoxResult:
-        accuracy = self.compute()
-        curve = np.stack(self._counts()) * 100.0 / self.cnt
-        best = self.cam_threshold_list[curve.argmax(1)]
-        return BoxResult(accuracy, float(np.mean(accuracy)), curve, best, self.cnt)
+    def result(self) -> SimpleNamespace:
+        """Attributes in percent: max_box_acc, list of n_iou; v2, their mean; curve [n_iou, n_tau].
+        best_threshold [n_iou]: the first maximising tau; n: number of maps."""
+        accuracy, curve = self.compute(), np.stack(self._counts()) * 100.0 / self.cnt
+        return SimpleNamespace(max_box_acc=accuracy, v2=float(np.mean(accuracy)), curve=curve,
+                               best_threshold=self.cam_threshold_list[curve.argmax(1)], n=self.cnt)
 
     def per_image(self) -> dict[str, np.ndarray]:
         """{"iou" float64, "correct" bool}, each [n, n_iou], at the best threshold of each IoU."""
         best, chosen = self._rows()
-        chosen = chosen[:, np.stack(self._counts()).argmax(1)].astype(np.int64)
-        iou = np.take_along_axis(best, chosen, 1)
+        iou = np.take_along_axis(best, chosen[:, np.stack(self._counts()).argmax(1)], 1)
         return {"iou": iou, "correct": iou >= np.array(self.iou_threshold_list) / 100}
 
     def confidence_interval(self, level: float = 0.95, resamples: int = 1000,
                             seed: int = 0) -> dict[str, np.ndarray]:
         """Bootstrap over images, thresholds chosen anew: {"max_box_acc": [2, n_iou], "v2": [2]}."""
-        def accuracy(weights: np.ndarray) -> np.ndarray:
-            samples = np.zeros((len(weights), len(self.iou_threshold_list) + 1))
-            for column, iou in enumerate(self.iou_threshold_list):
-                total, start = 0.0, 0
-                for best, chosen in self._batches:
-                    correct = np.take_along_axis(best, chosen.astype(np.int64), 1) >= iou / 100
-                    total += weights[:, start:start + len(best)] @ correct.astype(np.float64)
-                    start += len(best)
-                samples[:, column] = total.max(1) * 100 / self.cnt
-            samples[:, -1] = samples[:, :-1].mean(1)
-            return samples
+        best, chosen = self._rows()
 
-        interval = self._bootstrap(accuracy, level, resamples, seed)
+        def accuracy(weights: np.ndarray) -> np.ndarray:
+            correct = (np.take_along_axis(best >= iou / 100, chosen, 1).astype(np.float64)
+                       for iou in self.iou_threshold_list)
+            samples = np.stack([(weights @ one).max(1) * 100 / self.cnt for one in correct], 1)
+            return np.column_stack([samples, samples.mean(1)])
+
+        interval = self._bootstrap(level, resamples, seed, accuracy)
         return {"max_box_acc": interval[:, :-1], "v2": interval[:, -1]}
 
 
 class TopOneLoc(BoxEvaluator):
-    """Top-k localization: correct when a predicted class is the true one and the box fits.
+    """Top-1 (or top-k) localization: correct when the box fits and the class was predicted.
 
     It mixes classification into the measure, which is why the protocol avoids it; earlier papers
-    report it. gt_labels: {image id: int}; the other arguments are those of BoxEvaluator. The score
-    map should be that of the predicted class."""
-
-    def __init__(self, gt_boxes: Mapping[str, Sequence], image_sizes: Mapping[str, Sequence[int]],
-                 gt_labels: Mapping[str, int], *args, **options) -> None:
-        super().__init__(gt_boxes, image_sizes, *args, **options)
-        if missing := [image_id for image_id in self.gt_boxes if image_id not in gt_labels]:
-            raise ValueError(f"gt_labels has no entry for image {missing[0]!r}")
-        self.gt_labels = gt_labels
-
-    def accumulate(self, scoremap: Array, image_id: str, predicted: int | Sequence[int]) -> None:
-        """predicted: the class, or the k best classes, of the image."""
-        self.accumulate_batch(_maps("scoremap", scoremap, (2,))[None], [image_id], [predicted])
+    report it. `accumulate` takes one argument more: predicted, whether the image's class is the
+    predicted one (or among the k best); `accumulate_batch`: bool [B]. The score map should be that
+    of the predicted class."""
 
     def accumulate_batch(self, scoremaps: Array, image_ids: Sequence[str], predicted) -> None:
-        """predicted: [B] classes or [B, k] best classes."""
-        predicted = np.asarray(predicted.cpu() if isinstance(predicted, Tensor) else predicted)
-        if len(predicted) != len(image_ids) or not np.issubdtype(predicted.dtype, np.integer):
-            raise ValueError(f"predicted must be integer classes [{len(image_ids)}] or "
-                             f"[{len(image_ids)}, k], got {predicted.dtype} {predicted.shape}")
-        self._predicted = predicted.reshape(len(predicted), -1)
+        predicted = torch.as_tensor(predicted).cpu().numpy()
+        if predicted.shape != (len(image_ids),) or predicted.dtype != bool:
+            raise ValueError(f"predicted must be bool [{len(image_ids)}], "
+                             f"got {predicted.dtype} {list(predicted.shape)}")
+        self._predicted = predicted
         super().accumulate_batch(scoremaps, image_ids)
 
     def _best_iou(self, maps: Tensor, image_ids: Sequence[str]) -> np.ndarray:
-        labels = np.array([self.gt_labels[image_id] for image_id in image_ids])
-        hit = (self._predicted == labels[:, None]).any(1)
-        return np.where(hit[:, None], super()._best_iou(maps, image_ids), -1.0)
+        return np.where(self._predicted[:, None], super()._best_iou(maps, image_ids), -1.0)
 
 
 # ---- PxAP ----
 
-def _nearest(mask: np.ndarray, size: int) -> np.ndarray:
-    """[size, size] by OpenCV's INTER_NEAREST: no half pixel, and its rounding of 1 / (size / n)."""
-    rows, columns = (np.minimum((np.arange(size) * (1.0 / (size / n))).astype(int), n - 1)
-                     for n in mask.shape)
-    return mask[rows[:, None], columns]
-
-
 def get_mask(instance_masks: Sequence[np.ndarray], ignore_mask: np.ndarray | None = None,
              size: int = 224) -> np.ndarray:
-    """uint8 [size, size]: 1 in an instance mask (> .5), else 255 in the ignore mask, else 0."""
-    masks = [np.asarray(mask) for mask in instance_masks]
-    if not masks:
+    """uint8 [size, size]: 1 in an instance mask (> .5), else 255 in the ignore mask, else 0.
+
+    Each mask is resized as by OpenCV's INTER_NEAREST: no half pixel, its rounding of the scale."""
+    if len(instance_masks) == 0:
         raise ValueError("instance_masks must hold at least one mask")
-    ignore = np.zeros((1, 1)) if ignore_mask is None else np.asarray(ignore_mask)
-    for mask in (*masks, ignore):
+
+    def inside(mask: np.ndarray) -> np.ndarray:
+        mask = np.asarray(mask)
         if mask.ndim != 2 or mask.size == 0:
             raise ValueError(f"masks must be non-empty 2-d arrays, got shape {mask.shape}")
-    inside = np.any([_nearest(mask, size) > 0.5 for mask in masks], axis=0)
-    ignored = _nearest(ignore, size) > 0.5
-    return np.where(inside, 1, np.where(ignored, 255, 0)).astype(np.uint8)
+        rows, columns = (np.minimum((np.arange(size) * (1.0 / (size / n))).astype(int), n - 1)
+                         for n in mask.shape)
+        return mask[rows[:, None], columns] > 0.5
+
+    ignored = ignore_mask is not None and inside(ignore_mask)
+    return np.where(reduce(np.logical_or, map(inside, instance_masks)), 1,
+                    np.where(ignored, 255, 0)).astype(np.uint8)
 
 
 def _pxap(true: np.ndarray, false: np.ndarray) -> np.ndarray:
@@ -755,7 +687,7 @@ class MaskEvaluator(_Evaluator):
     def __init__(self, gt_masks: Mapping[str, np.ndarray],
                  cam_threshold_list: Sequence[float] | None = None, interval: float = 0.001,
                  resize_length: int = 224, allow_repeat: bool = False) -> None:
-        self._start(gt_masks, cam_threshold_list, interval, resize_length, allow_repeat)
+        super().__init__(gt_masks, cam_threshold_list, interval, resize_length, allow_repeat)
         if (np.diff(self.cam_threshold_list) <= 0).any():
             raise ValueError("cam_threshold_list must rise strictly")
         for image_id, mask in gt_masks.items():
@@ -766,14 +698,14 @@ class MaskEvaluator(_Evaluator):
                 raise ValueError(f"gt_masks of {image_id!r} must hold 0, 1 and 255, "
                                  f"got {np.unique(mask)[:6].tolist()}")
         self._edges = np.append(self.cam_threshold_list, [1.0, 2.0, 3.0])
-        bins = len(self._edges) - 1
-        self.gt_true_score_hist, self.gt_false_score_hist = np.zeros((2, bins), np.int64)
+        self.gt_true_score_hist, self.gt_false_score_hist = np.zeros((2, len(self._edges) - 1),
+                                                                     np.int64)
 
     def _counts(self) -> tuple[np.ndarray, np.ndarray]:
         return self.gt_false_score_hist, self.gt_true_score_hist
 
-    def _measure(self, maps: Tensor, image_ids: Sequence[str]) -> tuple[np.ndarray]:
-        """Histograms int32 [B, 2, bins] of the scores of negative and of positive pixels."""
+    def _measure(self, maps: Tensor, image_ids: Sequence[str]) -> tuple[np.ndarray, tuple]:
+        """Rows: histograms int32 [B, 2, bins] of the scores of negative and positive pixels."""
         truth = np.stack([np.asarray(self.known[i]).astype(np.uint8) for i in image_ids])
         truth, bins = torch.from_numpy(truth).to(maps.device), len(self._edges) - 1
         index = self._bin(maps)
@@ -782,9 +714,7 @@ class MaskEvaluator(_Evaluator):
         cell += torch.arange(len(maps), device=maps.device).view(-1, 1, 1) * (3 * bins)
         hist = torch.bincount(cell.flatten(), minlength=len(maps) * 3 * bins)
         hist = hist.view(len(maps), 3, bins)[:, :2].cpu().numpy().astype(np.int32)
-        for total, part in zip(self._counts(), hist.sum(0)):
-            total += part
-        return (hist,)
+        return hist.sum(0), (hist,)
 
     def _bin(self, maps: Tensor) -> Tensor:
         """Index of the bin [edge, next edge) of each score, -1 below the first edge.
@@ -823,9 +753,10 @@ class MaskEvaluator(_Evaluator):
     def confidence_interval(self, level: float = 0.95, resamples: int = 1000,
                             seed: int = 0) -> np.ndarray:
         """[2]: bootstrap interval of PxAP over images."""
-        false, true = (np.float64(part) for part in np.moveaxis(next(self._rows()), 1, 0))
-        return self._bootstrap(lambda weights: _pxap(weights @ true, weights @ false),
-                               level, resamples, seed)
+        hist, = self._rows()
+        false, true = np.float64(hist[:, 0]), np.float64(hist[:, 1])
+        return self._bootstrap(level, resamples, seed,
+                               lambda weights: _pxap(weights @ true, weights @ false))
 
 
 # ---- Evaluation of files ----
@@ -866,14 +797,15 @@ def evaluate_wsol(scoremap_root: str | Path, metadata_root: str | Path,
     below mask_root/OpenImages: PxAP."""
     if dataset_name not in ("CUB", "ILSVRC", "OpenImages"):
         raise ValueError(f"dataset_name must be CUB, ILSVRC or OpenImages, got {dataset_name!r}")
-    folder, maps = Path(metadata_root) / dataset_name / split, Path(scoremap_root)
-    ids = [row[0] for row in _table(folder / "image_ids.txt", 1)]
-    found: dict[str, list] = {}
+    folder, found = Path(metadata_root) / dataset_name / split, {}
     if dataset_name == "OpenImages":
         if mask_root is None:
             raise ValueError("mask_root is needed for OpenImages")
         ignore: dict[str, np.ndarray] = {}
         for image_id, mask, ignored in _table(folder / "localization.txt", 3):
+            if ignored and image_id in found:
+                raise ValueError(f"{folder / 'localization.txt'}: only the first line of "
+                                 f"{image_id!r} may name an ignore mask")
             found.setdefault(image_id, []).append(_read_grey(Path(mask_root) / dataset_name / mask))
             if ignored:
                 ignore[image_id] = _read_grey(Path(mask_root) / dataset_name / ignored)
@@ -888,8 +820,10 @@ def evaluate_wsol(scoremap_root: str | Path, metadata_root: str | Path,
         sizes = {i: (int(w), int(h)) for i, w, h in _table(folder / "image_sizes.txt", 3)}
         evaluator = BoxEvaluator(found, sizes, None, cam_curve_interval, iou_threshold_list,
                                  multi_contour_eval)
+    ids = [row[0] for row in _table(folder / "image_ids.txt", 1)]
     for batch in (ids[start:start + 64] for start in range(0, len(ids), 64)):
-        evaluator.accumulate_batch(np.stack([_load_scoremap(maps, i) for i in batch]), batch)
+        maps = [_load_scoremap(Path(scoremap_root), image_id) for image_id in batch]
+        evaluator.accumulate_batch(np.stack(maps), batch)
     value = evaluator.compute(strict=True)
     if dataset_name == "OpenImages":
         return value
@@ -898,14 +832,23 @@ def evaluate_wsol(scoremap_root: str | Path, metadata_root: str | Path,
 
 # ---- Search: the same number of random trials and the same full supervision for every method ----
 
+_UNIT = ("uniform", 0.0, 1.0)
 _METHOD_SPACES = {
     "cam": {},
-    "has": {"has_drop_rate": ("uniform", 0.0, 1.0), "has_grid_size": ("integer", 1, 224)},
-    "acol": {"acol_drop_threshold": ("uniform", 0.0, 1.0)},
-    "spg": {f"spg_threshold_{n}{end}": ("uniform", low and f"spg_threshold_{n}l", 1.0)
-            for n in (1, 2, 3) for end, low in (("l", 0.0), ("h", True))},
-    "adl": {"adl_drop_rate": ("uniform", 0.0, 1.0), "adl_drop_threshold": ("uniform", 0.0, 1.0)},
-    "cutmix": {"cutmix_beta": ("inverse", 0.0, 2.0), "cutmix_prob": ("uniform", 0.0, 1.0)},
+    "has": {"has_drop_rate": _UNIT, "has_grid_size": ("integer", 1, 224)},
+    "acol": {"acol_drop_threshold": _UNIT},
+    "spg": {f"spg_threshold_{n}{end}": space for n in "123" for end, space in (
+        ("l", _UNIT), ("h", ("uniform", f"spg_threshold_{n}l", 1.0)))},
+    "adl": {"adl_drop_rate": _UNIT, "adl_drop_threshold": _UNIT},
+    "cutmix": {"cutmix_beta": ("inverse", 0.0, 2.0), "cutmix_prob": _UNIT},
+}
+_DRAWS = {
+    "uniform": lambda rng, low, high: float(rng.uniform(low, high)),
+    "loguniform": lambda rng, low, high: min(max(math.exp(
+        rng.uniform(math.log(low), math.log(high))), low), high),
+    "integer": lambda rng, low, high: int(rng.integers(low, high, endpoint=True)),
+    "inverse": lambda rng, low, high: 1.0 / (high - (high - low) * float(rng.random())) - 0.5,
+    "choice": lambda rng, options: options[int(rng.integers(len(options)))],
 }
 
 
@@ -926,21 +869,10 @@ def sample_trial(space: Mapping[str, tuple], rng: np.random.Generator) -> dict:
     """One value per entry of a search space, drawn in the order of the entries; plain numbers."""
     trial = {}
     for name, (kind, *bounds) in space.items():
-        if kind == "choice":
-            trial[name] = bounds[0][int(rng.integers(len(bounds[0])))]
-            continue
-        low, high = (trial[bound] if isinstance(bound, str) else bound for bound in bounds)
-        if kind == "uniform":
-            trial[name] = float(rng.uniform(low, high))
-        elif kind == "loguniform":
-            value = math.exp(rng.uniform(math.log(low), math.log(high)))
-            trial[name] = min(max(value, low), high)
-        elif kind == "integer":
-            trial[name] = int(rng.integers(low, high, endpoint=True))
-        elif kind == "inverse":
-            trial[name] = 1.0 / (high - (high - low) * float(rng.random())) - 0.5
-        else:
+        if kind not in _DRAWS:
             raise ValueError(f"unknown distribution {kind!r} of {name}")
+        bounds = [trial[bound] if isinstance(bound, str) else bound for bound in bounds]
+        trial[name] = _DRAWS[kind](rng, *bounds)
     return trial
 
 
@@ -952,29 +884,27 @@ def random_search(evaluate: Callable[[dict], float], space: Mapping[str, tuple],
     records {"trial", "seed", "config", "score"}, best first; a score that is not finite (training
     diverged) is null and comes last."""
     path, done = Path(path), {}
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):             # cut off by an interruption
-            lines.pop()
-            path.write_text("".join(lines))
-        for number, line in enumerate(lines, 1):
-            record = json.loads(line)
-            if record["seed"] != seed:
-                raise ValueError(f"{path}:{number}: a search with seed {record['seed']}, "
-                                 f"not {seed}, was written here")
-            done[record["trial"]] = record
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):                 # cut off by an interruption
+        lines.pop()
+        path.write_text("".join(lines))
+    for number, line in enumerate(lines, 1):
+        record = json.loads(line)
+        if record["seed"] != seed:
+            raise ValueError(f"{path}:{number}: a search with seed {record['seed']}, "
+                             f"not {seed}, was written here")
+        done[record["trial"]] = record
     for number in range(trials):
         config = sample_trial(space, np.random.default_rng([seed, number]))
-        if number in done:
-            if done[number]["config"] != json.loads(json.dumps(config)):
-                raise ValueError(f"{path}: trial {number} was drawn from another search space")
-            continue
-        score = float(evaluate(config))
-        done[number] = {"trial": number, "seed": seed, "config": config,
-                        "score": score if math.isfinite(score) else None}
-        with path.open("a") as stream:
-            stream.write(json.dumps(done[number]) + "\n")
+        if number not in done:
+            score = float(evaluate(config))
+            done[number] = {"trial": number, "seed": seed, "config": config,
+                            "score": score if math.isfinite(score) else None}
+            with path.open("a") as stream:
+                stream.write(json.dumps(done[number]) + "\n")
+        elif done[number]["config"] != json.loads(json.dumps(config)):
+            raise ValueError(f"{path}: trial {number} was drawn from another search space")
     return sorted((done[number] for number in range(trials)), reverse=True,
                   key=lambda record: -math.inf if record["score"] is None else record["score"])
 

@@ -337,17 +337,14 @@ def test_top_one_localization_needs_the_class():
     maps = np.zeros((4, 8, 8))
     maps[:, 2:5, 2:5] = 1
     ids = list("abcd")
-    args = dict.fromkeys(ids, [[2, 2, 5, 5]]), dict.fromkeys(ids, (8, 8)), dict(zip(ids, range(4)))
-    top = wsol.TopOneLoc(*args, iou_threshold_list=(50,), resize_length=8)
-    top.accumulate_batch(maps, ids, torch.tensor([0, 1, 3, 3]))
-    assert top.compute() == [75.0]
-    best_two = wsol.TopOneLoc(*args, iou_threshold_list=(50,), resize_length=8)
-    best_two.accumulate(maps[2], "c", [3, 2])
-    assert best_two.compute() == [100.0]
-    with pytest.raises(ValueError, match="predicted"):
-        best_two.accumulate(maps[0], "a", 0.5)
-    with pytest.raises(ValueError, match="gt_labels"):
-        wsol.TopOneLoc(*args[:2], {"a": 0})
+    truth = dict.fromkeys(ids, [[2, 2, 5, 5]]), dict.fromkeys(ids, (8, 8))
+    top = wsol.TopOneLoc(*truth, iou_threshold_list=(50,), resize_length=8)
+    top.accumulate_batch(maps[:3], ids[:3], torch.tensor([0, 1, 3]) == torch.arange(3))
+    top.accumulate(maps[3], "d", True)
+    assert top.compute(strict=True) == [75.0]
+    for wrong in ([1], [True, False], 0.5):
+        with pytest.raises(ValueError, match="predicted"):
+            top.accumulate_batch(maps[:1], ["a"], wrong)
 
 
 def test_box_evaluator_errors():
@@ -525,6 +522,10 @@ def test_evaluate_wsol_reads_masks(tmp_path):
     assert wsol.evaluate_wsol(*call) == evaluator.compute()
     with pytest.raises(ValueError, match="mask_root"):
         wsol.evaluate_wsol(*call[:2], None, *call[3:])
+    (folder / "localization.txt").write_text("".join(rows + [rows[0]]))
+    with pytest.raises(ValueError, match="only the first line of 'val/c/0.jpg'"):
+        wsol.evaluate_wsol(*call)
+    (folder / "localization.txt").write_text("".join(rows))
     (tmp_path / "maps" / f"{ids[0]}.npy").unlink()
     with pytest.raises(FileNotFoundError, match="val/c/0.jpg.npy"):
         wsol.evaluate_wsol(*call)
