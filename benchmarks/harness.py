@@ -61,12 +61,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"),
-           seeds: int = 1) -> argparse.ArgumentParser:
-    """Arguments common to all scripts; `presets[0]` and `seeds` are the defaults."""
+def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), seeds: int = 1,
+           data: bool = True) -> argparse.ArgumentParser:
+    """Arguments common to all scripts; `presets[0]` and `seeds` are the defaults.
+
+    data False: the script has no use for a data set, and refuses --data."""
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--data", type=Path, help="folder of the real data set (default: embedded data)")
+    if data:
+        add("--data", type=Path, help="folder of the real data set (default: embedded data)")
     add("--preset", choices=presets, default=presets[0])
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the first accelerator, else cpu)")
     add("--seed", type=int, default=0, help="first seed")
@@ -92,8 +95,8 @@ def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> 
         arguments.error(f"--seeds must be at least 1, not {args.seeds}")
     if args.workers < 0 or args.threads < 0:
         arguments.error("--workers and --threads must not be negative")
-    if args.data is not None and not args.data.exists():
-        arguments.error(f"--data {args.data}: no such file or folder")
+    if (data := getattr(args, "data", None)) is not None and not data.exists():
+        arguments.error(f"--data {data}: no such file or folder")
     try:
         return Run(args, sys.argv[1:] if argv is None else argv)
     except OSError as error:
