@@ -23,8 +23,7 @@ What to copy: any two towers that give (mu, log sigma) + `sample_gaussian` + `MC
     >>> samples = sample_gaussian(*image, 7), sample_gaussian(*text, 7)
     >>> loss, parts = criterion(*samples, image[1], text[1])
     >>> loss.backward()
-    >>> (mu, l), (nu, m) = ([x.detach() for x in side] for side in (image, text))
-    >>> pairwise_similarity(mu, nu, "csd", l, m).shape
+    >>> pairwise_similarity(image[0], text[0], "csd", image[1], text[1]).shape
     torch.Size([8, 8])
 
 `logsigma` is the log STANDARD DEVIATION everywhere except in the KL term, where the published code
@@ -51,6 +50,55 @@ from torch.utils.checkpoint import checkpoint
 DISTANCE_EPS = 1e-6                                       # inside the root of every sample distance
 
 
+# ---------------------------------------------------------------- checks
+
+def _check_choice(accepted: Iterable[str], **argument: str) -> None:
+    (name, value), = argument.items()
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+
+
+def _check_at_least(least: float, **arguments: float) -> None:
+    for name, value in arguments.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_shape(*shape: int, **arrays: Tensor | None) -> None:
+    for name, x in arrays.items():
+        if x is None or tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {None if x is None else (*x.shape,)}")
+
+
+def _check_items(ndim: int, **tensors: Tensor) -> None:
+    """Non-empty (N, D) or (N, J, D) tensors with the same D."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != ndim or 0 in x.shape:
+            kind = "(N, J, D) samples" if ndim == 3 else "(N, D)"
+            raise ValueError(f"{name} must be non-empty {kind}, got {(*x.shape,)}")
+    if len(widths := {x.shape[-1] for x in tensors.values()}) > 1:
+        raise ValueError(f"{', '.join(tensors)} must have the same D, got {sorted(widths)}")
+
+
+def _check_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if tokens.ndim != 2 or not len(tokens):
+        raise ValueError(f"tokens must be non-empty (B, T), got {(*tokens.shape,)}")
+    _check_shape(len(tokens), lengths=lengths)
+    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise ValueError(f"lengths must be in 1..{tokens.shape[1]}, got {lengths.min().item()}.."
+                         f"{lengths.max().item()}")
+    return lengths.to(tokens.device, torch.int64)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 # ---------------------------------------------------------------- heads (paper, section 3.2)
 
 class MultiHeadSelfAttention(nn.Module):
@@ -62,7 +110,6 @@ class MultiHeadSelfAttention(nn.Module):
 
     def __init__(self, n_head: int, d_in: int, d_hidden: int):
         super().__init__()
-        self.n_head = n_head
         self.w_1 = nn.Linear(d_in, d_hidden, bias=False)
         self.w_2 = nn.Linear(d_hidden, n_head, bias=False)
         nn.init.xavier_uniform_(self.w_1.weight)
@@ -74,7 +121,7 @@ class MultiHeadSelfAttention(nn.Module):
             scores = scores.masked_fill(mask.unsqueeze(-1), -math.inf)
         attention = scores.softmax(dim=1)
         pooled = attention.transpose(1, 2) @ x
-        return (pooled.squeeze(1) if self.n_head == 1 else pooled), attention
+        return (pooled.squeeze(1) if pooled.shape[1] == 1 else pooled), attention
 
 
 class PIENet(nn.Module):
@@ -86,7 +133,6 @@ class PIENet(nn.Module):
 
     def __init__(self, n_embeds: int, d_in: int, d_out: int, d_h: int, dropout: float = 0.0):
         super().__init__()
-        self.n_embeds = n_embeds
         self.attention = MultiHeadSelfAttention(n_embeds, d_in, d_h)
         self.fc = _xavier_linear(d_in, d_out)
         self.dropout = nn.Dropout(dropout)
@@ -96,9 +142,8 @@ class PIENet(nn.Module):
                 pad_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         pooled, attention = self.attention(x, pad_mask)
         residual = self.dropout(torch.sigmoid(self.fc(pooled)))
-        if self.n_embeds > 1:
-            out = out.unsqueeze(1)
-        return self.layer_norm(out + residual), attention, residual
+        state = out if residual.ndim == 2 else out.unsqueeze(1)
+        return self.layer_norm(state + residual), attention, residual
 
 
 class UncertaintyModuleImage(nn.Module):
@@ -140,8 +185,7 @@ class GaussianHead(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, init_logsigma: float = -3.0):
         super().__init__()
-        self.mean = nn.Linear(d_in, d_out)
-        self.logsigma = nn.Linear(d_in, d_out)
+        self.mean, self.logsigma = nn.Linear(d_in, d_out), nn.Linear(d_in, d_out)
         nn.init.constant_(self.logsigma.bias, init_logsigma)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,27 +200,20 @@ def _xavier_linear(d_in: int, d_out: int) -> nn.Linear:
 
 
 def _sentence_state(rnn: nn.GRU, x: Tensor, lengths: Tensor, final_state: str) -> Tensor:
-    """(B, D) state of a bidirectional GRU over right-padded x (B, T, d), without host syncs.
+    """(B, D) state of a bidirectional GRU over right-padded x (B, T, d).
 
     "last_position" reads both directions at the last word, as the published model does: its
     backward half has seen that one word only. "both_ends" reads it at the first word.
     """
-    def run(sequence: Tensor, suffix: str) -> Tensor:
-        weights = [getattr(rnn, f"{name}_l0{suffix}")
-                   for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        start = sequence.new_zeros(1, len(sequence), rnn.hidden_size)
-        return torch.gru(sequence, start, weights, True, 1, 0.0, rnn.training, False, True)[0]
-
-    def at(sequence: Tensor, position: Tensor) -> Tensor:
-        return sequence.gather(1, position.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
-
-    last = (lengths - 1).unsqueeze(1)
-    if final_state == "last_position":
-        backward = run(at(x, last), "_reverse")
-    else:
-        flipped = (last - torch.arange(x.shape[1], device=x.device)).clamp(min=0)
-        backward = at(run(at(x, flipped), "_reverse"), last)
-    return torch.cat([at(run(x, ""), last), backward], dim=-1).squeeze(1)
+    if final_state == "both_ends":
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), True, enforce_sorted=False)
+        return rnn(packed)[1].transpose(0, 1).flatten(1)
+    forward, backward = ([getattr(rnn, f"{name}_l0{way}") for name in
+                          ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+                         for way in ("", "_reverse"))
+    start, rows, last = x.new_zeros(1, len(x), rnn.hidden_size), torch.arange(len(x)), lengths - 1
+    states = torch.gru(x, start, forward, True, 1, 0.0, rnn.training, False, True)[0]
+    return torch.cat([states[rows, last], torch.gru_cell(x[rows, last], start[0], *backward)], 1)
 
 
 # ---------------------------------------------------------------- encoders
@@ -203,12 +240,11 @@ class EncoderImage(nn.Module):
         features, width = self.cnn(images), self.fc.in_features
         if features.ndim not in (2, 4) or features.shape[1] != width:
             raise ValueError(f"backbone must give (B, {width}, H, W) or (B, {width}), "
-                             f"got {tuple(features.shape)}")
+                             f"got {(*features.shape,)}")
         local = features.reshape(*features.shape[:2], -1).transpose(1, 2)
         pooled = local.mean(1)
         mean = self.pie_net(self.fc(pooled), local)
-        j = self.n_samples_inference if num_samples is None else num_samples
-        return _encoded(mean, self.uncertain_net(pooled, local), j, generator)
+        return _encoded(self, mean, self.uncertain_net(pooled, local), num_samples, generator)
 
 
 class EncoderText(nn.Module):
@@ -237,35 +273,18 @@ class EncoderText(nn.Module):
         pad_mask = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.unsqueeze(1)
         state = _sentence_state(self.rnn, words, lengths, self.final_state)
         mean = self.pie_net(state, words, pad_mask)
-        j = self.n_samples_inference if num_samples is None else num_samples
-        return _encoded(mean, self.uncertain_net(words, pad_mask, lengths), j, generator)
+        uncertain = self.uncertain_net(words, pad_mask, lengths)
+        return _encoded(self, mean, uncertain, num_samples, generator)
 
 
-def _encoded(mean: tuple, uncertain: dict, num_samples: int, generator) -> dict[str, Tensor]:
+def _encoded(encoder: nn.Module, mean: tuple, uncertain: dict, num_samples: int | None,
+             generator: torch.Generator | None) -> dict[str, Tensor]:
     """What an encoder returns, from (out, attention, residual) and {"logsigma", "attention"}."""
     mu, logsigma = F.normalize(mean[0], dim=-1), uncertain["logsigma"]
-    embedding = sample_gaussian(mu, logsigma, num_samples, generator) if num_samples else mu
+    j = getattr(encoder, "n_samples_inference", 7) if num_samples is None else num_samples
+    embedding = sample_gaussian(mu, logsigma, j, generator) if j else mu
     return {"embedding": embedding, "mu": mu, "logsigma": logsigma, "attention": mean[1],
             "residual": mean[2], "uncertainty_attention": uncertain["attention"]}
-
-
-def _check_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
-    lengths = torch.as_tensor(lengths)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or not len(tokens):
-        raise ValueError(f"tokens must be (B, T) and lengths (B,), got {tuple(tokens.shape)} "
-                         f"and {tuple(lengths.shape)}")
-    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"lengths must be in 1..{tokens.shape[1]}, got {lengths.min().item()}.."
-                         f"{lengths.max().item()}")
-    return lengths.to(tokens.device, torch.int64)
-
-
-def _check_choice(accepted: Sequence[str], **argument: str) -> None:
-    (name, value), = argument.items()
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
 
 
 class PCME(nn.Module):
@@ -286,8 +305,8 @@ class PCME(nn.Module):
         if isinstance(encoder, (EncoderImage, EncoderText)):
             return encoder(*inputs, generator=generator, num_samples=num_samples)
         mu, logsigma = encoder(inputs[0])
-        return _encoded((mu, None, None), {"logsigma": logsigma, "attention": None},
-                        7 if num_samples is None else num_samples, generator)
+        uncertain = {"logsigma": logsigma, "attention": None}
+        return _encoded(encoder, (mu, None, None), uncertain, num_samples, generator)
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None,
                 **options) -> dict[str, Tensor]:
@@ -307,16 +326,11 @@ class PCME(nn.Module):
 
         All names and shapes must fit; batch norm's step counters may be missing.
         """
-        state = {name.removeprefix("module."): value
-                 for name, value in state_dict.get("model", state_dict).items()}
-        own, shape = self.state_dict(), lambda x: "missing" if x is None else tuple(x.shape)
-        wrong = [f"{name} is {shape(state.get(name))} in the file, {shape(own.get(name))} here"
-                 for name in sorted(own.keys() | state.keys())
-                 if shape(state.get(name)) != shape(own.get(name))
-                 and (name in state or not name.endswith("num_batches_tracked"))]
-        if wrong:
-            raise ValueError(f"state_dict does not fit: {'; '.join(wrong[:4])} ({len(wrong)})")
-        self.load_state_dict(state, strict=False)
+        try:
+            self.load_state_dict({name.removeprefix("module."): value for name, value
+                                  in state_dict.get("model", state_dict).items()})
+        except RuntimeError as error:
+            raise ValueError(f"state_dict does not fit: {str(error)[:600]}") from None
 
 
 # ---------------------------------------------------------------- sampling
@@ -329,26 +343,17 @@ def sample_gaussian(mu: Tensor, logsigma: Tensor, num_samples: int,
     eps (B, J, D) replaces the draw; antithetic=True draws pairs eps, -eps. Half precision gives
     float32 samples.
     """
-    if mu.ndim != 2 or mu.shape != logsigma.shape:
-        raise ValueError(f"mu and logsigma must both be (B, D), got {tuple(mu.shape)} and "
-                         f"{tuple(logsigma.shape)}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    mu, logsigma = _wide(mu), _wide(logsigma)
-    shape = (len(mu), num_samples, mu.shape[1])
+    _check_items(2, mu=mu)
+    _check_shape(*mu.shape, logsigma=logsigma)
+    _check_at_least(1, num_samples=num_samples)
+    mu, logsigma, (count, dim) = _wide(mu), _wide(logsigma), mu.shape
     if eps is None:
         drawn = -(-num_samples // 2) if antithetic else num_samples
-        eps = torch.randn(shape[0], drawn, shape[2], generator=generator, device=mu.device,
-                          dtype=mu.dtype)
+        eps = torch.randn(count, drawn, dim, generator=generator, device=mu.device, dtype=mu.dtype)
         if antithetic:
             eps = torch.cat([eps, -eps], dim=1)[:, :num_samples]
-    elif eps.shape != shape:
-        raise ValueError(f"eps must be {shape}, got {tuple(eps.shape)}")
+    _check_shape(count, num_samples, dim, eps=eps)
     return torch.addcmul(mu.unsqueeze(1), logsigma.exp().unsqueeze(1), eps.to(mu))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ---------------------------------------------------------------- losses
@@ -356,34 +361,23 @@ def _wide(x: Tensor) -> Tensor:
 def _squared(x: Tensor, y: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m): |x - y|^2 by one matrix product."""
     product = torch.addmm(y.square().sum(-1), x, y.T, alpha=-2)
-    return (product + x.square().sum(-1, keepdim=True)).clamp(min=0)
+    return product.add_(x.square().sum(-1, keepdim=True)).clamp_(min=0)
 
 
-def _distances(q: Tensor, g: Tensor) -> Tensor:
-    """(n, D), (m, D) -> (n, m): sqrt(|q - g|^2 + eps)."""
-    if torch.is_grad_enabled():
-        return (_squared(q, g) + DISTANCE_EPS).sqrt()
-    product = torch.addmm(g.square().sum(-1).add_(DISTANCE_EPS), q, g.T, alpha=-2)      # in place
-    return product.add_(q.square().sum(-1, keepdim=True)).clamp_(min=DISTANCE_EPS).sqrt_()
+def _logits(q: Tensor, g: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
+    """(n, J, D), (m, J', D) -> (n, J, m, J'): 2 (b - a d) with d = sqrt(|z - z'|^2 + eps)."""
+    d = _squared(q.flatten(0, 1), g.flatten(0, 1)).add_(DISTANCE_EPS).sqrt_()
+    return (-2 * scale * d).add_(2 * shift).view(*q.shape[:2], *g.shape[:2])
+
+
+def _mean_sigmoid(logits: Tensor) -> Tensor:
+    return logits.sigmoid().mean((1, 3))
 
 
 def _log_mean_sigmoid(logits: Tensor) -> Tensor:
-    """log of the mean over axes 1 and 3 of sigmoid(logits), never forming the probability."""
+    """log of the mean over the sample pairs (axes 1 and 3), never forming the probability."""
     count = logits.shape[1] * logits.shape[3]
     return torch.logsumexp(F.logsigmoid(logits), dim=(1, 3)) - math.log(count)
-
-
-def _check(ndim: int, **tensors: Tensor) -> None:
-    """Non-empty (N, D) or (N, J, D) tensors with the same D."""
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.ndim != ndim or 0 in x.shape:
-            kind = "(N, J, D) samples" if ndim == 3 else "(N, D)"
-            raise ValueError(f"{name} must be non-empty {kind}, got {tuple(x.shape)}")
-    if len({x.shape[-1] for x in tensors.values()}) > 1:
-        raise ValueError(f"{' and '.join(tensors)} must have the same D, got "
-                         f"{[x.shape[-1] for x in tensors.values()]}")
 
 
 def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> Tensor:
@@ -394,8 +388,7 @@ def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> 
             raise ValueError(f"matched is needed for {shape[0]} images and {shape[1]} captions")
         return torch.eye(shape[0], dtype=torch.bool, device=images.device)
     matched = torch.as_tensor(matched, device=images.device)
-    if matched.shape != shape:
-        raise ValueError(f"matched must be {shape}, got {tuple(matched.shape)}")
+    _check_shape(*shape, matched=matched)
     if matched.dtype == torch.bool:
         return matched
     if not ((matched >= 0) & (matched <= 1)).all():
@@ -403,22 +396,27 @@ def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> 
     return matched.to(images.dtype)
 
 
-def _check_weights(**weights: float) -> None:
-    for name, value in weights.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-
-
-def _scalar(value: float) -> nn.Parameter:
-    return nn.Parameter(torch.full((1,), float(value)))
-
-
-def _vib(mean: Tensor, log_var: Tensor) -> Tensor:
+def _kl_to_standard(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp(log_var)) || N(0, 1)) of every item and dimension."""
     return -0.5 * (1 + log_var - mean.square() - log_var.exp())
 
 
-class MCSoftContrastiveLoss(nn.Module):
+class _PairLoss(nn.Module):
+    """Learned b (`shift`) and a (`negative_scale`) and the weights of further terms."""
+
+    def __init__(self, shift: float, negative_scale: float, **weights: float):
+        super().__init__()
+        _check_at_least(0, **weights)
+        self.shift, self.negative_scale = (nn.Parameter(torch.full((1,), float(x)))
+                                           for x in (shift, negative_scale))
+        vars(self).update(weights)
+
+    def _reported(self, loss: Tensor, **parts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        parts |= {"loss": loss, "shift": self.shift[0], "negative_scale": self.negative_scale[0]}
+        return loss, {name: value.detach().clone() for name, value in parts.items()}
+
+
+class MCSoftContrastiveLoss(_PairLoss):
     r"""The soft contrastive loss over all image-caption pairs of a batch, estimated from samples.
 
     For samples z of the image and z' of the caption, with s = b - a |z - z'| (equations 1-4):
@@ -442,17 +440,13 @@ class MCSoftContrastiveLoss(nn.Module):
                  num_samples: int = 7, uniform_lambda: float = 0.0, vib_beta: float = 0.0,
                  reduction: str = "sum", kl_convention: str = "official",
                  block: int | None = None, *, deterministic_weight: float = 0.0):
-        super().__init__()
+        super().__init__(init_shift, init_negative_scale, uniform_lambda=uniform_lambda,
+                         vib_beta=vib_beta, deterministic_weight=deterministic_weight)
         _check_choice(("sum", "mean", "none"), reduction=reduction)
         _check_choice(("official", "std"), kl_convention=kl_convention)
-        if block is not None and block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
-        _check_weights(uniform_lambda=uniform_lambda, vib_beta=vib_beta,
-                       deterministic_weight=deterministic_weight)
-        self.shift, self.negative_scale = _scalar(init_shift), _scalar(init_negative_scale)
-        self.num_samples, self.uniform_lambda, self.vib_beta = num_samples, uniform_lambda, vib_beta
-        self.reduction, self.kl_convention, self.block = reduction, kl_convention, block
-        self.deterministic_weight = deterministic_weight
+        _check_at_least(1, block=1 if block is None else block)
+        self.num_samples, self.block = num_samples, block
+        self.reduction, self.kl_convention = reduction, kl_convention
 
     def forward(self, image_samples: Tensor, caption_samples: Tensor,
                 image_logsigma: Tensor | None = None, caption_logsigma: Tensor | None = None,
@@ -463,7 +457,7 @@ class MCSoftContrastiveLoss(nn.Module):
 
         matched (Ni, Nc): True, 1 or a degree in [0, 1] where the pair matches; None: the diagonal.
         """
-        _check(3, image_samples=image_samples, caption_samples=caption_samples)
+        _check_items(3, image_samples=image_samples, caption_samples=caption_samples)
         images, captions = _wide(image_samples), _wide(caption_samples)
         matched = _check_matched(matched, images, captions)
         with torch.autocast(images.device.type, enabled=False):
@@ -476,7 +470,8 @@ class MCSoftContrastiveLoss(nn.Module):
             total, positive = nll.sum(), positive.sum()
             uniform = vib = deterministic = images.new_zeros(())
             if self.uniform_lambda:
-                uniform = self._uniformity(images, captions, uniform_rows, generator)
+                x = torch.cat([images.flatten(0, 1), captions.flatten(0, 1)])
+                uniform = _uniformity(x, uniform_rows, generator)
             if self.vib_beta:
                 vib = (self._kl(images, image_logsigma, image_mu, "image")
                        + self._kl(captions, caption_logsigma, caption_mu, "caption"))
@@ -488,12 +483,15 @@ class MCSoftContrastiveLoss(nn.Module):
                      + self.deterministic_weight * deterministic)
             loss = {"sum": 2 * total + extra, "mean": 2 * total / nll.numel() + extra,
                     "none": 2 * nll}[self.reduction]
-        values = {"loss": loss, "uniform_loss": uniform, "vib_loss": vib, "shift": self.shift[0],
-                  "negative_scale": self.negative_scale[0]}
-        for way in ("i2t", "t2i"):                            # equal by symmetry; published names
-            values |= {f"{way}_loss": total, f"{way}_pos_loss": positive,
-                       f"{way}_neg_loss": total - positive}
-        return loss, {name: value.detach().clone() for name, value in values.items()}
+        # both directions are equal by symmetry; these are the published names
+        ways = {f"{way}_{name}": value for way in ("i2t", "t2i") for name, value in
+                (("loss", total), ("pos_loss", positive), ("neg_loss", total - positive))}
+        return self._reported(loss, **ways, uniform_loss=uniform, vib_loss=vib)
+
+    def _logits(self, q: Tensor, g: Tensor) -> Tensor:
+        _check_items(3, q=q, g=g)
+        q = _wide(q)
+        return _logits(q, _wide(g), self.shift.to(q.dtype), self.negative_scale.to(q.dtype))
 
     def _nll(self, images: Tensor, captions: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
         """(Ni, Nc) negative log-likelihoods, and the share of each that is due to matching."""
@@ -505,48 +503,41 @@ class MCSoftContrastiveLoss(nn.Module):
         positive = -matched * _log_mean_sigmoid(s)
         return positive - (1 - matched) * _log_mean_sigmoid(-s), positive
 
-    def _logits(self, q: Tensor, g: Tensor) -> Tensor:
-        """(Nq, J, Ng, J') of 2 (b - a d)."""
-        d = _distances(q.flatten(0, 1), g.flatten(0, 1))
-        shift, scale = self.shift.to(d.dtype), self.negative_scale.to(d.dtype)
-        return (2 * (shift - scale * d)).view(*q.shape[:2], *g.shape[:2])
-
-    @staticmethod
-    def _uniformity(images: Tensor, captions: Tensor, rows: Tensor | None, generator) -> Tensor:
-        x = torch.cat([images.flatten(0, 1), captions.flatten(0, 1)])
-        if rows is None and len(x) > 128:                     # the published rule: with replacement
-            device = x.device if generator is None else generator.device
-            rows = torch.randint(len(x), (128,), generator=generator, device=device)
-        if rows is not None:
-            x = x[torch.as_tensor(rows, device=x.device)]
-        if len(x) < 2:
-            raise ValueError(f"the uniformity term needs at least 2 rows, got {len(x)}")
-        upper = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
-        squared = _squared(x, x)[upper]                     # no root: no NaN gradient at duplicates
-        return torch.logsumexp(-2 * squared, 0) - math.log(len(squared))
-
     def _kl(self, samples: Tensor, logsigma: Tensor | None, mu: Tensor | None, side: str) -> Tensor:
-        expected = (samples.shape[0], samples.shape[2])
-        if logsigma is None or logsigma.shape != expected:
-            raise ValueError(f"{side}_logsigma must be {expected} when vib_beta is not 0, "
-                             f"got {None if logsigma is None else tuple(logsigma.shape)}")
+        shape = (samples.shape[0], samples.shape[2])
+        _check_shape(*shape, **{f"{side}_logsigma": logsigma})
         logsigma, mean = logsigma.to(samples.dtype), samples.mean(1)
         if self.kl_convention == "std":
-            logsigma, mean = 2 * logsigma, mean if mu is None else mu.to(samples.dtype)
-        return _vib(mean, logsigma).sum()
+            if mu is not None:
+                _check_shape(*shape, **{f"{side}_mu": mu})
+                mean = mu.to(samples.dtype)
+            logsigma = 2 * logsigma
+        return _kl_to_standard(mean, logsigma).sum()
 
     def log_match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) log match probability: ranks without saturating."""
-        _check(3, q=q, g=g)
-        return _log_mean_sigmoid(self._logits(_wide(q), _wide(g)))
+        return _log_mean_sigmoid(self._logits(q, g))
 
     def match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) match probability, differentiable."""
-        _check(3, q=q, g=g)
-        return torch.sigmoid(self._logits(_wide(q), _wide(g))).mean((1, 3))
+        return _mean_sigmoid(self._logits(q, g))
 
 
-class ClosedFormSampledDistanceLoss(nn.Module):
+def _uniformity(x: Tensor, rows: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """log mean_{p<q} exp(-2 |x_p - x_q|^2) over some rows of x; None: all, or 128 drawn ones."""
+    if rows is None and len(x) > 128:                         # the published rule: with replacement
+        device = x.device if generator is None else generator.device
+        rows = torch.randint(len(x), (128,), generator=generator, device=device)
+    if rows is not None:
+        x = x[torch.as_tensor(rows, device=x.device)]
+    if len(x) < 2:
+        raise ValueError(f"the uniformity term needs at least 2 rows, got {len(x)}")
+    upper = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
+    squared = _squared(x, x)[upper]                         # no root: no NaN gradient at duplicates
+    return torch.logsumexp(-2 * squared, 0) - math.log(len(squared))
+
+
+class ClosedFormSampledDistanceLoss(_PairLoss):
     """PCME++: cross-entropy over all pairs of b - a (|mu - mu'|^2 + sum sigma^2 + sum sigma'^2).
 
     smoothness_alpha weighs the same loss with pseudo-positives: pairs scored at least as high as
@@ -555,43 +546,36 @@ class ClosedFormSampledDistanceLoss(nn.Module):
 
     def __init__(self, init_shift: float = 5, init_negative_scale: float = 5, vib_beta: float = 0.0,
                  smoothness_alpha: float = 0.0):
-        super().__init__()
-        _check_weights(vib_beta=vib_beta, smoothness_alpha=smoothness_alpha)
-        self.shift, self.negative_scale = _scalar(init_shift), _scalar(init_negative_scale)
-        self.vib_beta, self.smoothness_alpha = vib_beta, smoothness_alpha
+        super().__init__(init_shift, init_negative_scale, vib_beta=vib_beta,
+                         smoothness_alpha=smoothness_alpha)
 
     def forward(self, image_mean: Tensor, caption_mean: Tensor, image_log_var: Tensor,
                 caption_log_var: Tensor,
                 matched: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(Ni, D), (Nc, D) -> loss (mean over pairs, times 2) and its parts as detached tensors."""
-        _check(2, image_mean=image_mean, caption_mean=caption_mean, image_log_var=image_log_var,
-               caption_log_var=caption_log_var)
-        for name, mean, log_var in (("image", image_mean, image_log_var),
-                                    ("caption", caption_mean, caption_log_var)):
-            if mean.shape != log_var.shape:
-                raise ValueError(f"{name}_log_var must be {tuple(mean.shape)} as {name}_mean, "
-                                 f"got {tuple(log_var.shape)}")
-        images, captions = _wide(image_mean), _wide(caption_mean)
-        image_l, caption_l = _wide(image_log_var), _wide(caption_log_var)
+        _check_items(2, image_mean=image_mean, caption_mean=caption_mean)
+        _check_shape(*image_mean.shape, image_log_var=image_log_var)
+        _check_shape(*caption_mean.shape, caption_log_var=caption_log_var)
+        images, captions, image_l, caption_l = map(
+            _wide, (image_mean, caption_mean, image_log_var, caption_log_var))
         matched = _check_matched(matched, images, captions).to(images.dtype)
+        pseudo, vib = matched.new_zeros((), dtype=torch.int64), images.new_zeros(())
         with torch.autocast(images.device.type, enabled=False):
-            spread = image_l.exp().sum(1, keepdim=True) + caption_l.exp().sum(1)
-            logits = self.shift - self.negative_scale * (_squared(images, captions) + spread)
+            csd = _csd(images, image_l / 2, captions, caption_l / 2)
+            logits = self.shift + self.negative_scale * csd
             loss = 2 * F.binary_cross_entropy_with_logits(logits, matched)
-            pseudo, vib = torch.zeros((), dtype=torch.int64), images.new_zeros(())
             ways = ((logits, matched), (logits.T, matched.T)) if self.smoothness_alpha else ()
             for way, target in ways:
                 best, index = target.max(dim=1, keepdim=True)
                 above = way >= way.gather(1, index)
                 smooth = F.binary_cross_entropy_with_logits(way, torch.where(above, best, target))
                 loss = loss + self.smoothness_alpha * smooth
-                pseudo = pseudo + above.sum().cpu() - len(target)
+                pseudo = pseudo + above.sum() - len(target)
             if self.vib_beta:                             # left out where it explodes, as published
-                vib = _vib(images, image_l).mean() + _vib(captions, caption_l).mean()
+                vib = sum(_kl_to_standard(*side).mean()
+                          for side in ((images, image_l), (captions, caption_l)))
                 loss = loss + self.vib_beta * torch.where(vib > 1e4, 0.0, vib)
-        parts = {"loss": loss, "n_pseudo_positives": pseudo, "vib_loss": vib,
-                 "shift": self.shift[0], "negative_scale": self.negative_scale[0]}
-        return loss, {name: value.detach().clone() for name, value in parts.items()}
+        return self._reported(loss, n_pseudo_positives=pseudo, vib_loss=vib)
 
 
 class _CosineLoss(nn.Module):
@@ -600,7 +584,7 @@ class _CosineLoss(nn.Module):
     def forward(self, image_samples: Tensor, caption_samples: Tensor, image_logsigma=None,
                 caption_logsigma=None, matched: Tensor | None = None,
                 **unused) -> tuple[Tensor, dict[str, Tensor]]:
-        _check(3, image_samples=image_samples, caption_samples=caption_samples)
+        _check_items(3, image_samples=image_samples, caption_samples=caption_samples)
         images, captions = (_wide(x).mean(1) for x in (image_samples, caption_samples))
         parts = self.parts(_cosines(images, captions), _check_matched(matched, images, captions))
         return parts["loss"], {name: value.detach() for name, value in parts.items()}
@@ -642,6 +626,7 @@ def _cosines(images: Tensor, captions: Tensor) -> Tensor:
 
 
 def _info_nce(logits: Tensor, matched: Tensor) -> Tensor:
+    """Cross-entropy with the matches of a row as equal targets, mean over rows and directions."""
     loss = 0.0
     for way, target in ((logits, matched), (logits.T, matched.T)):
         target = target.to(way.dtype)
@@ -652,56 +637,33 @@ def _info_nce(logits: Tensor, matched: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- similarities, larger = closer
 
-def _cross(m1, v1, m2, v2):
+SAMPLED = ("matching_prob", "log_matching_prob", "matmul")    # of samples (N, J, D)
+POINTS = ("mean", "l2", "min", "max")                         # of mu (N, D)
+GAUSSIANS = ("wasserstein", "elk", "bhattacharyya", "kl", "reverse_kl", "kl_official",
+             "reverse_kl_official", "js", "csd", "match_prob_moment")   # of mu, logsigma (N, D)
+METHODS = SAMPLED + POINTS + GAUSSIANS
+
+
+def _csd(m1: Tensor, l1: Tensor, m2: Tensor, l2: Tensor) -> Tensor:
+    return -(_squared(m1, m2) + (2 * l1).exp().sum(1, keepdim=True) + (2 * l2).exp().sum(1))
+
+
+def _cross(m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor) -> Tensor:
     """sum ((m1 - m2)^2 + v1) / v2 for all pairs, as one matrix product."""
     left, right = torch.cat([m1.square() + v1, m1], 1), torch.cat([1 / v2, -2 * m2 / v2], 1)
     return left @ right.T + (m2.square() / v2).sum(1)
 
 
-def _kl(m1, l1, m2, l2):
-    """-KL(first || second)."""
-    half = 0.5 * (_cross(m1, (2 * l1).exp(), m2, (2 * l2).exp()) - m1.shape[1])
-    return l1.sum(1, keepdim=True) - l2.sum(1) - half
-
-
-def _kl_official(m1, l1, m2, l2):
-    """As published: the sign of the log term is wrong, so this is no divergence."""
-    cross = _cross(m1, (2 * l1).exp(), m2, (2 * l2).exp())
-    return -cross - 2 * (l1.sum(1, keepdim=True) - l2.sum(1))
-
-
-def _js(m1, l1, m2, l2):
-    v1, v2 = (2 * l1).exp(), (2 * l2).exp()
-    return -_cross(m1, v1, m2, v2) - _cross(m2, v2, m1, v1).T
-
-
-def _elk(m1, l1, m2, l2):
-    v = (2 * l1).exp()[:, None] + (2 * l2).exp()
-    return -0.5 * ((m1[:, None] - m2).square() / v + v.log()).sum(-1)
-
-
-def _bhattacharyya(m1, l1, m2, l2):
-    v = (2 * l1).exp()[:, None] + (2 * l2).exp()
-    logs = 0.5 * ((v / 2).log() - l1[:, None] - l2)
-    return -((m1[:, None] - m2).square() / (4 * v) + logs).sum(-1)
-
-
-def _csd(m1, l1, m2, l2):
-    return -(_squared(m1, m2) + (2 * l1).exp().sum(1, keepdim=True) + (2 * l2).exp().sum(1))
-
-
-def _moment(m1, l1, m2, l2, shift, scale):
+def _moment(m1: Tensor, l1: Tensor, m2: Tensor, l2: Tensor, shift: float, scale: float) -> Tensor:
     """E sigmoid(2 (b - a |delta|)), delta ~ N(m1 - m2, v), v = v1 + v2, without samples.
 
     |delta|^2 is taken for a scaled chi-square: its mean m = sum (d^2 + v) and its variance s2 =
     sum (2 v^2 + 4 d^2 v) are matrix products, and with k = 2 m^2 / s2 degrees of freedom it is a
     cubed Gaussian (Wilson-Hilferty), averaged here at 16 Gauss-Hermite nodes.
     """
-    v1, v2 = (2 * l1).exp(), (2 * l2).exp()
-    mean = -_csd(m1, l1, m2, l2)
+    v1, v2, mean = (2 * l1).exp(), (2 * l2).exp(), -_csd(m1, l1, m2, l2)
     left = torch.cat([4 * m1.square(), -8 * m1 * v1, -8 * m1, 4 * v1], 1)
-    right = torch.cat([v2, m2, m2 * v2, m2.square() + v2], 1)
-    variance = left @ right.T
+    variance = left @ torch.cat([v2, m2, m2 * v2, m2.square() + v2], 1).T
     variance += (2 * v1.square() + 4 * m1.square() * v1).sum(1, keepdim=True)
     variance += (2 * v2.square() + 4 * m2.square() * v2).sum(1)
     tiny = torch.finfo(mean.dtype).tiny
@@ -714,31 +676,42 @@ def _moment(m1, l1, m2, l2, shift, scale):
     return score
 
 
-SAMPLED = {                                                   # of logits (n, J, m, J')
-    "matching_prob": lambda s: s.sigmoid_().mean((1, 3)),
-    "log_matching_prob": _log_mean_sigmoid,
-}
-POINTS = {                                                    # mu (n, D), mu (m, D)
-    "mean": lambda q, g: q @ g.T,
-    "l2": lambda q, g: -_squared(q, g),
-    "min": lambda q, g: -(q[:, None] - g).square().amin(-1),
-    "max": lambda q, g: -(q[:, None] - g).square().amax(-1),
-}
-GAUSSIANS = {                                             # mu, logsigma (n, D), mu, logsigma (m, D)
-    "wasserstein": lambda m1, l1, m2, l2: -_squared(torch.cat([m1, l1.exp()], 1),
-                                                    torch.cat([m2, l2.exp()], 1)),
-    "elk": _elk,
-    "bhattacharyya": _bhattacharyya,
-    "kl": _kl,
-    "reverse_kl": lambda m1, l1, m2, l2: _kl(m2, l2, m1, l1).T,
-    "kl_official": _kl_official,
-    "reverse_kl_official": lambda m1, l1, m2, l2: _kl_official(m2, l2, m1, l1).T,
-    "js": _js,
-    "csd": _csd,
-    "match_prob_moment": _moment,
-}
-METHODS = (*SAMPLED, "matmul", *POINTS, *GAUSSIANS)
-ELEMENTWISE = ("min", "max", "elk", "bhattacharyya")          # need (n, m, D) values
+def _tile(method: str, q: Sequence[Tensor], g: Sequence[Tensor], ab: tuple[float, float]) -> Tensor:
+    """(n, m) similarities of q and g, each [samples], [mu] or [mu, logsigma]; ab: shift, scale."""
+    if method == "matmul":
+        return q[0].sum(1) @ g[0].sum(1).T
+    if method in SAMPLED:
+        score = _mean_sigmoid if method == "matching_prob" else _log_mean_sigmoid
+        return score(_logits(*q, *g, *ab))
+    m1, m2 = q[0], g[0]
+    if method == "mean":
+        return m1 @ m2.T
+    if method == "l2":
+        return -_squared(m1, m2)
+    if method in ("min", "max"):
+        squares = (m1[:, None] - m2).square()
+        return -(squares.amin(-1) if method == "min" else squares.amax(-1))
+    l1, l2 = q[1], g[1]
+    if method == "wasserstein":
+        return -_squared(torch.cat([m1, l1.exp()], 1), torch.cat([m2, l2.exp()], 1))
+    if method == "csd":
+        return _csd(m1, l1, m2, l2)
+    if method == "match_prob_moment":
+        return _moment(m1, l1, m2, l2, *ab)
+    if method.startswith("reverse_"):
+        return _tile(method.removeprefix("reverse_"), g, q, ab).T
+    v1, v2 = (2 * l1).exp(), (2 * l2).exp()
+    if method in ("elk", "bhattacharyya"):
+        squares, v = (m1[:, None] - m2).square(), v1[:, None] + v2
+        if method == "elk":
+            return -0.5 * (squares / v + v.log()).sum(-1)
+        return -(squares / (4 * v) + 0.5 * ((v / 2).log() - l1[:, None] - l2)).sum(-1)
+    cross, logs = _cross(m1, v1, m2, v2), l1.sum(1, keepdim=True) - l2.sum(1)
+    if method == "js":
+        return -cross - _cross(m2, v2, m1, v1).T
+    if method == "kl":
+        return logs - 0.5 * (cross - m1.shape[1])
+    return -cross - 2 * logs              # kl_official: with that sign of the logs, no divergence
 
 
 @torch.no_grad()
@@ -757,45 +730,30 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
     reverse_kl_official have the sign error of the public code.
 
     Computed on `device` in `dtype` (default: those of q; half precision is scored in float32);
-    `out` (Nq, Ng) is filled.
+    `out` (Nq, Ng) is filled. Gradients are not kept.
     """
     _check_choice(METHODS, method=method)
-    if block is not None and block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
     q, g = torch.as_tensor(q), torch.as_tensor(g)
-    _check(3 if method in SAMPLED or method == "matmul" else 2, q=q, g=g)
+    _check_items(3 if method in SAMPLED else 2, q=q, g=g)
     queries, gallery = [q], [g]
     if method in GAUSSIANS:
-        for name, side, logsigma in (("q", queries, q_logsigma), ("g", gallery, g_logsigma)):
-            given = None if logsigma is None else tuple(logsigma.shape)
-            if given != tuple(side[0].shape):
-                raise ValueError(f"{name}_logsigma must be {tuple(side[0].shape)} for {method}, "
-                                 f"got {given}")
-            side.append(torch.as_tensor(logsigma))
+        _check_shape(*q.shape, q_logsigma=q_logsigma)
+        _check_shape(*g.shape, g_logsigma=g_logsigma)
+        queries, gallery = [q, torch.as_tensor(q_logsigma)], [g, torch.as_tensor(g_logsigma)]
     device, dtype = device or q.device, dtype or _wide(q).dtype
     if out is None:
         out = torch.empty(len(q), len(g), dtype=dtype, device=device)
-    elif tuple(out.shape) != (len(q), len(g)):
-        raise ValueError(f"out must be ({len(q)}, {len(g)}), got {tuple(out.shape)}")
-    shift, scale = float(shift), float(negative_scale)
-
-    def tile(left: list[Tensor], right: list[Tensor]) -> Tensor:
-        if method in SAMPLED:
-            a, b = left[0], right[0]
-            s = _distances(a.flatten(0, 1), b.flatten(0, 1)).mul_(-2 * scale).add_(2 * shift)
-            return SAMPLED[method](s.view(*a.shape[:2], *b.shape[:2]))
-        if method == "matmul":
-            return left[0].sum(1) @ right[0].sum(1).T
-        options = (shift, scale) if method == "match_prob_moment" else ()
-        return {**POINTS, **GAUSSIANS}[method](*left, *right, *options)
-
+    _check_shape(len(q), len(g), out=out)
     if block is None:                                         # tiles of a few MB
-        block = 64 if method in SAMPLED else 32 if method in ELEMENTWISE else 1024
+        elementwise = method in ("min", "max", "elk", "bhattacharyya")
+        block = 32 if elementwise else 64 if method in SAMPLED else 1024
+    _check_at_least(1, block=block)
     for row, column in itertools.product(range(0, len(q), block), range(0, len(g), 4 * block)):
         rows, columns = slice(row, row + block), slice(column, column + 4 * block)
         left, right = ([x[part].to(device, dtype) for x in side]
                        for side, part in ((queries, rows), (gallery, columns)))
-        out[rows, columns] = tile(left, right).to(out)
+        tile = _tile(method, left, right, (float(shift), float(negative_scale)))
+        out[rows, columns] = tile.to(out)
     return out
 
 
@@ -807,28 +765,25 @@ ROWS = 64                                 # queries ranked at once: bounds memor
 def _similarity(sim) -> Tensor:
     sim = _wide(torch.as_tensor(sim).detach())
     if sim.ndim != 2 or 0 in sim.shape:
-        raise ValueError(f"sim must be non-empty (queries, gallery), got {tuple(sim.shape)}")
+        raise ValueError(f"sim must be non-empty (queries, gallery), got {(*sim.shape,)}")
     if not all(torch.isfinite(part).all() for part in sim.split(ROWS)):
         raise ValueError("sim holds NaN or infinite values; they cannot be ranked")
     return sim
 
 
-def _aligned(sim: Tensor, **rows_and_columns) -> list[Tensor]:
+def _judged(sim, positives) -> tuple[Tensor, Tensor]:
+    sim = _similarity(sim)
+    positives = torch.as_tensor(positives, device=sim.device)
+    _check_shape(*sim.shape, positives=positives)
+    return sim, positives.bool()
+
+
+def _labels(sim: Tensor, **rows_and_columns) -> list[Tensor]:
     """Two arrays as tensors, one with an entry per row of sim and one with an entry per column."""
     arrays = [torch.as_tensor(x, device=sim.device) for x in rows_and_columns.values()]
     for name, array, count in zip(rows_and_columns, arrays, sim.shape):
-        if array.shape != (count,):
-            raise ValueError(f"{name} must be ({count},) for sim {tuple(sim.shape)}, "
-                             f"got {tuple(array.shape)}")
+        _check_shape(count, **{name: array})
     return arrays
-
-
-def _positives(sim: Tensor, positives) -> Tensor:
-    positives = torch.as_tensor(positives, device=sim.device)
-    if positives.shape != sim.shape:
-        raise ValueError(f"positives must have the shape of sim, {tuple(sim.shape)}, "
-                         f"got {tuple(positives.shape)}")
-    return positives.bool()
 
 
 def _with_positives(counts: Tensor, ignore_empty: bool = False) -> Tensor:
@@ -840,44 +795,38 @@ def _with_positives(counts: Tensor, ignore_empty: bool = False) -> Tensor:
     return counts.nonzero().flatten()
 
 
-def _ranked(sim: Tensor, values: Tensor) -> Tensor:
-    """`values` (queries, gallery) by falling similarity; ties keep the gallery order."""
-    return values.gather(1, sim.sort(dim=1, descending=True, stable=True).indices)
-
-
-def _best_ranks(sim: Tensor, positives_of: Callable[[slice], Tensor]) -> np.ndarray:
+def _best_ranks(sim: Tensor, positives: Tensor) -> np.ndarray:
     """0-based rank of the best positive of each query, by counting, without a sort."""
-    ranks = []
-    for row in range(0, len(sim), ROWS):
-        part, positives = sim[row:row + ROWS], positives_of(slice(row, row + ROWS))
-        _with_positives(positives.sum(1))
-        best = part.masked_fill(~positives, -math.inf).amax(1, keepdim=True)
+    _with_positives(positives.any(1))
+    ranks, place = [], torch.arange(sim.shape[1], device=sim.device)
+    for part, match in zip(sim.split(ROWS), positives.split(ROWS)):
+        best = part.masked_fill(~match, -math.inf).amax(1, keepdim=True)
         tied = part == best
-        first = (tied & positives).to(torch.uint8).argmax(1, keepdim=True)
-        before = torch.arange(part.shape[1], device=part.device) < first
-        ranks.append(((part > best) | (tied & before)).sum(1))
+        first = (tied & match).to(torch.uint8).argmax(1, keepdim=True)
+        ranks.append(((part > best) | (tied & (place < first))).sum(1))
     return torch.cat(ranks).cpu().numpy()
 
 
-def _rank_summary(ranks: np.ndarray, scale: float) -> dict[str, float]:
+def _recalls(sim: Tensor, positives: Tensor, scale: float) -> dict[str, float]:
+    ranks = _best_ranks(sim, positives)
     recalls = {f"recall_{k}": scale * float((ranks < k).mean()) for k in (1, 5, 10)}
     return {**recalls, "rsum": sum(recalls.values()), "medr": float(np.floor(np.median(ranks)) + 1),
             "meanr": float(ranks.mean() + 1)}
 
 
-def _precision_at_r(sim: Tensor, positives: Tensor,
-                    ignore_empty: bool = False) -> tuple[float, float]:
-    """R-Precision and mAP@R, means over the queries; R = number of a query's positives."""
-    counts = positives.sum(1)
-    r_precision, average = [], []
+def _precisions(sim: Tensor, positives: Tensor, ignore_empty: bool = False,
+                cuts: Sequence[int] = ()) -> list[float]:
+    """R-Precision (R = number of a query's positives), mAP@R, precision@k of each cut: means."""
+    counts, values = positives.sum(1), []
     for part in _with_positives(counts, ignore_empty).split(ROWS):
-        r = counts[part]
-        hits = _ranked(sim[part], positives[part])[:, :int(r.max())]
-        place = torch.arange(1, hits.shape[1] + 1, device=sim.device)
-        hits = (hits & (place <= r[:, None])).double()
-        r_precision.append(hits.sum(1) / r)
-        average.append((hits.cumsum(1) / place * hits).sum(1) / r)
-    return torch.cat(r_precision).mean().item(), torch.cat(average).mean().item()
+        ranking = sim[part].sort(dim=1, descending=True, stable=True).indices
+        hits, r = positives[part].gather(1, ranking), counts[part]
+        top, place = hits[:, :int(r.max())], torch.arange(1, int(r.max()) + 1, device=sim.device)
+        top = (top & (place <= r[:, None])).double()
+        average = (top.cumsum(1) / place * top).sum(1) / r
+        values.append(torch.stack([top.sum(1) / r, average,
+                                   *(hits[:, :k].double().sum(1) / k for k in cuts)]))
+    return torch.cat(values, 1).mean(1).tolist()
 
 
 def recall_at_k(sim, positives, k: int) -> float:
@@ -885,29 +834,23 @@ def recall_at_k(sim, positives, k: int) -> float:
 
     Equal similarities rank by gallery index, here and in all metrics.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    sim = _similarity(sim)
-    positives = _positives(sim, positives)
-    return float((_best_ranks(sim, positives.__getitem__) < k).mean())
+    _check_at_least(1, k=k)
+    return float((_best_ranks(*_judged(sim, positives)) < k).mean())
 
 
 def r_precision(sim, positives, ignore_empty: bool = False) -> float:
     """Mean fraction of positives among the first R, R = number of the query's positives."""
-    sim = _similarity(sim)
-    return _precision_at_r(sim, _positives(sim, positives), ignore_empty)[0]
+    return _precisions(*_judged(sim, positives), ignore_empty)[0]
 
 
 def map_at_r(sim, positives, ignore_empty: bool = False) -> float:
     """mAP@R: mean over queries of (1 / R) sum_{r <= R} precision@r * relevant_r."""
-    sim = _similarity(sim)
-    return _precision_at_r(sim, _positives(sim, positives), ignore_empty)[1]
+    return _precisions(*_judged(sim, positives), ignore_empty)[1]
 
 
 def eccv_metrics(sim, positives) -> dict[str, float]:
     """The metrics of ECCV Caption (arXiv:2204.03359) for one direction, fractions."""
-    sim = _similarity(sim)
-    precision, average = _precision_at_r(sim, _positives(sim, positives))
+    precision, average = _precisions(*_judged(sim, positives))
     return {"eccv_map_at_r": average, "eccv_rprecision": precision,
             "eccv_r1": recall_at_k(sim, positives, 1)}
 
@@ -926,23 +869,19 @@ def coco_recalls(sim, image_ids, caption_image_ids, folds: int | None = 5) -> di
     images).
     """
     sim = _similarity(sim)
-    images, captions = _aligned(sim, image_ids=image_ids, caption_image_ids=caption_image_ids)
+    images, captions = _labels(sim, image_ids=image_ids, caption_image_ids=caption_image_ids)
 
-    def both(sim, images, captions):
-        i2t = _best_ranks(sim, lambda rows: images[rows, None] == captions)
-        t2i = _best_ranks(sim.T, lambda rows: captions[rows, None] == images)
-        return {f"{way}_{name}": value for way, ranks in (("i2t", i2t), ("t2i", t2i))
-                for name, value in _rank_summary(ranks, 100.0).items()}
+    def both(sim: Tensor, own: Tensor) -> dict[str, float]:
+        return {f"{way}_{name}": value for way, s, p in (("i2t", sim, own), ("t2i", sim.T, own.T))
+                for name, value in _recalls(s, p, 100.0).items()}
 
-    result = both(sim, images, captions)
-    if folds is not None:
-        parts = []
-        for rows in _folds(len(sim), folds):
-            columns = torch.isin(captions, images[rows]).nonzero().flatten()
-            parts.append(both(sim[rows][:, columns], images[rows], captions[columns]))
-        result |= {f"nfold_{name}": float(np.mean([part[name] for part in parts]))
-                   for name in parts[0]}
-    return result
+    own = images[:, None] == captions
+    result, parts = both(sim, own), []
+    for rows in _folds(len(sim), folds) if folds is not None else ():
+        columns = own[rows].any(0)
+        parts.append(both(sim[rows][:, columns], own[rows][:, columns]))
+    return result | {f"nfold_{name}": float(np.mean([part[name] for part in parts]))
+                     for name in (result if parts else ())}
 
 
 def cub_metrics(sim, q_labels, g_labels, percent: bool = False) -> dict[str, float]:
@@ -952,16 +891,11 @@ def cub_metrics(sim, q_labels, g_labels, percent: bool = False) -> dict[str, flo
     r_precision, map_r, medr, meanr; percent=True scales all but the last two.
     """
     sim = _similarity(sim)
-    q, g = _aligned(sim, q_labels=q_labels, g_labels=g_labels)
-    scale, positives, cuts = 100.0 if percent else 1.0, q[:, None] == g, (5, 10, 50, 100)
-    result = _rank_summary(_best_ranks(sim, positives.__getitem__), scale)
-    hits = np.zeros(len(cuts))
-    for s, p in zip(sim.split(ROWS), positives.split(ROWS)):
-        top = _ranked(s, p)
-        hits += [top[:, :k].sum().item() for k in cuts]
-    result |= {f"precision_{k}": scale * float(h) / k / len(sim) for k, h in zip(cuts, hits)}
-    precision, average = _precision_at_r(sim, positives)
-    return {**result, "r_precision": scale * precision, "map_r": scale * average}
+    q, g = _labels(sim, q_labels=q_labels, g_labels=g_labels)
+    scale, own, cuts = 100.0 if percent else 1.0, q[:, None] == g, (5, 10, 50, 100)
+    names = ("r_precision", "map_r", *(f"precision_{k}" for k in cuts))
+    precisions = _precisions(sim, own, cuts=cuts)
+    return _recalls(sim, own, scale) | {n: scale * value for n, value in zip(names, precisions)}
 
 
 def plausible_match_codes(instances: dict | list,
@@ -983,8 +917,7 @@ def plausible_match_codes(instances: dict | list,
 def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
          folds: int | None = None, drop_last: bool = False,
          annotated=None) -> dict[str, float | np.ndarray]:
-    """Plausible-Match R-Precision (section 4.1): items whose codes differ in at most zeta bits
-    match.
+    """Plausible-Match R-Precision (section 4.1): items whose codes differ in <= zeta bits match.
 
     sim (Ni, Nc); codes (Ni, K) binary; caption_image_index (Nc,) row of each caption's image;
     annotated (Ni,) bool, False: the image and its captions take no part. PERCENT means over zetas
@@ -1000,46 +933,42 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
     sim = _similarity(sim)
     count = len(sim)
     annotated = np.ones(count, dtype=bool) if annotated is None else annotated
-    keep, owner = _aligned(sim, annotated=annotated, caption_image_index=caption_image_index)
+    keep, owner = _labels(sim, annotated=annotated, caption_image_index=caption_image_index)
     codes = torch.as_tensor(codes, device=sim.device).float()
     if codes.ndim != 2 or len(codes) != count or ((codes != 0) & (codes != 1)).any():
-        raise ValueError(f"codes must be ({count}, K) of 0 or 1, got {tuple(codes.shape)}")
+        raise ValueError(f"codes must be ({count}, K) of 0 or 1, got {(*codes.shape,)}")
     if owner.is_floating_point() or owner.min() < 0 or owner.max() >= count:
         raise ValueError(f"caption_image_index must be integers in 0..{count - 1}")
     if not len(zetas) or any(zeta < 0 or zeta != int(zeta) for zeta in zetas):
         raise ValueError(f"zetas must be integers >= 0, got {zetas!r}")
-
-    def score(rows: slice) -> dict[str, np.ndarray]:
+    parts = []
+    for rows in _folds(count, folds or 1):
         inside = torch.zeros(count, dtype=torch.bool, device=sim.device)
         inside[rows] = keep[rows].bool()
         images, captions = inside.nonzero().flatten(), inside[owner].nonzero().flatten()
         if not len(captions):
             raise ValueError(f"annotated leaves no caption of images {rows.start}..{rows.stop - 1}")
-        ways = {"i2t": (sim, images, captions, codes, codes[owner]),
-                "t2i": (sim.T, captions, images, codes[owner], codes)}
-        result = {}
-        for way, (scores, queries, gallery, q_codes, g_codes) in ways.items():
-            values = torch.empty(2, len(zetas), len(queries), dtype=torch.float64,
-                                 device=sim.device)
-            for part, target in zip(queries.split(ROWS), values.split(ROWS, dim=2)):
-                _plausible_precision(target, scores[part], gallery, q_codes[part], g_codes[gallery],
-                                     zetas, drop_last)
-            result[f"{way}_rprecision"], result[f"{way}_r1"] = values.cpu().numpy()
-        return result
-
-    parts = [score(rows) for rows in _folds(count, folds or 1)]
+        part = {}
+        for way, scores, queries, gallery, q_codes, g_codes in (
+                ("i2t", sim, images, captions, codes, codes[owner]),
+                ("t2i", sim.T, captions, images, codes[owner], codes)):
+            values = torch.cat([
+                _plausible_precision(scores, chunk, gallery, q_codes[chunk], g_codes[gallery],
+                                     zetas, drop_last) for chunk in queries.split(ROWS)], dim=2)
+            part[f"{way}_rprecision"], part[f"{way}_r1"] = values.cpu().numpy()
+        parts.append(part)
     result = {f"{way}_{short}": 100 * float(np.mean([p[f"{way}_{name}"].mean() for p in parts]))
               for way in ("i2t", "t2i") for short, name in (("pmrp", "rprecision"), ("pmr1", "r1"))}
-    return result if folds is not None else {**result, **parts[0]}
+    return result if folds is not None else result | parts[0]
 
 
-def _plausible_precision(target: Tensor, scores: Tensor, gallery: Tensor, q_codes: Tensor,
-                         g_codes: Tensor, zetas: Sequence[int], drop_last: bool) -> None:
-    """R-Precision and R@1 of some queries, ranked over `gallery` columns, into target (2, zetas,
-    queries).
+def _plausible_precision(sim: Tensor, queries: Tensor, gallery: Tensor, q_codes: Tensor,
+                         g_codes: Tensor, zetas: Sequence[int], drop_last: bool) -> Tensor:
+    """R-Precision and R@1 (2, zetas, n) of n rows of sim that rank its `gallery` columns.
 
     No ranking is formed: the R-th largest score of a row tells which items are among its first R.
     """
+    scores = sim[queries]
     hamming = q_codes @ (1 - g_codes).T + (1 - q_codes) @ g_codes.T
     if drop_last:                                            # the last of a stable descending order
         last = scores.shape[1] - 1 - scores.flip(1).argmin(1)
@@ -1049,17 +978,20 @@ def _plausible_precision(target: Tensor, scores: Tensor, gallery: Tensor, q_code
     # numpy sorts values on the CPU several times faster than torch
     ordered = (scores.sort(1).values if scores.device.type != "cpu"
                else torch.from_numpy(np.sort(scores.numpy(), axis=1)))
-    for precision, first, zeta in zip(*target, zetas):
-        plausible = hamming <= zeta
+    precision, first = [], []
+    for plausible in (hamming <= zeta for zeta in zetas):
         r = plausible.sum(1, keepdim=True)
-        _with_positives(r.flatten())
+        if not r.all():                                       # the own pair was last, and dropped
+            raise ValueError("drop_last leaves queries without a plausible item, first "
+                             f"{queries[r.flatten() == 0][:5].tolist()}")
         cut = ordered.gather(1, scores.shape[1] - r)
         among = scores >= cut
         if (among.sum(1, keepdim=True) > r).any():            # of equal scores, the first ones
             tied = scores == cut
             among &= ~tied | (tied.cumsum(1) <= r - (scores > cut).sum(1, keepdim=True))
-        precision.copy_((plausible & among).sum(1) / r.flatten().double())
-        first.copy_(plausible.gather(1, top).flatten())
+        precision.append((plausible & among).sum(1) / r.flatten().double())
+        first.append(plausible.gather(1, top).flatten().double())
+    return torch.stack([torch.stack(precision), torch.stack(first)])
 
 
 # ---------------------------------------------------------------- uncertainty
@@ -1067,18 +999,16 @@ def _plausible_precision(target: Tensor, scores: Tensor, gallery: Tensor, q_code
 def uncertainty(logsigma, kind: str = "geometric_mean") -> Tensor:
     """logsigma (N, D) -> (N,): "geometric_mean" mean_k logsigma, or "trace" sum_k sigma^2."""
     logsigma = _wide(torch.as_tensor(logsigma))
-    if logsigma.ndim != 2:
-        raise ValueError(f"logsigma must be (N, D), got {tuple(logsigma.shape)}")
+    _check_items(2, logsigma=logsigma)
     _check_choice(("geometric_mean", "trace"), kind=kind)
     return logsigma.mean(1) if kind == "geometric_mean" else (2 * logsigma).exp().sum(1)
 
 
 def uncertainty_bins(u, metric, n_bins: int = 10) -> dict[str, np.ndarray | float]:
-    """Means of u and metric (N,) in n_bins bins of rising u, floor(N / n_bins) each, the rest left
-    out.
+    """Means of u and metric (N,) in n_bins bins of rising u, floor(N / n_bins) items each.
 
     metric, uncertainty (n_bins,); correlation: Pearson of bin index and metric, strongly negative
-    for an uncertainty that predicts failure.
+    for an uncertainty that predicts failure. The items that are left over take no part.
     """
     u, metric = np.asarray(u, dtype=np.float64), np.asarray(metric, dtype=np.float64)
     if u.ndim != 1 or u.shape != metric.shape or not 2 <= n_bins <= len(u):
@@ -1088,11 +1018,6 @@ def uncertainty_bins(u, metric, n_bins: int = 10) -> dict[str, np.ndarray | floa
     bins = metric[order].mean(1)
     correlation = np.corrcoef(np.arange(n_bins), bins)[0, 1] if bins.std() > 0 else 0.0
     return {"metric": bins, "uncertainty": u[order].mean(1), "correlation": float(correlation)}
-
-
-def _check_ratios(ratios: Sequence[float]) -> None:
-    if not all(0 <= ratio <= 1 for ratio in ratios):
-        raise ValueError(f"ratios must be in [0, 1], got {list(ratios)}")
 
 
 def occlude(images: Tensor, ratio: float, seed: int = 0) -> Tensor:
@@ -1117,28 +1042,28 @@ def drop_words(tokens: Tensor, lengths: Tensor, ratio: float,
     turn = draw.masked_fill(~word, 2.0).argsort(1).argsort(1)          # words leave in this order
     gone = word & (turn < (word.sum(1, keepdim=True) * ratio).round())
     absent = (gone | (position >= lengths.unsqueeze(1))).to(torch.uint8)
-    order = absent.sort(dim=1, stable=True).indices
     kept = lengths - gone.sum(1)
+    order = absent.sort(dim=1, stable=True).indices
     return tokens.gather(1, order).masked_fill(position >= kept.unsqueeze(1), 0), kept
 
 
-@torch.no_grad()
 def occlusion_curve(model: PCME, images: Tensor, ratios: Sequence[float],
                     seed: int = 0) -> dict[float, float]:
     """Ratio -> mean uncertainty of images with that part of the area hidden (`occlude`)."""
-    _check_ratios(ratios)
-    return {ratio: uncertainty(model.encode_image(occlude(images, ratio, seed),
-                                                  num_samples=0)["logsigma"]).mean().item()
-            for ratio in ratios}
+    return _curve(ratios, model.encode_image, lambda ratio: (occlude(images, ratio, seed),))
 
 
-@torch.no_grad()
 def word_drop_curve(model: PCME, tokens: Tensor, lengths: Tensor, ratios: Sequence[float],
                     seed: int = 0) -> dict[float, float]:
     """Ratio -> mean uncertainty of captions without that part of their words (`drop_words`)."""
-    _check_ratios(ratios)
-    return {ratio: uncertainty(model.encode_text(*drop_words(tokens, lengths, ratio, seed),
-                                                 num_samples=0)["logsigma"]).mean().item()
+    return _curve(ratios, model.encode_text, lambda ratio: drop_words(tokens, lengths, ratio, seed))
+
+
+@torch.no_grad()
+def _curve(ratios: Sequence[float], encode: Callable, damaged: Callable) -> dict[float, float]:
+    if not all(0 <= ratio <= 1 for ratio in ratios):
+        raise ValueError(f"ratios must be in [0, 1], got {list(ratios)}")
+    return {ratio: uncertainty(encode(*damaged(ratio), num_samples=0)["logsigma"]).mean().item()
             for ratio in ratios}
 
 
@@ -1147,7 +1072,7 @@ def word_drop_curve(model: PCME, tokens: Tensor, lengths: Tensor, ratios: Sequen
 # A caption is read once, from left to right; whatever is no break belongs to a word.
 _BREAKS = r"""`+ | \.{2,} | -- | [«“‘„»”’] | [][(){}<>;@\#$%&?!*\u2012-\u2015]
     | [:,] (?!\d)                                             # 10:30 and 1,000 stay whole
-    | \. (?= (?: [])}>'»”’\s] | (?<!\s)" )* $ )               # the period that ends the caption
+    | \. (?= (?: [])}>'»”’\s] | (?<!\s)" )* $ )              # the period that ends the caption
     | (?<!\w) ' (?! (?:re|ve|ll|[mtsdn])\b ) (?=\w """        # an apostrophe that opens a quotation
 _QUOTES = r"""(?P<opening> (?<![^\s(\[{<`«“‘„]) " | (?<=[\s(\[{<`«“‘„]) '' )
     | (?P<closing> " | '' )"""
@@ -1218,59 +1143,59 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
     counts = [epochs] * len(phases) if isinstance(epochs, int) else list(epochs)
     if len(counts) != len(phases) or min(counts, default=0) < 1:
         raise ValueError(f"epochs must be positive, one per phase ({len(phases)}), got {epochs}")
-    device = next(model.parameters()).device
+    device, own = next(model.parameters()).device, list(criterion.parameters())
     generator = torch.Generator(device).manual_seed(seed)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    start, own = {"phase": 0, "epoch": 0, "batch": 0, "step": 0}, list(criterion.parameters())
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    plan = [(phase, epoch) for phase, count in enumerate(counts) for epoch in range(count)]
+    first = skip = step = 0
     if resume:
         model.load_state_dict(resume["model"])
         criterion.load_state_dict(resume["criterion"])
         generator.set_state(resume["generator"])
-        start = resume["position"]
-    step = start["step"]
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    for phase in range(start["phase"], len(phases)):
+        position = resume["position"]
+        first = plan.index((position["phase"], position["epoch"]))
+        skip, step = position["batch"], position["step"]
+    for number, (phase, epoch) in enumerate(plan[first:], first):
         settings = phases[phase]
-        frozen, t_max = tuple(settings.get("frozen", ())), settings.get("t_max", counts[phase])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name] and not name.startswith(frozen))
-        weights = [p for p in model.parameters() if p.requires_grad]
-        updates = optimizer(weights + own, lr=settings["lr"])
-        resumed = resume is not None and phase == start["phase"]
-        if resumed:
+        if epoch == 0 or number == first:
+            frozen = tuple(settings.get("frozen", ()))
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable[name] and not name.startswith(frozen))
+            weights = [p for p in model.parameters() if p.requires_grad]
+            updates = optimizer(weights + own, lr=settings["lr"])
+        if resume and number == first:
             updates.load_state_dict(resume["optimizer"])
             scaler.load_state_dict(resume["scaler"])
-        for epoch in range(start["epoch"] if resumed else 0, counts[phase]):
-            lr = settings["lr"] * 0.5 * (1 + math.cos(math.pi * epoch / t_max))
-            for group in updates.param_groups:
-                group["lr"] = lr
-            model.train()
-            for module in model.modules():
-                if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-            skip = start["batch"] if resumed and epoch == start["epoch"] else 0
-            for index, batch in _batches(loader, sum(counts[:phase]) + epoch, skip):
-                batch = [None if part is None else part.to(device) for part in batch]
-                with torch.autocast(device.type, amp, enabled=amp is not None):
-                    out = model(*batch[:3], num_samples=0)
-                loss, parts = _batch_loss(model, criterion, out, batch[3:], generator)
-                updates.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.unscale_(updates)
-                _reduce_gradients(weights, own)
-                norm = nn.utils.clip_grad_norm_(weights, math.inf if clip is None else clip)
-                scaler.step(updates)
-                scaler.update()
-                step += 1
-                values = {**parts, "grad_norm": norm.detach()}
-                floats = torch.stack([v.float().to(device).reshape(()) for v in values.values()])
-                row = {"step": step, "phase": phase, "epoch": epoch, "lr": lr,
-                       **dict(zip(values, floats.tolist()))}
-                if (yield row) == "state":
-                    yield {"model": model.state_dict(), "criterion": criterion.state_dict(),
-                           "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
-                           "generator": generator.get_state(), "position": {
-                               "phase": phase, "epoch": epoch, "batch": index + 1, "step": step}}
+        turn = math.pi * epoch / settings.get("t_max", counts[phase])
+        lr = settings["lr"] * 0.5 * (1 + math.cos(turn))
+        for group in updates.param_groups:
+            group["lr"] = lr
+        model.train()
+        for module in model.modules():
+            if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        for index, batch in _batches(loader, number, skip if number == first else 0):
+            batch = [None if part is None else part.to(device) for part in batch]
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                out = model(*batch[:3], num_samples=0)
+            loss, parts = _batch_loss(model, criterion, out, batch[3:], generator)
+            updates.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(updates)
+            _reduce_gradients(weights, own)
+            norm = nn.utils.clip_grad_norm_(weights, math.inf if clip is None else clip)
+            scaler.step(updates)
+            scaler.update()
+            step += 1
+            values = {**parts, "grad_norm": norm.detach()}
+            floats = torch.stack([value.float() for value in values.values()]).tolist()
+            row = {"step": step, "phase": phase, "epoch": epoch, "lr": lr}
+            if (yield row | dict(zip(values, floats))) == "state":
+                position = {"phase": phase, "epoch": epoch, "batch": index + 1, "step": step}
+                yield {"model": model.state_dict(), "criterion": criterion.state_dict(),
+                       "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
+                       "generator": generator.get_state(), "position": position}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
 
@@ -1287,26 +1212,20 @@ def _batch_loss(model: PCME, criterion: nn.Module, out: dict, ids: list[Tensor],
                 generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """The criterion over the samples of all ranks."""
     j = getattr(model.img_enc, "n_samples_inference", 7)
-    mu, logsigma, samples = {}, {}, {}
-    for side in ("image", "caption"):
-        mu[side], logsigma[side] = (_gathered(out[f"{side}_{name}"].float())
-                                    for name in ("mu", "logsigma"))
-        samples[side] = (sample_gaussian(mu[side], logsigma[side], j, generator) if j
-                         else mu[side].unsqueeze(1))
+    mus, logsigmas = ([_gathered(out[f"{side}_{name}"].float()) for side in ("image", "caption")]
+                      for name in ("mu", "logsigma"))
+    samples = [sample_gaussian(mu, logsigma, j, generator) if j else mu.unsqueeze(1)
+               for mu, logsigma in zip(mus, logsigmas)]
     matched = _gathered(ids[0])[:, None] == _gathered(ids[-1]) if ids else None
-    return criterion(*samples.values(), *logsigma.values(), matched, generator=generator,
-                     image_mu=mu["image"], caption_mu=mu["caption"])
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return criterion(*samples, *logsigmas, matched, generator=generator,
+                     image_mu=mus[0], caption_mu=mus[1])
 
 
 def _gathered(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order; only the own ones carry a gradient."""
-    if _ranks() == 1:
+    if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(_ranks())]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     parts[dist.get_rank()] = x
     return torch.cat(parts)
@@ -1314,12 +1233,12 @@ def _gathered(x: Tensor) -> Tensor:
 
 def _reduce_gradients(weights: list[Tensor], own: list[Tensor]) -> None:
     """Sum the weights' gradients over the ranks (of their own rows); average the criterion's."""
-    for parameter in weights + own if _ranks() > 1 else ():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-    for parameter in own:
-        if parameter.grad is not None:
-            parameter.grad /= _ranks()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for parameters, share in ((weights, 1), (own, ranks)) if ranks > 1 else ():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= share
 
 
 # ---------------------------------------------------------------- demonstration
