@@ -31,11 +31,11 @@ from data_tools import synthetic, wsol_data
 from reference import wsol, wsol_evaluation
 
 PUBLISHED = {"CUB/test": 59.7, "ILSVRC/test": 52.5}
-SIDE = 224
+SIDE, IOUS = 224, (30, 50, 70)
 
 
-def center_accuracy(boxes: dict, sizes: dict, iou: tuple = (30, 50, 70)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(BoxAcc [n_iou, n_tau] in percent, box of each tau, taus) of the centre map."""
+def center_accuracy(boxes: dict, sizes: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(BoxAcc [3, n_tau] in percent, box of each tau, taus) of the centre map."""
     taus = np.arange(0, 1, 0.001)
     predicted = np.concatenate(
         wsol_evaluation.compute_bboxes_from_scoremaps(wsol.center_gaussian(SIDE), taus)[0])
@@ -44,7 +44,7 @@ def center_accuracy(boxes: dict, sizes: dict, iou: tuple = (30, 50, 70)) -> tupl
                       for box in boxes[i]])
     starts = np.cumsum([0] + [len(boxes[i]) for i in boxes])[:-1]
     best = np.maximum.reduceat(wsol_evaluation.calculate_multiple_iou(truth, different), starts)
-    return np.stack([(best >= d / 100).mean(0)[back] * 100 for d in iou]), predicted, taus
+    return np.stack([(best >= d / 100).mean(0)[back] * 100 for d in IOUS]), predicted, taus
 
 
 def pick(boxes: dict, which: str) -> dict:
@@ -57,8 +57,8 @@ def pick(boxes: dict, which: str) -> dict:
 
 
 def center_pxap(split: wsol_data.Split, mask_root) -> float:
-    images, scoremap, total = wsol_data.SplitImages(split,
-                                                    mask_root), wsol.center_gaussian(SIDE), None
+    images, scoremap = wsol_data.SplitImages(split, mask_root), wsol.center_gaussian(SIDE)
+    total = None
     for index, image_id in enumerate(split.image_ids):          # one mask in memory at a time
         one = wsol_evaluation.MaskEvaluator(
             {image_id: wsol_evaluation.get_mask(*images.masks(index, mask_root))})
@@ -73,7 +73,7 @@ def as_the_evaluator_counts(boxes: dict, sizes: dict) -> list[float]:
     judge = wsol_evaluation.BoxEvaluator({i: boxes[i] for i in some}, sizes)
     for start in range(0, len(some), 50):
         ids = some[start:start + 50]
-        judge.accumulate_batch(np.broadcast_to(wsol.center_gaussian(SIDE), (len(ids), SIDE, SIDE)), ids)
+        judge.accumulate_batch(np.stack([wsol.center_gaussian(SIDE)] * len(ids)), ids)
     return judge.compute()
 
 
@@ -92,8 +92,9 @@ def main(argv=None):
         count = 300 if run.args.preset == "tiny" else 5000
         boxes = synthetic.shapes(count, size=64, seed=run.seeds[0])["boxes"]
         ids = [f"{n}.png" for n in range(count)]
-        splits = {"procedural shapes": wsol_data.Split(ids, dict.fromkeys(ids, 0), dict.fromkeys(ids, (64, 64)),
-                                                       {i: np.asarray(box)[None] for i, box in zip(ids, boxes)})}
+        splits = {"procedural shapes": wsol_data.Split(
+            ids, dict.fromkeys(ids, 0), dict.fromkeys(ids, (64, 64)),
+            {i: np.asarray(box)[None] for i, box in zip(ids, boxes)})}
     table, rows, curves = [], [], {}
     for name, split in splits.items():
         if split.masks and run.args.masks:
@@ -107,21 +108,20 @@ def main(argv=None):
         for which in ("any", "first", "largest") if several else ("any",):
             accuracy, predicted, taus = center_accuracy(pick(split.boxes, which), split.sizes)
             best = accuracy.max(1)
-            table.append({"split": name, "boxes": which, "images": len(split.boxes), **{
-                f"IoU {d}": value for d, value in zip((30, 50, 70), best)}, "V2": best.mean(),
-                "best box at IoU 50": predicted[accuracy[1].argmax()].tolist()})
+            table.append({"split": name, "boxes": which, "images": len(split.boxes),
+                          **{f"IoU {d}": value for d, value in zip(IOUS, best)}, "V2": best.mean(),
+                          "best box at IoU 50": predicted[accuracy[1].argmax()].tolist()})
             if which == ("first" if several else "any") and name in PUBLISHED:
                 rows.append({"claim": f"{name}: the published value is MaxBoxAcc at IoU 50",
-                             "paper": PUBLISHED[name],
-                             "this run": best[1], "holds": abs(best[1] - PUBLISHED[name]) < 0.15})
+                             "paper": PUBLISHED[name], "this run": best[1],
+                             "holds": abs(best[1] - PUBLISHED[name]) < 0.15})
             if which == "any":
                 if name in PUBLISHED:
                     rows.append({"claim": f"{name}: the published value is V2",
-                                 "paper": PUBLISHED[name],
-                                 "this run": best.mean(),
+                                 "paper": PUBLISHED[name], "this run": best.mean(),
                                  "holds": abs(best.mean() - PUBLISHED[name]) < 0.15})
                 curves.update({f"{name}, IoU {d}": (taus, values)
-                               for d, values in zip((30, 50, 70), accuracy)})
+                               for d, values in zip(IOUS, accuracy)})
                 some = {i: split.boxes[i] for i in list(split.boxes)[:200]}
                 short = center_accuracy(some, split.sizes)[0].max(1)
                 full = as_the_evaluator_counts(some, split.sizes)
@@ -131,8 +131,7 @@ def main(argv=None):
                              "holds": np.allclose(short, full)})
     if run.figures:
         figures.line_chart(run.figures / "wsol_center.png", curves, title="Centre baseline",
-                           xlabel="threshold",
-                           ylabel="BoxAcc (%)")
+                           xlabel="threshold", ylabel="BoxAcc (%)")
     run.finish(rows=rows, tables={"center": table})
 
 
