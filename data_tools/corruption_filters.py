@@ -104,7 +104,7 @@ def disk(radius: float, alias_blur: float = 0.1) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _disk_spectrum(radius: float, alias_blur: float, shape: tuple[int, int]) -> np.ndarray:
-    return np.fft.rfft2(disk(radius, alias_blur).astype(np.float64), shape)[None, :, :, None]
+    return np.fft.rfft2(disk(radius, alias_blur).astype(np.float64), shape)
 
 
 def _fast_length(n: int) -> int:
@@ -117,6 +117,20 @@ def _fast_length(n: int) -> int:
         if rest == 1:
             return n
         n += 1
+
+
+def _defocus(x: np.ndarray, radius: float, alias_blur: float) -> np.ndarray:
+    """Correlation of (N, H, W) uint8, as 0..1, with the disk; borders mirrored without the edge."""
+    reach, (height, width) = 8 if radius <= 8 else int(radius), x.shape[1:]
+    shape = _fast_length(height + 2 * reach), _fast_length(width + 2 * reach)
+    for axis, padded, size in zip((1, 2), shape, (height, width)):
+        x = x.take(_reflect101(np.arange(-reach, padded - reach), size), axis)
+    spectrum = np.fft.rfft(x / 255.0)
+    np.fft.fft(spectrum, axis=1, out=spectrum)
+    spectrum *= _disk_spectrum(radius, alias_blur, shape)   # symmetric: convolution will do
+    np.fft.ifft(spectrum, axis=1, out=spectrum)
+    rows, columns = (slice(2 * reach, 2 * reach + size) for size in (height, width))
+    return np.fft.irfft(spectrum[:, rows], shape[1])[:, :, columns]
 
 
 def _zoom_taps(n: int, zoom: float, trim: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,14 +181,26 @@ def motion_blur(x: np.ndarray, radius: float, sigma: float, angle: float,
     dx, dy = dx[:width], dy[:width]
     rows, columns = (np.arange(min(d.min(), 0), n + max(d.max(), 0)).clip(0, n - 1)
                      for d, n in ((dy, height), (dx, breadth)))
-    padded = x[rows][:, columns].astype(np.float64, copy=False)
-    top, left = max(-dy.min(), 0), max(-dx.min(), 0)
-    out = np.zeros(x.shape)
-    for weight, y, x_at in zip(weights.tolist(), (dy + top).tolist(), (dx + left).tolist()):
-        out += weight * padded[y:y + height, x_at:x_at + breadth]
+    padded = x[rows].take(columns, 1).astype(np.float64, copy=False)
+    # a step is one offset in the flat picture; blocks of it stay in the cache
+    flat, line, channels = padded.ravel(), padded[0].size, x[0, 0].size
+    offsets = (dy - min(dy.min(), 0)) * line + (dx - min(dx.min(), 0)) * channels
+    steps = list(zip(weights.tolist(), offsets.tolist()))
+    out = np.zeros((height, *padded.shape[1:]))
+    sums, term = out.ravel()[:len(flat) - offsets.max()], np.empty(16384)
+    for start in range(0, len(sums), len(term)):
+        part = sums[start:start + len(term)]
+        for weight, offset in steps:
+            shifted = flat[start + offset:start + offset + len(part)]
+            part += np.multiply(shifted, weight, out=term[:len(part)])
+    out = out[:, :breadth]
     if variant == "bethge":
         return out
-    return np.floor(np.floor(257 * out + 0.5) / 257).astype(np.uint8)
+    out *= 257
+    out += 0.5
+    np.floor(out, out)
+    out /= 257
+    return out.astype(np.uint8)
 
 
 # ---- plasma, colour, geometry --------------------------------------------------------------------
@@ -300,36 +326,31 @@ def warp_affine(x: np.ndarray, M: np.ndarray, quantize: bool = True) -> np.ndarr
 
 # ---- edges, distance, histogram ------------------------------------------------------------------
 
-def _shift_pad(x: np.ndarray, mode: str = "constant", width: int = 1, **keywords) -> np.ndarray:
-    return np.pad(x, ((0, 0), (width, width), (width, width)), mode, **keywords)
-
-
 def _canny(x: np.ndarray, low: int, high: int) -> np.ndarray:
-    p = _shift_pad(x.astype(np.int32), "edge")
+    p = np.pad(x.astype(np.int16), ((0, 0), (2, 2), (2, 2)), "edge")
     smooth_y = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
-    gx = smooth_y[:, :, 2:] - smooth_y[:, :, :-2]
     smooth_x = p[:, :, :-2] + 2 * p[:, :, 1:-1] + p[:, :, 2:]
-    gy = smooth_x[:, 2:] - smooth_x[:, :-2]
-    m = np.abs(gx) + np.abs(gy)
-    around = _shift_pad(m)
-    height, width = m.shape[1:]
-    at = lambda dy, dx: around[:, 1 + dy:1 + dy + height, 1 + dx:1 + dx + width]  # noqa: E731
-    tangent, ay = np.abs(gx) * 13573, np.abs(gy) << 15  # tan(22.5 degrees) in fixed point
+    gx, gy = smooth_y[:, :, 2:] - smooth_y[:, :, :-2], smooth_x[:, 2:] - smooth_x[:, :-2]
+    magnitude = np.abs(gx) + np.abs(gy)                     # one pixel more on each side, of 0
+    magnitude[:, (0, -1)] = magnitude[:, :, (0, -1)] = 0
+    at, line = np.flatnonzero(magnitude > low), magnitude.shape[2]
+    here, gx, gy = (values.take(at).astype(np.int32) for values in (magnitude, gx, gy))
+    tangent, ay = np.abs(gx) * 13573, np.abs(gy) << 15      # tan(22.5 degrees) in fixed point
     horizontal, vertical = ay < tangent, ay > tangent + (np.abs(gx) << 16)
-    peak = np.where(horizontal, (m > at(0, -1)) & (m >= at(0, 1)), np.where(
-        vertical, (m > at(-1, 0)) & (m >= at(1, 0)), np.where(
-            (gx ^ gy) < 0, (m > at(-1, 1)) & (m > at(1, -1)), (m > at(-1, -1)) & (m > at(1, 1)))))
-    weak = peak & (m > low)
-    edges = weak & (m > high)
-    count = edges.sum()
-    while count:  # edges grow through weak ones, 8-connected
-        grown = _shift_pad(edges)
-        grown = grown[:, :-2] | grown[:, 1:-1] | grown[:, 2:]
-        edges = (grown[:, :, :-2] | grown[:, :, 1:-1] | grown[:, :, 2:]) & weak
-        if edges.sum() == count:
+    step = np.where(horizontal, 1, np.where(vertical, line, line + np.where(gx ^ gy < 0, -1, 1)))
+    peak = here > magnitude.take(at - step)
+    peak &= here >= magnitude.take(at + step) + ~(horizontal | vertical)
+    edges, at, strong = np.zeros(magnitude.shape, np.uint8), at[peak], here[peak] > high
+    flat, weak = edges.reshape(-1), at[~strong]
+    flat[at[strong]] = 255
+    around = np.array([-line - 1, -line, -line + 1, -1, 1, line - 1, line, line + 1])
+    while len(weak):                                        # edges grow through weak ones
+        touching = flat.take(weak[:, None] + around).any(1)
+        if not touching.any():
             break
-        count = edges.sum()
-    return np.where(edges, np.uint8(255), np.uint8(0))
+        flat[weak[touching]] = 255
+        weak = weak[~touching]
+    return edges[:, 1:-1, 1:-1]
 
 
 def canny(u8: np.ndarray, low: int = 50, high: int = 150) -> np.ndarray:
@@ -337,33 +358,43 @@ def canny(u8: np.ndarray, low: int = 50, high: int = 150) -> np.ndarray:
     return _canny(u8[None], low, high)[0]
 
 
-def _distance_5x5(x: np.ndarray) -> np.ndarray:
-    near, diagonal, knight = np.float32(1), np.float32(1.4), np.float32(2.1969)
-    d = np.full((len(x), x.shape[1] + 2, x.shape[2] + 4), 8191, np.float32)
-    d[:, 2:, 2:-2][x == 0] = 0
-    for forward in (True, False):  # down and right, then up and left
-        if not forward:
-            d = np.concatenate([d[:, 2:][:, ::-1, ::-1], np.full_like(d[:, :2], 8191)], 1)
-            d = np.roll(d, 2, 1)
-        for y in range(2, d.shape[1]):
-            above, two_above = d[:, y - 1], d[:, y - 2]
-            far = np.minimum(np.minimum(two_above[:, 1:-3], two_above[:, 3:-1]),
-                             np.minimum(above[:, :-4], above[:, 4:])) + knight
-            row = np.minimum(np.minimum(far, np.minimum(above[:, 1:-3], above[:, 3:-1]) + diagonal),
-                             np.minimum(above[:, 2:-2] + near, d[:, y, 2:-2]))
-            while True:  # along the row, until nothing changes
-                nearer = np.minimum(row[:, 1:], row[:, :-1] + near)
-                if np.array_equal(nearer, row[:, 1:]):
-                    break
-                row[:, 1:] = nearer
-            d[:, y, 2:-2] = row
-    return d[:, 2:, 2:-2][:, ::-1, ::-1]
+@lru_cache(maxsize=4)
+def _chamfer(reach: int) -> np.ndarray:
+    """(reach + 1, reach + 1) float32: lengths of the shortest ways of unit, diagonal (1.4) and
+    knight's (2.1969) steps, summed step by step; 8191 in the last column."""
+    steps = (0, 1, 1), (1, 0, 1), (1, 1, 1.4), (1, 2, 2.1969), (2, 1, 2.1969)
+    length, before = np.full((reach + 1, reach + 1), 8191, np.float32), None
+    length[0, 0] = 0
+    while not np.array_equal(length, before):
+        before = length.copy()
+        for dy, dx, cost in steps:
+            longer = before[:reach + 1 - dy, :reach + 1 - dx] + np.float32(cost)
+            np.minimum(length[dy:, dx:], longer, out=length[dy:, dx:])
+    length[:, -1] = 8191
+    return length
+
+
+def _distance_5x5(x: np.ndarray, reach: int) -> np.ndarray:
+    """Exact below `reach`. In each row only the nearest 0 to the left and right can be nearest."""
+    columns, far = np.arange(x.shape[2], dtype=np.int32), np.int32(2 * x.shape[2] + reach)
+    left = np.maximum.accumulate(np.where(x == 0, columns, -far), 2)
+    right = np.minimum.accumulate(np.where(x == 0, columns, far)[:, :, ::-1], 2)[:, :, ::-1]
+    gap = np.minimum(columns - left, right - columns).clip(max=reach).astype(np.intp)
+    lengths = _chamfer(reach)
+    d = lengths[0].take(gap)
+    for k in range(1, x.shape[1]):
+        if k >= min(reach, d.max()):
+            break
+        rows = lengths[k].take(gap)
+        np.minimum(d[:, k:], rows[:, :-k], out=d[:, k:])
+        np.minimum(d[:, :-k], rows[:, k:], out=d[:, :-k])
+    return d
 
 
 def distance_5x5(u8: np.ndarray) -> np.ndarray:
     """Chamfer distance (H, W) float32 to the nearest 0 with steps 1, 1.4 and 2.1969; 8191 where
     there is none."""
-    return _distance_5x5(u8[None])[0]
+    return _distance_5x5(u8[None], max(u8.shape))[0]
 
 
 def _equalize(x: np.ndarray) -> np.ndarray:
@@ -378,7 +409,7 @@ def _equalize(x: np.ndarray) -> np.ndarray:
     lut = np.rint(histogram.cumsum(1).astype(np.float32) * scale[:, None])
     lut = lut.clip(0, 255).astype(np.uint8)
     lut[single] = np.arange(256)
-    return np.take_along_axis(lut, x.reshape(n, -1).astype(np.int64), 1).reshape(x.shape)
+    return lut.take(level).reshape(x.shape)
 
 
 def equalize(u8: np.ndarray) -> np.ndarray:

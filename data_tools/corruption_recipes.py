@@ -7,16 +7,16 @@ impulse noise acts on each channel, the sixth frost photograph is never used.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data_tools.corruption_filters import (
-    _bilinear, _box_sum, _canny, _clipped_zoom, _disk_spectrum, _distance_5x5, _equalize,
-    _fast_length, _gaussian, _grey, _plasma, _reflect, _reflect101, _warp_affine, hsv_to_rgb,
-    motion_blur, prepare_frost, procedural_frost, rgb_to_hsv, solve_affine,
+    _bilinear, _box_sum, _canny, _clipped_zoom, _defocus, _distance_5x5, _equalize, _gaussian,
+    _grey, _plasma, _reflect, _reflect101, _warp_affine, hsv_to_rgb, motion_blur, prepare_frost,
+    procedural_frost, rgb_to_hsv, solve_affine,
 )
 
 GROUPS = {
@@ -84,8 +84,18 @@ BETHGE_ELASTIC = (12.5, 16.25, 21.25, 25.0, 30.0)
 
 # ---- recipes: (N, H, W, 3) uint8 -> float in 0..255 ----------------------------------------------
 
+def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    return images[0][None] if len(images) == 1 else np.stack(images)
+
+
 def _draws(rngs: Sequence, draw: Callable) -> np.ndarray:
-    return np.stack([draw(rng) for rng in rngs])
+    return _stack([draw(rng) for rng in rngs])
+
+
+def _strips(images: np.ndarray, rngs: Sequence) -> Iterator[tuple]:
+    """16 rows of an image at a time, with its generator: no array of draws leaves the cache."""
+    for image, rng in zip(images, rngs):
+        yield from ((image[start:start + 16], rng) for start in range(0, len(image), 16))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -100,23 +110,32 @@ def _scaled(x: np.ndarray) -> np.ndarray:
 
 
 def _gaussian_noise(x, c, rngs, variant, severity, textures):
-    return _scaled(_unit(x) + _draws(rngs, lambda rng: rng.normal(size=x.shape[1:], scale=c)))
+    x = _unit(x)
+    for rows, rng in _strips(x, rngs):
+        rows += rng.normal(size=rows.shape, scale=c)
+    return _scaled(x)
 
 
 def _shot_noise(x, c, rngs, variant, severity, textures):
-    counts = np.stack([rng.poisson(rate) for rng, rate in zip(rngs, _unit(x) * c)])
-    return _scaled(counts / float(c))
+    x = _unit(x)
+    for rows, rng in _strips(x, rngs):
+        np.divide(rng.poisson(rows * c), float(c), out=rows)
+    return _scaled(x)
 
 
 def _impulse_noise(x, c, rngs, variant, severity, textures):
-    shape = x.shape[1:]
-    draws = _draws(rngs, lambda rng: (rng.random(shape), rng.random(shape)))
-    return np.where(draws[:, 0] <= c, np.where(draws[:, 1] <= 0.5, np.uint8(255), np.uint8(0)), x)
+    out = x.copy()
+    for image, rng in zip(out, rngs):
+        flipped, salted = (rng.random(image.shape) <= share for share in (c, 0.5))
+        np.copyto(image, salted.view(np.uint8) * np.uint8(255), where=flipped)
+    return out
 
 
 def _speckle_noise(x, c, rngs, variant, severity, textures):
     x = _unit(x)
-    return _scaled(x + x * _draws(rngs, lambda rng: rng.normal(size=x.shape[1:], scale=c)))
+    for rows, rng in _strips(x, rngs):
+        rows += rows * rng.normal(size=rows.shape, scale=c)
+    return _scaled(x)
 
 
 def _gaussian_blur(x, c, rngs, variant, severity, textures):
@@ -164,19 +183,16 @@ def _glass_blur(x, c, rngs, variant, severity, textures):
 
 
 def _defocus_blur(x, c, rngs, variant, severity, textures):
-    reach = 8 if c[0] <= 8 else int(c[0])
-    rows, columns = (_reflect101(np.arange(-reach, size + reach), size) for size in x.shape[1:3])
-    padded = _unit(x[:, rows][:, :, columns])
-    shape = _fast_length(len(rows)), _fast_length(len(columns))
-    spectrum = np.fft.rfft2(padded, shape, axes=(1, 2)) * _disk_spectrum(*c, shape)
-    blurred = np.fft.irfft2(spectrum, shape, axes=(1, 2))  # a symmetric kernel: convolution will do
-    rows, columns = (slice(2 * reach, 2 * reach + side) for side in x.shape[1:3])
-    return _scaled(blurred[:, rows, columns])
+    out = np.empty_like(x)
+    for channel in range(3):  # one plane at a time stays in the cache
+        out[..., channel] = _scaled(_defocus(x[..., channel], *c))
+    return out
 
 
 def _motion_blur(x, c, rngs, variant, severity, textures):
-    blurred = [motion_blur(image, *c, rng.uniform(-45, 45), variant) for image, rng in zip(x, rngs)]
-    return np.stack(blurred).clip(0, 255)
+    out = _stack([motion_blur(image, *c, rng.uniform(-45, 45), variant)
+                  for image, rng in zip(x, rngs)])
+    return np.clip(out, 0, 255, out=out)
 
 
 def _zoom_blur(x, c, rngs, variant, severity, textures):
@@ -241,18 +257,18 @@ def _snow(x, c, rngs, variant, severity, textures):
         layer = [motion_blur((one * 255).astype(np.uint8), radius, sigma, angle)
                  for one, angle in zip(layer, angles)]
     layer = (np.stack(layer) / 255.0)[:, :height, :width, None]
-    x = x.astype(np.float32) / np.float32(255)
+    x = x / np.float32(255)
     weight, rest = np.float32(weight), np.float32(1 - weight)
     x = weight * x + rest * np.maximum(x, _grey(x) * np.float32(1.5) + np.float32(0.5))
     return _scaled(x + layer + layer[:, ::-1, ::-1])
 
 
 def _water(layer: np.ndarray, strength: float) -> np.ndarray:
-    """Refraction mask (N, H, W, 1) float32 of a liquid layer (N, H, W)."""
+    """Refraction mask (N, H, W) float32 of a liquid layer (N, H, W)."""
     layer = (layer * 255).astype(np.uint8)
-    distance = np.minimum(_distance_5x5(255 - _canny(layer, 50, 150)), np.float32(20))
+    distance = np.minimum(_distance_5x5(255 - _canny(layer, 50, 150), 21), np.float32(20))
     blurred = (_box_sum(distance.astype(np.float64)) * (1 / 9)).astype(np.float32).astype(np.uint8)
-    padded = _equalize(blurred).astype(np.int32)
+    padded = _equalize(blurred).astype(np.int16)
     for axis in (1, 2):
         n = padded.shape[axis]
         padded = padded.take(_reflect101(np.arange(-1, n + 1), n), axis)
@@ -264,17 +280,20 @@ def _water(layer: np.ndarray, strength: float) -> np.ndarray:
     mask = layer * smooth
     largest = mask.max((1, 2), keepdims=True)
     largest[largest == 0] = 1  # no edge anywhere: nothing is added, not NaN
-    return (mask / largest * np.float32(strength))[..., None]
+    return mask / largest * np.float32(strength)
 
 
 def _spatter(x, c, rngs, variant, severity, textures):
     mean, deviation, sigma, threshold, strength, mud = c
     fields = _draws(rngs, lambda rng: rng.normal(size=x.shape[1:3], loc=mean, scale=deviation))
     layer = _gaussian(fields, sigma)
-    x = x.astype(np.float32) / np.float32(255)
+    x = x / np.float32(255)
     if not mud:
         color = (np.array([175, 238, 238]) / 255.0).astype(np.float32)
-        return _scaled(x + _water(np.where(layer < threshold, 0, layer), strength) * color)
+        water = _water(np.where(layer < threshold, 0, layer), strength)
+        for channel, value in enumerate(color):
+            x[..., channel] += water * value
+        return _scaled(x)
     mask = _gaussian((layer > threshold).astype(np.float32), strength)[..., None]
     mask = np.where(mask < 0.8, np.float32(0), mask)
     color = np.array([63, 42, 20]) / 255.0
@@ -285,7 +304,10 @@ def _spatter(x, c, rngs, variant, severity, textures):
 def _contrast(x, c, rngs, variant, severity, textures):
     x = _unit(x)
     means = x.mean((1, 2), keepdims=True)
-    return _scaled((x - means) * c + means)
+    x -= means
+    x *= c
+    x += means
+    return _scaled(x)
 
 
 def _brightness(x, c, rngs, variant, severity, textures):
@@ -306,22 +328,21 @@ def _jpeg_compression(x, c, rngs, variant, severity, textures):
     def recode(image: np.ndarray) -> np.ndarray:
         with io.BytesIO() as file:
             Image.fromarray(image).save(file, "JPEG", quality=c)
-            return np.asarray(Image.open(file))
-    return np.stack([recode(image) for image in x])
+            return np.array(Image.open(file, formats=("JPEG",)))
+    return _stack([recode(image) for image in x])
 
 
 def _pixelate(x, c, rngs, variant, severity, textures):
     height, width = x.shape[1:3]
     small = int(width * c), int(height * c)
     back = Image.NEAREST if variant == "bethge" else Image.BOX
-    out = [Image.fromarray(image).resize(small, Image.BOX).resize((width, height), back)
-           for image in x]
-    return np.stack([np.asarray(image) for image in out])
+    return _stack([np.array(Image.fromarray(image).resize(small, Image.BOX)
+                            .resize((width, height), back)) for image in x])
 
 
 def _elastic_transform(x, c, rngs, variant, severity, textures):
     height, width = x.shape[1:3]
-    x = x.astype(np.float32) / np.float32(255)
+    x = x / np.float32(255)
     if variant == "bethge":
         strength, reach = BETHGE_ELASTIC[severity - 1], height * 0.005
         sigma = np.array([height, width]) * 0.01

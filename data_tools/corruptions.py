@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,14 +60,31 @@ def _check(images: np.ndarray, name: str, severity: int, variant: str) -> None:
                          f"{images.shape[1:3]}")
 
 
+_STATES = threading.local()  # RandomStates to seed again: making one takes 40 times as long
+
+
+def _generators(seeds: list, name: str) -> list:
+    """The generators a recipe draws from, by numbers (None: unpredictable), for use before the next
+    call in this thread."""
+    if name == "impulse_noise":
+        return [np.random.default_rng(seed) for seed in seeds]
+    states = _STATES.__dict__.setdefault("states", [])
+    states += [np.random.RandomState() for _ in range(len(seeds) - len(states))]
+    for state, seed in zip(states, seeds):
+        state.seed(seed)
+    return states[:len(seeds)]
+
+
 def _generator(rng, name: str):
-    """The generator a recipe draws from: see `corrupt`."""
-    if rng is None or isinstance(rng, (int, np.integer)):
-        return np.random.default_rng(rng) if name == "impulse_noise" else np.random.RandomState(rng)
+    """See `corrupt`."""
     if isinstance(rng, np.random.RandomState):
         return rng
     if isinstance(rng, np.random.Generator):
-        return rng if name == "impulse_noise" else np.random.RandomState(int(rng.integers(2**32)))
+        if name == "impulse_noise":
+            return rng
+        rng = int(rng.integers(2**32))
+    if rng is None or isinstance(rng, (int, np.integer)):
+        return _generators([rng], name)[0]
     raise TypeError(f"rng must be an int, a RandomState or a Generator, not {type(rng).__name__}")
 
 
@@ -74,9 +92,10 @@ def _apply(images: np.ndarray, name: str, severity: int, variant: str, rngs: lis
            textures) -> np.ndarray:
     """(N, H, W, C) uint8 to the same; grey images are replicated to RGB and back, rounded."""
     grey = images.shape[3] == 1
-    colour = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    colour = np.repeat(images, 3, 3) if grey else np.ascontiguousarray(images)
     parameters = PARAMETERS[name][variant == "cifar"][severity - 1]
-    out = RECIPES[name](colour, parameters, rngs, variant, severity, textures).astype(np.uint8)
+    out = RECIPES[name](colour, parameters, rngs, variant, severity, textures)
+    out = out.astype(np.uint8, order="C", copy=False)
     if grey:
         out = np.rint(out @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
     return out
@@ -128,8 +147,7 @@ def corrupt_batch(images: np.ndarray, name: str, severity: int, variant: str = "
     out, block = np.empty_like(images), max(1, 65536 // (images.shape[1] * images.shape[2]))
     for start in range(0, len(images), block):
         part = slice(start, start + block)
-        rngs = [_generator(image_seed(seed, name, severity, index), name)
-                for index in indices[part]]
+        rngs = _generators([image_seed(seed, name, severity, i) for i in indices[part]], name)
         out[part] = _apply(images[part], name, severity, variant, rngs, textures)
     return out
 
