@@ -3,23 +3,23 @@
     python benchmarks/speed_wsol.py --threads 1         about 1 min; --threads 0: all cores
     python benchmarks/speed_wsol.py --device cuda       the same maps in batches on the GPU
 
-boxes: milliseconds per 224 x 224 map, boxes and IoU with two true boxes, medians of interleaved
-repetitions. The published evaluator thresholds every map 1000 times and searches contours each
-time; the tuned loop skips equal grey levels and computes all IoU in one call; both need OpenCV (the
-script says so when it is missing, and times this project alone). All three must count the same,
-else the script stops. The floor is reading each map once and writing its grey levels (0.45 MB).
-Expected on one core: at least 15 (one contour) and 40 (all contours) times the published loop at
-1000 thresholds, twice the tuned loop, and the same time for 100 and for 1000 thresholds.
+boxes: milliseconds per 224 x 224 map, boxes and IoU with two true boxes. The published evaluator
+thresholds every map 1000 times and searches contours each time; the tuned loop skips equal grey
+levels and computes all IoU in one call; both need OpenCV (the script says so when it is missing,
+and times this project alone). All three must count the same, else the script stops. The floor is
+reading each map once and writing its grey levels (0.45 MB). Expected on one core, on every row: at
+least 15 (one contour) and 40 (all contours) times the published loop at 1000 thresholds, twice the
+tuned loop, and the same time for 100 and for 1000 thresholds.
 
 other steps: HaS against one draw per cell in Python, PxAP against two histograms per image, one
 forward for logits and maps against two with a graph, as the public code runs them.
 """
 
 import random
-import time
 
 import harness
 import numpy as np
+import timing
 import torch
 
 from reference import wsol as methods
@@ -38,17 +38,16 @@ KINDS = ("14 x 14, smooth", "14 x 14, noise", "28 x 28, smooth", "28 x 28, noise
 def score_maps(kind: str, count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     if kind == "blobs and rings":
-        y, x = np.mgrid[-1:1:SIDE * 1j, -1:1:SIDE * 1j]
-        cx, cy, r, width = (torch.rand(4, count, 4, 1, 1, generator=generator).double() * 2
-                            - 1).unbind()
-        distance = ((torch.from_numpy(x) - cx) ** 2 + (torch.from_numpy(y) - cy) ** 2).sqrt()
-        return wsol.normalize_scoremap(torch.exp(-((distance - r.abs() * 0.4) / (0.05 + width.abs() * 0.2)) ** 2).sum(1))
+        x = torch.linspace(-1, 1, SIDE, dtype=torch.float64)
+        draws = torch.rand(4, count, 4, 1, 1, generator=generator).double() * 2 - 1
+        cx, cy, radius, width = draws.unbind()
+        distance = ((x - cx) ** 2 + (x[:, None] - cy) ** 2).sqrt()
+        bumps = ((distance - radius.abs() * 0.4) / (0.05 + width.abs() * 0.2)) ** 2
+        return wsol.normalize_scoremap(torch.exp(-bumps).sum(1))
     side = int(kind.split()[0])
     cam = torch.randn(count, side, side, generator=generator, dtype=torch.float64)
-    # as class activation maps: few bumps, negative part cut
-    if kind.endswith("smooth"):
-        coarse = wsol.resize_scoremap(cam[:, :side // 3, :side // 3], side)
-        cam = coarse.clamp(min=0)
+    if kind.endswith("smooth"):      # as class activation maps: few bumps, negative part cut
+        cam = wsol.resize_scoremap(cam[:, :side // 3, :side // 3], side).clamp(min=0)
     return wsol.normalize_scoremap(wsol.resize_scoremap(cam, SIDE))
 
 
@@ -89,7 +88,8 @@ def tuned(maps: np.ndarray, truth: np.ndarray, taus: np.ndarray, multi: bool) ->
         levels, back = np.unique((taus * grey.max()).astype(int), return_inverse=True)
         boxes = [contours_of(grey, level, multi) for level in levels.tolist()]
         starts = np.cumsum([0] + [len(found) for found in boxes[:-1]])
-        best = np.maximum.reduceat(wsol.calculate_multiple_iou(np.concatenate(boxes), truth).max(1), starts)
+        iou = wsol.calculate_multiple_iou(np.concatenate(boxes), truth).max(1)
+        best = np.maximum.reduceat(iou, starts)
         correct += best[back] >= IOU[:, None]
     return correct
 
@@ -102,19 +102,7 @@ def ours(maps: torch.Tensor, truth: np.ndarray, taus: np.ndarray, multi: bool) -
     return np.stack(list(evaluator.num_correct.values()))
 
 
-def interleaved(jobs: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call of each job, called in turn; the first round warms up and is left
-    out."""
-    times = {name: [] for name in jobs}
-    for _ in range(repeats + 1):
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - began)
-    return {name: values[1:] for name, values in times.items()}
-
-
-def box_row(run: harness.Run, kind: str, multi: bool, count: int, repeats: int) -> dict:
+def box_row(run: harness.Run, kind: str, multi: bool, count: int, rounds: int) -> dict:
     truth = np.array([[30, 40, 150, 190], [100, 20, 215, 120]])
     maps = score_maps(kind, count, run.seeds[0]).to(run.device)
     host, few, many = maps.cpu().numpy(), np.arange(0, 1, 0.01), np.arange(0, 1, 0.001)
@@ -129,13 +117,14 @@ def box_row(run: harness.Run, kind: str, multi: bool, count: int, repeats: int) 
                 raise RuntimeError(f"{kind}, multi={multi}: the counts differ")
         jobs |= {"tuned, 1000": lambda: tuned(host, truth, many, multi),
                  "published, 1000": lambda: published(host[:1], truth, many, multi)}
-    ms = {name: float(np.median(values)) * 1e3 / (1 if name.startswith("published") else count)
-          for name, values in interleaved(jobs, repeats).items()}
+    times = timing.interleaved(run, jobs, rounds, kind)
+    times = {name: [1e3 * value / (1 if name.startswith("published") else count)
+                    for value in values] for name, values in times.items()}
     row = {"maps": kind, "contours": "all" if multi else "largest",
-           **{f"{name} (ms)": value for name, value in ms.items()},
-           "ours 1000 / 100": ms["ours, 1000"] / ms["ours, 100"]}
+           **{f"{name} (ms)": value for name, value in timing.medians(times).items()},
+           "ours 1000 / 100": timing.ratio(times, "ours, 1000", "ours, 100")}
     if cv2 is not None:
-        row |= {f"{name} / ours": ms[f"{name}, 1000"] / ms["ours, 1000"]
+        row |= {f"{name} / ours": timing.ratio(times, f"{name}, 1000", "ours, 1000")
                 for name in ("published", "tuned")}
     return row
 
@@ -167,12 +156,14 @@ def other_rows(run: harness.Run, tiny: bool) -> list[dict]:
         network(few)["logits"], network(few, labels, return_cam=True)
 
     rows = []
-    for name, ours_, public in (("HaS, cells of 4 pixels", lambda: methods.has(images, 4, 0.5, generator), cells),
-                                ("PxAP, 1000 thresholds", lambda: judge.accumulate_batch(scores, range(4)), histograms),
-                                ("logits and maps, ResNet50", lambda: network.predict(few, labels), twice)):
-        ms = {key: float(np.median(values)) * 1e3
-              for key, values in interleaved({"ours (ms)": ours_, "public (ms)": public}, 1 if tiny else 5).items()}
-        rows.append({"step": name, **ms, "public / ours": ms["public (ms)"] / ms["ours (ms)"]})
+    for name, own, public in (
+            ("HaS, cells of 4 pixels", lambda: methods.has(images, 4, 0.5, generator), cells),
+            ("PxAP, 1000 thresholds", lambda: judge.accumulate_batch(scores, range(4)), histograms),
+            ("logits and maps, ResNet50", lambda: network.predict(few, labels), twice)):
+        times = timing.interleaved(run, {"ours (ms)": own, "public (ms)": public},
+                                   1 if tiny else 5, name)
+        rows.append({"step": name, **{k: 1e3 * v for k, v in timing.medians(times).items()},
+                     "public / ours": timing.ratio(times, "public (ms)", "ours (ms)")})
     return rows
 
 
@@ -184,19 +175,20 @@ def main(argv=None):
     table = []
     for kind in KINDS[:1] if tiny else KINDS:
         for multi in (False, True):
-            table.append(box_row(run, kind, multi, *((2, 1) if tiny else (10, 3))))
+            table.append(box_row(run, kind, multi, *((2, 1) if tiny else (10, 5))))
             run.log(" ".join(f"{key}={value:.3g}" if isinstance(value, float) else value
                              for key, value in table[-1].items()))
     times = [row["ours 1000 / 100"] for row in table]
-    rows = [{"claim": "time at 1000 over 100 thresholds <= 1.2, median (worst)", "paper": None,
-             "this run": f"{np.median(times):.2f} ({max(times):.2f})",
-             "holds": None if tiny else bool(np.median(times) <= 1.2)}]
+    rows = [{"claim": "time at 1000 over 100 thresholds <= 1.2 on every row, most (median)",
+             "paper": None, "this run": f"{max(times):.2f} ({np.median(times):.2f})",
+             "holds": None if tiny else bool(max(times) <= 1.2)}]
     for contours, goal in (("largest", 15), ("all", 40)) if cv2 is not None else ():
         for column, least in (("published / ours", goal), ("tuned / ours", 2)):
             values = [row[column] for row in table if row["contours"] == contours]
-            rows.append({"claim": f"{contours}: {column} >= {least}, median (least) of the kinds of maps", "paper": None,
-                         "this run": f"{np.median(values):.1f} ({min(values):.1f})",
-                         "holds": None if tiny else bool(np.median(values) >= least)})
+            rows.append({
+                "claim": f"{contours}: {column} >= {least} on every row, least (median)",
+                "paper": None, "this run": f"{min(values):.1f} ({np.median(values):.1f})",
+                "holds": None if tiny else bool(min(values) >= least)})
     run.finish(rows=rows, tables={"boxes": table, "other steps": other_rows(run, tiny)},
                floor={"bytes per map": SIDE * SIDE * 9, "threads": torch.get_num_threads()})
 
