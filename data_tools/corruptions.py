@@ -156,8 +156,9 @@ def corrupt_batch(images: np.ndarray, name: str, severity: int, variant: str = "
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; the file takes the name `path` when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary name to write to; the file takes the name `path` when it is whole. What a kill
+    leaves there is written over by the next attempt."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
