@@ -28,7 +28,8 @@ import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,6 @@ from data_tools.loader import BadImage, IMAGENET_MEAN, IMAGENET_STD, Loader
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 PAD, START, END, UNKNOWN = range(4)
-
 
 # ---------------------------------------------------------------- images with captions
 
@@ -87,31 +87,18 @@ class CaptionSet:
     def first(self, images: int) -> CaptionSet:
         """The first images and their captions."""
         end = int(np.searchsorted(self.owner, images))
-        return CaptionSet(
-            self.images[:images],
-            self.image_ids[:images],
-            self.captions[:end],
-            self.caption_ids[:end],
-            self.owner[:end],
-            None if self.classes is None else self.classes[:images],
-        )
+        classes = None if self.classes is None else self.classes[:images]
+        return CaptionSet(self.images[:images], self.image_ids[:images], self.captions[:end],
+                          self.caption_ids[:end], self.owner[:end], classes)
 
     def in_memory(self, transform: Callable | None = None) -> CaptionSet:
         """The same set with all images decoded (and transformed) once, as one uint8 tensor."""
         pixels = [images for images, _ in Loader(self, 64, transform=transform)]
-        return CaptionSet(
-            torch.cat(pixels),
-            self.image_ids,
-            self.captions,
-            self.caption_ids,
-            self.owner,
-            self.classes,
-        )
+        return replace(self, images=torch.cat(pixels))
 
 
-def _grouped(
-    rows: Iterable[tuple[int, object, Path, str]], classes: dict | None = None
-) -> CaptionSet:
+def _grouped(rows: Iterable[tuple[int, object, Path, str]],
+             classes: dict | None = None) -> CaptionSet:
     """(caption id, image id, path, caption) in any order -> captions grouped by image."""
     images: dict[object, list] = {}
     for caption_id, image_id, path, caption in rows:
@@ -120,22 +107,28 @@ def _grouped(
         raise ValueError("no captions are left after the selection")
     ids = list(images)
     numbers = ids if isinstance(ids[0], (int, np.integer)) else range(len(ids))
-    pairs = [pair for _, captions in images.values() for pair in captions]
-    return CaptionSet(
-        [path for path, _ in images.values()],
-        np.array(numbers, dtype=np.int64),
-        [caption for _, caption in pairs],
-        np.array([number for number, _ in pairs], dtype=np.int64),
-        np.repeat(np.arange(len(ids)), [len(captions) for _, captions in images.values()]),
-        None if classes is None else np.array([classes[i] for i in ids], dtype=np.int64),
-    )
+    paths, groups = zip(*images.values())
+    caption_ids, captions = zip(*(pair for group in groups for pair in group))
+    labels = None if classes is None else np.array([classes[i] for i in ids], dtype=np.int64)
+    return CaptionSet(list(paths), np.array(numbers, dtype=np.int64), list(captions),
+                      np.array(caption_ids, dtype=np.int64),
+                      np.repeat(np.arange(len(ids)), [len(group) for group in groups]), labels)
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong with the contents of a file becomes a ValueError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError,
+            pickle.UnpicklingError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not {what} ({reason})") from error
 
 
 def _read_json(path: Path) -> dict | list:
-    try:
+    with _reading(path, "valid JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
 def _existing(path: Path, what: str) -> Path:
@@ -163,29 +156,29 @@ def karpathy_ids(source: str | Path, split: str) -> np.ndarray:
     source: dataset_coco.json, or a folder of `{train,restval,dev,test}_ids` files, .npy or .txt,
     also with a leading "coco_".
     """
+    _check_split(split)
+    parts = ("train", "restval") if split == "train" else (split,)
+    source, ids = _existing(Path(source), "dataset_coco.json or folder of id lists"), []
+    if source.is_file():
+        wanted, document = {KARPATHY[part] for part in parts}, _read_json(source)
+        with _reading(source, "Karpathy's dataset_coco.json"):
+            for image in document["images"]:
+                ids += image["sentids"] if image["split"] in wanted else ()
+    for part in parts if source.is_dir() else ():
+        names = [f"{a}{part}_ids.{b}" for a in ("coco_", "") for b in ("npy", "txt")]
+        path = _first_existing([source / name for name in names], f"id list of split {part!r}")
+        with _reading(path, "a list of caption ids"):
+            read = np.load if path.suffix == ".npy" else np.loadtxt
+            ids += read(path).reshape(-1).astype(np.int64).tolist()
+    if not ids or len(set(ids)) != len(ids):
+        raise ValueError(f"{source}: split {split!r} has {len(ids)} ids, {len(set(ids))} of them "
+                         "different")
+    return np.array(ids, dtype=np.int64)
+
+
+def _check_split(split: str) -> None:
     if split not in ("train", "dev", "test"):
         raise ValueError(f"split must be 'train', 'dev' or 'test', got {split!r}")
-    parts = ("train", "restval") if split == "train" else (split,)
-    source = _existing(Path(source), "dataset_coco.json or folder of id lists")
-    if source.is_file():
-        wanted = {KARPATHY[part] for part in parts}
-        document = _read_json(source)
-        ids = [
-            i for image in document["images"] if image["split"] in wanted for i in image["sentids"]
-        ]
-    else:
-        ids = []
-        for part in parts:
-            names = [f"{a}{part}_ids.{b}" for a in ("coco_", "") for b in ("npy", "txt")]
-            path = _first_existing([source / name for name in names], f"id list of split {part!r}")
-            read = np.load if path.suffix == ".npy" else np.loadtxt
-            ids.extend(read(path).reshape(-1).astype(np.int64))
-    ids = np.array(ids, dtype=np.int64)
-    if not len(ids) or len(np.unique(ids)) != len(ids):
-        raise ValueError(
-            f"{source}: split {split!r} has {len(ids)} ids, {len(np.unique(ids))} of them different"
-        )
-    return ids
 
 
 def coco_captions(root: str | Path, split: str, ids: str | Path) -> CaptionSet:
@@ -194,65 +187,58 @@ def coco_captions(root: str | Path, split: str, ids: str | Path) -> CaptionSet:
     root holds annotations/captions_{train,val}2014.json (also one folder deeper) and the images in
     images/trainval35k, in train2014 and val2014, or in images/train2014 and images/val2014.
     """
-    root, wanted = Path(root), karpathy_ids(ids, split)
-    annotations, names = {}, {}
+    root, wanted, captions = Path(root), karpathy_ids(ids, split).tolist(), {}
     for part in ("train2014", "val2014"):
-        document = _read_json(_annotations(root, f"captions_{part}.json"))
-        names |= {image["id"]: (part, image["file_name"]) for image in document["images"]}
-        annotations |= {a["id"]: (a["image_id"], a["caption"]) for a in document["annotations"]}
-    missing = [i for i in wanted.tolist() if i not in annotations]
-    if missing:
-        raise ValueError(
-            f"{root}: {len(missing)} caption ids of split {split!r} are not in the annotations, "
-            f"first {missing[:3]}"
-        )
-    folders, rows = {}, []
-    for i in wanted.tolist():
-        image, caption = annotations[i]
-        part, name = names[image]
-        if part not in folders:
-            places = [root / "images" / "trainval35k", root / part, root / "images" / part]
-            folders[part] = _first_existing(places, f"images of {part}")
-        rows.append((i, image, folders[part] / name, caption))
-    return _grouped(rows)
+        path = _annotations(root, f"captions_{part}.json")
+        document = _read_json(path)
+        with _reading(path, "a COCO caption file"):
+            names = {image["id"]: image["file_name"] for image in document["images"]}
+            captions |= {a["id"]: (a["image_id"], part, names[a["image_id"]], a["caption"])
+                         for a in document["annotations"]}
+    if missing := [i for i in wanted if i not in captions]:
+        raise ValueError(f"{root}: {len(missing)} caption ids of split {split!r} are not in the "
+                         f"annotations, first {missing[:3]}")
+    folders = {}
+    for part in {captions[i][1] for i in wanted}:
+        places = [root / "images" / "trainval35k", root / part, root / "images" / part]
+        folders[part] = _first_existing(places, f"images of {part}")
+    rows = ((i, *captions[i]) for i in wanted)
+    return _grouped((i, image, folders[part] / name, text) for i, image, part, name, text in rows)
 
 
 def coco_instances(root: str | Path) -> list[dict[str, int]]:
     """image_id and category_id of all instance annotations, for `plausible_match_codes`."""
-    return [
-        {"image_id": a["image_id"], "category_id": a["category_id"]}
-        for part in ("train2014", "val2014")
-        for a in _read_json(_annotations(Path(root), f"instances_{part}.json"))["annotations"]
-    ]
+    found = []
+    for part in ("train2014", "val2014"):
+        path = _annotations(Path(root), f"instances_{part}.json")
+        document = _read_json(path)
+        with _reading(path, "a COCO instance file"):
+            found += [{key: a[key] for key in ("image_id", "category_id")}
+                      for a in document["annotations"]]
+    return found
 
 
 def _annotations(root: Path, name: str) -> Path:
-    return _first_existing(
-        [root / "annotations" / name, root / "annotations" / "annotations" / name], name
-    )
+    folder = root / "annotations"
+    return _first_existing([folder / name, folder / "annotations" / name], name)
 
 
-def match_lists(
-    path: str | Path, query_ids: Sequence[int], gallery_ids: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def match_lists(path: str | Path, query_ids: Sequence[int],
+                gallery_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """ECCV Caption or CxC matches, JSON {query id: [gallery ids]}.
 
     Returns the rows of the queries that have an entry (Q,), and positives (Q, Ng) bool.
     """
-    lists = {
-        int(key): value
-        for key, value in _read_json(_existing(Path(path), "list of matches")).items()
-    }
+    document = _read_json(_existing(Path(path), "list of matches"))
     column = {int(item): index for index, item in enumerate(gallery_ids)}
-    rows = np.array(
-        [row for row, item in enumerate(query_ids) if int(item) in lists], dtype=np.int64
-    )
+    with _reading(path, "a list of matches {query id: [gallery ids]}"):
+        lists = {int(key): [column[int(item)] for item in items if int(item) in column]
+                 for key, items in document.items()}
+    rows = [row for row, item in enumerate(query_ids) if int(item) in lists]
     positives = np.zeros((len(rows), len(column)), dtype=bool)
     for line, row in enumerate(rows):
-        positives[line, [column[item] for item in lists[int(query_ids[row])] if item in column]] = (
-            True
-        )
-    return rows, positives
+        positives[line, lists[int(query_ids[row])]] = True
+    return np.array(rows, dtype=np.int64), positives
 
 
 # ---------------------------------------------------------------- CUB captions
@@ -260,11 +246,7 @@ def match_lists(
 CUB_LISTS = {
     "trainval": "trainvalclasses.txt",
     "test": "testclasses.txt",
-    **{
-        f"{part}{fold}": f"{part}classes{fold}.txt"
-        for part in ("train", "val")
-        for fold in (1, 2, 3)
-    },
+    **{f"{part}{n}": f"{part}classes{n}.txt" for part in ("train", "val") for n in (1, 2, 3)},
 }
 
 
@@ -282,12 +264,12 @@ def cub_classes(split: str, lists: str | Path | None = None) -> list[int]:
             raise ValueError(f"split {split!r} needs the folder of the published class lists")
         warnings.warn(
             "without the published class lists, classes 1-150 are trained and 151-200 tested: "
-            "the figures cannot be compared with published ones",
-            stacklevel=2,
-        )
+            "the figures cannot be compared with published ones", stacklevel=2)
         return list(range(150)) if split == "trainval" else list(range(150, 200))
     path = _existing(Path(lists) / CUB_LISTS[split], "class list")
-    return [_class_number(line, path) for line in path.read_text(encoding="utf-8").split()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_class_number(line.strip(), f"{path}, line {number}")
+            for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def seen_test_images(lists: str | Path) -> set[str]:
@@ -296,22 +278,16 @@ def seen_test_images(lists: str | Path) -> set[str]:
     return set(path.read_text(encoding="utf-8").split())
 
 
-def _class_number(name: str, source: Path) -> int:
+def _class_number(name: str, source: str | Path) -> int:
     prefix = name.split(".")[0]
     if not prefix.isdigit() or not 1 <= int(prefix) <= 200:
         raise ValueError(f"{source}: {name!r} does not start with a class number 001..200")
     return int(prefix) - 1
 
 
-def cub_captions(
-    root: str | Path,
-    classes: Sequence[int],
-    *,
-    omit: Iterable[str] = (),
-    only: Iterable[str] | None = None,
-) -> CaptionSet:
-    """Captions of CUB-200-2011 images, sorted by folder and file; `classes` of the set are 0 ..
-    199.
+def cub_captions(root: str | Path, classes: Sequence[int], *, omit: Iterable[str] = (),
+                 only: Iterable[str] | None = None) -> CaptionSet:
+    """Captions of CUB-200-2011 images, sorted by folder and file; classes are 0 .. 199.
 
     root holds CUB_200_2011/images/NNN.Class/*.jpg and cvpr2016_cub/text_c10/NNN.Class/*.txt (or
     just `images` and `text_c10`). omit, only: images as `<class folder>/<file>` to leave out, or to
@@ -340,11 +316,9 @@ def _cub_lines(image: Path, text: Path) -> list[str]:
     if not text.exists():
         raise FileNotFoundError(
             f"{text}: no captions for {image}; the captions belong to CUB-200-2011, whose files "
-            "are named differently from those of the older CUB-200"
-        )
-    lines = [
-        line.strip() for line in text.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
+            "are named differently from those of the older CUB-200")
+    lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [line.strip() for line in lines]
     if not all(lines):
         warnings.warn(f"{text}: {lines.count('')} blank captions skipped", stacklevel=3)
     return [line for line in lines if line]
@@ -366,39 +340,27 @@ def flickr8k(root: str | Path, split: str) -> CaptionSet:
     Flicker8k_Dataset/; or captions.txt (`name.jpg TAB caption`), {train,dev,test}_images.txt and
     images/.
     """
-    if split not in ("train", "dev", "test"):
-        raise ValueError(f"split must be 'train', 'dev' or 'test', got {split!r}")
+    _check_split(split)
     root = Path(root)
-    layout = next(
-        (
-            layout
-            for layout in FLICKR_LAYOUTS
-            if all((root / part).exists() for part in layout[::2])
-        ),
-        None,
-    )
-    if layout is None:
+    for text, listed, folder in FLICKR_LAYOUTS:
+        if (root / text).exists() and (root / folder).exists():
+            break
+    else:
         known = "; ".join(f"{text} and {folder}/" for text, _, folder in FLICKR_LAYOUTS)
         raise FileNotFoundError(f"{root}: no Flickr8k here; expected one of: {known}")
-    text, listed, folder = root / layout[0], root / layout[1].format(split), root / layout[2]
-    wanted = dict.fromkeys(_existing(listed, "list of images").read_text(encoding="utf-8").split())
+    text, listed, folder = root / text, root / listed.format(split), root / folder
+    wanted = _existing(listed, "list of images").read_text(encoding="utf-8").split()
     captions: dict[str, list] = {name: [] for name in wanted}
     for number, line in enumerate(text.read_text(encoding="utf-8").splitlines()):
         name, tab, caption = line.partition("\t")
         if not tab:
             raise ValueError(f"{text}, line {number + 1}: no tab between image and caption")
-        if name.split("#")[0] in captions:
-            captions[name.split("#")[0]].append((number, caption.strip()))
-    bare = [name for name, found in captions.items() if not found]
-    if bare:
-        raise ValueError(
-            f"{text}: no caption for {len(bare)} images of {listed.name}, first {bare[0]}"
-        )
-    return _grouped(
-        (number, name, folder / name, caption)
-        for name, found in captions.items()
-        for number, caption in found
-    )
+        if (name := name.split("#")[0]) in captions:
+            captions[name].append((number, name, folder / name, caption.strip()))
+    if bare := [name for name, found in captions.items() if not found]:
+        raise ValueError(f"{text}: no caption for {len(bare)} images of {listed.name}, "
+                         f"first {bare[0]}")
+    return _grouped(row for rows in captions.values() for row in rows)
 
 
 # ---------------------------------------------------------------- words
@@ -419,28 +381,25 @@ class Vocabulary:
         self.word2idx, self.tokenize = word2idx, tokenize
 
     @classmethod
-    def of(
-        cls, captions: Iterable[str], tokenize: Callable[[str], list[str]], threshold: int = 4
-    ) -> Vocabulary:
+    def of(cls, captions: Iterable[str], tokenize: Callable[[str], list[str]],
+           threshold: int = 4) -> Vocabulary:
         """The words that occur at least `threshold` times (published: 4)."""
         if threshold < 1:
             raise ValueError(f"threshold must be at least 1, got {threshold}")
         counts = Counter(word for caption in captions for word in tokenize(caption))
-        words = [
-            word for word, count in counts.items() if count >= threshold and word not in SPECIAL
-        ]
+        words = [w for w, count in counts.items() if count >= threshold and w not in SPECIAL]
         return cls({word: index for index, word in enumerate((*SPECIAL, *words))}, tokenize)
 
     @classmethod
     def load(cls, path: str | Path, tokenize: Callable[[str], list[str]]) -> Vocabulary:
         """From JSON {word: id}, or from a pickled dict of these (nothing else is unpickled)."""
         path = _existing(Path(path), "vocabulary")
-        word2idx = _read_json(path) if path.suffix == ".json" else _PlainUnpickler(path).load()
-        if not isinstance(word2idx, dict) or not all(
-            isinstance(k, str) and type(v) is int for k, v in word2idx.items()
-        ):
-            raise ValueError(f"{path}: not a dict of words and ids")
-        return cls(word2idx, tokenize)
+        with _reading(path, "a vocabulary"):
+            read = json.loads if path.suffix == ".json" else _plain_pickle
+            word2idx = read(path.read_bytes())
+            if not all(isinstance(k, str) and type(v) is int for k, v in word2idx.items()):
+                raise ValueError("words must be strings, ids integers")
+            return cls(word2idx, tokenize)
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
@@ -462,15 +421,13 @@ class Vocabulary:
 class _PlainUnpickler(pickle.Unpickler):
     """Dicts, strings and numbers need no class; whatever asks for one is refused."""
 
-    def __init__(self, path: Path):
-        super().__init__(io.BytesIO(path.read_bytes()))
-        self.path = path
-
     def find_class(self, module: str, name: str):
-        raise ValueError(
-            f"{self.path}: holds a {module}.{name}; only a dict of words and ids is read. "
-            "Convert the file to JSON {word: id} where it was made"
-        )
+        raise ValueError(f"holds a {module}.{name}; only a dict of words and ids is read: convert "
+                         "the file to JSON {word: id} where it was made")
+
+
+def _plain_pickle(content: bytes):
+    return _PlainUnpickler(io.BytesIO(content)).load()
 
 
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -478,7 +435,7 @@ def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(words) + 2 for words in ids])
     tokens = torch.full((len(ids), int(lengths.max())), PAD)
     for row, words in zip(tokens, ids):
-        row[: len(words) + 2] = torch.tensor([START, *words, END])
+        row[:len(words) + 2] = torch.tensor([START, *words, END])
     return tokens, lengths
 
 
@@ -486,16 +443,13 @@ def drop_words(words: Sequence[int], probability: float, generator: torch.Genera
     """The published caption drop: words become <unk> with probability p, then int(len * p) go."""
     draws = torch.rand(len(words), generator=generator)
     words = [word if draw > probability else UNKNOWN for word, draw in zip(words, draws.tolist())]
-    gone = torch.randperm(len(words), generator=generator)[: int(len(words) * probability)].tolist()
+    gone = torch.randperm(len(words), generator=generator)[:int(len(words) * probability)].tolist()
     return [word for place, word in enumerate(words) if place not in set(gone)]
 
 
-def read_glove(
-    path: str | Path,
-    words: Iterable[str],
-    dim: int = 300,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
+               progress: Callable[[int], None] | None = None
+               ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Vectors from a GloVe or fastText file: {word: float32 (dim,)}, and the words without one.
 
     The file is streamed; `progress` gets the number of lines read now and then. A word that is
@@ -504,32 +458,27 @@ def read_glove(
     path, words = _existing(Path(path), "file of word vectors"), list(dict.fromkeys(words))
     plain = {word: word.translate({ord(c): None for c in "-.'"}).split("/")[0] for word in words}
     wanted, found = {*words, *plain.values()}, {}
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file):
             word, *values = line.rstrip("\n ").rsplit(" ", dim)  # some words contain spaces
             header = number == 0 and len(line.split()) == 2  # fastText: count, dimension
             if header and line.split()[1] == str(dim):
                 continue
-            if len(values) != dim or (number == 0 and " " in word):
-                raise ValueError(
-                    f"{path}, line {number + 1}: not a word and {dim} numbers; is dim right?"
-                )
-            if word in wanted and word not in found:
-                found[word] = np.array(values, dtype=np.float32)
+            with _reading(f"{path}, line {number + 1}", f"a word and {dim} numbers; is dim right?"):
+                if len(values) != dim or (number == 0 and " " in word):
+                    raise ValueError(f"{len(line.split())} columns")
+                if word in wanted and word not in found:
+                    found[word] = np.array(values, dtype=np.float32)
             if progress is not None and number % 100_000 == 99_999:
                 progress(number + 1)
-    vectors = {
-        word: found[word if word in found else plain[word]]
-        for word in words
-        if word in found or plain[word] in found
-    }
+    vectors = {word: found[word if word in found else plain[word]] for word in words
+               if word in found or plain[word] in found}
     return vectors, [word for word in words if word not in vectors]
 
 
 @torch.no_grad()
-def set_word_vectors(
-    embedding: torch.nn.Embedding, vocabulary: Vocabulary, vectors: dict[str, np.ndarray]
-) -> None:
+def set_word_vectors(embedding: torch.nn.Embedding, vocabulary: Vocabulary,
+                     vectors: dict[str, np.ndarray]) -> None:
     """Overwrite the rows of the words that have a vector; the others keep their initial values."""
     for word, vector in vectors.items():
         embedding.weight[vocabulary.word2idx[word]] = torch.from_numpy(vector).to(embedding.weight)
@@ -539,23 +488,19 @@ def set_word_vectors(
 
 
 def random_erasing(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Zero one random rectangle of some normalised images (B, 3, H, W): area 2 to 33 %, aspect 0.3
-    to 3.3.
-    """
+    """Zero a random rectangle (area 2 to 33 %, aspect 0.3 to 3.3) of some images (B, 3, H, W)."""
     height, width = images.shape[-2:]
     images = images.clone()
     for image in images:
         if torch.rand((), generator=generator) >= probability:
             continue
         for area, aspect, y, x in torch.rand(10, 4, generator=generator).tolist():
-            area, aspect = (
-                height * width * (0.02 + area * (1 / 3 - 0.02)),
-                0.3 * (1 / 0.09) ** aspect,
-            )
+            area = height * width * (0.02 + area * (1 / 3 - 0.02))
+            aspect = 0.3 * (1 / 0.09) ** aspect
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < h < height and 0 < w < width:
                 top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
-                image[:, top : top + h, left : left + w] = 0
+                image[:, top:top + h, left:left + w] = 0
                 break
     return images
 
@@ -568,73 +513,43 @@ class PairBatches:
     pairs="captions": every caption once an epoch, with its image (published for COCO).
     pairs="images": every image once an epoch, with `captions_per_image` of its captions.
     pairs="classes": one random caption and its image of every class (published for CUB; batch_size
-    is then the
-        number of classes); an epoch has one step for each such group of captions.
+    is then the number of classes); an epoch has as many steps as captions / classes.
 
     transform: of the loader. word_drop, erasing: probabilities of the published augmentations of
     captions and images. mean_std: channel statistics. With several processes, each gets its part of
     the same batches, and a smaller last batch is left out.
     """
 
-    def __init__(
-        self,
-        data: CaptionSet,
-        vocabulary: Vocabulary,
-        batch_size: int,
-        *,
-        transform: Callable | None = None,
-        pairs: str = "captions",
-        captions_per_image: int = 1,
-        word_drop: float = 0.0,
-        erasing: float = 0.0,
-        seed: int = 0,
-        workers: int = 0,
-        device: str | torch.device | None = None,
-        mean_std: tuple = (IMAGENET_MEAN, IMAGENET_STD),
-        rank: int = 0,
-        world_size: int = 1,
-    ):
+    def __init__(self, data: CaptionSet, vocabulary: Vocabulary, batch_size: int, *,
+                 transform: Callable | None = None, pairs: str = "captions",
+                 captions_per_image: int = 1, word_drop: float = 0.0, erasing: float = 0.0,
+                 seed: int = 0, workers: int = 0, device: str | torch.device | None = None,
+                 mean_std: tuple = (IMAGENET_MEAN, IMAGENET_STD), rank: int = 0,
+                 world_size: int = 1):
         if pairs not in ("captions", "images", "classes"):
             raise ValueError(f"pairs must be 'captions', 'images' or 'classes', got {pairs!r}")
         if captions_per_image < 1 or (captions_per_image > 1 and pairs != "images"):
-            raise ValueError(
-                "captions_per_image must be 1, or more with pairs='images'; "
-                f"got {captions_per_image}"
-            )
+            raise ValueError("captions_per_image must be 1, or more with pairs='images'; "
+                             f"got {captions_per_image}")
         if pairs == "classes":
             if data.classes is None:
                 raise ValueError("pairs='classes' needs a caption set with classes")
-            self.members = [
-                np.flatnonzero(data.classes[data.owner] == c) for c in np.unique(data.classes)
-            ]
+            labels = data.classes[data.owner]
+            self.members = [np.flatnonzero(labels == c) for c in np.unique(data.classes)]
             batch_size = len(self.members)
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"batch_size must be a multiple of world_size {world_size}, got {batch_size}"
-            )
+            raise ValueError(f"batch_size must be a multiple of world_size {world_size}, "
+                             f"got {batch_size}")
         if not (0 <= word_drop < 1 and 0 <= erasing <= 1):
-            raise ValueError(
-                f"word_drop must be in [0, 1) and erasing in [0, 1], got {word_drop} and {erasing}"
-            )
+            raise ValueError("word_drop must be in [0, 1) and erasing in [0, 1], "
+                             f"got {word_drop} and {erasing}")
         self.data, self.batch_size, self.pairs, self.k = data, batch_size, pairs, captions_per_image
-        self.word_drop, self.erasing, self.seed, self.rank, self.world_size = (
-            word_drop,
-            erasing,
-            seed,
-            rank,
-            world_size,
-        )
+        self.word_drop, self.erasing, self.seed = word_drop, erasing, seed
+        self.rank, self.world_size = rank, world_size
         self.words = [vocabulary.ids(caption) for caption in data.captions]
         self.epoch = self.start = 0
-        self.loader = Loader(
-            data,
-            batch_size // world_size,
-            transform=transform,
-            seed=seed,
-            workers=workers,
-            device=device,
-            normalize=mean_std,
-        )
+        self.loader = Loader(data, batch_size // world_size, transform=transform, seed=seed,
+                             workers=workers, device=device, normalize=mean_std)
 
     def _order(self, epoch: int) -> Tensor:
         """Caption rows (steps * batch_size, k) of an epoch."""
@@ -649,21 +564,17 @@ class PairBatches:
             counts = torch.bincount(owner)[order]
             draws = torch.rand(len(order), int(counts.max()), generator=generator)
             draws[torch.arange(draws.shape[1]) >= counts[:, None]] = 2.0
-            return first[:, None] + draws.argsort(1)[:, : self.k] % counts[:, None]
+            return first[:, None] + draws.argsort(1)[:, :self.k] % counts[:, None]
         steps = count // self.batch_size
-        columns = [
-            torch.from_numpy(m)[torch.randint(len(m), (steps,), generator=generator)]
-            for m in self.members
-        ]
+        columns = [torch.from_numpy(m)[torch.randint(len(m), (steps,), generator=generator)]
+                   for m in self.members]
         return torch.stack(columns, 1).reshape(-1, 1)
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        items = {
-            "captions": len(self.data.captions),
-            "images": len(self.data),
-            "classes": len(self.data.captions) // self.batch_size * self.batch_size,
-        }[self.pairs]
+        items = len(self.data if self.pairs == "images" else self.data.captions)
+        if self.pairs == "classes":
+            return items // self.batch_size
         return items // self.batch_size if self.world_size > 1 else -(-items // self.batch_size)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -675,10 +586,8 @@ class PairBatches:
         self.epoch, self.start = epoch + 1, 0
         owner, ids = torch.from_numpy(self.data.owner), torch.from_numpy(self.data.image_ids)
         share = self.batch_size // self.world_size
-        parts = [
-            batch[self.rank * share : (self.rank + 1) * share]
-            for batch in self._order(epoch).split(self.batch_size)[: len(self)]
-        ]
+        parts = [batch[self.rank * share:(self.rank + 1) * share]
+                 for batch in self._order(epoch).split(self.batch_size)[:len(self)]]
         self.loader.sampler = owner[torch.cat(parts)[:, 0]].tolist()
         self.loader.set_epoch(epoch, first)
         for step, (images, rows) in enumerate(self.loader, first):
