@@ -215,7 +215,7 @@ def draw_mixes(run: harness.Run) -> None:
         mix = augmentation(name, CLASSES)
         if mix is not None:
             mix.pairing = "flip"
-        seed = next(s for s in range(100) if mix is None
+        seed = next(s for s in range(1000) if mix is None
                     or 0.3 < _changed(mix, x, data["labels"], s) < 0.6)
         mixed = x if mix is None else mix(x, data["labels"], torch.Generator().manual_seed(seed)).x
         tiles += [mixed[0, :, t] for t in (0, 2, 4, 6)]
@@ -224,9 +224,10 @@ def draw_mixes(run: harness.Run) -> None:
 
 
 def _changed(mix: nn.Module, x: Tensor, y: Tensor, seed: int) -> float:
-    """Share of the first clip that the mix changes (for blends: half, if both weigh about the
-    same)."""
+    """Weight of the second clip in a blend, else the share of the first that is pasted over."""
     result = mix(x, y, torch.Generator().manual_seed(seed))
+    if isinstance(mix, vm.CutMixup):                      # not its plain blends
+        return 0.0 if result.boxes is None else 1 - vm.cuboid_lambda(result.boxes, x.shape[2:])
     if result.boxes is None:
         return 1 - result.lam
     return (result.x[0] != x[0]).any(0).double().mean().item()

@@ -345,8 +345,8 @@ def make_imagenet_c(src: str | Path, dst: str | Path, *, names: Sequence[str] = 
 def contact_sheet(image: np.ndarray, path: str | Path, names: Sequence[str] = CORRUPTIONS,
                   severities: Sequence[int] = (1, 2, 3, 4, 5), variant: str = "imagenet",
                   seed: int = 0, textures=None, groups: int = 1) -> None:
-    """A PNG with one row per corruption and one column per severity, in `groups` tables side by
-    side."""
+    """A PNG (256 colours) with one row per corruption and one column per severity, in `groups`
+    tables side by side."""
     height, width = image.shape[:2]
     label, per_group = 130, -(-len(names) // groups)
     block = label + len(severities) * (width + 4)
@@ -360,7 +360,7 @@ def contact_sheet(image: np.ndarray, path: str | Path, names: Sequence[str] = CO
             out = corrupt(image, name, severity, variant, rng, textures=textures)
             sheet.paste(Image.fromarray(out), (left + label + j * (width + 4), top))
     with _whole(Path(path)) as temporary:
-        sheet.save(temporary, "PNG", optimize=True)
+        sheet.quantize(256, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
 
 
 # ---- command line --------------------------------------------------------------------------------
