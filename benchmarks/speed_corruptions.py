@@ -1,7 +1,8 @@
 """Speed of the corruptions: whole sets, and against the published loops in one run.
 
-    python benchmarks/speed_corruptions.py                    # 200 images a corruption, 1 minute
+    python benchmarks/speed_corruptions.py --threads 1        # 200 images a corruption, 1 minute
     python benchmarks/speed_corruptions.py --images 10000     # the whole CIFAR-C set
+    python benchmarks/speed_corruptions.py --figures DIR      # and all corruptions by severity
 
 Set: CPU milliseconds per 32-pixel image and corruption (mean of the severities), and what 10,000
 images x 19 corruptions x 5 severities take on two free cores (extrapolated from --images).
@@ -17,26 +18,10 @@ import warnings
 
 import harness
 import numpy as np
+import timing
+import torch
 
-from data_tools import corruptions
-
-
-def clock(function, repeats=1, timer=time.perf_counter):
-    """Median seconds."""
-    times = []
-    for _ in range(repeats):
-        began = timer()
-        function()
-        times.append(timer() - began)
-    return statistics.median(times)
-
-
-def compare(what, peer, ours, theirs, repeats):
-    """A row: both in turns, the medians in milliseconds, the median of the ratios."""
-    pairs = [(clock(ours), clock(theirs)) for _ in range(repeats)]
-    mine, other = (1e3 * statistics.median(column) for column in zip(*pairs))
-    return {"what": what, "peer": peer, "ours, ms": mine, "peer, ms": other,
-            "ratio": statistics.median(b / a for a, b in pairs)}
+from data_tools import corruptions, synthetic
 
 
 def published_glass_blur(image, severity, seed):
@@ -61,46 +46,54 @@ def photograph(size, seed):
 
 
 def set_rows(run, images, severities):
-    rows = []
-    for name in run.progress(corruptions.CORRUPTIONS, label="set"):
-        corruptions.corrupt_batch(images[:2], name, 1)
-        seconds = [clock(lambda: corruptions.corrupt_batch(images, name, severity),  # noqa: B023
-                         timer=time.process_time) for severity in severities]
-        rows.append({"corruption": name,
-                     "CPU ms per image": round(statistics.mean(seconds) / len(images) * 1e3, 3)})
-    return rows
+    times = timing.interleaved(run, {
+        (name, severity): lambda key=(name, severity): corruptions.corrupt_batch(images, *key)
+        for name in corruptions.CORRUPTIONS for severity in severities}, 1, "set",
+        clock=time.process_time)
+    return [{"corruption": name, "CPU ms per image": round(statistics.mean(
+        times[name, severity][0] for severity in severities) / len(images) * 1e3, 3)}
+        for name in corruptions.CORRUPTIONS]
 
 
-def glass_rows(photo, severities, repeats):
+def versus(run, what, peer, ours, theirs, rounds):
+    """A row: both in turns, the medians in milliseconds, the median of the ratios."""
+    times = timing.interleaved(run, {"ours": ours, "peer": theirs}, rounds, what)
+    medians = timing.medians(times)
+    return {"what": what, "peer": peer, "ours, ms": 1e3 * medians["ours"],
+            "peer, ms": 1e3 * medians["peer"], "ratio": timing.ratio(times, "peer", "ours")}
+
+
+def glass_rows(run, photo, severities, rounds):
     rows = []
     for severity in severities:
         ours = lambda: corruptions.corrupt(photo, "glass_blur", severity, rng=0)  # noqa: B023,E731
         loop = lambda: published_glass_blur(photo, severity, 0)  # noqa: B023,E731
-        row = compare(f"glass blur, severity {severity}", "published loop", ours, loop, repeats)
+        row = versus(run, f"glass blur, severity {severity}", "published loop", ours, loop, rounds)
         rows.append({**row, "equal": np.array_equal(ours(), loop())})
     return rows
 
 
-def package_rows(run, photo, repeats):
+def package_rows(run, photo, rounds):
     """imagecorruptions beside ours, for those of its corruptions that run with what is there."""
+    warnings.simplefilter("ignore")       # of its old imports and scikit-image's new names
     try:
+        import cv2
         from imagecorruptions import corrupt as peer
     except Exception as error:  # it needs OpenCV, scikit-image, pkg_resources
         run.log(f"imagecorruptions is not usable here ({type(error).__name__}: {error}); "
                 "only the published loop is timed")
         return []
+    cv2.setNumThreads(torch.get_num_threads())
     rows, left_out = [], []
-    for name in run.progress(corruptions.CORRUPTIONS, label="imagecorruptions"):
+    for name in corruptions.CORRUPTIONS:
         ours = lambda: corruptions.corrupt(photo, name, 3, "bethge", 0)  # noqa: B023,E731
         theirs = lambda: peer(photo, corruption_name=name, severity=3)  # noqa: B023,E731
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                theirs(), ours()
-            except Exception as error:
-                left_out.append(f"{name} ({type(error).__name__})")
-                continue
-            rows.append(compare(f"{name}, severity 3", "imagecorruptions", ours, theirs, repeats))
+        try:
+            theirs()
+        except Exception as error:
+            left_out.append(f"{name} ({type(error).__name__})")
+            continue
+        rows.append(versus(run, f"{name}, severity 3", "imagecorruptions", ours, theirs, rounds))
     if left_out:
         run.log("imagecorruptions does not run here with the installed libraries: "
                 + ", ".join(left_out))
@@ -108,7 +101,7 @@ def package_rows(run, photo, repeats):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, presets=("default", "tiny"))
+    parser = harness.parser(__doc__, presets=("default", "tiny"), data=False)
     parser.add_argument("--images", type=int, help="32-pixel images per corruption")
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"
@@ -120,14 +113,19 @@ def main(argv=None):
 
     sets = set_rows(run, images, severities)
     minutes = sum(row["CPU ms per image"] for row in sets) * 5 * 10_000 / 1e3 / 60
-    floor = clock(lambda: (images / 255.0 * 255).astype(np.uint8), 5) / count * 1e3
+    floor = timing.medians(timing.interleaved(
+        run, {"floor": lambda: (images / 255.0 * 255).astype(np.uint8)}, 5))["floor"] / count * 1e3
     run.log(f"floor {floor:.3f} ms per image; 950,000 images: {minutes:.1f} minutes on one core")
 
-    size, repeats = (48, 1) if tiny else (224, 3)
+    size, rounds = (48, 1) if tiny else (224, 3)
     photo = photograph(size, 1)
-    glass = glass_rows(photo, (3,) if tiny else (1, 3, 5), repeats)
+    glass = glass_rows(run, photo, (3,) if tiny else (1, 3, 5), rounds)
     slowest = min(row["ratio"] for row in glass)
-    peers = package_rows(run, photo, 3 * repeats)
+    peers = package_rows(run, photo, 5 * rounds)
+    if run.figures:
+        scene = synthetic.colored_objects(2, size=64, seed=4, noise=0.0)["images"][1]
+        corruptions.contact_sheet(scene.permute(1, 2, 0).numpy(), run.figures / "corruptions.png",
+                                  groups=2)
     run.record("figures", {"minutes_one_core": minutes, "glass_ratio": slowest, "floor_ms": floor,
                            "images": count})
     note = "" if count >= 10_000 else f", from {count} images of each"
