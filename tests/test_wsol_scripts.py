@@ -1,5 +1,4 @@
-"""The localization scripts on their smallest preset: results, figures, a kill, two processes, real
-metadata."""
+"""The localization scripts on their smallest preset: results, a kill, two processes, metadata."""
 
 import argparse
 import importlib
@@ -23,8 +22,7 @@ def run(monkeypatch):
     """run(script, out folder, arguments): the script's results, from a call of its main()."""
     def call(script, out, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-        # the scripts set their own
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)          # the scripts set their own
         importlib.import_module(script).main(["--out", str(out), *map(str, arguments)])
         return json.loads((out / f"{script}.json").read_text())
     return call
@@ -35,12 +33,10 @@ def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path, run):
     assert [row["method"] for row in whole["tables"]["main"]] == ["cam", "has", "fewshot", "centre"]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "wsol_maps.png", "wsol_curves.png", "wsol_supervision.png"}
-    # one seed supports no claim
-    assert all(row["holds"] is None for row in whole["claims"])
+    assert all(row["holds"] is None for row in whole["claims"])         # one seed supports none
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(BENCHMARKS / "wsol_table.py"), *TABLE, "--out",
-                                str(out)],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, str(BENCHMARKS / "wsol_table.py"), *TABLE, "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and not list(out.glob("has-*.pt")):
         time.sleep(0.01)
     process.kill()
@@ -51,16 +47,16 @@ def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path, run):
 
 def test_two_processes_share_training_and_evaluation(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(BENCHMARKS / "wsol_table.py"), *TABLE, "--methods", "cam", "--out",
-               str(tmp_path)]
+               str(BENCHMARKS / "wsol_table.py"), *TABLE, "--methods", "cam",
+               "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = json.loads((tmp_path / "wsol_table.json").read_text())["results"]["centre-seed0"]
+    import wsol_nets
     import wsol_table
-    part = wsol_table.scene_parts(wsol_table.EMBEDDED["tiny"], 0, 0.5, 2)[2]
-    alone = wsol_table.evaluate(wsol_table.centre_map(part), part, Alone())
-    assert {key: shared[key] for key in ("v1", "v2", "pxap")} == {key: alone[key]
-                                                                  for key in ("v1", "v2", "pxap")}
+    part = wsol_nets.scene_parts(wsol_table.EMBEDDED["tiny"], 0, 0.5, 2)[2]
+    alone = wsol_nets.evaluate(wsol_nets.centre_map(part), part, Alone())
+    assert all(shared[key] == alone[key] for key in ("v1", "v2", "pxap"))
 
 
 class Alone:
@@ -100,8 +96,7 @@ def write_metadata(root: Path, masks: bool) -> None:
 def test_the_table_reads_released_metadata(tmp_path, run, masks):
     write_metadata(tmp_path / "data", masks)
     result = run("wsol_table", tmp_path / "out", *TABLE, "--data", tmp_path / "data", "--shots", 2,
-                 "--trials", 1,
-                 "--epochs", 1, "--width", 4, "--pretrain", 1, "--per-class", 4)
+                 "--trials", 1, "--epochs", 1, "--width", 4, "--pretrain", 1, "--per-class", 4)
     metric = "pxap" if masks else "v2"
     assert all(0 <= row[metric] <= 100 for row in result["tables"]["main"])
     assert result["data"] == "8 training, 4 tuning, 4 test images, 2 classes"
@@ -110,9 +105,8 @@ def test_the_table_reads_released_metadata(tmp_path, run, masks):
 def test_published_networks_train_on_released_metadata(tmp_path, run):
     write_metadata(tmp_path / "data", False)
     result = run("wsol_table", tmp_path / "out", *TABLE[:2], "--device", "cpu", "--data",
-                 tmp_path / "data", "--methods", "cam",
-                 "--arch", "resnet50", "--size", 32, "--shots", 2, "--trials", 1, "--epochs", 1,
-                 "--per-class", 2)
+                 tmp_path / "data", "--methods", "cam", "--arch", "resnet50", "--size", 32,
+                 "--shots", 2, "--trials", 1, "--epochs", 1, "--per-class", 2)
     trial = result["results"]["cam-seed0-trial0"]["trial"]
     assert set(trial) == {"lr", "large_feature_map"}
 
@@ -140,7 +134,8 @@ def test_the_ill_posedness_step_is_exact(tmp_path, run):
     step = {row["w0"]: row["exact posterior"] for row in result["tables"]["step"]}
     assert step == {0.1: pytest.approx(13 / 15), 0.6: 1.0}
     assert [row["MaxBoxAcc"] for row in result["tables"]["calibration"]] == [100.0] * 3
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"wsol_illposed.png", "wsol_illposed_thresholds.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "wsol_illposed.png", "wsol_illposed_thresholds.png"}
 
 
 def test_the_speed_script_compares_equal_counts(tmp_path, run):
