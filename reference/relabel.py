@@ -167,19 +167,18 @@ def axis_weights(start: Tensor, end: Tensor, length: int, bins: int = 1, samplin
     count = (torch.full_like(side, sampling_ratio) if sampling_ratio > 0
              else (side / bins).ceil().clamp(min=0))
     most = int(count.max()) if len(count) else 0
-    points = torch.arange(most, device=side.device, dtype=side.dtype)
+    points = torch.arange(most, device=side.device, dtype=side.dtype) + 0.5
     bin_at = torch.arange(bins, device=side.device, dtype=side.dtype).view(1, -1, 1)
     count, width = count.view(-1, 1, 1), (side / bins).view(-1, 1, 1)
-    at = start.view(-1, 1, 1) + bin_at * width + (points + 0.5) * width / count.clamp(min=1)
-    inside = (points < count) & (at >= -1) & (at <= length)  # (K, bins, points), as `at`
-    weight = inside.to(side.dtype) / count.clamp(min=1)
-    at = at.clamp(0, length - 1)
-    low = at.floor()
+    divisor = count.clamp(min=1)
+    at = start.view(-1, 1, 1) + bin_at * width + points * (width / divisor)  # (K, bins, points)
+    weight = ((points < count) & (at >= -1) & (at <= length)) / divisor
+    at = at.clamp_(0, length - 1)
+    low = at.long()
     upper_share = (at - low) * weight
-    low = low.long()
-    weights = side.new_zeros(len(side), bins, length)
-    weights.scatter_add_(2, low, weight - upper_share)
-    return weights.scatter_add_(2, (low + 1).clamp(max=length - 1), upper_share)
+    weights = side.new_zeros(len(side), bins, length + 1)  # one more, for the cell past the last
+    weights.scatter_add_(2, low, weight - upper_share).scatter_add_(2, low + 1, upper_share)
+    return weights[:, :, :length]
 
 
 def roi_align(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | tuple[int, int],
@@ -226,9 +225,10 @@ def get_labelmaps(topk: Tensor, num_classes: int = 1000) -> Tensor:
     """The dense maps `(B, C, h, w)` that are stored: 0 where a class was not kept. For tests."""
     _check_topk(topk, num_classes)
     dense = topk.new_zeros(len(topk), num_classes, *topk.shape[3:])
-    return dense.scatter_add_(1, topk[:, 1].long(), topk[:, 0])
+    return dense.scatter_add_(1, _class_index(*topk.unbind(1), num_classes), topk[:, 0])
 
 
+@torch.no_grad()
 def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: str = "xy",
                   softmax: bool = True) -> Tensor:
     """LabelPooling: the soft labels `(B, C)` of crops, from the stored maps (section 3.2).
@@ -238,7 +238,7 @@ def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: s
     tuples gives. The crop is pooled by RoIAlign to one cell with the box coords * (h, w) - 0.5
     (cell centres lie at integers) and a softmax over all classes follows; softmax=False returns the
     pooled scores. Computed in float64 (the number of samples is a ceil(), which float32 can put on
-    the wrong side), returned in the dtype of `topk`.
+    the wrong side), returned in the dtype of `topk`, without a gradient: labels are constants.
 
     axes="official" swaps rows and columns as the released training code does (square maps only): it
     hands (y1, x1, y2, x2) to a function that takes (x1, y1, x2, y2). Right for row-major maps is
@@ -248,35 +248,53 @@ def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: s
     in 0..C-1 or that the dtype of `topk` cannot tell apart, scores that are not finite.
     """
     _check_topk(topk, num_classes)
-    top, left, height, width = _check_coords(coords, topk).unbind(1)
+    coords = _check_coords(coords, topk)
     rows, columns = topk.shape[3:]
     if axes not in ("xy", "official"):
         raise ValueError(f"axes must be 'xy' or 'official', not {axes!r}")
     if axes == "official":
         if rows != columns:
             raise ValueError(f"axes='official' needs square maps, not {rows} x {columns}")
-        top, left, height, width = left, top, width, height
-    a = axis_weights(top * rows - 0.5, (top + height) * rows - 0.5, rows)
-    b = axis_weights(left * columns - 0.5, (left + width) * columns - 0.5, columns)
-    a, b = a.transpose(1, 2).unsqueeze(1), b.unsqueeze(1)  # (B, 1, h, 1), (B, 1, 1, w)
-    out = topk.new_empty(len(topk), num_classes)
+        coords = coords[:, [1, 0, 3, 2]]
+    corner, size = coords.split(2, dim=1)
+    cells = coords.new_tensor([rows, columns])
+    start, end = corner * cells - 0.5, (corner + size) * cells - 0.5  # (B, 2): y, x
+    if rows == columns:  # both axes in one call
+        a, b = axis_weights(start.flatten(), end.flatten(), rows).view(-1, 2, rows).unbind(1)
+    else:
+        a, b = (axis_weights(start[:, d], end[:, d], n)[:, 0]
+                for d, n in enumerate((rows, columns)))
+    out = topk.new_empty(len(topk), num_classes, dtype=_work_dtype(topk.dtype))
     # Some images at a time: sums stay in the cache, and each operation has enough to do.
-    block = 44 if topk.device.type == "cpu" else 1024
-    parts = (t.split(block) for t in (topk[:, 0], topk[:, 1], a, b, out))
-    for scores, classes, y, x, targets in zip(*parts):
-        sums = _class_sums(scores, classes, y * x, num_classes)
-        targets.copy_(sums.softmax(1, _work_dtype(topk.dtype)) if softmax else sums)
-        del sums  # memory at the peak: the result's and one block's
-    return out
+    block = 43 if topk.device.type == "cpu" else 1024
+    parts = (*topk.unbind(1), a[:, None, :, None], b[:, None, None, :], out)
+    for scores, classes, y, x, targets in zip(*(t.split(block) for t in parts)):
+        index = _class_index(scores, classes, num_classes).flatten(1)
+        values = scores.to(torch.float64, copy=True).mul_(y * x).flatten(1)
+        sums = values.new_zeros(targets.shape).scatter_add_(1, index, values)
+        del index, values  # memory at the peak: the result's and one block's
+        if softmax:
+            torch.softmax(sums, 1, out.dtype, out=targets)
+        else:
+            targets.copy_(sums)
+        del sums
+    return out.to(topk.dtype)
 
 
-def _class_sums(scores: Tensor, classes: Tensor, cells: Tensor, num_classes: int) -> Tensor:
-    """`(n, C)` float64 sums of scores (n, k, h, w), weighted with cells (n, 1, h, w) float64."""
-    values = (scores * cells).flatten()
-    first = num_classes * torch.arange(len(scores), dtype=torch.int32, device=scores.device)
-    place = classes.int().add_(first.view(-1, 1, 1, 1)).long().flatten()  # via int32: faster
-    sums = values.new_zeros(len(scores) * num_classes)  # one axis: deterministic on request
-    return sums.scatter_add_(0, place, values).view(-1, num_classes)
+def _class_index(scores: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """`classes` as int64. ValueError unless they are integers in 0..C-1, and the scores finite."""
+    if not classes.numel():
+        return classes.long()
+    index = classes.int()  # int32 on the way to int64: faster, in checks too
+    low, high = torch.aminmax(index)
+    if not (int(low) >= 0 and int(high) < num_classes and float(classes.frac().amax()) == 0):
+        right = (classes >= 0) & (classes < num_classes) & (classes.frac() == 0)
+        raise ValueError(f"topk[:, 1] must hold integral classes in 0..{num_classes - 1}, "
+                         f"found {float(classes[~right][0])}")
+    total = scores.sum(dtype=_work_dtype(scores.dtype))
+    if not (math.isfinite(total) or scores.isfinite().all()):  # a finite sum needs finite terms
+        raise ValueError("topk[:, 0] holds scores that are not finite")
+    return index.long()
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -289,16 +307,6 @@ def _check_topk(topk: Tensor, num_classes: int) -> None:
                          f"not {topk.dtype} {tuple(topk.shape)}")
     if num_classes > 2 / torch.finfo(topk.dtype).eps:
         raise ValueError(f"topk in {topk.dtype} cannot number {num_classes} classes; use float32")
-    if not topk.numel():
-        return
-    scores, classes = topk.unbind(1)
-    if not torch.stack(torch.aminmax(scores)).isfinite().all():
-        raise ValueError("topk[:, 0] holds scores that are not finite")
-    low, high = torch.aminmax(classes)
-    if not (0 <= low and high < num_classes and classes.frac().amax() == 0):
-        right = (classes >= 0) & (classes < num_classes) & (classes.frac() == 0)
-        raise ValueError(f"topk[:, 1] must hold integral classes in 0..{num_classes - 1}, "
-                         f"found {float(classes[~right][0])}")
 
 
 def _check_coords(coords: Tensor, topk: Tensor) -> Tensor:
