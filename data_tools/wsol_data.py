@@ -3,31 +3,33 @@ ILSVRC, OpenImages30k, yours.
 
     split = read_split("metadata/CUB/val", image_root="dataset/CUB")     # checked line by line
     images = SplitImages(split, "dataset/CUB")
-    loader = Loader(images, 32, transform=TrainResizeCrop(), shuffle=True, normalize=(IMAGENET_MEAN, IMAGENET_STD))
-    evaluator = BoxEvaluator(split.boxes, split.sizes)                   # of reference.wsol_evaluation
+    loader = Loader(images, 32, transform=TrainResizeCrop(), shuffle=True,
+                    normalize=(IMAGENET_MEAN, IMAGENET_STD))
+    evaluator = BoxEvaluator(split.boxes, split.sizes)                   # of wsol_evaluation
 
 A split is a folder of text files, the format published with clovaai/wsolevaluation (which also
 ships these files for the three data sets, below
 `metadata/<CUB|ILSVRC|OpenImages>/<train|val|test>`; train has image labels, val the small full
 supervision):
 
-    image_ids.txt       path                      image_ids_proxy.txt, optional: a part of it for
-                        fast search
-    class_labels.txt    path,label                0 .. classes - 1
-    image_sizes.txt     path,width,height         may be empty
-    localization.txt    path,x0,y0,x1,y1          one line per box, pixels of the original image; or
-                        path,mask,ignore          one line per instance mask, ignore only on the
-                                                  first of an image; may be empty
+    image_ids.txt       path                 image_ids_proxy.txt, optional: a part, for fast search
+    class_labels.txt    path,label           0 .. classes - 1
+    image_sizes.txt     path,width,height    may be empty
+    localization.txt    path,x0,y0,x1,y1     one line per box, pixels of the original image; or
+                        path,mask,ignore     one line per instance mask, ignore only on the first of
+                                             an image; may be empty
 
 Images: CUB-200-2011 and CUBV2 under one folder of classes; ILSVRC `train/<wnid>/*.JPEG`,
 `val/*.JPEG` (the test split) and ImageNetV2 `val2/<class>/<n>.jpeg`; OpenImages30k
 `<split>/<class>/<id>.jpg` with `<id>_m<class>_<hash>.png` masks and `<id>_ignore.png` beside it.
 Where the metadata are not at hand, most of them follow from the original annotations:
 
-    python -m data_tools.wsol_data cub CUB_200_2011 metadata/CUB                   train and test
-    python -m data_tools.wsol_data ilsvrc ILSVRC XML_FOLDER metadata/ILSVRC        train, test; val with val2 and ImageNetV2_boxes.txt
-    python -m data_tools.wsol_data openimages OpenImages metadata/OpenImages       all splits
-    python -m data_tools.wsol_data own IMAGES annotations.csv metadata/mine/test   path,class,x0,y0,x1,y1 or path,class,mask
+    python -m data_tools.wsol_data cub CUB_200_2011 metadata/CUB                train and test
+    python -m data_tools.wsol_data ilsvrc ILSVRC XML_FOLDER metadata/ILSVRC     train, test; val
+                                                   with val2 and --v2-boxes ImageNetV2_boxes.txt
+    python -m data_tools.wsol_data openimages OpenImages metadata/OpenImages    all splits
+    python -m data_tools.wsol_data own IMAGES annotations.csv metadata/mine/test
+                                                   path,class,x0,y0,x1,y1 or path,class,mask
     python -m data_tools.wsol_data check metadata/CUB/val [--images dataset/CUB]
 
 The boxes of CUBV2 only come as metadata: the released CUBV2_boxes.txt holds width and height in its
@@ -47,8 +49,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# noqa: F401
-from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader, decode, to_tensor
+from data_tools.loader import (IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader,  # noqa: F401
+                               decode, to_tensor)
 
 IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -77,8 +79,8 @@ class Split:
         """`count` random images of each class, 0: all. A class with fewer is an error, or with
         short="take" taken whole (CUBV2 has classes of three and four images)."""
         if count < 0 or short not in ("raise", "take"):
-            raise ValueError(
-                f'count must be >= 0 and short "raise" or "take", got {count} and {short!r}')
+            raise ValueError('count must be >= 0 and short "raise" or "take", '
+                             f"got {count} and {short!r}")
         if count == 0:
             return self
         rng, groups = np.random.default_rng(seed), {}
@@ -87,9 +89,8 @@ class Split:
         few = {label: len(ids) for label, ids in groups.items() if len(ids) < count}
         if few and short == "raise":
             label, have = min(few.items())
-            raise ValueError(
-                f'{len(few)} classes have fewer than {count} images (class {label}: {have}); '
-                             'use fewer, 0 for all, or short="take"')
+            raise ValueError(f"{len(few)} classes have fewer than {count} images (class {label}: "
+                             f'{have}); use fewer, 0 for all, or short="take"')
         chosen = set()
         for _, ids in sorted(groups.items()):
             chosen.update(ids[k] for k in rng.permutation(len(ids))[:count])
@@ -108,15 +109,15 @@ class _Lines:
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{self.path}: no such file; a split needs image_ids.txt, class_labels.txt, "
-                                    "image_sizes.txt and localization.txt") from None
+            needs = "image_ids.txt, class_labels.txt, image_sizes.txt and localization.txt"
+            raise FileNotFoundError(f"{self.path}: no such file; a split needs {needs}") from None
         for self.number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             row = [part.strip() for part in line.split(",")]
             if len(row) not in self.fields:
-                self.fail(f"{' or '.join(map(str, self.fields))} fields separated by commas expected, got {line!r}")
+                self.fail(f"{' or '.join(map(str, self.fields))} fields separated by commas "
+                          f"expected, got {line!r}")
             if self.known is not None and row[0] not in self.known:
                 self.fail(f"image {row[0]!r} is not in image_ids.txt")
             yield row
@@ -136,8 +137,7 @@ def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path |
     """Read and check a folder of metadata; ValueError with file and line for the first thing wrong.
 
     proxy: the images of image_ids_proxy.txt only. image_root, mask_root: check that every image
-    (mask) is there. outside: what to do with a box that leaves its image, "raise" or "clip".
-    """
+    (mask) is there. outside: what to do with a box that leaves its image, "raise" or "clip"."""
     folder = Path(folder)
     if outside not in ("raise", "clip"):
         raise ValueError(f'outside must be "raise" or "clip", got {outside!r}')
@@ -151,7 +151,8 @@ def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path |
             lines.fail(f"label must be an integer >= 0, got {row[1]!r}")
         labels[row[0]] = int(row[1])
     if missing := [i for i in image_ids if i not in labels]:
-        raise ValueError(f"{folder / 'class_labels.txt'}: no label for {len(missing)} images, first {missing[0]!r}")
+        raise ValueError(f"{folder / 'class_labels.txt'}: no label for {len(missing)} images, "
+                         f"first {missing[0]!r}")
     sizes = {}
     for row in (lines := _Lines(folder / "image_sizes.txt", (3,), known)):
         if row[0] in sizes:
@@ -202,7 +203,8 @@ def _read_localization(split: Split, path: Path, mask_root: str | Path | None,
             continue
         x0, y0, x1, y1 = lines.integers(row[1:], "box")
         if x1 < x0 or y1 < y0:
-            lines.fail(f"box must have x0 <= x1 and y0 <= y1, got {x0},{y0},{x1},{y1} (x0,y0,width,height?)")
+            lines.fail(f"box must have x0 <= x1 and y0 <= y1, got {x0},{y0},{x1},{y1} "
+                       "(x0,y0,width,height?)")
         if image_id not in split.sizes:
             lines.fail(f"image {image_id!r} has a box and no line in image_sizes.txt")
         width, height = split.sizes[image_id]
@@ -260,10 +262,10 @@ class SplitImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return decode(self.open(index)), int(self.labels[index])
 
-    def masks(self, index: int, mask_root: str | Path) -> tuple[list[np.ndarray],
-                                                                np.ndarray | None]:
-        """(instance masks, ignore mask or None) as uint8 arrays of their own sizes, the arguments
-        of `get_mask`."""
+    def masks(self, index: int,
+              mask_root: str | Path) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """(instance masks, ignore mask or None), uint8 of their own sizes: the arguments of
+        `get_mask`."""
         image_id = self.name(index)
         ignore = self.split.ignore.get(image_id)
         return ([_read_grey(Path(mask_root) / mask) for mask in self.split.masks.get(image_id, ())],
@@ -286,7 +288,8 @@ class Resize:
         self.size = size
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return to_tensor(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR))
+        image = image.convert("RGB").resize((self.size,) * 2, Image.Resampling.BILINEAR)
+        return to_tensor(image)
 
 
 class TrainResizeCrop(Resize):
@@ -306,7 +309,7 @@ class TrainResizeCrop(Resize):
         return out.flip(2) if flip < self.flip else out
 
 
-# ------------------------------------------------------------------------------------- making metadata
+# ----------------------------------------------------------------------------- making metadata
 
 def _image_size(path: Path) -> tuple[int, int]:
     try:
@@ -344,7 +347,8 @@ def cub_splits(root: str | Path) -> dict[str, Split]:
         split.sizes[name] = _image_size(root / "images" / name)
         if split is splits["test"]:
             x, y, width, height = map(float, boxes[number])
-            split.boxes[name] = np.array([_inside((x, y, x + width, y + height), split.sizes[name])])
+            box = _inside((x, y, x + width, y + height), split.sizes[name])
+            split.boxes[name] = np.array([box])
     return splits
 
 
@@ -377,11 +381,11 @@ def ilsvrc_splits(root: str | Path, annotations: str | Path,
         except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
             raise ValueError(f"{xml}: {error}") from error
         if len(classes) != 1 or not classes <= label_of.keys():
-            raise ValueError(
-                f"{xml}: one class of {root / 'train'} expected, got {sorted(map(str, classes))}")
+            raise ValueError(f"{xml}: one class of {root / 'train'} expected, "
+                             f"got {sorted(map(str, classes))}")
         test.image_ids.append(name)
-        test.labels[name], test.sizes[
-            name], test.boxes[name] = label_of[classes.pop()], size, np.array(boxes)
+        test.labels[name] = label_of[classes.pop()]
+        test.sizes[name], test.boxes[name] = size, np.array(boxes)
     splits = {"train": train, "test": test}
     if v2_boxes is not None:
         val, boxes = Split([], {}), {}
@@ -397,7 +401,8 @@ def ilsvrc_splits(root: str | Path, annotations: str | Path,
                 if not label.isdigit():
                     lines.fail(f"image must be <class>/<n>.jpeg, got {row[0]!r}")
                 val.labels[name], val.sizes[name] = int(label), _image_size(root / name)
-            boxes.setdefault(name, []).append(_inside(lines.integers(row[1:], "box"), val.sizes[name]))
+            box = _inside(lines.integers(row[1:], "box"), val.sizes[name])
+            boxes.setdefault(name, []).append(box)
         val.boxes.update((name, np.array(rows)) for name, rows in boxes.items())
         splits["val"] = val
     return splits
@@ -411,12 +416,13 @@ def openimages_splits(root: str | Path) -> dict[str, Split]:
         if not (root / name).is_dir():
             continue
         splits[name] = split = Split([], {})
-        for label, folder in enumerate(sorted(path for path in (root / name).iterdir() if path.is_dir())):
-            masks: dict[str, list[str]] = {}
+        folders = sorted(path for path in (root / name).iterdir() if path.is_dir())
+        for label, folder in enumerate(folders):
+            place, masks = f"{name}/{folder.name}", {}
             for path in sorted(folder.glob("*_m*.png")):
-                masks.setdefault(path.name.split("_m")[0], []).append(f"{name}/{folder.name}/{path.name}")
+                masks.setdefault(path.name.split("_m")[0], []).append(f"{place}/{path.name}")
             for path in sorted(folder.glob("*.jpg")):
-                image_id = f"{name}/{folder.name}/{path.name}"
+                image_id = f"{place}/{path.name}"
                 split.image_ids.append(image_id)
                 split.labels[image_id] = label
                 if name == "train":
@@ -425,7 +431,7 @@ def openimages_splits(root: str | Path) -> dict[str, Split]:
                     raise ValueError(f"{path}: no mask {path.stem}_m*.png beside it")
                 split.masks[image_id] = masks[path.stem]
                 if (ignore := folder / f"{path.stem}_ignore.png").is_file():
-                    split.ignore[image_id] = f"{name}/{folder.name}/{ignore.name}"
+                    split.ignore[image_id] = f"{place}/{ignore.name}"
     if not splits:
         raise ValueError(f"{root}: none of the folders train, val, test")
     return splits
@@ -456,7 +462,10 @@ def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[
     split = Split(list(names), {i: classes.index(name) for i, name in names.items()},
                   {i: _image_size(images / i) for i in names})
     for image_id, _, *rest in rows:
-        (split.masks if len(rest) == 1 else split.boxes).setdefault(image_id, []).append(rest[0] if len(rest) == 1 else rest)
+        if len(rest) == 1:
+            split.masks.setdefault(image_id, []).append(rest[0])
+        else:
+            split.boxes.setdefault(image_id, []).append(rest)
     split.boxes = {i: np.array(boxes, dtype=np.int64) for i, boxes in split.boxes.items()}
     return split, classes
 
@@ -465,8 +474,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, places in (("cub", ["root"]), ("ilsvrc", ["root", "annotations"]), ("openimages", ["root"]),
-                         ("own", ["images", "annotations"]), ("check", [])):
+    for name, places in (("cub", ["root"]), ("ilsvrc", ["root", "annotations"]),
+                         ("openimages", ["root"]), ("own", ["images", "annotations"]),
+                         ("check", [])):
         command = commands.add_parser(name)
         for place in (*places, "metadata"):
             command.add_argument(place, type=Path)
@@ -483,15 +493,17 @@ def main(argv: list[str] | None = None) -> int:
             splits = {"": split}
         elif args.command == "check":
             splits = {"": read_split(args.metadata, image_root=args.images, mask_root=args.masks)}
+        elif args.command == "ilsvrc":
+            splits = ilsvrc_splits(args.root, args.annotations, args.v2_boxes)
         else:
-            splits = {"cub": lambda: cub_splits(args.root),
-                      "openimages": lambda: openimages_splits(args.root),
-                      "ilsvrc": lambda: ilsvrc_splits(args.root, args.annotations, args.v2_boxes)}[args.command]()
+            splits = (cub_splits if args.command == "cub" else openimages_splits)(args.root)
         for name, split in splits.items():
             if args.command != "check":
                 write_split(args.metadata / name, split)
-            print(f"{args.metadata / name}: {len(split.image_ids)} images, {len(set(split.labels.values()))} classes, "
-                  f"{sum(map(len, split.boxes.values()))} boxes, {sum(map(len, split.masks.values()))} masks")
+            counts = {"images": len(split.image_ids), "classes": len(set(split.labels.values())),
+                      "boxes": sum(map(len, split.boxes.values())),
+                      "masks": sum(map(len, split.masks.values()))}
+            print(f"{args.metadata / name}:", ", ".join(f"{n} {key}" for key, n in counts.items()))
         if args.command == "own":
             (args.metadata / "classes.txt").write_text("".join(f"{name}\n" for name in classes),
                                                        encoding="utf-8")

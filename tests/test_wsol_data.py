@@ -20,8 +20,7 @@ def mask(path, box, size=(32, 32)):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Images in class folders and metadata beside them: val/<wnid>/val_<n>.JPEG, 32 x 32, exclusive
-    boxes."""
+    """Images val/<wnid>/val_<n>.JPEG, 32 x 32, and metadata beside them."""
     ids = [f"val/n0{label}/val_{n}.JPEG" for label in range(3) for n in range(4)]
     for n, image_id in enumerate(ids):
         picture(tmp_path / image_id, value=20 * n)
@@ -31,8 +30,8 @@ def tree(tmp_path):
     (folder / "image_ids_proxy.txt").write_text("".join(f"{i}\n" for i in ids[::4]))
     (folder / "class_labels.txt").write_text("".join(f"{i},{n // 4}\n" for n, i in enumerate(ids)))
     (folder / "image_sizes.txt").write_text("".join(f"{i},32,32\n" for i in ids))
-    (folder / "localization.txt").write_text("".join(f"{i},{n},2,{n + 20},32\n" for n, i in enumerate(ids))
-                                             + f"{ids[0]},1,1,5,5\n")
+    boxes = "".join(f"{i},{n},2,{n + 20},32\n" for n, i in enumerate(ids))
+    (folder / "localization.txt").write_text(boxes + f"{ids[0]},1,1,5,5\n")
     return tmp_path
 
 
@@ -42,8 +41,8 @@ def test_read_write_and_evaluate(tree):
     assert split.boxes["val/n00/val_0.JPEG"].tolist() == [[0, 2, 20, 32], [1, 1, 5, 5]]
     assert split.sizes["val/n01/val_0.JPEG"] == (32, 32)
     data.write_split(tree / "copy", split)
-    for name in ("image_ids", "class_labels", "image_sizes"):
-        assert (tree / "copy" / f"{name}.txt").read_text() == (tree / f"metadata/val/{name}.txt").read_text()
+    for name in ("image_ids.txt", "class_labels.txt", "image_sizes.txt"):
+        assert (tree / "copy" / name).read_text() == (tree / "metadata/val" / name).read_text()
     again = data.read_split(tree / "copy")
     assert all(np.array_equal(again.boxes[i], split.boxes[i]) for i in split.image_ids)
     assert data.read_split(tree / "metadata/val", proxy=True).image_ids == split.image_ids[::4]
@@ -85,9 +84,10 @@ def test_the_random_crop_reaches_every_place_and_flips():
 def test_small_supervision(tree):
     split = data.read_split(tree / "metadata" / "val")
     few = split.per_class(2, seed=3)
-    assert sorted(few.labels.values()) == [0, 0, 1, 1, 2,
-                                           2] and set(few.boxes) == set(few.image_ids)
-    assert few.image_ids == split.per_class(2, seed=3).image_ids != split.per_class(2, seed=4).image_ids
+    assert sorted(few.labels.values()) == [0, 0, 1, 1, 2, 2]
+    assert set(few.boxes) == set(few.image_ids)
+    assert few.image_ids == split.per_class(2, seed=3).image_ids
+    assert few.image_ids != split.per_class(2, seed=4).image_ids
     assert split.per_class(0) is split
     with pytest.raises(ValueError, match="3 classes have fewer than 5"):
         split.per_class(5)
@@ -100,7 +100,7 @@ def test_small_supervision(tree):
     ("image_ids", "val/n00/val_0.JPEG", r"image_ids.txt:13: .* stands twice, first on line 1"),
     ("image_ids", "val/n09/gone.JPEG", r"image_ids.txt:13: no image"),
     ("class_labels", "val/n00/val_0.JPEG,1", r"class_labels.txt:13: .*two labels"),
-    ("class_labels", "other.JPEG,1", r"class_labels.txt:13: image 'other.JPEG' is not in image_ids"),
+    ("class_labels", "other.JPEG,1", r"class_labels.txt:13: image 'other.JPEG' is not in image_i"),
     ("class_labels", "val/n00/val_0.JPEG", r"class_labels.txt:13: 2 fields"),
     ("image_sizes", "val/n00/val_0.JPEG,32,32", r"image_sizes.txt:13: .*two sizes"),
     ("localization", "val/n00/val_0.JPEG,1,2,3", r"localization.txt:14: 3 or 5 fields"),
@@ -122,7 +122,8 @@ def test_more_errors_of_metadata(tree):
     folder = tree / "metadata" / "val"
     path = folder / "localization.txt"
     path.write_text(path.read_text() + "val/n00/val_0.JPEG,9,2,40,8\n")
-    assert data.read_split(folder, outside="clip").boxes["val/n00/val_0.JPEG"][-1].tolist() == [9, 2, 32, 8]
+    clipped = data.read_split(folder, outside="clip").boxes["val/n00/val_0.JPEG"]
+    assert clipped[-1].tolist() == [9, 2, 32, 8]
     with pytest.raises(ValueError, match="outside"):
         data.read_split(folder, outside="ignore")
     labels = folder / "class_labels.txt"
@@ -167,8 +168,9 @@ def test_cub(tmp_path):
     names = ["001.A/a.jpg", "001.A/b.jpg", "002.B/c.jpg"]
     for name in names:
         picture(tmp_path / "images" / name, (50, 40))
-    for file, column in (("images.txt", names), ("image_class_labels.txt", [1, 1, 2]), ("train_test_split.txt", [1, 0, 0]),
-                         ("bounding_boxes.txt", ["1.0 2.0 30.0 20.0", "5.0 6.0 44.0 35.0", "60.0 27.0 325.0"])):
+    boxes = ["1.0 2.0 30.0 20.0", "5.0 6.0 44.0 35.0", "60.0 27.0 325.0"]
+    for file, column in (("images.txt", names), ("image_class_labels.txt", [1, 1, 2]),
+                         ("train_test_split.txt", [1, 0, 0]), ("bounding_boxes.txt", boxes)):
         (tmp_path / file).write_text("".join(f"{n} {value}\n" for n, value in enumerate(column, 1)))
     with pytest.raises(ValueError, match=r"bounding_boxes.txt:3: 5 fields"):
         data.cub_splits(tmp_path)
@@ -186,7 +188,8 @@ def test_ilsvrc_with_v2(tmp_path, capsys):
         picture(root / "train" / wnid / f"{wnid}_1.JPEG")
     picture(root / "val" / "ILSVRC2012_val_00000001.JPEG", (60, 50))
     picture(root / "val2" / "1" / "0.jpeg", (30, 20))
-    part = "<object><name>n02</name><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>60</xmax><ymax>9</ymax></bndbox></object>"
+    part = ("<object><name>n02</name><bndbox><xmin>{}</xmin><ymin>2</ymin><xmax>60</xmax>"
+            "<ymax>9</ymax></bndbox></object>")
     (tmp_path / "ILSVRC2012_val_00000001.xml").write_text(
         "<annotation><size><width>60</width><height>50</height></size>" + part.format(1)
         + part.format(7) + "</annotation>")
@@ -196,7 +199,8 @@ def test_ilsvrc_with_v2(tmp_path, capsys):
             str(tmp_path / "boxes.txt")]
     assert data.main(call) == 0
     test = data.read_split(tmp_path / "meta" / "test", image_root=root)
-    assert list(test.labels.values()) == [1] and [b.tolist() for b in test.boxes.values()] == [[[1, 2, 60, 9], [7, 2, 60, 9]]]
+    assert list(test.labels.values()) == [1]
+    assert [b.tolist() for b in test.boxes.values()] == [[[1, 2, 60, 9], [7, 2, 60, 9]]]
     val = data.read_split(tmp_path / "meta" / "val", image_root=root)
     assert val.labels == {"val2/1/0.jpeg": 1} and len(val.boxes["val2/1/0.jpeg"]) == 2
     assert not data.read_split(tmp_path / "meta" / "train", image_root=root).boxes
@@ -207,7 +211,8 @@ def test_ilsvrc_with_v2(tmp_path, capsys):
 
 def test_own_images(tree, tmp_path, capsys):
     csv = tmp_path / "mine.csv"
-    csv.write_text("val/n01/val_0.JPEG,dog,1,2,9,9\nval/n00/val_0.JPEG,cat,0,0,32,32\nval/n01/val_0.JPEG,dog,4,4,5,5\n")
+    csv.write_text("val/n01/val_0.JPEG,dog,1,2,9,9\nval/n00/val_0.JPEG,cat,0,0,32,32\n"
+                   "val/n01/val_0.JPEG,dog,4,4,5,5\n")
     assert data.main(["own", str(tree), str(csv), str(tmp_path / "meta")]) == 0
     assert data.main(["check", str(tmp_path / "meta"), "--images", str(tree)]) == 0
     split = data.read_split(tmp_path / "meta")
@@ -218,9 +223,10 @@ def test_own_images(tree, tmp_path, capsys):
     csv.write_text("val/n00/val_0.JPEG,cat,val/n00/m.png\n")
     split, _ = data.own_split(tree, csv)
     assert split.masks == {"val/n00/val_0.JPEG": ["val/n00/m.png"]}
-    for row, message in (("gone.jpg,cat,1,1,2,2", "mine.csv:1: no image"), ("val/n00/val_0.JPEG,cat,1,1,2", "mine.csv:1: 3 or 6"),
-                         ("val/n00/val_0.JPEG,cat,1,1,99,2", "does not fit"), ("val/n00/val_0.JPEG,cat,g.png", "no mask"),
-                         ("", "no annotation")):
+    for row, message in (("gone.jpg,cat,1,1,2,2", "mine.csv:1: no image"),
+                         ("val/n00/val_0.JPEG,cat,1,1,2", "mine.csv:1: 3 or 6"),
+                         ("val/n00/val_0.JPEG,cat,1,1,99,2", "does not fit"),
+                         ("val/n00/val_0.JPEG,cat,g.png", "no mask"), ("", "no annotation")):
         csv.write_text(row + "\n")
         with pytest.raises(ValueError, match=message):
             data.own_split(tree, csv)
