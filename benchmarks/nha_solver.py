@@ -47,7 +47,7 @@ def observed_orders(device: torch.device,
                                method=method,
                                first_step=h, rtol=1e9, atol=1e9, grad="none").ys[-1]
             errors.append(float((y - truth).square().mean().sqrt()))
-        rows.append({"method": method, "order": nha.METHODS[method]["order"],
+        rows.append({"method": method, "order": nha.METHODS[method].order,
                      "observed": round(math.log2(errors[0] / errors[1]), 3),
                      "error, 80 steps": errors[1]})
     return rows

@@ -16,14 +16,13 @@ NHA learns one from trajectories without knowing the modes, how many there are, 
     3. a normalizing flow per pair of modes for the time to the next event   EventModule,
        p(tau, z' | z), and a jump map; then the model generates              NHA.generate
 
-The file is read in that order after its tools: ODE solvers whose step sizes, time grids, events and
-failures belong to each sample of a batch (`odeint`, `odeint_event`), hybrid simulation
-(`odeint_hybrid`), systems with exact laws (`RenoTCP`), spline flows (`ConditionalFlow1d`).
-Copy the solver part ("ODE solvers" to "events") alone if that is all you need.
+Before these come the tools: ODE solvers whose steps, time grids, events and failures belong to each
+sample of a batch, hybrid simulation, systems with exact laws, spline flows. The part from "ODE
+solvers" to "events" can be copied alone.
 
-Conventions: states are (B, n), solutions (T, B, n), times float64 whatever the state's dtype.
-Fields, guards, intensities and jumps are row-wise functions of (t (B,), x (B, n)); they may be
-called on a subset of the rows, so constants of a sample belong into its state, with derivative 0.
+States are (B, n), solutions (T, B, n), times float64 whatever the state's dtype. Fields, guards,
+intensities and jumps are row-wise functions of (t (B,), x (B, n)) and may be called on a subset of
+the rows, so constants of a sample belong into its state, with derivative 0.
 
 >>> solution = odeint(lambda t, y: -y, torch.ones(2, 1), [0.0, 1.0, 2.0])
 >>> [round(v, 4) for v in solution.ys[:, 0, 0].tolist()]
@@ -59,25 +58,43 @@ def _check_positive(**values: float | None) -> None:
 
 
 # ---- ODE solvers ---------------------------------------------------------------------------------
-# Runge-Kutta: k_i = f(t + c_i h, y + h sum_j a_ij k_j), y(t + h) = y + h sum_i b_i k_i; the rows
-# below are a_2, a_3, ...; the last row of an adaptive method is also b, so that its last stage is
-# the first of the next step. `error` = b - b_hat. `mid`: weights of y(t + h/2), which with both end
-# points and slopes fix a quartic; tsit5 has its own quartic: the coefficients of theta^2..theta^4
-# per stage.
+class Tableau(NamedTuple):
+    """Runge-Kutta: k_i = f(t + c_i h, y + h sum_j a_ij k_j), y(t + h) = y + h sum_i b_i k_i.
+
+    The last stage of an adaptive method is taken at y(t + h), so it is the first of the next step.
+    error = b - b_hat; dense output: y(t + theta h) = y + h sum_i k_i sum_p dense_ip theta^p."""
+    order: int
+    c: list[float]
+    a: list[list[float]]
+    b: list[float]
+    error: list[float] | None = None
+    dense: list[list[float]] | None = None
+
+
+def _adaptive(order, c, a, error, mid=None, quartic=None) -> Tableau:
+    """`mid`: weights of y(t + h/2), which with both end points and slopes fix a quartic in theta;
+    `quartic`: its coefficients of theta^2..theta^4 where a method has its own."""
+    b, first, last = a[-1] + [0], [1] + [0] * (len(c) - 1), [0] * (len(c) - 1) + [1]
+    if mid is not None:
+        quartic = [[e - 4 * s - 5 * y + 16 * m, 5 * s - 3 * e + 14 * y - 32 * m,
+                    2 * e - 2 * s - 8 * y + 16 * m] for s, e, y, m in zip(first, last, b, mid)]
+    return Tableau(order, c, a, b, error, [[s, *row] for s, row in zip(first, quartic)])
+
+
 METHODS = {
-    "euler": dict(order=1, c=[], a=[], b=[1]),
-    "midpoint": dict(order=2, c=[1 / 2], a=[[1 / 2]], b=[0, 1]),
-    "heun": dict(order=2, c=[1], a=[[1]], b=[1 / 2, 1 / 2]),
-    "rk4": dict(order=4, c=[1 / 2, 1 / 2, 1], a=[[1 / 2], [0, 1 / 2], [0, 0, 1]],
-                b=[1 / 6, 1 / 3, 1 / 3, 1 / 6]),
-    "rk4_38": dict(order=4, c=[1 / 3, 2 / 3, 1], a=[[1 / 3], [-1 / 3, 1], [1, -1, 1]],
-                   b=[1 / 8, 3 / 8, 3 / 8, 1 / 8]),
-    "bosh3": dict(
-        order=3, c=[1 / 2, 3 / 4, 1], a=[[1 / 2], [0, 3 / 4], [2 / 9, 1 / 3, 4 / 9]],
+    "euler": Tableau(1, [0], [[]], [1]),
+    "midpoint": Tableau(2, [0, 1 / 2], [[], [1 / 2]], [0, 1]),
+    "heun": Tableau(2, [0, 1], [[], [1]], [1 / 2, 1 / 2]),
+    "rk4": Tableau(4, [0, 1 / 2, 1 / 2, 1], [[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
+                   [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+    "rk4_38": Tableau(4, [0, 1 / 3, 2 / 3, 1], [[], [1 / 3], [-1 / 3, 1], [1, -1, 1]],
+                      [1 / 8, 3 / 8, 3 / 8, 1 / 8]),
+    "bosh3": _adaptive(
+        3, c=[0, 1 / 2, 3 / 4, 1], a=[[], [1 / 2], [0, 3 / 4], [2 / 9, 1 / 3, 4 / 9]],
         error=[2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8], mid=[0, 1 / 2, 0, 0]),
-    "dopri5": dict(
-        order=5, c=[1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1],
-        a=[[1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
+    "dopri5": _adaptive(
+        5, c=[0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1],
+        a=[[], [1 / 5], [3 / 40, 9 / 40], [44 / 45, -56 / 15, 32 / 9],
            [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
            [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
            [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]],
@@ -85,9 +102,9 @@ METHODS = {
                -2187 / 6784 + 12231 / 42400, 11 / 84 - 649 / 6300, -1 / 60],
         mid=[6025192743 / 60171106304, 0, 51252292925 / 130801643196, -2691868925 / 90256659456,
              187940372067 / 3189068634112, -1776094331 / 39487288512, 11237099 / 470086768]),
-    "tsit5": dict(
-        order=5, c=[0.161, 0.327, 0.9, 0.9800255409045097, 1, 1],
-        a=[[0.161], [-0.008480655492356989, 0.335480655492357],
+    "tsit5": _adaptive(
+        5, c=[0, 0.161, 0.327, 0.9, 0.9800255409045097, 1, 1],
+        a=[[], [0.161], [-0.008480655492356989, 0.335480655492357],
            [2.897153057105493, -6.359448489975075, 4.362295432869581],
            [5.325864828439257, -11.74888356406283, 7.495539342889836, -0.09249506636175525],
            [5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401,
@@ -103,39 +120,16 @@ METHODS = {
                  [37.50931341651104, -88.1789048947664, 47.37952196281928],
                  [-27.896526289197286, 65.09189467479366, -34.87065786149661], [1.5, -4, 2.5]]),
 }  # fmt: skip
-FIXED_STEP = ("euler", "midpoint", "heun", "rk4", "rk4_38")
-
-
-class Tableau(NamedTuple):
-    order: int
-    c: Tensor           # (S,) float64
-    a: Tensor           # (S, S) strictly lower triangular
-    rows: list[Tensor]  # a[i, :i]
-    b: Tensor           # (S,)
-    error: Tensor       # (S,)
-    dense: Tensor | None  # (S, 4): y(t + theta h) = y + h sum_i (sum_p dense_ip theta^p) k_i
 
 
 @lru_cache(maxsize=64)
-def _tableau(method: str, dtype: torch.dtype, device: torch.device) -> Tableau:
-    _check_choice("method", method, tuple(METHODS))
-    m = METHODS[method]
-    stages, double = len(m["c"]) + 1, lambda rows: torch.tensor(rows, dtype=torch.float64)
-    a = double([[0.0] * stages] + [row + [0.0] * (stages - len(row)) for row in m["a"]])
-    b, error, dense = double(m["b"]) if "b" in m else a[-1], torch.zeros(stages), None
-    if "error" in m:
-        error, first, last = double(m["error"]), torch.eye(stages)[0], torch.eye(stages)[-1]
-        if "quartic" in m:
-            dense = torch.cat([first[:, None], double(m["quartic"])], 1)
-        else:
-            mid = double(m["mid"])
-            dense = torch.stack([first, last - 4 * first - 5 * b + 16 * mid,
-                                 5 * first - 3 * last + 14 * b - 32 * mid,
-                                 2 * last - 2 * first - 8 * b + 16 * mid], 1)
-        dense = dense.to(device, torch.float64)
-    a, b, error = (v.to(device, dtype) for v in (a, b, error))
-    rows = [row[:i] for i, row in enumerate(a)]
-    return Tableau(m["order"], double([0.0] + m["c"]).to(device), a, rows, b, error, dense)
+def _tensors(method: str, like: tuple[torch.dtype, torch.device]) -> tuple[Tensor, ...]:
+    """c (S, 1) and dense (S, 4) in float64; a (S, S) and error (S,) in the state's dtype."""
+    tab, (dtype, device) = METHODS[method], like
+    a = [row + [0] * (len(tab.c) - len(row)) for row in tab.a]
+    times = [torch.tensor(v, dtype=torch.float64).to(device) for v in (tab.c, tab.dense)]
+    return times[0][:, None], times[1], *(torch.tensor(v, dtype=dtype).to(device)
+                                          for v in (a, tab.error))
 
 
 class Stats(NamedTuple):
@@ -153,281 +147,245 @@ class Solution(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """Accepted steps of all samples, packed: step r of sample s is row base[r] + place[s]. Samples
-    with more steps have lower places: the rows of step r + 1 continue the first rows of step r."""
+    """The attempts of `_march` in N rows: attempt after attempt, one row per sample tried in it."""
+    attempt: Tensor     # (N,)
+    sample: Tensor      # (N,)
     offset: Tensor      # (N,) float64: signed time from the sample's start to the start of the step
     h: Tensor           # (N,) float64, signed
     y: Tensor           # (N, n) state at the start of the step
     hk: Tensor          # (S, N, n) h k_i
-    sample: Tensor      # (N,)
-    base: Tensor        # (R + 1,)
-    place: Tensor       # (B,)
-    counts: Tensor      # (B,) steps per sample
-    ends: Tensor        # (B, R) |time| from the start to the end of each step, inf beyond the last
+    accepted: Tensor    # (M,) the rows that were accepted
+    ends: Tensor        # (B, A) |time| that a sample has reached after each attempt, then inf
+    row: Tensor         # (B, A) its last accepted row by then
     stats: Stats
     message: str        # why samples failed, "" when none did
 
 
-def _rms(x: Tensor, shared: bool) -> Tensor:
-    """Error norm of each sample, or one norm over the batch for every sample."""
-    square = x.square()
-    mean = square.mean().expand(len(x)) if shared else square.mean(-1)
-    return mean.sqrt().double()
+def _norm(x: Tensor, shared: bool) -> Tensor:
+    """Root mean square of each sample (B,), or that of the whole batch for every sample."""
+    norm = torch.linalg.vector_norm(x, dim=None if shared else -1, dtype=torch.float64)
+    return (norm / x.numel() ** 0.5).expand(len(x)) if shared else norm / x.shape[1] ** 0.5
 
 
-class _Combine(torch.autograd.Function):
-    """y + sum_j weights_j hk_j; the hk are also the columns given."""
-
-    @staticmethod
-    def forward(ctx, y, columns, weights, *hk):
-        ctx.weights = weights
-        return torch.addmv(y.reshape(-1), columns, weights).view_as(y)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None, None, *torch.outer(ctx.weights, grad.reshape(-1)).view(-1, *grad.shape)
+def _combine(y: Tensor, weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    for weight, term in zip(weights, terms):
+        if weight:
+            y = torch.add(y, term, alpha=weight)
+    return y
 
 
-def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, tab: Tableau):
-    """One step of size h (B,) from (t, y), fy = f(t, y): last stage's input, its slope, all h k."""
-    scale, record, recorded = h.to(y.dtype)[:, None], torch.is_grad_enabled(), []
-    times = (t + tab.c[:, None] * h).to(y.dtype).unbind()
-    hk = y.new_empty(len(tab.c), *y.shape)
-    columns, rows, flat, point = hk.view(len(tab.c), -1).t(), hk.unbind(), y.reshape(-1), y
-    for i in range(len(tab.c)):
-        if i > 0 and record:
-            point = _Combine.apply(y, columns[:, :i], tab.rows[i], *recorded)
-        elif i > 0:
-            point = torch.addmv(flat, columns[:, :i], tab.rows[i]).view_as(y)
-        fy = f(times[i], point) if i > 0 else fy
-        if record:
-            recorded.append(fy * scale)
-            rows[i].copy_(recorded[i].detach())
-        else:
-            torch.mul(fy, scale, out=rows[i])
-    return point, fy, torch.stack(recorded) if record else hk
+def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, method: str):
+    """A step h (B,) from (t, y), fy = f(t, y): end state, slope there and all h k_i (S, B, n)."""
+    tab, scale = METHODS[method], h.to(y.dtype)[:, None]
+    times = (t + _tensors(method, (y.dtype, y.device))[0] * h).to(y.dtype).unbind()
+    end, hk = y, [fy * scale]
+    for time, row in zip(times[1:], tab.a[1:]):
+        end = _combine(y, row, hk)
+        fy = f(time, end)
+        hk.append(fy * scale)
+    return end, fy, torch.stack(hk)
+
+
+def _dense(y: Tensor, hk: Tensor, theta: Tensor, method: str) -> Tensor:
+    """States (..., n) at fractions theta (...) of steps from y (..., n) with hk (S, ..., n)."""
+    return y + (_dense_weights(theta, method).to(y.dtype)[..., None] * hk).sum(0)
+
+
+def _dense_weights(theta: Tensor, method: str) -> Tensor:
+    powers = torch.stack([theta, theta**2, theta**3, theta**4]).view(4, -1)
+    dense = _tensors(method, (theta.dtype, theta.device))[1]
+    return (dense @ powers).view(len(dense), *theta.shape)
 
 
 @torch.no_grad()
-def _first_step(f, t, y, fy, sign, tab, rtol, atol, shared) -> Tensor:
+def _first_step(f, t, y, fy, sign, method, rtol, atol, shared) -> Tensor:
     """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4."""
     scale = atol + rtol * y.abs()
-    d0, d1 = _rms(y / scale, shared), _rms(fy / scale, shared)
+    d0, d1 = _norm(y / scale, shared), _norm(fy / scale, shared)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
     f1 = f((t + sign * h0).to(y.dtype), y + (sign * h0).to(y.dtype)[:, None] * fy)
-    largest = torch.maximum(d1, _rms((f1 - fy) / scale, shared) / h0)
-    h1 = (0.01 / largest) ** (1 / tab.order)
-    h1 = torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1)
-    return torch.minimum(100 * h0, h1)
+    largest = torch.maximum(d1, _norm((f1 - fy) / scale, shared) / h0)
+    h1 = (0.01 / largest) ** (1 / METHODS[method].order)
+    return torch.minimum(100 * h0, torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1))
 
 
-def _march(f, y, fy, start, span, tab, *, rtol, atol, shared=False, max_steps=10_000,
+def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps=10_000,
            first_step=None, controller="I", watch=None, check_every=None) -> _Steps:
     """Adaptive steps from `start` (B,) over the signed time `span` (B,), every sample at its own
     pace. Finished samples leave the batch at the next check; on a GPU that is every 8 attempts,
     since the check is the only point where the host waits. Steps overshoot the end, except under
     `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
-    samples, sign, end, t = len(y), span.sign(), span.abs(), start
-    limits = dict(rtol=rtol, atol=atol, shared=shared, controller=controller,
-                  check_every=check_every)
-    unroll = (torch.is_grad_enabled() and watch is None and controller == "I"
-              and y.shape[1] <= BATCHED_JACOBIAN)
-    if unroll and samples <= SMALL_BATCH:
-        with torch.no_grad():
-            steps = _march(f, y, fy, t, span, tab, max_steps=max_steps, first_step=first_step,
-                           **limits)
-        y, hk = _trace(f, y, t, steps, tab)
-        return steps._replace(y=y, hk=hk)
-    every = check_every or (8 if y.is_cuda else 1)
+    tab, every = METHODS[method], check_every or (8 if y.is_cuda else 1)
+    weights = _tensors(method, (y.dtype, y.device))[3]
+    samples, t, sign, end = len(y), start, span.sign(), span.abs()
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
     if first_step is None:
-        h = _first_step(f, t, y, fy, sign, tab, rtol, atol, shared)
+        h = _first_step(f, t, y, fy, sign, method, rtol, atol, shared)
     else:
         h = torch.as_tensor(first_step, dtype=torch.float64, device=y.device).abs().expand(samples)
-    previous, rejected = torch.ones_like(h), torch.zeros_like(h, dtype=torch.bool)
-    active, exceeded = end > 0, False
-    failed, tried = torch.zeros_like(active), torch.zeros_like(rows)
-    history = [(rows[:0], offset[:0], h[:0], y[:0], y.new_empty(len(tab.c), *y[:0].shape),
-                failed[:0], failed[:0])]
-    for attempt in itertools.count():
-        if attempt % every == 0:
-            alive = int(active.sum())
-            exceeded = alive > 0 and attempt >= max_steps
-            if alive == 0 or exceeded:
-                failed[rows[active]] = True
-                break
-            if alive < 0.75 * len(rows):
-                keep = active.nonzero()[:, 0]
-                rows, t, offset, y, fy, h, end, sign, active, previous, rejected = (
-                    v.index_select(0, keep) for v in
-                    (rows, t, offset, y, fy, h, end, sign, active, previous, rejected))
-            if unroll and len(rows) <= SMALL_BATCH:
-                with torch.no_grad():
-                    rest = _march(f, y, fy, t + offset, (sign * end - offset) * active, tab,
-                                  first_step=h, max_steps=max_steps - attempt, **limits)
-                y, hk = _trace(f, y, t + offset, rest, tab)
-                done = torch.ones_like(rest.sample, dtype=torch.bool)
-                at = rest.sample
-                history.append((rows[at], offset[at] + rest.offset, rest.h, y, hk, done, done))
-                tried[rows] += rest.stats.n_rejected
-                failed[rows], exceeded = ~rest.stats.success, "max_steps" in rest.message
-                break
-        step = torch.minimum(h, end - offset.abs()) if watch else h
-        signed = sign * step
-        y1, f1, hk = _attempt(f, t + offset, signed, y, fy, tab)
-        error = torch.mv(hk.detach().view(len(tab.c), -1).t(), tab.error).view_as(y)
-        scale = torch.maximum(y.detach().abs(), y1.detach().abs()).mul_(rtol).add_(atol)
-        ratio = _rms(error / scale, shared).nan_to_num_(math.inf)
-        ok = (ratio <= 1) & active
-        history.append((rows, offset, signed, y, hk, ok, active))
-        if controller == "PI":
-            factor = 0.9 * ratio ** (-0.7 / tab.order) * previous ** (0.4 / tab.order)
-            factor = factor.clamp(0.2, 10.0).where(~rejected, factor.clamp(0.2, 1.0))
-            previous, rejected = torch.where(ok, ratio.clamp(min=1e-4), previous), ~ok
-        else:
-            factor = (0.9 * ratio ** (-1 / tab.order)).clamp(max=10.0)
-            factor = torch.maximum(factor, (ratio < 1).double().clamp_(min=0.2))
-        reached = offset + signed
-        if attempt % 8 == 7:                            # steps that no longer move the time
-            stalled = active & (t + reached == t + offset) & ~(ok & (reached.abs() >= end))
-            failed.index_put_((rows,), stalled, accumulate=True)
-            active = active & ~stalled
-        if watch:
-            if bool(ok.any()):
-                active = active & ~watch(rows, t + offset, signed, y, hk, ok, tab)
-            reached = torch.where(step >= end - offset.abs(), sign * end, reached)
-            factor = torch.where(ok & (step < h) & (factor > 1), h / step, factor)
-        offset, h, took = torch.where(ok, reached, offset), step * factor, ok[:, None]
-        y, fy = torch.where(took, y1, y), torch.where(took, f1, fy)
-        active = active & (offset.abs() < end)
+    before, most = torch.ones_like(h), torch.full_like(h, 10.0)
+    active, exceeded, tail = end > 0, False, None
+    failed = torch.zeros_like(active)
+    nothing = y.new_empty(len(tab.c), 0, y.shape[1])
+    history = [(rows[:0], offset[:0], h[:0], y[:0], nothing, failed[:0], failed[:0])]
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        for attempt in itertools.count():
+            if attempt % every == 0:
+                alive = int(active.sum())
+                exceeded = alive > 0 and attempt >= max_steps
+                if alive == 0 or exceeded:
+                    failed[rows[active]] = True
+                    break
+                if alive < 0.75 * len(rows):
+                    keep = active.nonzero()[:, 0]
+                    rows, t, offset, y, fy, h, end, sign, active, before, most = (
+                        v.index_select(0, keep) for v in
+                        (rows, t, offset, y, fy, h, end, sign, active, before, most))
+                if (torch.is_grad_enabled() and len(rows) <= FEW and y.shape[1] <= NARROW
+                        and attempt not in range(1, 6)):        # a short rest is cheaper recorded
+                    tail = len(history), rows, t + offset, y
+                    torch.set_grad_enabled(False)               # until the end of this block
+            step = torch.minimum(h, end - offset.abs()) if watch else h
+            signed = sign * step
+            y1, f1, hk = _attempt(f, t + offset, signed, y, fy, method)
+            with torch.no_grad():
+                error = torch.mv(hk.view(len(hk), -1).t(), weights).view_as(y)
+                scale = torch.maximum(y.abs(), y1.abs()).mul_(rtol).add_(atol)
+                ratio = _norm(error / scale, shared).nan_to_num(math.inf)
+            ok = (ratio <= 1) & active
+            history.append((rows, offset, signed, y, hk, ok, active))
+            if controller == "PI":
+                factor = 0.9 * ratio ** (-0.7 / tab.order) * before ** (0.4 / tab.order)
+                factor = factor.clamp(0.2, 10).minimum(most)    # no growth after a rejection
+                before, most = torch.where(ok, ratio.clamp(min=1e-4), before), 1 + 9 * ok.double()
+            else:
+                factor = (0.9 * ratio ** (-1 / tab.order)).clamp(0.2, 10).maximum(ratio < 1)
+            reached = offset + signed
+            if attempt % 8 == 7:                            # steps that no longer move the time
+                stalled = active & (t + reached == t + offset) & ~(ok & (reached.abs() >= end))
+                failed.index_put_((rows,), stalled, accumulate=True)
+                active = active & ~stalled
+            if watch:
+                active = active & ~watch(rows, t.detach() + offset, signed, y, hk, ok)
+                reached = torch.where(step >= end - offset.abs(), sign * end, reached)
+                factor = torch.where(ok & (step < h) & (factor > 1), h / step, factor)
+            offset, h, took = torch.where(ok, reached, offset), step * factor, ok[:, None]
+            y, fy = torch.where(took, y1, y), torch.where(took, f1, fy)
+            active = active & (offset.abs() < end)
 
-    rows, offset, h, y, hk, ok, attempted = (torch.cat(v, int(i == 4)) for i, v in
-                                             enumerate(zip(*history)))
-    tried += torch.bincount(rows[attempted], minlength=samples)
-    keep = ok.nonzero()[:, 0]
-    rows = rows[keep]
-    counts = torch.bincount(rows, minlength=samples)
-    place = counts.argsort(descending=True, stable=True).argsort()
-    order = rows.argsort(stable=True)                   # by sample, in time order
-    rank = torch.arange(len(rows), device=y.device) - (counts.cumsum(0) - counts)[rows[order]]
-    order, rank = (v[(rank * samples + place[rows[order]]).argsort()] for v in (order, rank))
-    keep, rows = keep[order], rows[order]
-    offset, h = offset[keep], h[keep]
-    base = F.pad(torch.bincount(rank).cumsum(0), (1, 0))
-    ends = h.new_full((samples, max(len(base) - 1, 1)), math.inf)
-    ends[rows, rank] = (offset + h).abs()
+    sizes = [len(entry[0]) for entry in history]
+    number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(y.device)
+    rows, offset, h, y, hk, ok, tried = (torch.cat(v, int(i == 4)) for i, v in
+                                         enumerate(zip(*history)))
+    accepted = ok.nonzero()[:, 0]
+    at = rows[accepted], number[accepted]
+    ends, row = offset.new_zeros(samples, len(sizes) + 1), rows.new_zeros(samples, len(sizes) + 1)
+    ends[at], row[at] = (offset + h)[accepted].abs(), accepted
+    ends, row = ends.cummax(1).values, row.cummax(1).values
     message = ""
     if bool(failed.any()):
         which, first = int(failed.sum()), int(failed.nonzero()[0, 0])
         reason = f"max_steps={max_steps} exceeded" if exceeded else "the step size underflowed"
-        last = ends[first].masked_fill(ends[first] == math.inf, 0).max()
         message = (f"{reason} for {which} of {samples} samples, first sample {first}, "
-                   f"|t - t0| = {float(last):.6g}")
-    evaluations = 1 + (first_step is None) + (len(tab.c) - 1) * tried
-    stats = Stats(counts, tried - counts, evaluations, ~failed)
-    return _Steps(offset, h, y[keep], hk[:, keep], rows, base, place, counts, ends, stats, message)
+                   f"|t - t0| = {float(ends[first, -1]):.6g}")
+    ends[:, -1] = math.inf
+    count = lambda samples_of: torch.bincount(samples_of, minlength=samples)
+    tries, steps = count(rows[tried]), count(at[0])
+    evaluations = 1 + (first_step is None) + (len(tab.c) - 1) * tries
+    steps = _Steps(number, rows, offset, h, y, hk, accepted, ends, row,
+                   Stats(steps, tries - steps, evaluations, ~failed), message)
+    if tail and len(accepted):
+        return _trace(f, steps, start, sum(sizes[: tail[0]]), *tail[1:], method)
+    return steps
 
 
-def _dense(y: Tensor, hk: Tensor, theta: Tensor, tab: Tableau) -> Tensor:
-    """States (..., n) at fractions theta (...) of steps from y (..., n) with hk (S, ..., n)."""
-    weights = _dense_weights(theta, tab).to(y.dtype)
-    return y + torch.einsum("...s,s...n->...n", weights, hk)
-
-
-def _dense_weights(theta: Tensor, tab: Tableau) -> Tensor:
-    return torch.stack([theta, theta.square(), theta**3, theta**4], -1) @ tab.dense.t()
-
-
-def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, tab: Tableau) -> Tensor:
-    """States of `sample` (Q,) at signed times `offset` (Q,) from its start; NaN beyond a
-    failure."""
+def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, method: str) -> Tensor:
+    """States of `sample` (Q,) at signed times `offset` (Q,) from its start; NaN after a failure."""
     if len(steps.h) == 0:
         return y0[sample]
     distance = offset.detach().abs()
-    rank = torch.searchsorted(steps.ends[sample], distance[:, None])[:, 0]
-    last = steps.counts[sample] - 1
-    index = steps.base[rank.minimum(last).clamp(min=0)] + steps.place[sample]
-    index = index.clamp(max=len(steps.h) - 1)
-    theta = (offset - steps.offset[index]) / steps.h[index]
-    y = _dense(steps.y[index], steps.hk[:, index], theta, tab)
+    at = torch.searchsorted(steps.ends[sample], distance[:, None])
+    row = steps.row[sample].gather(1, at)[:, 0]
+    theta = (offset - steps.offset[row]) / steps.h[row]
+    y = _dense(steps.y[row], steps.hk[:, row], theta, method)
     y = torch.where((distance == 0)[:, None], y0[sample], y)
-    beyond = ~steps.stats.success[sample] & (rank > last) & (distance > 0)
+    beyond = ~steps.stats.success[sample] & (at[:, 0] == steps.ends.shape[1] - 1)
     return y.masked_fill(beyond[:, None], math.nan)
 
 
 # Gradients of a solve are those of its accepted steps; a large or wide batch records them as it
-# goes. A small batch would spend its time on the many small calls: there the solve is repeated as
-# one batch. A step's stage inputs are known by then, so f is evaluated on the inputs of ALL steps
-# at once and its Jacobians come from n batched vector products; what remains sequential is one
-# small product per step.
-BATCHED_JACOBIAN = 8            # widest state
-SMALL_BATCH = 64
+# goes. A few samples would spend their time on many small calls: there all stages of all steps are
+# evaluated again as one batch, once their inputs are known. n vector products with it give the
+# Jacobians J of h f, and the stages of a step solve a triangular system,
+#     hk_i = J_i (y + sum_j a_ij hk_j), i > 0,
+# so that only one small product per step remains sequential.
+NARROW = 4                      # widest state that is unrolled
+FEW = 64                        # most samples
 
 
 class _Unroll(torch.autograd.Function):
-    """Identity on the packed (y, hk) whose backward returns gradients to y0 and to every f call."""
+    """Identity on the traced rows of (y, hk), whose backward gives gradients to y0, the states
+    `samples` are in when the trace begins, and to k, the values of f there and at `points`."""
 
     @staticmethod
-    def forward(ctx, k, y0, points, steps, tab):
+    def forward(ctx, k, y0, points, steps, kept, begin, samples, method):
         ctx.save_for_backward(k, points)
-        ctx.steps, ctx.tab = steps, tab
-        return steps.y.clone(), steps.hk.clone()
+        ctx.more = steps, kept, begin, samples, _tensors(method, (y0.dtype, y0.device))[2]
+        return steps.y[begin:].clone(), steps.hk[:, begin:].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_hk):
-        (k, points), steps, a = ctx.saved_tensors, ctx.steps, ctx.tab.a
-        stages, total, n = grad_hk.shape
-        jacobian = []
-        for j in range(n):
-            unit = torch.zeros_like(k)
-            unit[:, j] = 1
-            row = torch.autograd.grad(k, points, unit, retain_graph=True, allow_unused=True)[0]
-            jacobian.append(torch.zeros_like(k) if row is None else row)
-        later, h = (stages - 1) * total, steps.h.to(grad_y.dtype)[:, None, None]
-        first, jacobian = torch.stack(jacobian, 1).split([len(k) - later, later])
-        jacobian = jacobian.view(stages - 1, total, n, n) * h
-        # Cotangents of a step's hk and y, as rows: what comes from its own outputs, then what comes
-        # from each component of the cotangents of its end state and of the slope there.
-        g, gy = (v.new_zeros(*v.shape[:-1], 1 + 2 * n, n) for v in (grad_hk, grad_y))
-        unit = torch.eye(n, dtype=h.dtype, device=h.device)
-        g[..., 0, :], gy[:, 0], g[-1, :, 1 + n :] = grad_hk, grad_y, unit / h
-        for i in range(stages - 1, 0, -1):
-            at_stage = g[i] @ jacobian[i - 1]
-            if i == stages - 1:
-                at_stage[:, 1 : 1 + n] += unit
-            gy += at_stage
-            g[:i] += a[i, :i, None, None, None] * at_stage
-        both, later = torch.cat([gy, g[0] * h], -1), grad_y.new_zeros(total, 1, 2 * n)
-        base, carried = steps.base.tolist(), later[:0]
-        for lo, hi in reversed(list(itertools.pairwise(base))):
-            later[lo : lo + len(carried)] = carried
-            carried = both[lo:hi, :1] + later[lo:hi] @ both[lo:hi, 1:]
-        end, slope = carried.split(n, -1)
-        grad_k = (g[1:, :, :1] + later @ g[1:, :, 1:]) * h
-        grad_y0 = grad_y.new_zeros(len(steps.place), n)
-        grad_y0[steps.sample[: len(end)]] = (end + slope @ first)[:, 0]
-        return torch.cat([slope[:, 0], grad_k.reshape(-1, n)]), grad_y0, None, None, None
+        (k, points), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
+        (s, _, n), m, unit = grad_hk.shape, len(kept), torch.eye(k.shape[1]).to(k)
+        jacobian = torch.stack([torch.autograd.grad(k, points, row.expand_as(k), retain_graph=True)[0]
+                                for row in unit], 1)
+        first, h = jacobian[: len(samples)], steps.h[kept].to(k.dtype)[:, None, None]
+        later = jacobian[len(samples) :].view(s - 1, m, n, n).transpose(0, 1) * h[..., None]
+        jacobian = F.pad(later, (0, 0, 0, 0, 1, 0))             # (M, S, n, n)
+        # Cotangents of a step's hk, as rows: what comes from its own outputs, then what comes from
+        # each component of the cotangents of its end state and of the slope there.
+        g = k.new_zeros(m, 1 + 2 * n, s, n)
+        g[:, 0], g[:, 1 + n :, -1] = grad_hk[:, kept - begin].transpose(0, 1), unit / h
+        g[:, 1 : 1 + n] = a[-1][:, None] * unit[:, None]
+        system = torch.eye(s * n).to(k) - torch.einsum("ij,mipq->mipjq", a, jacobian).reshape(
+            m, s * n, s * n)
+        g = torch.linalg.solve_triangular(system, g.flatten(2), upper=False, left=False).view_as(g)
+        gy = torch.einsum("mrip,mipq->mrq", g, jacobian)
+        gy[:, 0] += grad_y[kept - begin]
+        gy[:, 1 : 1 + n] += unit
+        both, later = torch.cat([gy, g[:, :, 0] * h], -1), k.new_zeros(m, 1, 2 * n)
+        carried, sample = k.new_zeros(len(steps.row), 1, 2 * n), steps.sample[kept]
+        sizes = steps.attempt[kept].unique_consecutive(return_counts=True)[1].tolist()
+        for now in reversed(torch.arange(m, device=k.device).split(sizes)):
+            at = sample[now]
+            later[now] = carried[at]
+            carried[at] = both[now, :1] + later[now] @ both[now, 1:]
+        end, slope = carried[samples].split(n, -1)
+        grad_k = g[:, 0, 1:] + (later @ g[:, 1:, 1:].flatten(2)).view(m, s - 1, n)
+        grad_k = torch.cat([slope[:, 0], (grad_k * h).transpose(0, 1).reshape(-1, n)])
+        return grad_k, (end + slope @ first)[:, 0], *(None,) * 6
 
 
-def _stage_points(steps: _Steps, start: Tensor, tab: Tableau) -> tuple[Tensor, Tensor]:
-    """Times (S, N) and states (S, N, n) at which the stages of all steps evaluate f."""
-    points = steps.y + (tab.a @ steps.hk.reshape(len(tab.c), -1)).view_as(steps.hk)
-    return start[steps.sample] + steps.offset + tab.c[:, None] * steps.h, points
+def _stage_points(steps: _Steps, rows: Tensor, start: Tensor, method: str):
+    """Times (S, R) and states (S, R, n) at which the stages of these steps evaluate f."""
+    y, hk, h = steps.y[rows], steps.hk[:, rows], steps.h[rows]
+    c, _, a, _ = _tensors(method, (y.dtype, y.device))
+    times = start[steps.sample[rows]] + steps.offset[rows] + c * h
+    return times, y + (a @ hk.reshape(len(a), -1)).view_as(hk)
 
 
-def _trace(f: Callable, y0: Tensor, start: Tensor, steps: _Steps, tab: Tableau):
-    """`y` and `hk` of the same steps attached to the graph of y0, start and everything f uses."""
-    if len(steps.h) == 0:
-        return steps.y, steps.hk
-    rows = int(steps.base[1])
-    times, points = _stage_points(steps, start, tab)
-    times = torch.cat([times[0, :rows], times[1:].reshape(-1)])
-    points = torch.cat([points[0, :rows], points[1:].reshape(-1, y0.shape[1])]).requires_grad_()
-    k = f(times.to(y0.dtype), points)
-    if not k.requires_grad:                             # f depends neither on y nor on a parameter
-        k = k + 0 * points
-    return _Unroll.apply(k, y0, points, steps, tab)
+def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Steps:
+    """Attach the rows from `begin` on, where `samples` were in states y0 at times t, to the graph
+    of y0, start, t and everything f uses."""
+    kept = steps.accepted[steps.accepted >= begin]
+    times, points = _stage_points(steps, kept, start, method)
+    times = torch.cat([t, times[1:].reshape(-1)])
+    points = torch.cat([y0, points[1:].flatten(0, 1)]).detach().requires_grad_()
+    k = f(times.to(y0.dtype), points) + 0 * points          # depends on them, even if f does not
+    y, hk = _Unroll.apply(k, y0, points, steps, kept, begin, samples, method)
+    return steps._replace(y=torch.cat([steps.y[:begin], y]),
+                          hk=torch.cat([steps.hk[:, :begin], hk], 1))
 
 
 class _Adjoint(torch.autograd.Function):
@@ -436,15 +394,15 @@ class _Adjoint(torch.autograd.Function):
     quadrature over the finished steps, and takes one batched vector product."""
 
     @staticmethod
-    def forward(ctx, f, y0, times, tab, options, solved, *params):
-        ctx.f, ctx.tab, ctx.options = f, tab, options
+    def forward(ctx, f, y0, times, method, options, solved, *params):
+        ctx.more = f, method, options
         ctx.save_for_backward(solved, times, *params)
         return solved.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        f, tab, (ys, times, *params) = ctx.f, ctx.tab, ctx.saved_tensors
+        (f, method, options), (ys, times, *params) = ctx.more, ctx.saved_tensors
         n, samples = ys.shape[2], torch.arange(ys.shape[1], device=ys.device)
         slopes = f(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
         grad_t = (slopes * grad).sum(-1).to(times.dtype)
@@ -462,14 +420,15 @@ class _Adjoint(torch.autograd.Function):
         for i in range(len(times) - 1, 0, -1):
             s, span = torch.cat([ys[i], a], 1), times[i - 1] - times[i]
             fs = augmented(times[i].to(s.dtype), s)
-            steps = _march(augmented, s, fs, times[i], span, tab, **ctx.options)
+            steps = _march(augmented, s, fs, times[i], span, method, **options)
             if steps.message:
                 raise RuntimeError(f"adjoint: {steps.message}; grad='backprop' solves only once")
-            a = _interpolate(steps, samples, span, s, tab)[:, n:]
+            a = _interpolate(steps, samples, span, s, method)[:, n:]
             if params:
-                t, points = _stage_points(steps, times[i], tab)
-                theta = ((span[steps.sample] - steps.offset) / steps.h).clamp(max=1)
-                weight = (_dense_weights(theta, tab).t() * steps.h)[..., None].to(s.dtype)
+                rows = steps.accepted
+                t, points = _stage_points(steps, rows, times[i], method)
+                theta = ((span[steps.sample[rows]] - steps.offset[rows]) / steps.h[rows]).clamp(max=1)
+                weight = (_dense_weights(theta, method) * steps.h[rows])[..., None].to(s.dtype)
                 with torch.enable_grad():
                     k = f(t.reshape(-1).to(s.dtype), points[..., :n].reshape(-1, n))
                     pull = (points[..., n:] * weight).reshape(-1, n)
@@ -491,16 +450,16 @@ def _first_slope(f: Callable, t: Tensor, y: Tensor) -> Tensor:
     return fy
 
 
-def _check_problem(name: str, y0: Tensor, method: str, adaptive: str = "") -> Tableau:
+def _check_problem(name: str, y0: Tensor, method: str, adaptive: str = "") -> None:
     """`adaptive` names what cannot use a fixed-step method."""
     if not isinstance(y0, Tensor) or not y0.is_floating_point():
         got = getattr(y0, "dtype", type(y0))
         raise TypeError(f"{name} must be a floating point tensor, not {got}")
     if y0.dim() != 2 or y0.numel() == 0:
         raise ValueError(f"{name} must be (B, n) and not empty, not {tuple(y0.shape)}")
-    if adaptive and method in FIXED_STEP:
+    _check_choice("method", method, tuple(METHODS))
+    if adaptive and METHODS[method].error is None:
         raise ValueError(f"{adaptive} needs an adaptive method, not {method!r}")
-    return _tableau(method, y0.dtype, y0.device)
 
 
 def _check_times(t, y0: Tensor) -> Tensor:
@@ -509,24 +468,23 @@ def _check_times(t, y0: Tensor) -> Tensor:
     if t.dim() not in (1, 2) or t.shape[0] < 1 or (t.dim() == 2 and t.shape[1] != len(y0)):
         raise ValueError(f"t must be (T,) or (T, {len(y0)}) with T >= 1, not {tuple(t.shape)}")
     change = t.detach().diff(dim=0)
-    forward = change * (t[-1] - t[0]).detach().sign()
+    forward = change * (t[-1] - t[0]).detach()
     padding = (change != 0).flip(0).cumsum(0).flip(0) == 0 if t.dim() == 2 else False
-    if not bool(((forward > 0) | padding).all()) or not bool(t.isfinite().all()):
+    if not bool(((forward > 0) | padding).all() & t.isfinite().all()):
         raise ValueError("t must be finite and strictly increasing or strictly decreasing")
     return t if t.dim() == 2 else t[:, None].expand(-1, len(y0))
 
 
-def _fixed_step(f: Callable, t: Tensor, h: Tensor, y: Tensor, m: dict) -> Tensor:
-    scale, k = h.to(y.dtype)[:, None], [f(t.to(y.dtype), y)]
+def _fixed_step(f: Callable, t: Tensor, h: Tensor, y: Tensor, method: str) -> Tensor:
+    tab, scale, k = METHODS[method], h.to(y.dtype)[:, None], []
     combine = lambda weights: sum(w * k_i for w, k_i in zip(weights, k) if w)
-    for c, a in zip(m["c"], m["a"]):
-        k.append(f((t + c * h).to(y.dtype), y + scale * combine(a)))
-    return y + scale * combine(m["b"])
+    for c, row in zip(tab.c, tab.a):
+        k.append(f((t + c * h).to(y.dtype), y + scale * combine(row)))
+    return y + scale * combine(tab.b)
 
 
 def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tuple[Tensor, int]:
-    """Fixed steps through `times` (T, B): one per interval, or equal ones no longer than
-    step_size."""
+    """Through `times` (T, B) in one step per interval, or equal ones no longer than step_size."""
     ys, count = [y], 0
     for t, t1 in itertools.pairwise(times):
         parts = 1
@@ -534,7 +492,7 @@ def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tup
             parts = max(1, math.ceil(float((t1 - t).abs().max()) / step_size - 1e-9))
         h = (t1 - t) / parts
         for part in range(parts):
-            y = _fixed_step(f, t + part * h, h, y, METHODS[method])
+            y = _fixed_step(f, t + part * h, h, y, method)
         count += parts
         ys.append(y)
     return torch.stack(ys), count
@@ -557,62 +515,59 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     on_failure="mask" gives NaN rows from the failure on and stats.success False instead of an
     error. Solution.dense(t), t scalar or (B,), is any state in between (dense=True, adaptive
     methods)."""
-    tab, fixed = _check_problem("y0", y0, method), method in FIXED_STEP
+    _check_problem("y0", y0, method)
+    fixed = METHODS[method].error is None
     _check_choice("grad", grad, ("backprop", "adjoint", "none"))
     _check_choice("controller", controller, ("I", "PI"))
     _check_choice("on_failure", on_failure, ("raise", "mask"))
     _check_positive(rtol=rtol, atol=atol, step_size=step_size, max_steps=max_steps,
                     first_step=first_step)
-    times = _check_times(t, y0)
-    same_times = not isinstance(t, Tensor) or t.dim() == 1
-    if not per_sample and not same_times:
+    times, ts = _check_times(t, y0), torch.as_tensor(t)
+    if not per_sample and ts.dim() == 2:
         raise ValueError("per_sample=False takes one time grid t (T,), not one per sample")
     if fixed and (dense or grad == "adjoint"):
         raise ValueError(f"dense output and the adjoint need an adaptive method, not {method!r}")
     field = f
-    if not vector_time and fixed and same_times:
+    if not vector_time and fixed and ts.dim() == 1:
         field = lambda t, y: f(t[0], y)
     elif not vector_time:
         field = lambda t, y: torch.vmap(lambda t, y: f(t, y[None])[0])(t, y)
     tracing = grad != "none" and torch.is_grad_enabled()
     with torch.set_grad_enabled(tracing):
-        begin = (times[0].detach(), y0.detach()) if grad == "adjoint" else (times[0], y0)
-        f0 = _first_slope(field, *begin)
         if fixed:
+            _first_slope(field, times[0], y0)
             ys, count = _fixed(field, y0, times, method, step_size)
-            steps = torch.full((len(y0),), count, device=y0.device)
-            ok = ys[-1].detach().isfinite().all(-1)
-            stats = Stats(steps, 0 * steps, len(tab.c) * steps, ok)
-            return Solution(ys, torch.as_tensor(t), stats, None)
-    start, span = times[0], times[-1] - times[0]
+            taken, ok = torch.full((len(y0),), count, device=y0.device), ys[-1].isfinite().all(-1)
+            return Solution(ys, ts, Stats(taken, 0 * taken, len(METHODS[method].c) * taken, ok), None)
+        adjoint = tracing and grad == "adjoint"
+        f0 = _first_slope(field, *((times[0].detach(), y0.detach()) if adjoint else (times[0], y0)))
+    start, sample = times[0], torch.arange(len(y0), device=y0.device)
+    span = (times[-1] - start).detach()
     limits = dict(rtol=rtol, atol=atol, max_steps=max_steps, controller=controller,
                   shared=not per_sample)
     needs = tracing and (y0.requires_grad or times.requires_grad or f0.requires_grad)
-    record = needs and grad == "backprop"
-    with torch.set_grad_enabled(record):
-        steps = _march(field, y0, f0, start, span.detach(), tab, first_step=first_step, **limits)
-    if steps.message and on_failure == "raise":
-        raise RuntimeError(f"odeint: {steps.message}")
-    sample = torch.arange(len(y0), device=y0.device)
-    with torch.set_grad_enabled(record):
-        rest = (times[1:] - start).reshape(-1)
-        later = _interpolate(steps, sample.repeat(len(times) - 1), rest, y0, tab)
-        ys = torch.cat([y0[None], later.view(len(times) - 1, *y0.shape)])
-    if needs and grad == "adjoint":
+    with torch.set_grad_enabled(needs and not adjoint):
+        steps = _march(field, y0, f0, start, span, method, first_step=first_step, **limits)
+        if steps.message and on_failure == "raise":
+            raise RuntimeError(f"odeint: {steps.message}")
+        later = _interpolate(steps, sample.repeat(len(times) - 1), (times[1:] - start).reshape(-1),
+                             y0, method)
+        ys = torch.cat([y0[None], later.view(-1, *y0.shape)])
+    if needs and adjoint:
         if params is None:
             params = f.parameters() if isinstance(f, nn.Module) else []
             params = [p for p in params if p.requires_grad]
             if f0.requires_grad and not params:
                 raise ValueError("grad='adjoint' needs params= when f is not an nn.Module")
-        ys = _Adjoint.apply(field, y0, times, tab, limits, ys, *params)
+        ys = _Adjoint.apply(field, y0, times, method, limits, ys, *params)
 
     def evaluate(t) -> Tensor:
         at = torch.as_tensor(t, dtype=torch.float64, device=y0.device).expand(len(y0)) - start
         if bool(((at * span.sign() < -1e-12) | (at.abs() > span.abs() * (1 + 1e-12))).any()):
             raise ValueError("dense(t): t lies outside the solved interval")
-        return _interpolate(steps, sample, at, y0, tab)
+        return _interpolate(steps, sample, at, y0, method)
 
-    return Solution(ys, torch.as_tensor(t), steps.stats, evaluate if dense else None)
+    return Solution(ys, ts, steps.stats, evaluate if dense else None)
 
 
 # ---- events --------------------------------------------------------------------------------------
@@ -631,78 +586,83 @@ def _along_flow(guard: Callable, t: Tensor, y: Tensor, fy: Tensor) -> tuple[Tens
 
 
 class _Watch:
-    """Watches guards during `_march`, four times per step: `hit` (B, E), the sign `before` the
-    crossing, and the quarter of the step (`bracket` to `bracket` + 1/4) in which it lies."""
+    """Watches guards during `_march`, four times per step. `side` (B, E): their signs where the
+    sample is, or before the step in which one crossed 0 (`fired`)."""
 
-    def __init__(self, guard: Callable, direction: Tensor, t: Tensor, y: Tensor, fy: Tensor):
-        self.guard, self.direction = guard, direction
+    def __init__(self, guard, direction, t, y, fy, method):
+        self.guard, self.direction, self.method = guard, direction, method
         g, rate = _along_flow(guard, t, y, fy)
         # Right after an event the guard is zero up to rounding: the side it leaves to counts.
         near = g.abs() <= 1e-9 * rate.abs() * t.abs().clamp(min=1.0)[:, None].to(g)
         self.side = torch.where(near, rate, g).sign()
-        self.hit = torch.zeros_like(g, dtype=torch.bool)
-        self.before, self.bracket = torch.zeros_like(g), torch.zeros_like(g)
+        self.fired = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+
+    def signs(self, theta, t, h, y, hk) -> Tensor:
+        """(..., B, E) at fractions theta (..., B) of steps."""
+        states = _dense(y, hk, theta, self.method)
+        times = (t + theta * h).to(y.dtype)
+        g = self.guard(times.reshape(-1), states.reshape(-1, y.shape[1]))
+        return g.reshape(*theta.shape, -1).sign()
+
+    def crossed(self, side: Tensor, new: Tensor) -> Tensor:
+        return (side * new < 0) & ((self.direction == 0) | (self.direction == new))
+
+    def first(self, side, *step):
+        """The first quarter (B,) in which a guard crosses, the signs before it, whether one does
+        so, and the signs after the step."""
+        theta = torch.tensor((0.25, 0.5, 0.75, 1.0), dtype=torch.float64, device=side.device)
+        signs = self.signs(theta[:, None].expand(-1, len(side)), *step[:3], step[3][:, None])
+        low, before, fired = torch.zeros_like(step[1]), side, torch.zeros_like(self.fired[: len(side)])
+        for q, new in enumerate(signs):
+            before = torch.where(fired[:, None], before, side)
+            low = torch.where(fired, low, q / 4)
+            fired = fired | self.crossed(side, new).any(-1)
+            side = torch.where(new == 0, side, new)
+        return low, before, fired, side
 
     @torch.no_grad()
-    def __call__(self, rows, t, h, y, hk, ok, tab) -> Tensor:
-        theta = torch.tensor((0.25, 0.5, 0.75, 1.0), dtype=torch.float64, device=y.device)
-        theta = theta[:, None].expand(-1, len(y))
-        states = _dense(y, hk[:, None], theta, tab)
-        times = (t + theta * h).to(y.dtype)
-        g = self.guard(times.reshape(-1), states.reshape(-1, y.shape[1])).reshape(*theta.shape, -1)
-        side, hit = self.side[rows], torch.zeros_like(g[0], dtype=torch.bool)
-        before, bracket = side, torch.zeros_like(g[0])
-        for q, new in enumerate(g.sign()):
-            new = torch.where(new == 0, side, new)
-            wanted = (self.direction == 0) | (self.direction == new)
-            crossed = (new != side) & (side != 0) & wanted & ~hit & ok[:, None]
-            hit |= crossed
-            before = torch.where(crossed, side, before)
-            bracket = bracket.masked_fill(crossed, q / 4)
-            side = new
-        self.side[rows] = torch.where(ok[:, None], side, self.side[rows])
-        fired = hit.any(-1)
-        at = rows[fired]
-        self.hit[at], self.before[at], self.bracket[at] = hit[fired], before[fired], bracket[fired]
+    def __call__(self, rows, t, h, y, hk, ok) -> Tensor:
+        _, _, fired, side = self.first(self.side[rows], t, h, y, hk)
+        fired = fired & ok
+        self.side[rows] = torch.where((ok & ~fired)[:, None], side, self.side[rows])
+        self.fired[rows] = fired | self.fired[rows]
         return fired
 
 
-def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits):
+def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limits):
     """Solve each sample from `start` to its first event or t_max: (EventResult, steps).
 
     The root is bracketed on the dense output, then polished by Newton on the true flow (the last
     step is taken again to the event). With t*, y* of that constant-size step attached to the graph,
         t_event = t* - g(t*, y*) / (g_t + g_y f),   y_event = y* + f(y*) (t_event - t*)
     have the right values (g = 0) and, by the implicit function theorem, the right derivatives."""
-    begin, pick = start.detach(), lambda g, index: g.gather(1, index[:, None])[:, 0]
+    begin = start.detach()
     f0 = _first_slope(f, start, y0)
     needs = torch.is_grad_enabled() and any(v.requires_grad for v in (f0, y0, start))
     with torch.no_grad():
-        watch = _Watch(guard, direction, begin, y0, f0)
+        watch = _Watch(guard, direction, begin, y0, f0, method)
     with torch.set_grad_enabled(needs):
-        steps = _march(f, y0, f0, start, t_max - begin, tab, watch=watch, **limits)
+        steps = _march(f, y0, f0, start, t_max - begin, method, watch=watch, **limits)
     if steps.message:
         raise RuntimeError(f"event search: {steps.message}")
-    last = steps.base[steps.counts - 1] + steps.place
-    offset, h = steps.offset[last], steps.h[last]
+    last, fired = steps.row[:, -1], watch.fired
+    offset, h, y, hk = steps.offset[last], steps.h[last], steps.y[last], steps.hk[:, last]
+    along = lambda at, y, fy: (v.gather(1, which[:, None])[:, 0]
+                               for v in _along_flow(guard, at, y, fy))
     with torch.no_grad():
-        y, hk, t = steps.y[last], steps.hk[:, last], begin + offset
-        rows, event = watch.hit.nonzero(as_tuple=True)
-        low, before, width = watch.bracket[rows, event].double(), watch.before[rows, event], 0.25
-        for _ in range(30 if len(rows) else 0):
+        step, slope = (begin + offset, h, y, hk), hk[0] / h.to(y.dtype)[:, None]
+        low, before, _, _ = watch.first(watch.side, *step)
+        width = 0.25
+        for _ in range(30):
             width /= 2
-            theta = low + width
-            state = _dense(y[rows], hk[:, rows], theta, tab)
-            g = guard((t[rows] + theta * h[rows]).to(y.dtype), state).reshape(len(rows), -1)
-            low = torch.where(pick(g, event).sign() * before >= 0, theta, low)
-        root = torch.full_like(watch.bracket, math.inf, dtype=torch.float64)
-        root[rows, event] = low + width
-        theta, which = root.min(1)                           # ties: the lowest index
-        fired = theta < math.inf
-        best, fy = torch.where(fired, theta, 1.0) * h, hk[0] / h.to(y.dtype)[:, None]
+            over = watch.crossed(before, watch.signs(low + width, *step)).any(-1)
+            low = torch.where(over, low, low + width)
+        over = watch.crossed(before, watch.signs(low + width, *step))
+        which = over.to(torch.uint8).argmax(1)                  # ties: the lowest index
+        best = torch.where(fired, low + width, 1.0) * h
         for _ in range(3):
-            y1, f1, _ = _attempt(f, t, best, y, fy, tab)
-            g, rate = (pick(v, which).double() for v in _along_flow(guard, t + best, y1, f1))
+            y1, f1, _ = _attempt(f, step[0], best, y, slope, method)
+            g, rate = (v.double() for v in along(step[0] + best, y1, f1))
             shift = torch.where(fired & (rate.abs() > grazing_tol), g / rate, 0.0)
             best = torch.minimum((best - shift.clamp(-0.01 * h, 0.01 * h)).clamp(min=0), h)
         grazing = fired & (rate.abs() <= grazing_tol)
@@ -711,12 +671,12 @@ def _to_event(f, y0, start, t_max, guard, direction, tab, grazing_tol, **limits)
         raise RuntimeError(f"sample {row} touches guard {int(which[row])} without crossing it: the "
                            "event time has no derivative")
     with torch.set_grad_enabled(needs):
-        fy = steps.hk[0, last] / h.to(y.dtype)[:, None]
-        state, f1, hk = _attempt(f, start + offset, best, steps.y[last], fy, tab)
-        steps.h[last], steps.hk[:, last] = best, hk
-        steps.ends[torch.arange(len(y)), steps.counts - 1] = offset + best
+        slope = hk[0] / h.to(y.dtype)[:, None]
+        state, f1, hk = _attempt(f, start + offset, best, y, slope, method)
+        steps = steps._replace(h=steps.h.index_copy(0, last, best),
+                               hk=steps.hk.index_copy(1, last, hk))
         reached, f1 = start + offset + best, f1.detach()
-        g, rate = (pick(v, which) for v in _along_flow(guard, reached, state, f1))
+        g, rate = along(reached, state, f1)
         rate = rate.detach()
         moved = reached - torch.where(fired & (rate != 0), g / rate, torch.zeros_like(g))
         t_event = torch.where(fired, moved, t_max)
@@ -733,7 +693,7 @@ def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, directi
     times per step, so that two crossings within a step are seen. A guard that is 0 at t0 does not
     fire there. A guard that is only touched (slope below grazing_tol) gives no gradient:
     RuntimeError."""
-    tab = _check_problem("y0", y0, method, "odeint_event")
+    _check_problem("y0", y0, method, "odeint_event")
     _check_choice("controller", controller, ("I", "PI"))
     _check_positive(rtol=rtol, atol=atol, max_steps=max_steps, first_step=first_step)
     start, end = (torch.as_tensor(v, dtype=torch.float64, device=y0.device).expand(len(y0))
@@ -743,7 +703,7 @@ def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, directi
     direction = torch.as_tensor(direction, device=y0.device).to(y0.dtype)
     if not bool((direction.abs().eq(1) | direction.eq(0)).all()):
         raise ValueError("direction must be -1, 0 or 1")
-    return _to_event(f, y0, start, end, guard, direction, tab, grazing_tol, rtol=rtol, atol=atol,
+    return _to_event(f, y0, start, end, guard, direction, method, grazing_tol, rtol=rtol, atol=atol,
                      max_steps=max_steps, first_step=first_step, controller=controller)[0]
 
 
@@ -925,7 +885,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
     Random events use the time change: dLambda_i/dt = lambda_i joins the state, and event i is the
     zero of Lambda_i - s_i, s_i ~ Exp(1). At an output time equal to an event time `ys` is the state
     after."""
-    tab = _check_problem("x0", x0, method, "odeint_hybrid")
+    _check_problem("x0", x0, method, "odeint_hybrid")
     _check_positive(max_events=max_events, rtol=rtol, atol=atol)
     t = torch.as_tensor(t, dtype=torch.float64, device=x0.device)
     if t.dim() != 1 or len(t) < 2 or not bool((t.diff() > 0).all()):
@@ -963,7 +923,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
         thresholds = clocks.draw(rows)
         s = torch.cat([x, torch.zeros_like(thresholds), thresholds, z[:, None].to(x.dtype)], 1)
         (stop, y, which, fired), steps = _to_event(flow, s, start, t[-1].expand(len(rows)), guard,
-                                                   direction, tab, 0.0, rtol=rtol, atol=atol)
+                                                   direction, method, 0.0, rtol=rtol, atol=atol)
         clocks.record(rows, which[:, None] == torch.tensor(ids, device=device))
         x_pre, x_post, z_post = y[:, :n], y[:, :n], z
         for i, event in enumerate(events):
@@ -971,7 +931,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
                 x_post = _on_rows(which == i, event.jump, stop.to(x.dtype), x_pre, x_post)
             if event.target is not None:
                 z_post = torch.where(which == i, event.target, z_post)
-        state = lambda row, k: _interpolate(steps, row, t[k] - start[row], s, tab)[:, :n]
+        state = lambda row, k: _interpolate(steps, row, t[k] - start[row], s, method)[:, :n]
         return _Leg(torch.where(fired, stop, math.inf), which, x_pre, x_post, z_post, state)
 
     terminal = torch.tensor([e.terminal for e in events], device=device)
@@ -1743,7 +1703,7 @@ class NHA(nn.Module):
             return self._exact(x0, q, tau.flatten(), row).view(*tau.shape, x0.shape[1])
         ys, f = [x0], lambda t, x: self.decoder(t, x, q)
         for step in tau.diff(dim=1).unbind(1):
-            ys.append(_fixed_step(f, t[:, 0], step, ys[-1], METHODS["rk4"]))
+            ys.append(_fixed_step(f, t[:, 0], step, ys[-1], "rk4"))
         return torch.stack(ys, 1)
 
     def _exact(self, x0: Tensor, q: Tensor, tau: Tensor, row: Tensor) -> Tensor:
