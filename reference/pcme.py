@@ -360,8 +360,9 @@ def sample_gaussian(mu: Tensor, logsigma: Tensor, num_samples: int,
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m): |x - y|^2 by one matrix product."""
-    product = torch.addmm(y.square().sum(-1), x, y.T, alpha=-2)
-    return product.add_(x.square().sum(-1, keepdim=True)).clamp_(min=0)
+    norm = torch.linalg.vector_norm
+    product = torch.addmm(norm(y, dim=-1).square(), x, y.T, alpha=-2)
+    return product.add_(norm(x, dim=-1, keepdim=True).square()).clamp_(min=0)
 
 
 def _logits(q: Tensor, g: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
