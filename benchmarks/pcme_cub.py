@@ -23,19 +23,8 @@ from pathlib import Path
 import figures
 import harness
 import torch
-from pcme_coco import (
-    AUGMENTED,
-    METHODS,
-    Problem,
-    Settings,
-    caption_set,
-    encode,
-    gap,
-    run_name,
-    spread,
-    start_study,
-    train_method,
-)
+from pcme_coco import (AUGMENTED, METHODS, Problem, Settings, ab, caption_set, encode, gap,
+                       run_name, spread, start_study, train_method, vocabulary)
 from torch import nn
 
 from data_tools import captions, synthetic
@@ -45,18 +34,16 @@ TERMS = {"shift": 5.0, "vib_beta": 1e-3, "uniform_lambda": 10.0}
 PRESETS = {
     "default": Settings(batch=20, **TERMS),
     "tiny": Settings(side=32, embed_dim=16, word_dim=8, batch=20, samples=3, **TERMS),
-    "paper": Settings(
-        "resnet50", 224, 512, 300, 150, **pcme.RECIPES["cub"], log_sigma=None, **TERMS, **AUGMENTED
-    ),
+    "paper": Settings("resnet50", 224, 512, 300, 150, **pcme.RECIPES["cub"], log_sigma=None,
+                      **TERMS, **AUGMENTED),
 }
 
 
 class NoAttention(nn.Module):
     """Takes the place of attention pooling: nothing local is read."""
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor,
+                mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return x.new_zeros(len(x), x.shape[2]), x.new_zeros(*x.shape[:2], 1)
 
 
@@ -65,9 +52,7 @@ def without_attention(tower: nn.Module) -> None:
 
 
 def bounded_sigma(tower: nn.Module) -> None:
-    """The uncertainty head with what the paper leaves out, a sigmoid and a LayerNorm as in the
-    mean's head.
-    """
+    """The uncertainty head with the mean's sigmoid and LayerNorm, which the paper leaves out."""
     head = tower.uncertain_net
     head.layer_norm = nn.LayerNorm(head.fc.out_features)
     nn.init.constant_(head.layer_norm.bias, head.fc.bias[0].item())
@@ -76,12 +61,11 @@ def bounded_sigma(tower: nn.Module) -> None:
 
 
 def scalar_sigma(tower: nn.Module) -> None:
-    tower.uncertain_net.register_forward_hook(
-        lambda m, _, out: {
-            **out,
-            "logsigma": out["logsigma"].mean(1, keepdim=True).expand_as(out["logsigma"]),
-        }
-    )
+    def averaged(module, arguments, out):
+        l = out["logsigma"]
+        return {**out, "logsigma": l.mean(1, keepdim=True).expand_as(l)}
+
+    tower.uncertain_net.register_forward_hook(averaged)
 
 
 # name: (method of pcme_coco, changed settings, change of a tower, paper's R-Precision i2t, t2i)
@@ -96,34 +80,23 @@ VARIANTS = {
     "triplet": ("triplet", {}, None, "22.4 22.6"),
     "hard triplet": ("hard triplet", {}, None, "22.3 20.5"),
 }
-SPACE = {
-    **dict.fromkeys(pcme.POINTS, "N"),
-    **dict.fromkeys(pcme.GAUSSIANS, "2 N"),
-    **dict.fromkeys(pcme.SAMPLED, "J N"),
-    "matmul": "N",
-}
+SPACE = {**dict.fromkeys(pcme.POINTS, "N"), **dict.fromkeys(pcme.GAUSSIANS, "2 N"),
+         **dict.fromkeys(pcme.SAMPLED, "J N"), "matmul": "N"}
+JUDGED = ("i2t_r_precision", "t2i_r_precision")
+SHOWN = {"i2t_r_precision": "i2t R-P", "t2i_r_precision": "t2i R-P", "i2t_recall_1": "i2t R@1",
+         "t2i_recall_1": "t2i R@1"}
 
 
 def embedded(settings: Settings, tiny: bool) -> Problem:
-    """20 classes to train on; the other 10, another colour for every shape and each colour at
-    least once, to test.
-    """
-    shapes, hues = len(synthetic.SHAPES), len(synthetic.HUES)
-    unseen = torch.tensor(
-        [
-            hue * shapes + kind
-            for hue in range(hues)
-            for kind in range(shapes)
-            if (hue - kind) % 3 == 0
-        ]
-    )
-    seen = torch.tensor([c for c in range(hues * shapes) if c not in unseen.tolist()])
-    sets = []
+    """20 classes to train on, 10 to test: every shape and colour is among both."""
+    classes = torch.arange(len(synthetic.HUES) * len(synthetic.SHAPES))
+    hue, shape = classes // len(synthetic.SHAPES), classes % len(synthetic.SHAPES)
+    held_out, sets = (hue - shape) % 3 == 0, []
+    seen, unseen = classes[~held_out], classes[held_out]
     for seed, classes, each in ((30, seen, 2 if tiny else 30), (31, unseen, 2 if tiny else 20)):
         labels = classes.repeat(each)
-        scenes = synthetic.captioned_shapes(
-            len(labels), settings.side, seed, captions=10, objects=1, labels=labels
-        )
+        scenes = synthetic.captioned_shapes(len(labels), settings.side, seed, captions=10,
+                                            objects=1, labels=labels)
         sets.append(caption_set(scenes, labels))
     return Problem(*sets, captions.Vocabulary.of(sets[0].captions, pcme.tokenize))
 
@@ -133,59 +106,33 @@ def folder(run: harness.Run) -> Problem:
     omit = captions.seen_test_images(lists) if lists else ()
     train = captions.cub_captions(root, captions.cub_classes("trainval", lists), omit=omit)
     test = captions.cub_captions(root, captions.cub_classes("test", lists))
-    words = run.args.vocabulary
-    return Problem(
-        train,
-        test,
-        (
-            captions.Vocabulary.load(words, pcme.tokenize)
-            if words
-            else captions.Vocabulary.of(train.captions, pcme.tokenize)
-        ),
-    )
+    return Problem(train, test, vocabulary(run, train))
 
 
 def scores(codes: dict, criterion: nn.Module, method: str, samples: int, seed: int) -> torch.Tensor:
     """(Ni, Nc) by any inference score."""
-    generator = torch.Generator(codes["image_mu"].device).manual_seed(seed)
-    mus, sigmas = (
-        [codes[f"{kind}_{key}"] for kind in ("image", "caption")] for key in ("mu", "logsigma")
-    )
-    if method in pcme.SAMPLED or method == "matmul":
-        return pcme.pairwise_similarity(
-            *(pcme.sample_gaussian(m, l, samples, generator) for m, l in zip(mus, sigmas)),
-            method,
-            shift=criterion.shift.item(),
-            negative_scale=criterion.negative_scale.item(),
-        )
+    mus, sigmas = ([codes[f"{kind}_{key}"] for kind in ("image", "caption")]
+                   for key in ("mu", "logsigma"))
     if method in pcme.POINTS:
         return pcme.pairwise_similarity(*mus, method)
-    return pcme.pairwise_similarity(
-        *mus,
-        method,
-        *sigmas,
-        shift=criterion.shift.item(),
-        negative_scale=criterion.negative_scale.item(),
-    )
+    if method in pcme.SAMPLED:
+        generator = torch.Generator(mus[0].device).manual_seed(seed)
+        mus = [pcme.sample_gaussian(m, l, samples, generator) for m, l in zip(mus, sigmas)]
+        sigmas = ()
+    return pcme.pairwise_similarity(*mus, method, *sigmas, **ab(criterion))
 
 
 def judge(sim: torch.Tensor, test: captions.CaptionSet) -> dict[str, float]:
-    ways = {
-        "i2t": (sim, test.classes, test.classes[test.owner]),
-        "t2i": (sim.T, test.classes[test.owner], test.classes),
-    }
-    return {
-        f"{way}_{name}": value
-        for way, arguments in ways.items()
-        for name, value in pcme.cub_metrics(*arguments, percent=True).items()
-    }
+    labels = test.classes[test.owner]
+    return {f"{way}_{name}": value for way, arguments in (
+                ("i2t", (sim, test.classes, labels)), ("t2i", (sim.T, labels, test.classes)))
+            for name, value in pcme.cub_metrics(*arguments, percent=True).items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
-    parser.add_argument(
-        "--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows of the table"
-    )
+    parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS),
+                        help="rows of the table")
     parser.add_argument("--lists", type=Path, help="folder of the published lists")
     run, settings = start_study(parser, PRESETS, argv)
     problem = folder(run) if run.args.data else embedded(settings, run.args.preset == "tiny")
@@ -197,24 +144,18 @@ def main(argv: list[str] | None = None) -> None:
             make, sampled = METHODS[method]
             own = settings._replace(**changes)
             criterion = make(own)
-            model = train_method(
-                run, name, problem, own, criterion, sampled, seed, pairs="classes", adapt=adapt
-            )
+            model = train_method(run, name, problem, own, criterion, sampled, seed, pairs="classes",
+                                 adapt=adapt)
             codes = encode(run, model, problem.test, problem.vocabulary, own.side)
-            result = judge(
-                scores(
-                    codes, criterion, "log_matching_prob" if sampled else "mean", own.samples, seed
-                ),
-                problem.test,
-            )
+
+            def judged(method: str, samples: int) -> dict[str, float]:
+                return judge(scores(codes, criterion, method, samples, seed), problem.test)
+
+            result = judged("log_matching_prob" if sampled else "mean", own.samples)
             for kind in ("image", "caption"):
-                result[f"{kind} log sigma"] = (
-                    codes[f"{kind}_logsigma"].mean().item() if sampled else None
-                )
+                sigma = codes[f"{kind}_logsigma"].mean().item()
+                result[f"{kind} log sigma"] = sigma if sampled else None
             if variant == "PCME":
-                judged = lambda *choice: judge(
-                    scores(codes, criterion, *choice, seed), problem.test
-                )  # noqa: E731
                 result["scores"] = {m: judged(m, own.samples) for m in pcme.METHODS}
                 result["samples"] = {j: judged("log_matching_prob", j) for j in (1, 3, 7, 15)}
             run.record(name, result)
@@ -222,111 +163,68 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def finish(run: harness.Run) -> None:
-    rows_of = {
-        variant: [run.recorded(run_name(variant, seed)) for seed in run.seeds]
-        for variant in run.args.methods
-    }
-    column = lambda rows, name: [row[name] for row in rows]  # noqa: E731
-    shown = {
-        "i2t_r_precision": "i2t R-P",
-        "t2i_r_precision": "t2i R-P",
-        "i2t_recall_1": "i2t R@1",
-        "t2i_recall_1": "t2i R@1",
-    }
-    sigma = lambda rows, kind: (
-        "-" if rows[0][kind] is None else f"{statistics.mean(column(rows, kind)):.2f}"
-    )  # noqa: E731
-    tables = {
-        "training": [
-            {
-                "training": variant,
-                **{title: spread(column(rows, name)) for name, title in shown.items()},
-                "image log sigma": sigma(rows, "image log sigma"),
-                "caption log sigma": sigma(rows, "caption log sigma"),
-                "paper, CUB R-P": VARIANTS[variant][3] or "-",
-            }
-            for variant, rows in rows_of.items()
-        ]
-    }
+    rows_of = {variant: [run.recorded(run_name(variant, seed)) for seed in run.seeds]
+               for variant in run.args.methods}
+    tables = {"training": [
+        {"training": variant, **shown(rows), "image log sigma": sigma(rows, "image"),
+         "caption log sigma": sigma(rows, "caption"), "paper, CUB R-P": VARIANTS[variant][3] or "-"}
+        for variant, rows in rows_of.items()]}
     claims, ours = [], rows_of.get("PCME")
+
+    def compare(name: str, claim: str, first: list, second: list, paper: float | None) -> None:
+        gain, holds = gap(column(first, name), column(second, name))
+        claims.append({"claim": f"{claim}, {SHOWN[name]} (points)", "paper": paper,
+                       "this run": gain, "holds": holds})
+
     for other in [v for v in rows_of if v != "PCME"] if ours else []:
-        for name in ("i2t_r_precision", "t2i_r_precision"):
-            gain, holds = gap(column(ours, name), column(rows_of[other], name))
-            claims.append(
-                {
-                    "claim": f"PCME above {other}, {shown[name]} (points)",
-                    "paper": difference(other, name.startswith("t2i")),
-                    "this run": gain,
-                    "holds": holds,
-                }
-            )
+        for which, name in enumerate(JUDGED):
+            compare(name, f"PCME above {other}", ours, rows_of[other], difference(other, which))
     if ours:
-        score_rows = {m: [row["scores"][m] for row in ours] for m in pcme.METHODS}
-        tables["scores of PCME"] = [
-            {
-                "score": m,
-                "numbers kept (D)": SPACE[m],
-                **{title: spread(column(rows, name)) for name, title in shown.items()},
-            }
-            for m, rows in score_rows.items()
-        ]
-        for name in ("i2t_r_precision", "t2i_r_precision"):
-            gain, holds = gap(
-                column(score_rows["log_matching_prob"], name), column(score_rows["mean"], name)
-            )
-            claims.append(
-                {
-                    "claim": f"match probability above means only, {shown[name]} (points)",
-                    "paper": 1.6 if name[0] == "i" else 1.2,
-                    "this run": gain,
-                    "holds": holds,
-                }
-            )
+        scored = {method: [row["scores"][method] for row in ours] for method in pcme.METHODS}
+        tables["scores of PCME"] = [{"score": method, "numbers kept (D)": SPACE[method],
+                                     **shown(rows)} for method, rows in scored.items()]
+        for name, paper in zip(JUDGED, (1.6, 1.2)):
+            compare(name, "match probability above means only", scored["log_matching_prob"],
+                    scored["mean"], paper)
     if run.figures and run.is_main:
-        names = ("i2t_r_precision", "t2i_r_precision")
-        bars = {
-            shown[n]: (
-                [statistics.mean(column(rows, n)) for rows in rows_of.values()],
-                [statistics.pstdev(column(rows, n)) for rows in rows_of.values()],
-            )
-            for n in names
-        }
-        figures.bar_chart(
-            run.figures / "pcme_cub_training.png",
-            list(rows_of),
-            bars,
-            title="R-Precision on unseen classes",
-            ylabel="percent",
-            size=(1180, 380),
-        )
-        if ours:
-            counts = list(ours[0]["samples"])
-            figures.line_chart(
-                run.figures / "pcme_cub_samples.png",
-                {
-                    shown[n]: (
-                        [int(j) for j in counts],
-                        [statistics.mean(row["samples"][j][n] for row in ours) for j in counts],
-                    )
-                    for n in names
-                },
-                markers=True,
-                title="R-Precision by number of samples J",
-                xlabel="J",
-                ylabel="percent",
-                size=(460, 320),
-            )
+        draw(run, rows_of)
     run.finish(claims, tables)
+
+
+def column(rows: list[dict], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def shown(rows: list[dict]) -> dict[str, str]:
+    return {title: spread(column(rows, name)) for name, title in SHOWN.items()}
+
+
+def sigma(rows: list[dict], kind: str) -> str:
+    values = column(rows, f"{kind} log sigma")
+    return "-" if values[0] is None else f"{statistics.mean(values):.2f}"
+
+
+def draw(run: harness.Run, rows_of: dict[str, list[dict]]) -> None:
+    bars = {SHOWN[n]: ([statistics.mean(column(rows, n)) for rows in rows_of.values()],
+                       [statistics.pstdev(column(rows, n)) for rows in rows_of.values()])
+            for n in JUDGED}
+    figures.bar_chart(run.figures / "pcme_cub_training.png", list(rows_of), bars,
+                      title="R-Precision on unseen classes", ylabel="percent", size=(1180, 380))
+    if "PCME" in rows_of:
+        samples = column(rows_of["PCME"], "samples")
+        lines = {SHOWN[n]: ([int(j) for j in samples[0]],
+                            [statistics.mean(row[j][n] for row in samples) for j in samples[0]])
+                 for n in JUDGED}
+        figures.line_chart(run.figures / "pcme_cub_samples.png", lines, markers=True,
+                           title="R-Precision by number of samples J", xlabel="J", ylabel="percent",
+                           size=(460, 320))
 
 
 def difference(other: str, which: int) -> float | None:
     """Published PCME minus another published row."""
     values = (VARIANTS[other][3] or "- -").split()
-    return (
-        None
-        if values[which] == "-"
-        else round(float(VARIANTS["PCME"][3].split()[which]) - float(values[which]), 1)
-    )
+    ours = VARIANTS["PCME"][3].split()
+    return None if values[which] == "-" else round(float(ours[which]) - float(values[which]), 1)
 
 
 if __name__ == "__main__":

@@ -21,24 +21,15 @@ import figures
 import harness
 import numpy as np
 import torch
-from pcme_coco import (
-    METHODS,
-    PRESETS,
-    Problem,
-    add_data_arguments,
-    build_model,
-    embedded,
-    encode,
-    folder,
-    similarities,
-    train_method,
-)
+from pcme_coco import (METHODS, PRESETS, Problem, add_data_arguments, build_model, encode,
+                       image_batches, load, similarities, train_method)
 from torch import nn
 
 from data_tools import captions, loader, synthetic
 from reference import pcme
 
 RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
+WAYS = {"image": "i2t", "caption": "t2i"}
 MATCH_STEPS = (1, 2, 4, 10, 30, 100)  # captions by the number of images they fit
 
 
@@ -66,71 +57,41 @@ def spearman(x, y) -> float:
 
 
 @torch.no_grad()
-def study(
-    run: harness.Run, model: pcme.PCME, criterion: nn.Module, problem: Problem, seed: int
-) -> dict:
+def study(run: harness.Run, model: pcme.PCME, criterion: nn.Module, problem: Problem,
+          seed: int) -> dict:
     """All figures of one model on the test set."""
     settings, test, vocabulary = PRESETS[run.args.preset], problem.test, problem.vocabulary
     codes = encode(run, model, test, vocabulary, settings.side)
-    u = {
-        kind: pcme.uncertainty(codes[f"{kind}_logsigma"]).cpu().numpy()
-        for kind in ("image", "caption")
-    }
+    u = {kind: pcme.uncertainty(codes[f"{kind}_logsigma"]).cpu().numpy() for kind in WAYS}
     sim = similarities(codes, criterion, settings.samples, seed)["match probability"]
-    own = torch.arange(len(test), device=sim.device)[:, None] == torch.from_numpy(test.owner).to(
-        sim.device
-    )
+    own = torch.from_numpy(np.arange(len(test))[:, None] == test.owner).to(sim.device)
     bins = {}
     for kind, scores, matches in (("image", sim, own), ("caption", sim.T, own.T)):
         best = scores.masked_fill(~matches, -torch.inf).amax(1, keepdim=True)
         found = ((scores > best).sum(1) < run.args.recall).float().cpu().numpy()
         bins[kind] = pcme.uncertainty_bins(u[kind], found, run.args.bins)
 
-    transform = (
-        None
-        if isinstance(test.images, torch.Tensor)
-        else loader.EvalTransform(settings.side, 0.875, "bilinear")
-    )
-    batches = loader.Loader(
-        test.first(1000),
-        250,
-        transform=transform,
-        device=run.device,
-        normalize=(loader.IMAGENET_MEAN, loader.IMAGENET_STD),
-    )
-    images = torch.cat([batch for batch, _ in batches])
+    def sigma(encode, *inputs) -> np.ndarray:
+        return pcme.uncertainty(encode(*inputs, num_samples=0)["logsigma"]).cpu().numpy()
+
+    images = torch.cat([x for x, _ in image_batches(run, test.first(1000), settings.side)])
     tokens, lengths = (x.to(run.device) for x in vocabulary(test.captions[:5000]))
-    code = (
-        lambda encode, *inputs: pcme.uncertainty(encode(*inputs, num_samples=0)["logsigma"])
-        .cpu()
-        .numpy()
-    )  # noqa: E731
-    hidden = np.stack(
-        [code(model.encode_image, pcme.occlude(images, ratio, seed)) for ratio in RATIOS]
-    )
-    dropped = np.stack(
-        [
-            code(model.encode_text, *pcme.drop_words(tokens, lengths, ratio, seed))
-            for ratio in RATIOS
-        ]
-    )
+    hidden = np.stack([sigma(model.encode_image, pcme.occlude(images, ratio, seed))
+                       for ratio in RATIOS])
+    dropped = np.stack([sigma(model.encode_text, *pcme.drop_words(tokens, lengths, ratio, seed))
+                        for ratio in RATIOS])
     words = np.array([len(vocabulary.ids(caption)) for caption in test.captions])
+    share = lambda rows: spearman(np.repeat(RATIOS, rows.shape[1]), rows.ravel())  # noqa: E731
     result = {
         "occlusion": hidden.mean(1),
         "word drop": dropped.mean(1),
         "words": by_value(words, u["caption"]),
-        "spearman": {
-            "image, area hidden": spearman(np.repeat(RATIOS, hidden.shape[1]), hidden.ravel()),
-            "caption, share of words dropped": spearman(
-                np.repeat(RATIOS, dropped.shape[1]), dropped.ravel()
-            ),
-            "caption, number of words": spearman(words, u["caption"]),
-        },
+        "spearman": {"image, area hidden": share(hidden),
+                     "caption, share of words dropped": share(dropped),
+                     "caption, number of words": spearman(words, u["caption"])},
         "bins": bins,
-        "extremes": {
-            kind: np.argsort(values, kind="stable")[[*range(8), *range(-8, 0)]]
-            for kind, values in u.items()
-        },
+        "extremes": {kind: np.argsort(values, kind="stable")[[*range(8), *range(-8, 0)]]
+                     for kind, values in u.items()},
     }
     if problem.plausible is not None:
         matches = problem.plausible.sum(0).numpy()
@@ -148,9 +109,8 @@ def by_value(key: np.ndarray, values: np.ndarray) -> dict[int, float]:
 
 
 @torch.no_grad()
-def plane(
-    run: harness.Run, model: pcme.PCME, vocabulary: captions.Vocabulary
-) -> dict[str, list[float]]:
+def plane(run: harness.Run, model: pcme.PCME,
+          vocabulary: captions.Vocabulary) -> dict[str, list[float]]:
     """{caption: [mu x, y, sigma x, y]} on the two main directions of the captions' means."""
     texts = ["a shape", *(f"a {hue} shape" for hue in synthetic.HUES)]
     texts += [f"a {hue} {kind}" for hue in ("red", "blue") for kind in ("disc", "cross")]
@@ -164,9 +124,8 @@ def plane(
 
 
 def draw_plane(path: Path, ellipses: dict[str, list]) -> None:
-    reach = 1.25 * max(
-        abs(v) + s for x, y, sx, sy in ellipses.values() for v, s in ((x, 10 * sx), (y, 10 * sy))
-    )
+    reach = 1.25 * max(abs(v) + 10 * s for x, y, sx, sy in ellipses.values()
+                       for v, s in ((x, sx), (y, sy)))
     title = "Captions on two main directions: mean and ten sigma"
     chart = figures.Chart((-reach, reach), (-reach, reach), title=title, size=(560, 560))
     ink = {"red": "#d9301e", "green": "#2f9e44", "blue": "#1f4fd4", "yellow": "#c9a800"}
@@ -184,17 +143,13 @@ def draw_plane(path: Path, ellipses: dict[str, list]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
-    parser.add_argument(
-        "--models", type=Path, help="folder of a pcme_coco.py run with PCME-seed*-weights.pt"
-    )
+    parser.add_argument("--models", type=Path,
+                        help="folder of a pcme_coco.py run with PCME-seed*-weights.pt")
     parser.add_argument("--bins", type=int, default=10)
     parser.add_argument("--recall", type=int, default=1, metavar="K", help="recall@K in the bins")
     add_data_arguments(parser)
     run = harness.start(parser, argv)
-    settings = PRESETS[run.args.preset]
-    problem = (
-        folder(run, settings) if run.args.data else embedded(settings, run.args.preset == "tiny")
-    )
+    problem = load(run, PRESETS[run.args.preset])
     for seed in run.seeds:
         if run.recorded(f"study-seed{seed}") is None:
             model, criterion = trained(run, problem, seed)
@@ -205,85 +160,47 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def finish(run: harness.Run, problem: Problem) -> None:
-    results = [run.recorded(f"study-seed{seed}") for seed in run.seeds]
-    mean = lambda rows: np.mean(rows, 0)  # noqa: E731
+    results, recall = [run.recorded(f"study-seed{seed}") for seed in run.seeds], run.args.recall
+    mean = lambda rows: np.mean(rows, 0).tolist()  # noqa: E731
     curves = {name: mean([r[name] for r in results]) for name in ("occlusion", "word drop")}
-    table = [
-        {
-            "share hidden or dropped": ratio,
-            "image, mean log sigma": float(i),
-            "caption, mean log sigma": float(c),
-        }
-        for ratio, i, c in zip(RATIOS, curves["occlusion"], curves["word drop"])
-    ]
-    decile = {
-        kind: mean([r["bins"][kind]["metric"] for r in results]) for kind in ("image", "caption")
+    parts = {way: mean([r["bins"][kind]["metric"] for r in results]) for kind, way in WAYS.items()}
+    ends = results[0]["extremes"]["caption"]
+    tables = {
+        "uncertainty": [
+            {"share hidden or dropped": ratio, "image, mean log sigma": i,
+             "caption, mean log sigma": c} for ratio, i, c in zip(RATIOS, *curves.values())],
+        "recall by uncertainty": [
+            {"part of the queries, from certain to uncertain": f"{part + 1} of {run.args.bins}",
+             **{f"{way} R@{recall} (%)": 100 * values[part] for way, values in parts.items()}}
+            for part in range(run.args.bins)],
+        "captions": [
+            {"captions, most certain first": problem.test.captions[certain],
+             "most uncertain first": problem.test.captions[uncertain]}
+            for certain, uncertain in zip(ends[:8], ends[:-9:-1])],
     }
-    deciles = [
-        {
-            "part of the queries, from certain to uncertain": f"{b + 1} of {run.args.bins}",
-            **{
-                f"{way} R@{run.args.recall} (%)": 100 * float(decile[kind][b])
-                for kind, way in (("image", "i2t"), ("caption", "t2i"))
-            },
-        }
-        for b in range(run.args.bins)
-    ]
-    enough = len(results) >= 3
-    claims = []
-    for name, title in (
-        ("occlusion", "image uncertainty grows with the area hidden"),
-        ("word drop", "caption uncertainty grows with the words dropped"),
-    ):
-        grows = [bool((np.diff(r[name]) > 0).all()) for r in results]
-        claims.append(
-            {
-                "claim": title,
-                "paper": "grows",
-                "this run": f"at every step in {sum(grows)} of {len(grows)} seeds",
-                "holds": all(grows) if enough else None,
-            }
-        )
-    for name in results[0]["spearman"]:
-        values = [r["spearman"][name] for r in results]
-        claims.append(
-            {
-                "claim": f"rank correlation of uncertainty: {name}",
-                "paper": None,
-                "this run": span(values),
-                "holds": None,
-            }
-        )
-    for kind, way in (("image", "i2t"), ("caption", "t2i")):
-        values = [r["bins"][kind]["correlation"] for r in results]
-        claims.append(
-            {
-                "claim": f"correlation of {way} R@{run.args.recall} with the part of the queries",
-                "paper": "negative",
-                "this run": span(values),
-                "holds": max(values) < -0.5 if enough else None,
-            }
-        )
-    last = results[0]["extremes"]["caption"]
-    examples = [
-        {
-            "captions, most certain first": problem.test.captions[certain],
-            "most uncertain first": problem.test.captions[uncertain],
-        }
-        for certain, uncertain in zip(last[:8], last[:-9:-1])
-    ]
-    tables = {"uncertainty": table, "recall by uncertainty": deciles, "captions": examples}
     if problem.plausible is not None:
         groups = sorted(set.intersection(*(set(r["matches"]) for r in results)), key=int)
         tables["vague captions"] = [
-            {
-                "images that the caption fits": f"{MATCH_STEPS[int(group)]} or more",
-                "mean log sigma": statistics.mean(r["matches"][group] for r in results),
-            }
-            for group in groups
-        ]
+            {"images that the caption fits": f"{MATCH_STEPS[int(group)]} or more",
+             "mean log sigma": statistics.mean(r["matches"][group] for r in results)}
+            for group in groups]
+    claims, enough = [], len(results) >= 3
+    for name, title in (("occlusion", "image uncertainty grows with the area hidden"),
+                        ("word drop", "caption uncertainty grows with the words dropped")):
+        grows = [bool((np.diff(r[name]) > 0).all()) for r in results]
+        claims.append({"claim": title, "paper": "grows",
+                       "this run": f"at every step in {sum(grows)} of {len(grows)} seeds",
+                       "holds": all(grows) if enough else None})
+    for name in results[0]["spearman"]:
+        claims.append({"claim": f"rank correlation of uncertainty: {name}", "paper": None,
+                       "this run": span([r["spearman"][name] for r in results]), "holds": None})
+    for kind, way in WAYS.items():
+        values = [r["bins"][kind]["correlation"] for r in results]
+        claims.append({"claim": f"correlation of {way} R@{recall} with the part of the queries",
+                       "paper": "negative", "this run": span(values),
+                       "holds": max(values) < -0.5 if enough else None})
     if run.figures and run.is_main:
-        draw(run, problem, results, curves, decile)
+        draw(run, problem, results, curves, parts)
     run.finish(claims, tables)
 
 
@@ -291,64 +208,30 @@ def span(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def draw(
-    run: harness.Run, problem: Problem, results: list[dict], curves: dict, decile: dict
-) -> None:
-    error = lambda name: np.std([r[name] for r in results], 0)  # noqa: E731
-    figures.line_chart(
-        run.figures / "pcme_uncertainty.png",
-        {
-            "image, area hidden": (RATIOS, curves["occlusion"], error("occlusion")),
-            "caption, words dropped": (RATIOS, curves["word drop"], error("word drop")),
-        },
-        markers=True,
-        title="Uncertainty of damaged items",
-        xlabel="share hidden or dropped",
-        ylabel="mean log sigma",
-        size=(520, 340),
-    )
-    parts = np.arange(1, run.args.bins + 1)
-    figures.line_chart(
-        run.figures / "pcme_recall_by_uncertainty.png",
-        {
-            way: (parts, 100 * decile[kind])
-            for kind, way in (("image", "image to text"), ("caption", "text to image"))
-        },
-        markers=True,
-        title=f"Recall@{run.args.recall} by uncertainty of the query",
-        xlabel=(
-            "tenth of the queries, certain to uncertain"
-            if run.args.bins == 10
-            else "part of the queries, certain to uncertain"
-        ),
-        ylabel="percent",
-        size=(520, 340),
-    )
+def draw(run: harness.Run, problem: Problem, results: list[dict], curves: dict,
+         parts: dict) -> None:
+    def chart(name: str, lines: dict, title: str, xlabel: str, ylabel: str = "mean log sigma"):
+        figures.line_chart(run.figures / f"{name}.png", lines, markers=True, title=title,
+                           xlabel=xlabel, ylabel=ylabel, size=(520, 340))
+
+    errors = {name: np.std([r[name] for r in results], 0) for name in curves}
+    names = {"occlusion": "image, area hidden", "word drop": "caption, words dropped"}
+    chart("pcme_uncertainty",
+          {title: (RATIOS, curves[name], errors[name]) for name, title in names.items()},
+          "Uncertainty of damaged items", "share hidden or dropped")
+    titles = {"i2t": "image to text", "t2i": "text to image"}
+    chart("pcme_recall_by_uncertainty",
+          {titles[way]: (np.arange(1, len(values) + 1), 100 * np.array(values))
+           for way, values in parts.items()}, f"Recall@{run.args.recall} by uncertainty",
+          "part of the queries, certain to uncertain", "percent")
     lengths = sorted(set.intersection(*({int(k) for k in r["words"]} for r in results)))
-    figures.line_chart(
-        run.figures / "pcme_caption_length.png",
-        {
-            "captions": (
-                lengths,
-                [statistics.mean(r["words"][str(n)] for r in results) for n in lengths],
-            )
-        },
-        markers=True,
-        title="Uncertainty by length of the caption",
-        xlabel="words",
-        ylabel="mean log sigma",
-        size=(520, 340),
-    )
-    pictures = [
-        np.asarray(loader.decode(problem.test.open(row))) for row in results[0]["extremes"]["image"]
-    ]
-    figures.image_grid(
-        run.figures / "pcme_extremes.png",
-        pictures,
-        ["certain"] * 8 + ["uncertain"] * 8,
-        columns=8,
-        cell=80,
-    )
+    sigmas = [statistics.mean(r["words"][str(n)] for r in results) for n in lengths]
+    chart("pcme_caption_length", {"captions": (lengths, sigmas)},
+          "Uncertainty by length of the caption", "words")
+    pictures = [np.asarray(loader.decode(problem.test.open(row)))
+                for row in results[0]["extremes"]["image"]]
+    figures.image_grid(run.figures / "pcme_extremes.png", pictures,
+                       ["certain"] * 8 + ["uncertain"] * 8, columns=8, cell=80)
     if run.recorded("plane") is not None:
         draw_plane(run.figures / "pcme_plane.png", run.recorded("plane"))
 
