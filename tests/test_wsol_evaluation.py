@@ -89,8 +89,8 @@ def by_cell(levels, owner, boxes, wanted=None):
 def test_boxes_of_20000_random_maps_equal_the_slow_reference():
     rng = np.random.default_rng(0)
     checked = 0
-    for height, width, values in ((3, 3, 4), (5, 5, 2), (4, 4, 3), (3, 6, 3), (6, 6, 2), (1, 6, 3), (6, 1, 3),
-                                  (7, 7, 2), (4, 3, 4), (5, 4, 3)):
+    for height, width, values in ((3, 3, 4), (5, 5, 2), (4, 4, 3), (3, 6, 3), (6, 6, 2), (1, 6, 3),
+                                  (6, 1, 3), (7, 7, 2), (4, 3, 4), (5, 4, 3)):
         count = 2000
         grey = rng.integers(0, values, (count, height, width)) * (255 // (values - 1))
         if values == 2:                                   # dense ones too: holes, rings, lines
@@ -120,7 +120,8 @@ def test_every_level_of_noise_and_smooth_maps_equals_the_slow_reference(height, 
         cells = by_cell(*wsol.scoremap_boxes(torch.from_numpy(maps), multi))
         for image in range(len(maps)):
             for level in range(255):
-                assert sorted(cells.get((image, level), [])) == slow_boxes(grey[image], level, multi)
+                found = sorted(cells.get((image, level), []))
+                assert found == slow_boxes(grey[image], level, multi)
 
 
 def test_boxes_fixture():
@@ -165,9 +166,11 @@ def test_array_kinds():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_equals_cpu():
     rng = np.random.default_rng(4)
-    maps = torch.from_numpy(wsol.normalize_scoremap(wsol.resize_scoremap(rng.random((8, 14, 14)), 224)))
+    maps = wsol.normalize_scoremap(wsol.resize_scoremap(rng.random((8, 14, 14)), 224))
+    maps = torch.from_numpy(maps)
     for multi in (False, True):
-        cpu, gpu = by_cell(*wsol.scoremap_boxes(maps, multi)), by_cell(*wsol.scoremap_boxes(maps.cuda(), multi))
+        cpu, gpu = (by_cell(*wsol.scoremap_boxes(maps.to(device), multi))
+                    for device in ("cpu", "cuda"))
         assert {k: sorted(v) for k, v in cpu.items()} == {k: sorted(v) for k, v in gpu.items()}
 
 
@@ -176,7 +179,8 @@ def test_gpu_equals_cpu():
 # ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name,size,tolerance,flips", [
-    ("7x7", 224, 1e-12, 0), ("14x14", 224, 1e-12, 0), ("28x28", (224, 224), 1e-12, 0), ("6x9", (40, 50), 1e-5, 2)])
+    ("7x7", 224, 1e-12, 0), ("14x14", 224, 1e-12, 0), ("28x28", (224, 224), 1e-12, 0),
+    ("6x9", (40, 50), 1e-5, 2)])
 def test_resize_and_normalize_fixture(name, size, tolerance, flips):
     data = np.load(GOLDEN / "resize_iou.npz")
     resized = wsol.resize_scoremap(data[f"cam_{name}"], size)
@@ -198,7 +202,8 @@ def test_broken_and_constant_maps_become_zero():
         resized = wsol.resize_scoremap(np.full((2, 14, 14), value), 224)
         assert (resized == value).all() and not wsol.normalize_scoremap(resized).any()
     mixed = torch.tensor([[[0.0, 2], [1, 4]], [[0, np.inf], [1, 2]], [[5, 5], [5, 5]]])
-    assert wsol.normalize_scoremap(mixed).tolist() == [[[0, 0.5], [0.25, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
+    zero = [[0, 0], [0, 0]]
+    assert wsol.normalize_scoremap(mixed).tolist() == [[[0, 0.5], [0.25, 1]], zero, zero]
 
 
 def test_resize_agrees_with_torch_and_keeps_its_input():
@@ -296,25 +301,22 @@ def test_many_true_boxes_and_low_maps_against_the_definition():
     size, ids = 24, [f"{n}" for n in range(6)]
     corner = rng.integers(0, 40, (6, 5, 2))
     truth = {i: np.concatenate([c, c + rng.integers(2, 30, (5, 2))], 1)[:n + 1] * (n != 3)
-             for n, (i, c) in
-             enumerate(zip(ids, corner))}
+             for n, (i, c) in enumerate(zip(ids, corner))}
     sizes = dict.fromkeys(ids, (80, 70))
     maps = wsol.normalize_scoremap(wsol.resize_scoremap(rng.random((6, 5, 5)), size)) * 0.6
-    # the empty foreground predicts [0, 0, 0, 0]
-    maps[3] = 0
+    maps[3] = 0                                           # no foreground: [0, 0, 0, 0] is predicted
     taus = np.array([0.0, 0.2, 0.55, 0.9, 1.0])
     for multi in (False, True):
         evaluator = wsol.BoxEvaluator(truth, sizes, taus, iou_threshold_list=(10, 40),
-                                      multi_contour_eval=multi,
-                                      resize_length=size)
+                                      multi_contour_eval=multi, resize_length=size)
         evaluator.accumulate_batch(maps, ids)
         expected = np.zeros((2, len(taus)), int)
         for image_id, scoremap in zip(ids, maps):
             gt = np.array([wsol.resize_bbox(box, (80, 70), (size, size))
                            for box in truth[image_id]])
             for t, boxes in enumerate(wsol.compute_bboxes_from_scoremaps(scoremap, taus, multi)[0]):
-                expected[:, t] += wsol.calculate_multiple_iou(boxes,
-                                                              gt).max() >= np.array([0.1, 0.4])
+                best = wsol.calculate_multiple_iou(boxes, gt).max()
+                expected[:, t] += best >= np.array([0.1, 0.4])
         assert np.array_equal(np.stack(list(evaluator.num_correct.values())), expected)
 
 
@@ -356,12 +358,16 @@ def test_box_evaluator_errors():
 
     for options, message in (
             ({"gt_boxes": {"a": []}}, "no box for image 'a'"), ({"gt_boxes": {}}, "empty"),
-            ({"gt_boxes": {"a": [[5, 0, 4, 1]]}}, "'a'"), ({"gt_boxes": {"a": [[-1, 0, 4, 1]]}}, "'a'"),
-            ({"image_sizes": {"a": (8, 8)}}, "image_sizes"), ({"image_sizes": {"a": (0, 8), "b": (8, 8)}}, "positive"),
-            ({"iou_threshold_list": (0, 50)}, "iou_threshold_list"), ({"iou_threshold_list": (101,)}, "iou_threshold"),
-            ({"iou_threshold_list": ()}, "iou_threshold_list"), ({"cam_threshold_list": []}, "cam_threshold_list"),
-            ({"cam_threshold_list": [1.5]}, "cam_threshold_list"), ({"interval": 0}, "interval"),
-            ({"resize_length": 0}, "resize_length")):
+            ({"gt_boxes": {"a": [[5, 0, 4, 1]]}}, "'a'"),
+            ({"gt_boxes": {"a": [[-1, 0, 4, 1]]}}, "'a'"),
+            ({"image_sizes": {"a": (8, 8)}}, "image_sizes"),
+            ({"image_sizes": {"a": (0, 8), "b": (8, 8)}}, "positive"),
+            ({"iou_threshold_list": (0, 50)}, "iou_threshold_list"),
+            ({"iou_threshold_list": (101,)}, "iou_threshold_list"),
+            ({"iou_threshold_list": ()}, "iou_threshold_list"),
+            ({"cam_threshold_list": []}, "cam_threshold_list"),
+            ({"cam_threshold_list": [1.5]}, "cam_threshold_list"),
+            ({"interval": 0}, "interval"), ({"resize_length": 0}, "resize_length")):
         with pytest.raises(ValueError, match=message):
             make(**options)
     evaluator = make()
@@ -426,8 +432,8 @@ def test_pxap_fixture(taus):
 
 def test_scores_at_and_beside_the_edges_fall_into_the_bins_of_numpy():
     for thresholds in (np.arange(0, 1, 0.001), np.arange(0, 1, 0.01), np.arange(0, 1, 0.3),
-                       np.array([0.0]),
-                       np.array([0, 0.1, 0.5, 0.51, 1 - 1e-9]), np.array([0.2, 0.4, 0.6])):
+                       np.array([0.0]), np.array([0, 0.1, 0.5, 0.51, 1 - 1e-9]),
+                       np.array([0.2, 0.4, 0.6])):
         scores = np.concatenate([thresholds, np.nextafter(thresholds, 2),
                                  np.nextafter(thresholds, -1)[1:], [1.0],
                                  np.random.default_rng(0).random(500)])
@@ -455,8 +461,8 @@ def test_mask_errors():
         wsol.get_mask([np.zeros((2, 2, 3))])
     zeros = np.zeros((4, 4))
     for masks, options, message in (
-            ({"a": zeros[:3]}, {}, "4 x 4"), ({"a": zeros + 2}, {}, "0, 1 and 255"), ({}, {}, "empty"),
-            ({"a": zeros}, {"cam_threshold_list": [0, 0.5, 0.5]}, "rise")):
+            ({"a": zeros[:3]}, {}, "4 x 4"), ({"a": zeros + 2}, {}, "0, 1 and 255"),
+            ({}, {}, "empty"), ({"a": zeros}, {"cam_threshold_list": [0, 0.5, 0.5]}, "rise")):
         with pytest.raises(ValueError, match=message):
             wsol.MaskEvaluator(masks, resize_length=4, **options)
     evaluator = wsol.MaskEvaluator({"a": zeros}, resize_length=4)
@@ -579,4 +585,4 @@ def test_search_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(ValueError, match="seed 4"):
         wsol.random_search(score, space, tmp_path / "cut.jsonl", trials=6, seed=5)
     with pytest.raises(ValueError, match="another search space"):
-        wsol.random_search(score, wsol.search_space("has"), tmp_path / "cut.jsonl", trials=6, seed=4)
+        wsol.random_search(score, wsol.search_space("has"), tmp_path / "cut.jsonl", 6, seed=4)
