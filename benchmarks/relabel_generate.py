@@ -91,23 +91,6 @@ def load_weights(model: torch.nn.Module, path) -> torch.nn.Module:
     return model
 
 
-def stopwatch(run: harness.Run):
-    """The clock to time a step with.
-
-    The CPU time of this process where it is one thread without helpers (what other programs take
-    does not count), else the wall clock once the device's work is done.
-    """
-    if run.device.type == "cpu" and torch.get_num_threads() == 1 and run.args.workers == 0:
-        return time.process_time
-    if run.device.type != "cuda":
-        return time.perf_counter
-
-    def after_the_device() -> float:
-        torch.cuda.synchronize(run.device)
-        return time.perf_counter()
-    return after_the_device
-
-
 def fingerprint(model: torch.nn.Module) -> str:
     """Eight hex digits that change with the weights."""
     digest = hashlib.sha256()

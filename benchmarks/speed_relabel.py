@@ -5,22 +5,23 @@
 
 Pooling: both ways give the same targets (checked first). The dense way scatters the scores into (B,
 1000, 15, 15), calls RoIAlign (torchvision's compiled one when it is installed, else the one of
-reference/relabel.py) and a softmax. The floor copies the maps and writes the targets. On one CPU
-thread times are CPU times of the process, otherwise wall times; calls are interleaved, figures are
-medians. Memory is the peak of what torch allocates during a call.
+reference/relabel.py) and a softmax. Two floors: `copies` reads the maps and writes the targets;
+`sums` does what sparse pooling cannot do without (classes to integers, scores times weights, one
+addition per stored score, one softmax), but finds no weights and checks nothing. Times on one CPU
+thread are CPU times of the process, others wall times; calls are interleaved, figures are medians.
+Memory is the peak of what torch allocates during a call.
 
 Reading: a batch of maps at random from the packed store, and from one released `.pt` file per
 image.
 """
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import harness
+import timing
 import torch
-from relabel_generate import stopwatch
 
 from data_tools.label_maps import LabelMaps, StoreWriter, generate, read_released, unpack
 from reference import relabel
@@ -47,41 +48,34 @@ def dense_pooling(topk: torch.Tensor, coords: torch.Tensor,
     return peer_roi_align(maps, boxes, (1, 1))[:, :, 0, 0].softmax(1)
 
 
-def interleaved(functions: dict, repeats: int, clock, label: str, run: harness.Run) -> dict:
-    """{name: times of a call in ms}; in rounds of 50 ms, or one call, each."""
-    times, calls = {name: [] for name in functions}, {}
-    for _ in run.progress(range(repeats + 1), label=label):
-        for name, function in functions.items():
-            began = clock()
-            for _ in range(calls.get(name, 1)):
-                function()
-            times[name].append(1000 * (clock() - began) / calls.get(name, 1))
-            calls.setdefault(name, max(1, int(50 / times[name][0])))
-    return {name: samples[1:] for name, samples in times.items()}  # the first round warms up
-
-
-def pooling(run: harness.Run, topk, coords, repeats: int) -> tuple[list[dict], dict]:
+def pooling(run: harness.Run, topk, coords, rounds: int) -> tuple[list[dict], dict]:
     """Rows of the table, {threads: ratio of times} and the ratio of memory under "memory"."""
-    def floor():
-        return topk.clone(), topk.new_ones(len(topk), 1000)
+    cells = torch.rand(len(topk), 1, *topk.shape[3:], dtype=torch.float64, device=topk.device)
+
+    def sums():
+        out = topk.new_empty(len(topk), 1000)
+        for s, c, w, o in zip(*(t.split(43) for t in (topk[:, 0], topk[:, 1], cells, out))):
+            values, index = s.double().mul_(w).flatten(1), c.int().long().flatten(1)
+            added = values.new_zeros(o.shape).scatter_add_(1, index, values)
+            torch.softmax(added, 1, o.dtype, out=o)
+        return out
     ways = {"sparse": lambda: relabel.label_pooling(topk, coords),
-            "dense": lambda: dense_pooling(topk, coords), "floor": floor}
-    table, ratios = [], {}
-    every = torch.get_num_threads()
+            "dense": lambda: dense_pooling(topk, coords), "sums": sums,
+            "copies": lambda: (topk.clone(), topk.new_ones(len(topk), 1000))}
+    table, ratios, every = [], {}, torch.get_num_threads()
+    peaks = {name: timing.peak_bytes(function, run.device) for name, function in ways.items()}
     for threads in sorted({1, every}) if run.device.type == "cpu" else (every,):
         torch.set_num_threads(threads)
-        times = interleaved(ways, repeats, stopwatch(run), f"pooling, {threads} threads", run)
-        peaks = {name: harness.peak_bytes(function, run.device) for name, function in ways.items()}
-        table += [{"way": name, "threads": threads, "ms": statistics.median(samples),
-                   "best ms": min(samples), "peak MB": peaks[name] / 1e6}
-                  for name, samples in times.items()]
-        ratios[threads] = statistics.median(d / s for d, s in zip(times["dense"], times["sparse"]))
-        ratios["memory"] = peaks["dense"] / peaks["sparse"]
+        times = timing.interleaved(run, ways, rounds, f"pooling, {threads} threads", at_least=0.05)
+        table += [{"way": name, "threads": threads, "ms": 1000 * median,
+                   "best ms": 1000 * min(times[name]), "peak MB": peaks[name] / 1e6}
+                  for name, median in timing.medians(times).items()]
+        ratios[threads] = timing.ratio(times, "dense", "sparse")
     torch.set_num_threads(every)
-    return table, ratios
+    return table, ratios | {"memory": peaks["dense"] / peaks["sparse"]}
 
 
-def reading(run: harness.Run, topk, repeats: int) -> list[dict]:
+def reading(run: harness.Run, topk, rounds: int) -> list[dict]:
     """Store and files of the same maps in a temporary folder."""
     names = [f"n{row % 10:08d}/n{row % 10:08d}_{row}.JPEG" for row in range(len(topk))]
     with tempfile.TemporaryDirectory() as folder:
@@ -96,11 +90,12 @@ def reading(run: harness.Run, topk, repeats: int) -> list[dict]:
         order = torch.randperm(len(topk), generator=torch.Generator().manual_seed(0)).tolist()
         ways = {"packed store": lambda: packed[order],
                 "one file per image": lambda: torch.stack([read_released(files[i]) for i in order])}
-        times = interleaved(ways, repeats, time.perf_counter, "reading", run)
+        times = timing.interleaved(run, ways, rounds, "reading", at_least=0.05,
+                                   clock=time.perf_counter)
         size = {"packed store": store.rglob("*"), "one file per image": files}
-        return [{"maps": name, "ms per batch": statistics.median(samples),
+        return [{"maps": name, "ms per batch": 1000 * median,
                  "bytes per image": sum(f.stat().st_size for f in size[name]) / len(topk)}
-                for name, samples in times.items()]
+                for name, median in timing.medians(times).items()]
 
 
 def main(argv: list[str] | None = None) -> None:
