@@ -61,7 +61,7 @@ def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
 
 
 def _of_label(maps: Tensor, labels: Tensor) -> Tensor:
-    """The map of each image's label: (B, K, h, w), (B,) -> (B, 1, h, w)."""
+    """What belongs to each image's label: (B, K, ...), (B,) -> (B, 1, ...)."""
     return maps[torch.arange(len(maps), device=maps.device), labels.long()].unsqueeze(1)
 
 
@@ -69,10 +69,9 @@ def _of_label(maps: Tensor, labels: Tensor) -> Tensor:
 
 def has(image: Tensor, grid_size: int, drop_rate: float,
         generator: torch.Generator | None = None, draws: Tensor | None = None) -> Tensor:
-    """Hide-and-Seek (Singh and Lee, ICCV 2017): sets square cells of `grid_size` *pixels* a
-    side of `image` (B, C, H, W) to 0, the mean of normalised images, with probability `drop_rate`.
-    `grid_size` 0 switches it off. `draws`: uniforms (B, ceil(H/g), ceil(W/g)) for the random
-    ones; a cell is hidden where its draw is <= `drop_rate`."""
+    """Hide-and-Seek (Singh and Lee, ICCV 2017): sets square cells of `grid_size` *pixels* a side
+    (0: none) of `image` (B, C, H, W) to 0, the mean of normalised images, with probability
+    `drop_rate`: where uniform `draws` (B, ceil(H/g), ceil(W/g)) are <= `drop_rate`."""
     if image.ndim != 4:
         raise ValueError(f"image must be (B, C, H, W), got shape {tuple(image.shape)}")
     if grid_size < 0 or int(grid_size) != grid_size:
@@ -86,7 +85,7 @@ def has(image: Tensor, grid_size: int, drop_rate: float,
         draws = torch.rand(cells, generator=generator, device=_device_of(generator))
     elif tuple(draws.shape) != cells:
         raise ValueError(f"draws must have shape {cells}, got {tuple(draws.shape)}")
-    hidden = (draws <= drop_rate).to(image.device)
+    hidden = (torch.as_tensor(draws) <= drop_rate).to(image.device)
     hidden = hidden.repeat_interleave(grid, 1).repeat_interleave(grid, 2)[:, :height, :width]
     return image.masked_fill(hidden.unsqueeze(1), 0)
 
@@ -118,8 +117,7 @@ def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | 
 
     lam ~ Beta(beta, beta) sets the box area. Returns (mixed x, target_a, target_b, lam) with lam
     recomputed from the clipped box; the loss is lam CE(., target_a) + (1 - lam) CE(., target_b).
-    `draws` = (lam, permutation, cx, cy) replaces the random numbers.
-    """
+    `draws` = (lam, permutation, cx, cy) replaces the random numbers."""
     if x.ndim != 4:
         raise ValueError(f"x must be (B, C, H, W), got shape {tuple(x.shape)}")
     if len(target) != len(x):
@@ -175,8 +173,7 @@ def normalize_tensor(x: Tensor) -> Tensor:
     """Min-max over the pixels of each (image, channel) of `x` (B, C, H, W).
 
     A constant channel is 0/0 = NaN, as published: every comparison with it is false (nothing is
-    erased, nothing supervised), and the evaluation turns a NaN map into an empty one.
-    """
+    erased, nothing supervised), and the evaluation turns a NaN map into an empty one."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     return (x - low) / (high - low)
 
@@ -714,13 +711,17 @@ def center_gaussian(size: int | tuple[int, int], sigma: float = 1.0) -> np.ndarr
     return (scores - scores.min()) / span if span > 0 else np.zeros_like(scores)
 
 
-def _input_gradient(model: Callable, x: Tensor, y: Tensor) -> Tensor:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        logits = model(x)
-        logits = logits["logits"] if isinstance(logits, dict) else logits
-        _check_labels(y, *logits.shape)
-        return torch.autograd.grad(logits.gather(1, y.long()[:, None]).sum(), x)[0]
+def _mean_gradient(model: Callable, inputs: Iterable[Tensor], y: Tensor) -> Tensor:
+    """Mean over the inputs, each (B, C, H, W), of d logit_y / d input."""
+    total = 0.0
+    for count, x in enumerate(inputs, 1):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = model(x)
+            logits = logits["logits"] if isinstance(logits, dict) else logits
+            _check_labels(y, *logits.shape)
+            total = total + torch.autograd.grad(_of_label(logits, y).sum(), x)[0]
+    return total / count
 
 
 def _reduce(attribution: Tensor, reduce: str | None) -> Tensor:
@@ -735,7 +736,7 @@ def vanilla_gradient(model: Callable, x: Tensor, y: Tensor, reduce: str | None =
     """d logit_y / dx (Simonyan et al. 2014). `model(x)`, in eval mode, returns logits (B, K) or a
     dict with "logits". `reduce` "max" | "mean": of the absolute values over channels, (B, H, W);
     None: signed, (B, C, H, W)."""
-    return _reduce(_input_gradient(model, x, y), reduce)
+    return _reduce(_mean_gradient(model, [x], y), reduce)
 
 
 def integrated_gradients(model: Callable, x: Tensor, y: Tensor, steps: int = 50,
@@ -745,10 +746,8 @@ def integrated_gradients(model: Callable, x: Tensor, y: Tensor, steps: int = 50,
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
     start = torch.zeros_like(x) if baseline is None else torch.as_tensor(baseline).to(x)
-    total = torch.zeros_like(x)
-    for k in range(steps):
-        total += _input_gradient(model, start + (k + 0.5) / steps * (x - start), y)
-    return _reduce((x - start) * total / steps, reduce)
+    line = (start + (k + 0.5) / steps * (x - start) for k in range(steps))
+    return _reduce((x - start) * _mean_gradient(model, line, y), reduce)
 
 
 def smooth_grad(model: Callable, x: Tensor, y: Tensor, n: int = 50, sigma: float = 0.15,
@@ -757,11 +756,10 @@ def smooth_grad(model: Callable, x: Tensor, y: Tensor, n: int = 50, sigma: float
     if n < 1 or sigma < 0:
         raise ValueError(f"n must be >= 1 and sigma >= 0, got {n} and {sigma}")
     scale = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
-    total = torch.zeros_like(x)
-    for _ in range(n):
-        noise = torch.randn(x.shape, generator=generator, device=_device_of(generator)).to(x)
-        total += _input_gradient(model, x + scale * noise, y)
-    return _reduce(total / n, reduce)
+    device = _device_of(generator)
+    noisy = (x + scale * torch.randn(x.shape, generator=generator, device=device).to(x)
+             for _ in range(n))
+    return _reduce(_mean_gradient(model, noisy, y), reduce)
 
 
 # ---- Training ----
@@ -909,14 +907,15 @@ def main() -> None:
     list(train(cam, list(zip(images[:384].split(32), labels[:384].split(32))), recipe))
     few_shots = [(images[:15], masks[:15].float())] * 12
     list(train(few, few_shots, recipe | {"method": "fewshot"}))
-    logits, maps = cam.eval().predict(images[400:], labels[400:])
-    right = int((logits.argmax(1) == labels[400:]).sum())
-    print(f"CAM classifies {right} of 100 test images right. Pixel average precision of")
-    few_maps, centre = few.eval().predict(images[400:]), torch.from_numpy(center_gaussian(32))
-    for name, scores in (("CAM from 384 labels", maps), ("few-shot from 15 masks", few_maps),
-                         ("centre, no training", centre.expand(100, 32, 32))):
+    images, labels, truth = images[400:], labels[400:], masks[400:].flatten()
+    logits, maps = cam.eval().predict(images, labels)
+    print(f"CAM classifies {int((logits.argmax(1) == labels).sum())} of 100 test images right. "
+          "Pixel average precision of")
+    centre = torch.from_numpy(center_gaussian(32)).expand(100, 32, 32)
+    for name, scores in (("CAM from 384 labels", maps), ("centre, no training", centre),
+                         ("few-shot from 15 masks", few.eval().predict(images))):
         scores = F.interpolate(scores[:, None].double(), size=(32, 32), mode="bicubic")
-        hits = masks[400:].flatten()[normalize_tensor(scores).flatten().argsort(descending=True)]
+        hits = truth[normalize_tensor(scores).flatten().argsort(descending=True)]
         precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
         print(f"  {name:24s}{100 * precision[hits].mean():5.1f} %")
     print("Image labels find the part that tells the class; a few masks find the object.")
