@@ -27,8 +27,8 @@ To copy: `projection` into an optimiser of your own, or this file. Its paths agr
 
     foreach=False    the readable one, `_readable_step`: read this
     foreach=True     multi-tensor, branch-free: no host synchronisation, CUDA graphs (capturable)
-    default on CPU   torch's fused kernels make the step, in blocks that stay in the cache; the
-                     parallel part is taken out afterwards, since the step is linear in u
+    default on CPU   torch's fused kernels make the update, block by block, and the projection
+                     finds it in the cache
 
 >>> model = torch.nn.Linear(4, 2)
 >>> optimizer = AdamP(model.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -51,10 +51,12 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 BLOCK = 1 << 18       # elements of a block on the CPU: what a step touches of it stays in the cache
+_bag_weights_gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -69,11 +71,11 @@ def _first_view(dot: Tensor, norm_w: Tensor, norm_g: Tensor, length: int, delta:
 
     Takes <w, g>, |w|, |g| of every channel; those of the layer follow from them.
     """
-    layer = dot.sum()[None], norm_w.norm()[None], norm_g.norm()[None]
-    for view, (d, w, g), n in (("channel", (dot, norm_w, norm_g), length),
-                               ("layer", layer, length * dot.numel())):
-        cosine = d.abs() / (g.clamp_min(eps) * w.clamp_min(eps))
-        if cosine.max() < delta / math.sqrt(n):
+    for view, n in (("channel", length), ("layer", length * dot.numel())):
+        if view == "layer":
+            dot, norm_w, norm_g = dot.sum(), norm_w.norm(), norm_g.norm()
+        cosine = dot / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
+        if vector_norm(cosine, math.inf) < delta / math.sqrt(n):
             return view
     return None
 
@@ -89,14 +91,14 @@ def scale_invariance(p: Tensor, grad: Tensor, delta: float = 0.1, eps: float = 1
         return None
     w, g = _wide(p.detach()), _wide(grad.detach())
     dims = tuple(range(1, p.ndim))
-    return _first_view((w * g).sum(dims), torch.linalg.vector_norm(w, dim=dims),
-                       torch.linalg.vector_norm(g, dim=dims), w[0].numel(), delta, eps)
+    return _first_view((w * g).sum(dims), vector_norm(w, dim=dims), vector_norm(g, dim=dims),
+                       w[0].numel(), delta, eps)
 
 
 def tangent(p: Tensor, perturb: Tensor, view: str, eps: float) -> Tensor:
     """perturb - w^ <w^, perturb> with w^ = w / (|w| + eps), per channel or of the layer."""
     dims = tuple(range(1 if view == "channel" else 0, p.ndim))
-    unit = p / (torch.linalg.vector_norm(p, dim=dims, keepdim=True) + eps)
+    unit = p / (vector_norm(p, dim=dims, keepdim=True) + eps)
     return perturb - unit * (unit * perturb).sum(dims, keepdim=True)
 
 
@@ -146,9 +148,8 @@ class _ProjectedOptimizer(Optimizer):
             value, top = group[name], 1 if name == "wd_ratio" else math.inf
             if not (isinstance(value, (int, float, Tensor)) and 0 <= value <= top):
                 raise ValueError(f"{name} must be a number in [0, {top}], got {value!r}")
-        if group["scale_invariant"] not in (None, True, False):
-            raise ValueError("scale_invariant must be None, True or False, got "
-                             f"{group['scale_invariant']!r}")
+        if (known := group["scale_invariant"]) not in (None, True, False):
+            raise ValueError(f"scale_invariant must be None, True or False, got {known!r}")
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {p.dtype}")
@@ -188,10 +189,8 @@ class _ProjectedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None):
         """One step. The closure runs with gradients on; its loss is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self._views.clear()
         for group in self.param_groups:
             paths = defaultdict(list)
@@ -203,8 +202,8 @@ class _ProjectedOptimizer(Optimizer):
                                        f"got one of shape {tuple(p.shape)}; use sparse=False")
                 if not self.state[p]:
                     self.state[p].update(self._new_state(p, group))
-                paths[self._path(group, p)].append(p)
-            for path, params in paths.items():
+                paths[self._path(group, p), p.dtype].append(p)
+            for (path, _), params in paths.items():
                 path(group, params)
         return loss
 
@@ -215,14 +214,10 @@ class _ProjectedOptimizer(Optimizer):
             return self._readable_step
         if group.get("capturable") or torch.compiler.is_compiling():
             return self._foreach_step
-        if (fused or fused is None and foreach is None) and self._fused_serves(group, p):
+        if ((fused or fused is None and foreach is None) and self._has_kernel(group)
+                and p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64)):
             return self._fused_step
         return self._readable_step if foreach is False and not fused else self._foreach_step
-
-    def _fused_serves(self, group: dict, p: Tensor) -> bool:
-        moments = (self.state[p][key] for key in self._moments)
-        return (p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64)
-                and _same_rows(p, p.grad, *moments) is not None)
 
     def _readable_step(self, group: dict, params: list[Tensor]) -> None:
         lr = float(group["lr"])
@@ -276,13 +271,12 @@ class _ProjectedOptimizer(Optimizer):
                 torch._foreach_copy_(bucket, w)
 
     def _buckets(self, group: dict, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Matrices or vectors of one device, dtype and step count, together no larger than the
-        largest of all (on an accelerator a quarter of all, for fewer kernels): the bound of the
-        extra memory."""
+        """Matrices or vectors of one device and step count, together no larger than the largest of
+        all (on an accelerator a quarter of all, for fewer kernels): the bound of extra memory."""
         alike = defaultdict(list)
         for p in params:
-            step = None if group.get("capturable") else self.state[p].get("step")
-            alike[p.device, p.dtype, p.ndim > 1, None if step is None else int(step)].append(p)
+            step = 0 if group.get("capturable") else int(self.state[p].get("step", 0))
+            alike[p.device, p.ndim > 1, step].append(p)
         largest = max(p.numel() for p in params)
         for (device, *_), tensors in alike.items():
             total = sum(p.numel() for p in tensors)
@@ -314,11 +308,11 @@ class _ProjectedOptimizer(Optimizer):
         def cosine(dot, norm_w, norm_g):
             return dot.abs() / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
 
-        norm_w = rows([torch.linalg.vector_norm(x, dim=d) for x, d in zip(w, dims)])
+        norm_w = rows([vector_norm(x, dim=d) for x, d in zip(w, dims)])
         along = rows([(x * y).sum(d) for x, y, d in zip(w, u, dims)])
         layer_w = layer_along = norm_w.new_zeros(len(w))
         if group["scale_invariant"] is None:
-            norm_g = rows([torch.linalg.vector_norm(x, dim=d) for x, d in zip(g, dims)])
+            norm_g = rows([vector_norm(x, dim=d) for x, d in zip(g, dims)])
             dot = rows([(x * y).sum(d) for x, y, d in zip(w, g, dims)])
             scaled = cosine(dot, norm_w, norm_g)
             torch._foreach_mul_(list(scaled.split(counts)), [math.sqrt(x[0].numel()) for x in w])
@@ -350,7 +344,7 @@ class _ProjectedOptimizer(Optimizer):
         return [torch.addcmul(x, y, c) for x, y, c in zip(u, w, shaped(decay_row - part))]
 
     def _stores_projection(self, group: dict) -> bool:
-        return False
+        return group.get("project_buffer", False) and not group["nesterov"]
 
     def _decay(self, group: dict) -> float:
         """The weight decay in units of lr."""
@@ -359,66 +353,77 @@ class _ProjectedOptimizer(Optimizer):
     # ------------------------------------------------------------ fused: CPU, dense tensors
 
     def _fused_step(self, group: dict, params: list[Tensor]) -> None:
-        """torch's fused kernel makes the unprojected step, w_f = (1 - k) w - s u with k = lr decay.
-
-        The step is linear in u, so the projection changes it by a multiple of the old weight:
-        w_f + c w with c = s <w, u> / (|w| + eps)^2, where s <w, u> = <w, w - w_f> - k |w|^2.
-        Everything happens in blocks that stay in the cache, so the old weight is kept of one block
-        only; for a hit of the layer view, of the whole tensor.
-        """
-        lr, eps, base = float(group["lr"]), group["eps"], self._decay(group)
-        vectors = defaultdict(list)
+        """Matrices one by one, vectors together; the foreach path where memory layouts differ."""
+        room = params[0].new_empty(min(BLOCK, max(p.numel() for p in params)))
+        vectors, others = {}, []
         for p in params:
             state = self.state[p]
+            rows = _same_rows(p.data, p.grad, *[state[key] for key in self._moments])
+            if rows is None:
+                others.append(p)
+                continue
             if "step" in state:
                 state["step"] = int(state["step"]) + 1
-            rows = _same_rows(p.data, p.grad, *(state[key] for key in self._moments))
-            if p.ndim < 2:
-                vectors[state.get("step")].append(rows)
-                continue
-            height = max(1, BLOCK // rows[0].shape[1])
-            blocks = list(zip(*(x.split(height) for x in rows)))
-            scratch = p.new_empty(2, blocks[0][0].numel())
-            view, norms = self._view_of_blocks(group, blocks, scratch[1])
-            decay = base * (1 if view is None else group["wd_ratio"])
-            if view is None:
-                self._kernel(group, [rows], state.get("step"), decay)
-                continue
-            if view == "layer":
-                whole, before = rows[0].clone(), norms.norm()
-                self._kernel(group, [rows], state.get("step"), decay)
-                part = sum((old * (old - w)).sum() for (w, *_), old in
-                           zip(blocks, whole.split(height))) - lr * decay * before ** 2
-                rows[0].addcmul_(whole, part / (before + eps) ** 2)
-                continue
-            inverse = (norms + eps) ** -2
-            shrunk = lr * decay * norms ** 2 * inverse
-            for block, x, y in zip(blocks, inverse.split(height), shrunk.split(height)):
-                w = block[0]
-                old, product = (x[:w.numel()].view_as(w) for x in scratch)
-                old.copy_(w)
-                self._kernel(group, [block], state.get("step"), decay)
-                part = torch.sub(old, w, out=product).mul_(old).sum(1)
-                w.addcmul_(old, part.mul_(x).sub_(y)[:, None])
-        for step, tensors in vectors.items():
-            self._kernel(group, tensors, step, base)
+            step = state.get("step", 0)
+            if step not in vectors:
+                vectors[step] = torch.tensor(float(step)), []
+            clock, alike = vectors[step]
+            if p.ndim > 1:
+                self._fused_matrix(group, rows, clock, room)
+            else:
+                alike.append(rows)
+        for clock, alike in vectors.values():
+            if alike:
+                self._kernel(group, clock, self._decay(group), *map(list, zip(*alike)))
+        if others:
+            self._foreach_step(group, others)
 
-    def _view_of_blocks(self, group: dict, blocks: list, product: Tensor):
-        """The test over blocks of (rows, n), and |w| of every row; `product` has room for one."""
-        norm = torch.linalg.vector_norm
-        statistics = []
-        for w, g, *_ in blocks:
-            norm_w = norm(w, dim=1)
-            dot = torch.mul(w, g, out=product[:w.numel()].view_as(w)).sum(1)
-            statistics.append((dot, norm_w, norm(g, dim=1)))
-        dot, norm_w, norm_g = (torch.cat(x) for x in zip(*statistics))
-        test = partial(_first_view, dot, norm_w, norm_g, w.shape[1], group["delta"], group["eps"])
-        return self._view(group, test), norm_w
+    def _fused_matrix(self, group: dict, tensors: list[Tensor], clock: Tensor, room: Tensor):
+        """torch's fused kernel makes the step, from 0 instead of w; what it leaves is -s u.
+
+        Then w = (1 - k) w - s u + c w with k = lr decay and c = <w, s u> / (|w| + eps)^2, in blocks
+        of rows that stay in the cache; `room` holds -s u of a block. For a hit of the layer view
+        the tensor is one row and one block: the extra memory is at most the largest tensor.
+        """
+        w, g, *_ = tensors                               # and the moments: (rows, n)
+        eps, delta, decay, length = group["eps"], group["delta"], self._decay(group), w.shape[1]
+        dot, norm_w = _row_dots(w, g), vector_norm(w, dim=1)
+
+        def test(part: int = length // 8) -> str | None:     # bounds |g| from below: often enough
+            norm_g = vector_norm(g[:, :part], dim=1)
+            view = _first_view(dot, norm_w, norm_g, length, delta, eps)
+            return view if view == "channel" or part == length else test(length)
+
+        view = self._view(group, test)
+        if view is None:
+            return self._kernel(group, clock, decay, *([x] for x in tensors))
+        if view == "layer":
+            tensors, norm_w = [x.view(1, -1) for x in tensors], norm_w.norm()[None]
+        keep = w.new_tensor(1 - float(group["lr"]) * decay * group["wd_ratio"])
+        squares, height = (norm_w + eps).square_(), max(1, room.numel() // length)
+        for w, *rest, square in _blocks([*tensors, squares], height):
+            if w.numel() > room.numel():
+                room.resize_(w.numel())
+            update = room[:w.numel()].view_as(w).zero_()
+            self._kernel(group, clock, 0.0, [update], *([x] for x in rest))
+            factor = torch.addcdiv(keep, _row_dots(w, update), square, value=-1)
+            torch.addcmul(update, w, factor.unsqueeze(1), out=w)
 
 
 def _each(value: float | Tensor, count: int) -> list:
     """One value per tensor: of (count,), or the same for all."""
     return list(value.unbind()) if isinstance(value, Tensor) and value.ndim else [value] * count
+
+
+def _blocks(tensors: list[Tensor], height: int) -> Iterable:
+    """The same `height` rows of every tensor, in turn."""
+    return zip(*(x.split(height) for x in tensors)) if len(tensors[0]) > height else [tensors]
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> of (rows, n), as embedding_bag's gradient has it: no array of products."""
+    rows = torch.arange(len(a))
+    return _bag_weights_gradient(a, b, rows, rows, rows, 0)
 
 
 def _same_rows(*tensors: Tensor) -> list[Tensor] | None:
@@ -525,17 +530,15 @@ class AdamP(_ProjectedOptimizer):
         torch._foreach_mul_(u, m)
         return list(u), lr / correction1, group["weight_decay"] * correction1
 
-    def _fused_serves(self, group: dict, p: Tensor) -> bool:
-        return (not group["nesterov"] and hasattr(torch, "_fused_adamw_")
-                and super()._fused_serves(group, p))
+    def _has_kernel(self, group: dict) -> bool:
+        return not group["nesterov"] and hasattr(torch, "_fused_adamw_")
 
-    def _kernel(self, group: dict, tensors: list, step: int, decay: float) -> None:
-        """torch's AdamW step of (w, g, m, v) tuples, in place."""
-        w, g, m, v = map(list, zip(*tensors))
+    def _kernel(self, group: dict, step: Tensor, decay: float, w: list, g: list, m: list, v: list):
+        """torch's AdamW step, in place."""
         beta1, beta2 = group["betas"]
-        torch._fused_adamw_(w, g, m, v, [], [torch.tensor(float(step))] * len(w),
-                            lr=float(group["lr"]), beta1=beta1, beta2=beta2, weight_decay=decay,
-                            eps=group["eps"], amsgrad=False, maximize=group["maximize"])
+        torch._fused_adamw_(w, g, m, v, [], [step] * len(w), lr=float(group["lr"]), beta1=beta1,
+                            beta2=beta2, weight_decay=decay, eps=group["eps"], amsgrad=False,
+                            maximize=group["maximize"])
 
 
 # ---------------------------------------------------------------- SGDP
@@ -585,9 +588,6 @@ class SGDP(_ProjectedOptimizer):
         dtype = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
         return {"momentum": torch.zeros_like(p, dtype=dtype)}
 
-    def _stores_projection(self, group: dict) -> bool:
-        return group["project_buffer"] and not group["nesterov"]
-
     def _decay(self, group: dict) -> float:
         return group["weight_decay"] / (1 - group["momentum"]) if group["weight_decay"] > 0 else 0.0
 
@@ -603,13 +603,12 @@ class SGDP(_ProjectedOptimizer):
         u = torch._foreach_add(grads, m, alpha=group["momentum"]) if group["nesterov"] else m
         return list(u), group["lr"], self._decay(group)
 
-    def _fused_serves(self, group: dict, p: Tensor) -> bool:
+    def _has_kernel(self, group: dict) -> bool:
         return (group["momentum"] > 0 and not self._stores_projection(group)
-                and hasattr(torch, "_fused_sgd_") and super()._fused_serves(group, p))
+                and hasattr(torch, "_fused_sgd_"))
 
-    def _kernel(self, group: dict, tensors: list, step: None, decay: float) -> None:
-        """torch's SGD step of (w, g, m) tuples after the decoupled decay, in place."""
-        w, g, m = map(list, zip(*tensors))
+    def _kernel(self, group: dict, step: Tensor, decay: float, w: list, g: list, m: list):
+        """torch's SGD step after the decoupled decay, in place."""
         if decay:
             torch._foreach_mul_(w, 1 - float(group["lr"]) * decay)
         torch._fused_sgd_(w, g, m, weight_decay=0.0, momentum=group["momentum"],
