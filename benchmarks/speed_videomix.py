@@ -15,14 +15,15 @@ against the floor: reading and decoding just the frames needed, at full size and
 enough.
 """
 
-import statistics
+import itertools
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from pathlib import Path
 
 import harness
 import numpy as np
+import timing
 import torch
 from PIL import Image
 from torch import Tensor
@@ -53,32 +54,24 @@ def flip_peer(x: Tensor, box: vm.Box) -> Tensor:
 
 
 def ways(x: Tensor, labels: Tensor, boxes: list[vm.Box], per_sample: Tensor) -> dict[str, Callable]:
-    """{name: function of the round}."""
+    """{name: function}; every call takes the next box, and all ways the same ones in turn."""
     flip = torch.arange(len(x) - 1, -1, -1)
-    out = {"in place": lambda i: vm.apply_cuboid(x, boxes[i], flip, inplace=True),
-           "in place, box per clip": lambda i: vm.apply_cuboid(x, per_sample, flip, inplace=True),
-           "copy": lambda i: vm.apply_cuboid(x, boxes[i], flip),
-           "flip-based peer": lambda i: flip_peer(x, boxes[i])}
+
+    def with_boxes(function: Callable) -> Callable:
+        following = itertools.cycle(boxes)
+        return lambda: function(next(following))
+    out = {"in place": with_boxes(lambda box: vm.apply_cuboid(x, box, flip, inplace=True)),
+           "in place, box per clip": lambda: vm.apply_cuboid(x, per_sample, flip, inplace=True),
+           "copy": with_boxes(lambda box: vm.apply_cuboid(x, box, flip)),
+           "flip-based peer": with_boxes(lambda box: flip_peer(x, box))}
     if pytorchvideo_mix is not None:
         cutmix = pytorchvideo_mix.CutMix(num_classes=10)
-        out["PyTorchVideo CutMix"] = lambda i: cutmix(x, labels)
+        out["PyTorchVideo CutMix"] = lambda: cutmix(x, labels)
     if torchvision_transforms is not None:
         roll = torchvision_transforms.CutMix(num_classes=10)
         frames = tv_tensors.Video(x.transpose(1, 2))
-        out["torchvision v2.CutMix"] = lambda i: roll(frames, labels)
+        out["torchvision v2.CutMix"] = lambda: roll(frames, labels)
     return out
-
-
-def clock(function: Callable, number: int, device: torch.device) -> float:
-    """Seconds: of the process's CPU time on one thread (other processes do not count), else of the
-    wall."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    now = time.process_time if alone else time.perf_counter
-    began = now()
-    function(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return now() - began
 
 
 def mixing(run: harness.Run, batch: int, size: tuple[int, int, int],
@@ -88,34 +81,29 @@ def mixing(run: harness.Run, batch: int, size: tuple[int, int, int],
     labels = torch.randint(10, (batch,), generator=generator).to(run.device)
     lams = torch.rand(rounds + 1, generator=generator, dtype=torch.float64).tolist()
     boxes = [vm.sample_cuboid(size, lam, "S", generator=generator) for lam in lams]
-    # of the memory figure
-    boxes[0] = vm.sample_cuboid(size, 0.6, "S", center=[side // 2 for side in size])
+    middle = vm.sample_cuboid(size, 0.6, "S", center=[side // 2 for side in size])
     per_sample = torch.tensor([vm.sample_cuboid(size, lam, "S", generator=generator)
                                for lam in torch.rand(batch, generator=generator).tolist()])
     table, claims, most = [], [], torch.get_num_threads()
-    cuboids = x.numel() * x.element_size() * (1 - vm.cuboid_lambda(boxes[0], size))
+    cuboids = x.numel() * x.element_size() * (1 - vm.cuboid_lambda(middle, size))
+    peaks = {name: timing.peak_bytes(function, run.device)
+             for name, function in ways(x, labels, [middle], per_sample).items()}
     for threads in dict.fromkeys((1, most) if run.device.type == "cpu" else (most,)):
         torch.set_num_threads(threads)
-        functions = ways(x, labels, boxes, per_sample)
-        times = {name: [] for name in functions}
-        for number in run.progress(range(rounds + 1), label=f"{threads} threads"):
-            for name, function in functions.items():
-                times[name].append(clock(function, number, run.device))
-        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-        for name, function in functions.items():
-            memory = harness.peak_bytes(lambda: function(0), run.device)
-            table.append({"way": name, "threads": threads, "ms": 1000 * medians[name],
-                          "x in place": medians[name] / medians["in place"],
-                          "peak MB": memory / 1e6, "peak / cuboids": memory / cuboids})
-        ratio = statistics.median(p / o for p,
-                                  o in zip(times["flip-based peer"][1:], times["in place"][1:]))
+        times = timing.interleaved(run, ways(x, labels, boxes, per_sample), rounds,
+                                   f"{threads} threads")
+        medians = timing.medians(times)
+        table += [{"way": name, "threads": threads, "ms": 1000 * medians[name],
+                   "x in place": medians[name] / medians["in place"],
+                   "peak MB": peaks[name] / 1e6, "peak / cuboids": peaks[name] / cuboids}
+                  for name in times]
+        ratio = timing.ratio(times, "flip-based peer", "in place")
         claims.append({"claim": f"times faster than the flip-based peer, {threads} threads",
                        "paper": None, "this run": ratio, "holds": ratio >= 2 if x.numel() > 1e8
                        else None})
-    ours = next(row for row in table if row["way"] == "in place")
+    share = peaks["in place"] / cuboids
     claims.append({"claim": "extra memory in place / cuboids of the batch (at most 1)",
-                   "paper": None,
-                   "this run": ours["peak / cuboids"], "holds": ours["peak / cuboids"] <= 1})
+                   "paper": None, "this run": share, "holds": share <= 1})
     torch.set_num_threads(most)
     return table, claims
 
@@ -123,71 +111,69 @@ def mixing(run: harness.Run, batch: int, size: tuple[int, int, int],
 def python_share(run: harness.Run, size: tuple[int, int, int]) -> dict:
     """Drawing 64 boxes and mixing them, against the copies alone: what the Python loop costs."""
     x, y = torch.zeros(64, 3, *size, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
-    mix, generator = vm.VideoMix("S", per_sample=True, num_classes=2,
-                                 inplace=True), torch.Generator().manual_seed(0)
-    times = {"draw": [], "all": []}
-    for number in range(20):
-        times["draw"].append(clock(lambda i: mix._draw(64, size, torch.arange(64), generator),
-                                   number, torch.device("cpu")))
-        times["all"].append(clock(lambda i: mix(x, y, generator), number, torch.device("cpu")))
-    draw, everything = (1000 * statistics.median(values) for values in times.values())
+    generator = torch.Generator().manual_seed(0)
+    mix = vm.VideoMix("S", per_sample=True, num_classes=2, inplace=True)
+    medians = timing.medians(timing.interleaved(run, {
+        "draw": lambda: mix._draw(64, size, torch.arange(64), generator),
+        "all": lambda: mix(x, y, generator)}, 20, "boxes"))
+    draw, everything = 1000 * medians["draw"], 1000 * medians["all"]
     return {"clips": 64, "ms to draw boxes": draw, "ms in all, uint8": everything,
             "share": draw / everything}
 
 
+def write_frames(root: Path, videos: int, seed: int) -> None:
+    """Videos of 64 frames of 340 x 256 and their index file."""
+    rng, rows = np.random.default_rng(seed), []
+    for video in range(videos):
+        (root / str(video)).mkdir()
+        noise = rng.integers(0, 256, (32, 43, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).resize((340, 256), Image.BICUBIC)
+        for number in range(64):
+            name = root / str(video) / video_frames.FRAME.format(number + 1)
+            picture.rotate(number, resample=Image.BILINEAR).save(name, quality=90)
+        rows.append((str(video), 64, 0))
+    video_frames.write_index(root / "index.txt", rows)
+
+
 def loading(run: harness.Run, videos: int, rounds: int) -> tuple[list[dict], list[dict]]:
-    rng, rows = np.random.default_rng(run.seeds[0]), []
-    seeded = lambda number: torch.Generator().manual_seed(number)      # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
-        root = harness.Path(folder)
-        for video in range(videos):
-            (root / str(video)).mkdir()
-            noise = rng.integers(0, 256, (32, 43, 3), dtype=np.uint8)
-            picture = Image.fromarray(noise).resize((340, 256), Image.BICUBIC)
-            for number in range(64):
-                name = root / str(video) / video_frames.FRAME.format(number + 1)
-                picture.rotate(number, resample=Image.BILINEAR).save(name, quality=90)
-            rows.append((str(video), 64, 0))
-        video_frames.write_index(root / "index.txt", rows)
+        root = Path(folder)
+        write_frames(root, videos, run.seeds[0])
         half = video_frames.ClipTransform(112, True, (128, 160))
-        index = root / "index.txt"
-        large = video_frames.VideoFolder(index, 8, 8, train=True)
-        small = video_frames.VideoFolder(index, 8, 8, train=True, transform=half)
+        large = video_frames.VideoFolder(root / "index.txt", 8, 8, train=True)
+        small = video_frames.VideoFolder(root / "index.txt", 8, 8, train=True, transform=half)
         loader = video_frames.VideoLoader(large, videos)
 
-        def decode(number: int, at_least=None) -> None:
+        def decode(at_least: Callable | None = None) -> None:
             for video in range(videos):
-                (chosen,) = large.indices(64, seeded(number))
+                (chosen,) = large.indices(64, torch.Generator().manual_seed(video))
                 large.open(video).read(chosen, at_least)
 
-        def clips(number: int, dataset: video_frames.VideoFolder) -> None:
+        def clips(dataset: video_frames.VideoFolder) -> None:
             for video in range(videos):
-                dataset.clip(dataset.open(video), seeded(number))
+                dataset.clip(dataset.open(video), torch.Generator().manual_seed(video))
         functions = {"decode only, full size": decode,
-                     "clips of 224": lambda i: clips(i, large),
-                     "clips of 224, VideoLoader": lambda i: [None for _ in loader],
-                     "decode only, half size": lambda i: decode(i, lambda w, h: (w // 2, h // 2)),
-                     "clips of 112": lambda i: clips(i, small)}
+                     "clips of 224": lambda: clips(large),
+                     "clips of 224, VideoLoader": lambda: [None for _ in loader],
+                     "decode only, half size": lambda: decode(lambda w, h: (w // 2, h // 2)),
+                     "clips of 112": lambda: clips(small)}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        times = {name: [] for name in functions}
-        for number in run.progress(range(rounds), label="loading"):
-            for name, function in functions.items():
-                times[name].append(clock(function, number, torch.device("cpu")))
+        times = timing.interleaved(run, functions, rounds, "loading")
         torch.set_num_threads(threads)
-    rate = {name: videos * 8 / statistics.median(values) for name, values in times.items()}
-    floors = {name: rate["decode only, half size" if "112" in name or "half" in name
-                         else "decode only, full size"] for name in rate}
-    table = [{"way": name, "frames/s per core": rate[name], "ms a frame": 1000 / rate[name],
-              "of the decode floor": rate[name] / floors[name]}
-             for name in rate]
-    reached = rate["clips of 224"] / floors["clips of 224"]
+    floors = {name: "decode only, half size" if "112" in name or "half" in name
+              else "decode only, full size" for name in times}
+    table = [{"way": name, "frames/s per core": videos * 8 / seconds,
+              "ms a frame": 1000 * seconds / (videos * 8),
+              "of the decode floor": timing.ratio(times, floors[name], name)}
+             for name, seconds in timing.medians(times).items()]
+    reached = timing.ratio(times, "decode only, full size", "clips of 224")
     return table, [{"claim": "clips of 224, share of the decode floor's rate", "paper": None,
                     "this run": reached, "holds": None}]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, data=False)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     run = harness.start(parser, argv)

@@ -350,16 +350,17 @@ class ClipTransform:
         def enough(width: int, height: int) -> tuple[int, int]:
             factor = short / min(width, height)
             return max(1, int(width * factor)), max(1, int(height * factor))
-        frames, clips = np.stack([np.asarray(frame) for frame in read(enough)]), []
-        height, width = frames.shape[1:3]
+        frames, clips = read(enough), []
+        width, height = frames[0].size
         side = max(1, round(min(height, width) * size / short))
         for across, down in places:
             top, left = round(down * (height - side)), round(across * (width - side))
-            out = torch.from_numpy(frames[:, top:top + side, left:left + side]).permute(0, 3, 1, 2)
+            box = (left, top, left + side, top + side)
+            out = torch.from_numpy(np.stack([np.asarray(frame.crop(box)) for frame in frames]))
+            out = out.permute(0, 3, 1, 2)
             if side != size:                          # on uint8: several times faster than Pillow
                 out = F.interpolate(out, (size, size), mode="bilinear", antialias=True)
-            out = out.permute(0, 2, 3, 1).numpy()
-            out = out[:, :, ::-1] if mirrored else out
+            out = (out.flip(3) if mirrored else out).permute(0, 2, 3, 1).numpy()
             out = self.augment(out, generator) if self.augment is not None else out
             clips.append(np.ascontiguousarray(out))
         return clips
@@ -437,7 +438,11 @@ def to_clips(frames: Tensor, mean: float | Sequence[float] = 0.45,
         raise TypeError(f"frames must be uint8 (..., T, H, W, 3), "
                         f"not {frames.dtype} {tuple(frames.shape)}")
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=frames.device) for v in (mean, std))
-    return frames.float().sub_(255 * mean).mul_(1 / (255 * std)).movedim(-1, -4)
+    if frames.device.type == "cpu":       # numpy asks for huge pages, torch does not: twice as fast
+        clips = torch.from_numpy(np.empty(frames.shape, np.float32)).copy_(frames)
+    else:
+        clips = frames.float()
+    return clips.sub_(255 * mean).mul_(1 / (255 * std)).movedim(-1, -4)
 
 
 class VideoLoader(Loader):
