@@ -127,7 +127,8 @@ def resize_scoremap(cam: Array, size: int | Sequence[int]) -> Array:
 # is made part of the other, which leaves about one node per local maximum. For each pair of
 # touching nodes the highest level w at which they touch matters, and of these contacts a maximum
 # spanning forest. There a node of peak p that hangs on its parent by an edge of weight w stands for
-# one component of {g >= v} at each level w < v <= p, and from v = w on is part of its parent's.
+# one component of {g >= v} at each level w < v <= p, and from v = w on is part of its parent's. The
+# tops of runs tell its extents: every row of a component holds one, every column that of a column.
 #
 # Holes are the components of {255 - g >= u}, pixels touching at sides only, that do not reach a
 # frame of one pixel around the map. One box for each component and each hole is what all contours
@@ -163,8 +164,7 @@ def _runs(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _contacts(values: Tensor, first: np.ndarray, corners: bool) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields (run, run, level at which they touch); first: flat indices of the runs' first pixels.
-    """
+    """Yields (run, run, level at which they touch); first: flat index of each run's first pixel."""
     _, height, width = values.shape
     run_of = lambda pixel: np.searchsorted(first, pixel, side="right") - 1     # noqa: E731
     later = np.flatnonzero(first % width)
@@ -287,12 +287,11 @@ class _Tree:
         return first, x0, first // width, pixels - 1 - x1, (pixels - 1 - last) // width
 
     def doubled_areas(self, values: Tensor) -> np.ndarray:
-        """Twice the polygon area of the outer border of each row's component, in a map without
-        holes.
+        """Twice the area in each row's outer border, a polygon through pixel centres, of a map
+        without holes.
 
-        The polygon through the pixel centres holds all of a 2 x 2 block with four pixels inside and
-        half of one with three: a block counts from its second lowest level on and from its lowest.
-        """
+        The polygon holds all of a 2 x 2 block with four pixels inside and half of one with three: a
+        block counts from its second lowest level on and once more from its lowest."""
         values = (values >> _FRACTION).to(torch.uint8)
         a, b, c, d = values[:, :-1, :-1], values[:, :-1, 1:], values[:, 1:, :-1], values[:, 1:, 1:]
         low, high = torch.minimum(a, b), torch.maximum(a, b)
