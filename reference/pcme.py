@@ -359,10 +359,11 @@ def sample_gaussian(mu: Tensor, logsigma: Tensor, num_samples: int,
 # ---------------------------------------------------------------- losses
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:
-    """(n, D), (m, D) -> (n, m): |x - y|^2 by one matrix product."""
+    """(n, D), (m, D) -> (n, m): |x - y|^2 by one matrix product, also under autocast."""
     norm = torch.linalg.vector_norm
-    product = torch.addmm(norm(y, dim=-1).square(), x, y.T, alpha=-2)
-    return product.add_(norm(x, dim=-1, keepdim=True).square()).clamp_(min=0)
+    with torch.autocast(x.device.type, enabled=False):
+        product = torch.addmm(norm(y, dim=-1).square(), x, y.T, alpha=-2)
+        return product.add_(norm(x, dim=-1, keepdim=True).square()).clamp_(min=0)
 
 
 def _logits(q: Tensor, g: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
@@ -383,18 +384,16 @@ def _log_mean_sigmoid(logits: Tensor) -> Tensor:
 
 def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> Tensor:
     """(Ni, Nc) bool for the diagonal and for hard labels, floats in [0, 1] for soft ones."""
-    shape = (len(images), len(captions))
+    count, other = len(images), len(captions)
     if matched is None:
-        if shape[0] != shape[1]:
-            raise ValueError(f"matched is needed for {shape[0]} images and {shape[1]} captions")
-        return torch.eye(shape[0], dtype=torch.bool, device=images.device)
+        if count != other:
+            raise ValueError(f"matched is needed for {count} images and {other} captions")
+        return torch.eye(count, dtype=torch.bool, device=images.device)
     matched = torch.as_tensor(matched, device=images.device)
-    _check_shape(*shape, matched=matched)
-    if matched.dtype == torch.bool:
-        return matched
+    _check_shape(count, other, matched=matched)
     if not ((matched >= 0) & (matched <= 1)).all():
         raise ValueError("matched must be in [0, 1]")
-    return matched.to(images.dtype)
+    return matched if matched.dtype == torch.bool else matched.to(images.dtype)
 
 
 def _kl_to_standard(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -461,29 +460,28 @@ class MCSoftContrastiveLoss(_PairLoss):
         _check_items(3, image_samples=image_samples, caption_samples=caption_samples)
         images, captions = _wide(image_samples), _wide(caption_samples)
         matched = _check_matched(matched, images, captions)
-        with torch.autocast(images.device.type, enabled=False):
-            if self.block is None or self.block >= len(images):
-                nll, positive = self._nll(images, captions, matched)
-            else:
-                parts = [checkpoint(self._nll, i, captions, m, use_reentrant=False)
-                         for i, m in zip(images.split(self.block), matched.split(self.block))]
-                nll, positive = map(torch.cat, zip(*parts))
-            total, positive = nll.sum(), positive.sum()
-            uniform = vib = deterministic = images.new_zeros(())
-            if self.uniform_lambda:
-                x = torch.cat([images.flatten(0, 1), captions.flatten(0, 1)])
-                uniform = _uniformity(x, uniform_rows, generator)
-            if self.vib_beta:
-                vib = (self._kl(images, image_logsigma, image_mu, "image")
-                       + self._kl(captions, caption_logsigma, caption_mu, "caption"))
-            if self.deterministic_weight:
-                means = [z.mean(1) if mu is None else mu
-                         for z, mu in ((images, image_mu), (captions, caption_mu))]
-                deterministic = _info_nce(_cosines(*means) / 0.07, matched)
-            extra = (self.uniform_lambda * uniform + self.vib_beta * vib
-                     + self.deterministic_weight * deterministic)
-            loss = {"sum": 2 * total + extra, "mean": 2 * total / nll.numel() + extra,
-                    "none": 2 * nll}[self.reduction]
+        if self.block is None or self.block >= len(images):
+            nll, positive = self._nll(images, captions, matched)
+        else:
+            parts = [checkpoint(self._nll, i, captions, m, use_reentrant=False)
+                     for i, m in zip(images.split(self.block), matched.split(self.block))]
+            nll, positive = map(torch.cat, zip(*parts))
+        total, positive = nll.sum(), positive.sum()
+        uniform = vib = deterministic = images.new_zeros(())
+        if self.uniform_lambda:
+            x = torch.cat([images.flatten(0, 1), captions.flatten(0, 1)])
+            uniform = _uniformity(x, uniform_rows, generator)
+        if self.vib_beta:
+            vib = (self._kl(images, image_logsigma, image_mu, "image")
+                   + self._kl(captions, caption_logsigma, caption_mu, "caption"))
+        if self.deterministic_weight:
+            means = [z.mean(1) if mu is None else _wide(mu)
+                     for z, mu in ((images, image_mu), (captions, caption_mu))]
+            deterministic = _info_nce(_cosines(*means) / 0.07, matched)
+        extra = (self.uniform_lambda * uniform + self.vib_beta * vib
+                 + self.deterministic_weight * deterministic)
+        loss = {"sum": 2 * total + extra, "mean": 2 * total / nll.numel() + extra,
+                "none": 2 * nll}[self.reduction]
         # both directions are equal by symmetry; these are the published names
         ways = {f"{way}_{name}": value for way in ("i2t", "t2i") for name, value in
                 (("loss", total), ("pos_loss", positive), ("neg_loss", total - positive))}
@@ -561,21 +559,20 @@ class ClosedFormSampledDistanceLoss(_PairLoss):
             _wide, (image_mean, caption_mean, image_log_var, caption_log_var))
         matched = _check_matched(matched, images, captions).to(images.dtype)
         pseudo, vib = matched.new_zeros((), dtype=torch.int64), images.new_zeros(())
-        with torch.autocast(images.device.type, enabled=False):
-            csd = _csd(images, image_l / 2, captions, caption_l / 2)
-            logits = self.shift + self.negative_scale * csd
-            loss = 2 * F.binary_cross_entropy_with_logits(logits, matched)
-            ways = ((logits, matched), (logits.T, matched.T)) if self.smoothness_alpha else ()
-            for way, target in ways:
-                best, index = target.max(dim=1, keepdim=True)
-                above = way >= way.gather(1, index)
-                smooth = F.binary_cross_entropy_with_logits(way, torch.where(above, best, target))
-                loss = loss + self.smoothness_alpha * smooth
-                pseudo = pseudo + above.sum() - len(target)
-            if self.vib_beta:                             # left out where it explodes, as published
-                vib = sum(_kl_to_standard(*side).mean()
-                          for side in ((images, image_l), (captions, caption_l)))
-                loss = loss + self.vib_beta * torch.where(vib > 1e4, 0.0, vib)
+        csd = _csd(images, image_l / 2, captions, caption_l / 2)
+        logits = self.shift + self.negative_scale * csd
+        loss = 2 * F.binary_cross_entropy_with_logits(logits, matched)
+        ways = ((logits, matched), (logits.T, matched.T)) if self.smoothness_alpha else ()
+        for way, target in ways:
+            best, index = target.max(dim=1, keepdim=True)
+            above = way >= way.gather(1, index)
+            smooth = F.binary_cross_entropy_with_logits(way, torch.where(above, best, target))
+            loss = loss + self.smoothness_alpha * smooth
+            pseudo = pseudo + above.sum() - len(target)
+        if self.vib_beta:                                 # left out where it explodes, as published
+            vib = sum(_kl_to_standard(*side).mean()
+                      for side in ((images, image_l), (captions, caption_l)))
+            loss = loss + self.vib_beta * torch.where(vib > 1e4, 0.0, vib)
         return self._reported(loss, n_pseudo_positives=pseudo, vib_loss=vib)
 
 
@@ -623,7 +620,8 @@ class InfoNCELoss(_CosineLoss):
 
 
 def _cosines(images: Tensor, captions: Tensor) -> Tensor:
-    return F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T
+    with torch.autocast(images.device.type, enabled=False):
+        return F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T
 
 
 def _info_nce(logits: Tensor, matched: Tensor) -> Tensor:
@@ -1011,7 +1009,8 @@ def uncertainty_bins(u, metric, n_bins: int = 10) -> dict[str, np.ndarray | floa
     metric, uncertainty (n_bins,); correlation: Pearson of bin index and metric, strongly negative
     for an uncertainty that predicts failure. The items that are left over take no part.
     """
-    u, metric = np.asarray(u, dtype=np.float64), np.asarray(metric, dtype=np.float64)
+    u, metric = (np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
+                 for x in (u, metric))
     if u.ndim != 1 or u.shape != metric.shape or not 2 <= n_bins <= len(u):
         raise ValueError(f"u and metric must be equal (N,) with N >= n_bins >= 2, got {u.shape}, "
                          f"{metric.shape}, {n_bins}")
@@ -1071,11 +1070,11 @@ def _curve(ratios: Sequence[float], encode: Callable, damaged: Callable) -> dict
 # ---------------------------------------------------------------- tokens
 
 # A caption is read once, from left to right; whatever is no break belongs to a word.
-_BREAKS = r"""`+ | \.{2,} | -- | [«“‘„»”’] | [][(){}<>;@\#$%&?!*\u2012-\u2015]
+_BREAKS = r"""`{1,2} | \.{2,} | -- | [«“‘„»”’] | [][(){}<>;@\#$%&?!*\u2012-\u2015]
     | [:,] (?!\d)                                             # 10:30 and 1,000 stay whole
     | \. (?= (?: [])}>'»”’\s] | (?<!\s)" )* $ )              # the period that ends the caption
     | (?<!\w) ' (?! (?:re|ve|ll|[mtsdn])\b ) (?=\w """        # an apostrophe that opens a quotation
-_QUOTES = r"""(?P<opening> (?<![^\s(\[{<`«“‘„]) " | (?<=[\s(\[{<`«“‘„]) '' )
+_QUOTES = r"""(?P<opening> (?<![^ (\[{<`«“‘„]) " | (?<=[ (\[{<`«“‘„]) '' )
     | (?P<closing> " | '' )"""
 _TOKENS = {
     legacy: re.compile(rf"""{_QUOTES} | {breaks}
