@@ -56,24 +56,16 @@ class LabelMaps:
         self.images = (self.folder / "images.txt").read_text(encoding="utf-8").splitlines()
         count, size = self.meta["count"], self.meta["shard_size"]
         if len(self.images) != count:
-            raise ValueError(
-                f"{self.folder / 'images.txt'} has {len(self.images)} lines, "
-                f"store.json says {count}"
-            )
-        missing = [
-            p.name
-            for p in map(self._path, range(-(-count // size)))
-            if not p.with_suffix(".sha256").exists()
-        ]
+            raise ValueError(f"{self.folder / 'images.txt'} has {len(self.images)} lines, "
+                             f"store.json says {count}")
+        missing = [p.name for p in map(self._path, range(-(-count // size)))
+                   if not p.with_suffix(".sha256").exists()]
         if missing:
-            raise ValueError(
-                f"{self.folder} is unfinished: {len(missing)} shards are missing, the first is "
-                f"{missing[0]}; "
-                "run its generation again, it goes on where it stopped"
-            )
-        self._shards: dict[
-            int, np.ndarray
-        ] = {}  # opened on first use, so that worker processes open their own
+            raise ValueError(f"{self.folder} is unfinished: {len(missing)} shards are missing, the "
+                             f"first is {missing[0]}; run its generation again, it goes on where "
+                             "it stopped")
+        # opened on first use, so that worker processes open their own
+        self._shards: dict[int, np.ndarray] = {}
         self._rows: dict[str, int] | None = None
 
     def __len__(self) -> int:
@@ -99,10 +91,8 @@ class LabelMaps:
         rows = np.where(rows < 0, rows + len(self), rows)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"rows must be in 0..{len(self) - 1}, not {rows.min()}..{rows.max()}")
-        out = np.empty(
-            (len(rows), 2, self.meta["k"], self.meta["height"], self.meta["width"]),
-            dtype=np.float32,
-        )
+        out = np.empty((len(rows), 2, self.meta["k"], self.meta["height"], self.meta["width"]),
+                       dtype=np.float32)
         shard = rows // self.meta["shard_size"]
         for number in np.unique(shard):
             mine = np.flatnonzero(shard == number)
@@ -122,10 +112,8 @@ class LabelMaps:
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self._path(number)} cannot be read: {error}") from error
             if array.dtype != _record(self.meta) or array.shape != expected:
-                raise ValueError(
-                    f"{self._path(number)} holds {array.shape} {array.dtype}, "
-                    f"expected {expected} {_record(self.meta)}"
-                )
+                raise ValueError(f"{self._path(number)} holds {array.shape} {array.dtype}, "
+                                 f"expected {expected} {_record(self.meta)}")
             self._shards[number] = array
         return self._shards[number]
 
@@ -137,54 +125,28 @@ class StoreWriter:
     or another shape is refused with ValueError. `annotator` is a note kept in store.json.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        images: Iterable[str | Path],
-        *,
-        k: int,
-        height: int,
-        width: int,
-        num_classes: int,
-        shard_size: int = 8192,
-        annotator: str = "",
-    ) -> None:
+    def __init__(self, folder: str | Path, images: Iterable[str | Path], *, k: int, height: int,
+                 width: int, num_classes: int, shard_size: int = 8192, annotator: str = "") -> None:
         if not 1 <= k <= num_classes or num_classes > 2**15 or min(height, width, shard_size) < 1:
-            raise ValueError(
-                f"need 1 <= k <= num_classes <= 32768 and positive sizes, not k={k}, "
-                f"num_classes={num_classes}, "
-                f"height={height}, width={width}, shard_size={shard_size}"
-            )
+            raise ValueError(f"need 1 <= k <= num_classes <= 32768 and positive sizes, not k={k}, "
+                             f"num_classes={num_classes}, height={height}, width={width}, "
+                             f"shard_size={shard_size}")
         self.folder, keys = Path(folder), [image_key(image) for image in images]
         if len(set(keys)) != len(keys):
-            raise ValueError(
-                f"images must be different; {len(keys) - len(set(keys))} keys of {len(keys)} repeat"
-            )
-        self.meta = {
-            "format": FORMAT,
-            "count": len(keys),
-            "k": k,
-            "height": height,
-            "width": width,
-            "num_classes": num_classes,
-            "shard_size": shard_size,
-            "annotator": annotator,
-        }
+            raise ValueError(f"images must be different; {len(keys) - len(set(keys))} keys of "
+                             f"{len(keys)} repeat")
+        self.meta = {"format": FORMAT, "count": len(keys), "k": k, "height": height,
+                     "width": width, "num_classes": num_classes, "shard_size": shard_size,
+                     "annotator": annotator}
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{key}\n" for key in keys)
         if (self.folder / "store.json").exists():
             before = _read_meta(self.folder)
-            changed = {
-                name: (before.get(name), value)
-                for name, value in self.meta.items()
-                if before.get(name) != value
-            }
+            changed = [name for name, value in self.meta.items() if before.get(name) != value]
             if changed or (self.folder / "images.txt").read_text(encoding="utf-8") != lines:
-                raise ValueError(
-                    f"{self.folder} holds another store "
-                    f"(differs in {', '.join(changed) or 'images'}); "
-                    "give a new folder, or delete this one"
-                )
+                raise ValueError(f"{self.folder} holds another store "
+                                 f"(differs in {', '.join(changed) or 'images'}); "
+                                 "give a new folder, or delete this one")
         else:
             _write(self.folder / "images.txt", lines.encode())
             _write(self.folder / "store.json", (json.dumps(self.meta, indent=1) + "\n").encode())
@@ -193,10 +155,8 @@ class StoreWriter:
         """Record ranges (start, stop) of shards to write; each process gets every R-th shard."""
         size = self.meta["shard_size"]
         for number, start in enumerate(range(0, self.meta["count"], size)):
-            if (
-                number % world_size == rank
-                and not _shard_path(self.folder, number).with_suffix(".sha256").exists()
-            ):
+            whole = _shard_path(self.folder, number).with_suffix(".sha256")
+            if number % world_size == rank and not whole.exists():
                 yield start, min(start + size, self.meta["count"])
 
     def write(self, start: int, maps: torch.Tensor | np.ndarray) -> None:
@@ -206,46 +166,27 @@ class StoreWriter:
         """
         size, count = self.meta["shard_size"], self.meta["count"]
         maps = maps.detach().cpu().numpy() if isinstance(maps, torch.Tensor) else np.asarray(maps)
-        expected = (
-            min(size, count - start),
-            2,
-            self.meta["k"],
-            self.meta["height"],
-            self.meta["width"],
-        )
+        cells = (self.meta["k"], self.meta["height"], self.meta["width"])
+        expected = (min(size, count - start), 2, *cells)
         if start % size or maps.shape != expected:
-            raise ValueError(
-                f"maps must be the whole shard {expected} from a multiple of {size}, "
-                f"not {maps.shape} from {start}"
-            )
+            raise ValueError(f"maps must be the whole shard {expected} from a multiple of {size}, "
+                             f"not {maps.shape} from {start}")
         with np.errstate(over="ignore"):
             records = np.empty(len(maps), dtype=_record(self.meta))
             records["scores"], records["classes"] = maps[:, 0], maps[:, 1]
         if problem := _problem(records, self.meta, exact=maps[:, 1]):
-            name = (
-                (self.folder / "images.txt")
-                .read_text(encoding="utf-8")
-                .splitlines()[start + problem[0]]
-            )
-            raise ValueError(f"map of {name}: {problem[1]}")
+            names = (self.folder / "images.txt").read_text(encoding="utf-8").splitlines()
+            raise ValueError(f"map of {names[start + problem[0]]}: {problem[1]}")
         buffer = io.BytesIO()
         np.save(buffer, records, allow_pickle=False)
         path = _shard_path(self.folder, start // size)
         _write(path, buffer.getbuffer())
-        _write(
-            path.with_suffix(".sha256"),
-            hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n",
-        )
+        _write(path.with_suffix(".sha256"),
+               hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
 
 
-def generate(
-    annotate: Callable[[list[int]], torch.Tensor],
-    writer: StoreWriter,
-    *,
-    batch_size: int = 256,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[dict]:
+def generate(annotate: Callable[[list[int]], torch.Tensor], writer: StoreWriter, *,
+             batch_size: int = 256, rank: int = 0, world_size: int = 1) -> Iterator[dict]:
     """Fill the missing shards: `annotate(rows)` returns the maps `(n, 2, k, h, w)` of those images.
 
     Yields {"image": records done by this process, "total": of how many, "rows": of this batch}
@@ -279,10 +220,8 @@ def released_maps(folder: str | Path) -> list[Path]:
     """The files of a released tree `<wnid>/<stem>.pt`, sorted. ValueError if there are none."""
     files = sorted(Path(folder).glob("*/*.pt"))
     if not files:
-        raise ValueError(
-            f"{folder} holds no <wnid>/<stem>.pt files: "
-            "give the folder that relabel_imagenet.tar unpacks to"
-        )
+        raise ValueError(f"{folder} holds no <wnid>/<stem>.pt files: "
+                         "give the folder that relabel_imagenet.tar unpacks to")
     return files
 
 
@@ -299,37 +238,21 @@ def read_released(path: str | Path, transpose: bool = False) -> torch.Tensor:
     return (value.transpose(2, 3) if transpose else value).float()
 
 
-def pack(
-    source: str | Path,
-    store: str | Path,
-    *,
-    num_classes: int = 1000,
-    shard_size: int = 8192,
-    transpose: bool = False,
-    annotator: str = "released maps",
-) -> Iterator[dict]:
+def pack(source: str | Path, store: str | Path, *, num_classes: int = 1000, shard_size: int = 8192,
+         transpose: bool = False, annotator: str = "released maps") -> Iterator[dict]:
     """The released tree into a store; yields progress as `generate` does and resumes like it."""
     files = released_maps(source)
     first = read_released(files[0], transpose)
-    writer = StoreWriter(
-        store,
-        files,
-        k=first.shape[1],
-        height=first.shape[2],
-        width=first.shape[3],
-        num_classes=num_classes,
-        shard_size=shard_size,
-        annotator=f"{annotator}, map axes swapped" if transpose else annotator,
-    )
+    writer = StoreWriter(store, files, k=first.shape[1], height=first.shape[2],
+                         width=first.shape[3], num_classes=num_classes, shard_size=shard_size,
+                         annotator=f"{annotator}, map axes swapped" if transpose else annotator)
 
     def annotate(rows: list[int]) -> torch.Tensor:
         maps = [read_released(files[row], transpose) for row in rows]
         for row, m in zip(rows, maps):
             if m.shape != first.shape:
-                raise ValueError(
-                    f"{files[row]} holds {tuple(m.shape)}, "
-                    f"the first file holds {tuple(first.shape)}"
-                )
+                raise ValueError(f"{files[row]} holds {tuple(m.shape)}, "
+                                 f"the first file holds {tuple(first.shape)}")
         return torch.stack(maps)
 
     yield from generate(annotate, writer)
@@ -378,27 +301,19 @@ def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npy"
 
 
-def _problem(
-    records: np.ndarray, meta: dict, exact: np.ndarray | None = None
-) -> tuple[int, str] | None:
+def _problem(records: np.ndarray, meta: dict,
+             exact: np.ndarray | None = None) -> tuple[int, str] | None:
     """(row, what is wrong) of the first record that no annotator can have produced."""
     classes = records["classes"]
     ordered = np.sort(classes, axis=1)
-    for wrong, text in [
-        (
-            ~np.isfinite(records["scores"]),
-            "a score is not finite, or too large for float16 (65504)",
-        ),
-        (
+    problems = {
+        "a score is not finite, or too large for float16 (65504)": ~np.isfinite(records["scores"]),
+        f"a class is outside 0..{meta['num_classes'] - 1}":
             (classes < 0) | (classes >= meta["num_classes"]),
-            f"a class is outside 0..{meta['num_classes'] - 1}",
-        ),
-        (ordered[:, 1:] == ordered[:, :-1], "a cell names the same class twice"),
-        (
-            classes != (classes if exact is None else exact),
-            "a class is not an integer in the range of int16",
-        ),
-    ]:
+        "a cell names the same class twice": ordered[:, 1:] == ordered[:, :-1],
+        "a class is not an integer in the range of int16":
+            classes != (classes if exact is None else exact)}
+    for text, wrong in problems.items():
         rows = np.flatnonzero(wrong.any(axis=(1, 2, 3)))
         if len(rows):
             return int(rows[0]), text
@@ -431,18 +346,14 @@ def _write(path: Path, content) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.label_maps",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m data_tools.label_maps", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("source"), packing.add_argument("store")
     packing.add_argument("--num-classes", type=int, default=1000)
-    packing.add_argument(
-        "--transpose", action="store_true", help="the files are (columns, rows): swap the map axes"
-    )
+    packing.add_argument("--transpose", action="store_true",
+                         help="the files are (columns, rows): swap the map axes")
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("store"), unpacking.add_argument("tree")
     commands.add_parser("verify").add_argument("store")
@@ -450,17 +361,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "verify":
             problems = list(verify(args.store))
-            print(
-                "\n".join(problems)
-                if problems
-                else f"{args.store}: {len(LabelMaps(args.store))} maps, all well"
-            )
+            fine = f"{args.store}: {len(LabelMaps(args.store))} maps, all well"
+            print("\n".join(problems) or fine)
             return bool(problems)
-        steps = (
-            pack(args.source, args.store, num_classes=args.num_classes, transpose=args.transpose)
-            if args.command == "pack"
-            else unpack(args.store, args.tree)
-        )
+        if args.command == "pack":
+            steps = pack(args.source, args.store, num_classes=args.num_classes,
+                         transpose=args.transpose)
+        else:
+            steps = unpack(args.store, args.tree)
         step = {"image": 0, "total": 0}
         for step in steps:
             if step["image"] % 1024 < step["rows"]:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,16 +26,14 @@ class Net(nn.Module):
     def __init__(self, g):
         super().__init__()
         self.conv1 = nn.Conv2d(3, g["w.conv1.weight"].shape[0], 3, padding=1)
-        self.conv2 = nn.Conv2d(
-            g["w.conv2.weight"].shape[1], g["w.conv2.weight"].shape[0], 3, stride=2, padding=1
-        )
+        self.conv2 = nn.Conv2d(g["w.conv2.weight"].shape[1], g["w.conv2.weight"].shape[0], 3,
+                               stride=2, padding=1)
         self.relu = nn.ReLU()
         if not g["gap_fc"]:
             self.mid = nn.Linear(*reversed(g["w.mid.weight"].shape))
         self.fc = nn.Linear(*reversed(g["w.fc.weight"].shape))
-        self.load_state_dict(
-            {key[2:]: torch.from_numpy(g[key]) for key in g if key.startswith("w.")}
-        )
+        weights = {key[2:]: torch.from_numpy(g[key]) for key in g if key.startswith("w.")}
+        self.load_state_dict(weights)
 
     def forward(self, x):
         x = self.relu(self.conv2(self.conv1(x).relu())).mean((2, 3))
@@ -51,6 +50,12 @@ def close(a, b, rtol=1e-4, atol=1e-6):
     np.testing.assert_allclose(a.detach().numpy(), b, rtol=rtol, atol=atol)
 
 
+def scaled(maps):
+    """As the grad-cam package does it."""
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (1e-7 + maps.amax((1, 2), keepdim=True))
+
+
 def test_cam_family_equals_the_packages(case):
     g, net, images, labels = case
     close(net(images), g["logits"])
@@ -59,12 +64,8 @@ def test_cam_family_equals_the_packages(case):
     close(at.grad_cam(net, layer, images, labels), g["captum_LayerGradCam"][:, 0])
     close(at.grad_cam(net, layer, images, labels, relu=True), g["torchcam_GradCAM"].clip(0))
     scale = np.abs(g["pgcraw_GradCAMPlusPlus"]).max()
-    close(
-        at.grad_cam_pp(net, layer, images, labels, eps=1e-6),
-        g["pgcraw_GradCAMPlusPlus"],
-        1e-3,
-        1e-5 * scale,
-    )
+    close(at.grad_cam_pp(net, layer, images, labels, eps=1e-6), g["pgcraw_GradCAMPlusPlus"], 1e-3,
+          1e-5 * scale)
     close(at.xgrad_cam(net, layer, images, labels), g["pgcraw_XGradCAM"], 1e-4, 1e-5)
     close(at.layer_cam(net, layer, images, labels), g["pgcraw_LayerCAM"])
     close(at.hires_cam(net, layer, images, labels), g["pgcraw_HiResCAM"])
@@ -72,15 +73,9 @@ def test_cam_family_equals_the_packages(case):
         close(100 * at.grad_cam(net, layer, images, labels), g["cam_raw"], 1e-3, 1e-5)
     for function, key in ((at.score_cam, "pgc_ScoreCAM"), (at.ablation_cam, "pgc_AblationCAM")):
         maps = function(net, layer, images, labels, relu=True)
-        scaled = lambda m: (m - m.amin((1, 2), keepdim=True)) / (
-            1e-7 + (m - m.amin((1, 2), keepdim=True)).amax((1, 2), keepdim=True)
-        )  # noqa: E731
         close(scaled(at.resize_map(scaled(maps), images.shape[-1])), g[key], 1e-3, 2e-3)
-        assert torch.allclose(
-            function(net, layer, images, labels, chunk=5),
-            function(net, layer, images, labels),
-            atol=1e-6,
-        )
+        assert torch.allclose(function(net, layer, images, labels, chunk=5),
+                              function(net, layer, images, labels), atol=1e-6)
 
 
 def test_gradients_equal_the_official_code_and_captum(case):
@@ -89,24 +84,13 @@ def test_gradients_equal_the_official_code_and_captum(case):
     close(at.input_gradient(net, images, labels, signed=True), g["captum_Saliency_signed"])
     noise, samples = torch.from_numpy(g["noise"]), int(g["n_iter"])
     options = {"samples": samples, "sigma_divisor": float(g["sigma_divisor"]), "noise": noise}
-    for function, key in (
-        (at.smooth_grad, "off_smooth_grad"),
-        (at.smooth_grad_squared, "off_smooth_grad_square"),
-        (at.var_grad, "off_var_grad"),
-    ):
+    for function, key in ((at.smooth_grad, "off_smooth_grad"), (at.var_grad, "off_var_grad"),
+                          (at.smooth_grad_squared, "off_smooth_grad_square")):
         for chunk in (None, 3):
-            close(
-                function(net, images, labels, chunk=chunk, **options),
-                g[key],
-                1e-3,
-                1e-6 * (1 + np.abs(g[key]).max()),
-            )
-    close(
-        at.integrated_gradients(net, images, labels, steps=samples, variant="calm"),
-        g["off_integrated"],
-        1e-4,
-        1e-6,
-    )
+            maps = function(net, images, labels, chunk=chunk, **options)
+            close(maps, g[key], 1e-3, 1e-6 * (1 + np.abs(g[key]).max()))
+    maps = at.integrated_gradients(net, images, labels, steps=samples, variant="calm")
+    close(maps, g["off_integrated"], 1e-4, 1e-6)
     steps = int(g["ig_n_steps"])
     for method in at.QUADRATURES:
         maps = at.integrated_gradients(net, images, labels, steps=steps, method=method, chunk=5)
@@ -120,39 +104,25 @@ def test_several_targets_in_one_forward_and_no_traces(case):
     calls = []
     net.register_forward_hook(lambda *_: calls.append(1))
     classes = torch.stack([labels, (labels + 1) % g["logits"].shape[1]], 1)
-    for function in (
-        at.grad_cam,
-        at.grad_cam_pp,
-        at.xgrad_cam,
-        at.layer_cam,
-        at.hires_cam,
-        at.score_cam,
-        at.ablation_cam,
-    ):
+    for function in (at.grad_cam, at.grad_cam_pp, at.xgrad_cam, at.layer_cam, at.hires_cam,
+                     at.score_cam, at.ablation_cam):
         calls.clear()
         both = function(net, net.relu, images, classes)
-        assert both.shape == (len(images), 2, *g["features"].shape[2:]) and (
-            len(calls) == 1 or function in (at.score_cam, at.ablation_cam)
-        )
-        assert torch.allclose(
-            both[:, 1], function(net, net.relu, images, classes[:, 1]), rtol=1e-4, atol=1e-6
-        )
-        assert torch.allclose(
-            function(net, net.relu, images, 2),
-            function(net, net.relu, images, torch.full_like(labels, 2)),
-        )
+        assert both.shape == (len(images), 2, *g["features"].shape[2:])
+        assert len(calls) == 1 or function in (at.score_cam, at.ablation_cam)
+        assert torch.allclose(both[:, 1], function(net, net.relu, images, classes[:, 1]), rtol=1e-4,
+                              atol=1e-6)
+        assert torch.allclose(function(net, net.relu, images, 2),
+                              function(net, net.relu, images, torch.full_like(labels, 2)))
     with torch.no_grad():
         at.grad_cam(net, net.relu, images, labels)
         at.smooth_grad(net, images, labels, samples=2, generator=torch.Generator().manual_seed(0))
-    assert (
-        all(p.grad is None for p in net.parameters())
-        and not net.relu._forward_hooks and "forward" not in vars(net.relu)
-        and not images.requires_grad
-    )
-    first, second = (
-        at.smooth_grad(net, images, labels, samples=3, generator=torch.Generator().manual_seed(1))
-        for _ in range(2)
-    )
+    assert all(p.grad is None for p in net.parameters())
+    assert not net.relu._forward_hooks
+    assert "forward" not in vars(net.relu)
+    assert not images.requires_grad
+    first, second = (at.smooth_grad(net, images, labels, samples=3,
+                                    generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -162,23 +132,15 @@ def test_what_is_explained(case):
         x = images.clone().requires_grad_()
         for output, score in (("log_prob", net(x).log_softmax(1)), ("prob", net(x).softmax(1))):
             expected = torch.autograd.grad(score.gather(1, labels[:, None]).sum(), x)[0]
-            assert torch.allclose(
-                at.input_gradient(net, images, labels, output=output, signed=True),
-                expected,
-                atol=1e-7,
-            )
+            gradient = at.input_gradient(net, images, labels, output=output, signed=True)
+            assert torch.allclose(gradient, expected, atol=1e-7)
 
     class Wrapped(nn.Module):
         def forward(self, x):
-            class Result:
-                pooled = staticmethod(lambda: net(x))
-                probs = staticmethod(lambda: net(x).softmax(1))
+            return SimpleNamespace(pooled=lambda: net(x), probs=lambda: net(x).softmax(1))
 
-            return Result
-
-    assert torch.allclose(
-        at.input_gradient(Wrapped(), images, labels), at.input_gradient(net, images, labels)
-    )
+    assert torch.allclose(at.input_gradient(Wrapped(), images, labels),
+                          at.input_gradient(net, images, labels))
     with pytest.raises(ValueError, match="log_probs"):
         at.input_gradient(Wrapped(), images, labels, output="log_prob")
 
@@ -199,10 +161,8 @@ def test_a_layer_before_an_in_place_relu_and_frozen_parameters(case):
         return
     net.requires_grad_(False)
     for function in (at.hires_cam, at.ablation_cam):
-        assert torch.allclose(
-            function(InPlace(), net.conv2, images, labels),
-            function(Apart(), net.conv2, images, labels),
-        )
+        assert torch.allclose(function(InPlace(), net.conv2, images, labels),
+                              function(Apart(), net.conv2, images, labels))
     assert (at.hires_cam(InPlace(), net.conv2, images, labels) < 0).any()  # A from before the ReLU
 
 
@@ -215,9 +175,8 @@ def test_pixel_ap_of_the_released_code(name):
     for m, mask in zip(g["maps"], g["gt"]):
         metric.update(m, mask)
     result = metric.compute()
-    np.testing.assert_array_equal(
-        metric.histogram.numpy(), np.stack([g["hist_false"], g["hist_true"]])
-    )
+    np.testing.assert_array_equal(metric.histogram.numpy(),
+                                  np.stack([g["hist_false"], g["hist_true"]]))
     assert result["ap"] == pytest.approx(float(g["pxap_percent"]), rel=1e-10)
     np.testing.assert_allclose(result["precision"], g["precision"], rtol=1e-12)
     np.testing.assert_allclose(result["recall"], g["recall"], rtol=1e-12)
@@ -231,11 +190,8 @@ def test_thresholds_normalisation_and_resizing_of_the_released_code():
     g = load("normalize.npz")
     for case in ("signed", "positive", "constant", "nan"):
         for mode, key in (("max", "max"), ("minmax", "minmax"), ("clip", "clipping")):
-            close(
-                at.normalize_map(torch.from_numpy(g[f"in_{case}"]), mode),
-                g[f"out_{key}_{case}"],
-                1e-12,
-            )
+            close(at.normalize_map(torch.from_numpy(g[f"in_{case}"]), mode), g[f"out_{key}_{case}"],
+                  1e-12)
     assert not at.normalize_map(torch.from_numpy(g["in_allneg"]), "max").any()
     g = load("resize.npz")
     for key in ("7x7", "28x28"):
@@ -256,21 +212,14 @@ def test_erasing_of_the_released_code():
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4, bias=False))
     model[1].weight.data.copy_(weight)
     scores, labels = torch.from_numpy(g["rc_scoremap"])[:, 0], torch.from_numpy(g["rc_labels"])
-    random = torch.stack(
-        [torch.from_numpy(g[f"rc_mask_random_{p}"][:, 0].astype(bool)) for p in percents]
-    )
+    random = torch.stack([torch.from_numpy(g[f"rc_mask_random_{p}"][:, 0].astype(bool))
+                          for p in percents])
     seen = iter(scores.split(7))
-    result = at.remove_and_classify(
-        model,
-        list(zip(images.split(7), labels.split(7))),
-        lambda *_: next(seen),
-        fractions,
-        random_masks=random,
-    )
+    result = at.remove_and_classify(model, list(zip(images.split(7), labels.split(7))),
+                                    lambda *_: next(seen), fractions, random_masks=random)
     np.testing.assert_allclose(result["accuracy_erased"], g["rc_correct_topk"].mean(1), rtol=1e-12)
-    np.testing.assert_allclose(
-        result["accuracy_random"], g["rc_correct_random"].mean(1), rtol=1e-12
-    )
+    np.testing.assert_allclose(result["accuracy_random"], g["rc_correct_random"].mean(1),
+                               rtol=1e-12)
     assert result["accuracy"] == pytest.approx(g["rc_correct_none"].mean())
     np.testing.assert_allclose(result["ratio"], g["rc_ratio"], rtol=1e-12)
 
@@ -315,11 +264,8 @@ def test_remove_and_classify_restores_the_mode_and_warns():
 def test_pixel_ap_counts_anything_once():
     maps = torch.rand(3, 5, 5, generator=seeded(), dtype=torch.float64)
     masks = torch.randint(2, (3, 5, 5), generator=seeded(1))
-    for options in (
-        {"thresholds": None},
-        {"thresholds": "log"},
-        {"thresholds": [0.1, 0.5, 0.9], "count_underflow": True},
-    ):
+    for options in ({"thresholds": None}, {"thresholds": "log"},
+                    {"thresholds": [0.1, 0.5, 0.9], "count_underflow": True}):
         whole, parts = PixelAP(**options), PixelAP(**options)
         whole.update(maps, masks)
         for m, mask in zip(maps, masks.bool()):
@@ -334,49 +280,39 @@ def test_pixel_ap_counts_anything_once():
 def test_least_attributed_pixels_first():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     nn.init.zeros_(model[1].weight)
-    model[1].weight.data[0].view(3, 8, 8)[
-        0, :, :4
-    ] = 1  # class 0: more than 20 of the 32 pixels on the left
+    # class 0: more than 20 of the 32 pixels on the left
+    model[1].weight.data[0].view(3, 8, 8)[0, :, :4] = 1
     model[1].bias.data = torch.tensor([0.0, 20.0])
     loader = [(torch.ones(2, 3, 8, 8), torch.tensor([0, 0]))]
 
     def erased(order):
         gradient = lambda x, y: at.input_gradient(model, x, y)  # noqa: E731
-        return at.remove_and_classify(
-            model, loader, gradient, [0.3], order=order, generator=seeded()
-        )["accuracy_erased"].item()
+        result = at.remove_and_classify(model, loader, gradient, [0.3], order=order,
+                                        generator=seeded())
+        return result["accuracy_erased"].item()
 
     assert erased("most") == 0 and erased("least") == 1
-    unchanged = at.remove_and_classify(
-        model, loader, lambda x, y: x[:, 0], [1.0], fill="mean", generator=seeded()
-    )
+    unchanged = at.remove_and_classify(model, loader, lambda x, y: x[:, 0], [1.0], fill="mean",
+                                       generator=seeded())
     assert unchanged["accuracy_erased"] == 1
 
 
 def test_bad_input(case):
     g, net, images, labels = case
+    batches, zeros = [(images, labels)], torch.zeros(2, 2)
     for call, error, words in [
         (lambda: at.grad_cam(net, net.relu, images, 9), ValueError, "targets must be in 0"),
         (lambda: at.grad_cam(net, net.relu, images, labels[:1]), ValueError, "targets must be"),
         (lambda: at.grad_cam(net, net.relu, images, labels.float()), TypeError, "integers"),
         (lambda: at.grad_cam(net, net.relu, images[0], 1), ValueError, "images must be"),
         (lambda: at.grad_cam(net, nn.ReLU(), images, 1), ValueError, "layer was not used"),
-        (
-            lambda: at.grad_cam(net, net.relu, images, 1, output="score"),
-            ValueError,
-            "output must be",
-        ),
-        (
-            lambda: at.input_gradient(net, images, labels[:, None].repeat(1, 2)),
-            ValueError,
-            "one class per image",
-        ),
+        (lambda: at.grad_cam(net, net.relu, images, 1, output="score"), ValueError,
+         "output must be"),
+        (lambda: at.input_gradient(net, images, labels[:, None].repeat(1, 2)), ValueError,
+         "one class per image"),
         (lambda: at.smooth_grad(net, images, 1, samples=0), ValueError, "samples"),
-        (
-            lambda: at.smooth_grad(net, images, 1, samples=2, noise=torch.zeros(3)),
-            ValueError,
-            "noise must be",
-        ),
+        (lambda: at.smooth_grad(net, images, 1, samples=2, noise=torch.zeros(3)), ValueError,
+         "noise must be"),
         (lambda: at.integrated_gradients(net, images, 1, method="simpson"), ValueError, "method"),
         (lambda: at.integrated_gradients(net, images, 1, variant="other"), ValueError, "variant"),
         (lambda: at.integrated_gradients(net, images, 1, steps=0), ValueError, "steps"),
@@ -384,62 +320,29 @@ def test_bad_input(case):
         (lambda: at.smooth_grad(net, images, 1, samples=2, chunk=0), ValueError, "chunk"),
         (lambda: at.score_cam(net, net.relu, images, 1, chunk=0), ValueError, "chunk"),
         (lambda: at.score_cam(net, nn.ReLU(), images, 1), ValueError, "layer was not used"),
-        (
-            lambda: at.grad_cam(net, net.fc, images, 1),
-            ValueError,
-            r"layer must return one \(B, K, h, w\)",
-        ),
+        (lambda: at.grad_cam(net, net.fc, images, 1), ValueError,
+         r"layer must return one \(B, K, h, w\)"),
         (lambda: at.thresholds("linear"), ValueError, "kind"),
         (lambda: at.thresholds("even", 2), ValueError, "interval"),
         (lambda: PixelAP([0.5, 0.1]), ValueError, "ascending"),
         (lambda: PixelAP().update(torch.zeros(2, 3), torch.zeros(3, 2)), ValueError, "one shape"),
-        (
-            lambda: PixelAP().update(torch.full((2, 2), 1.5), torch.zeros(2, 2)),
-            ValueError,
-            r"\[0, 1\]",
-        ),
-        (
-            lambda: PixelAP().update(torch.full((2, 2), float("nan")), torch.zeros(2, 2)),
-            ValueError,
-            "NaN",
-        ),
-        (
-            lambda: PixelAP().update(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)),
-            TypeError,
-            "floating",
-        ),
+        (lambda: PixelAP().update(zeros + 1.5, zeros), ValueError, r"\[0, 1\]"),
+        (lambda: PixelAP().update(zeros + np.nan, zeros), ValueError, "NaN"),
+        (lambda: PixelAP().update(zeros.long(), zeros), TypeError, "floating"),
         (lambda: at.erase_masks(torch.zeros(2, 3, 3), [1.5]), ValueError, "fractions"),
         (lambda: at.erase_masks(torch.zeros(3, 3), [0.5]), ValueError, "maps"),
         (lambda: at.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"),
         (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
         (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"),
-        (
-            lambda: at.remove_and_classify(net, [(images[0], labels)], None, [0.5]),
-            ValueError,
-            "loader must give images",
-        ),
+        (lambda: at.remove_and_classify(net, [(images[0], labels)], None, [0.5]), ValueError,
+         "loader must give images"),
         (lambda: at.remove_and_classify(net, [], None, [0.5]), ValueError, "loader is empty"),
-        (
-            lambda: at.remove_and_classify(net, [(images, labels)], lambda x, y: x, [0.5]),
-            ValueError,
-            "map_fn must return",
-        ),
-        (
-            lambda: at.remove_and_classify(
-                net,
-                [(images, labels)],
-                lambda x, y: x[:, 0],
-                [0.5],
-                random_masks=torch.ones(1, 1, 2, 2, dtype=torch.bool),
-            ),
-            ValueError,
-            "random_masks",
-        ),
-        (
-            lambda: at.grad_cam(nn.Identity(), nn.Identity(), images, 1),
-            ValueError,
-            r"\(B, C\) scores",
-        ),
-    ]:
+        (lambda: at.remove_and_classify(net, batches, lambda x, y: x, [0.5]), ValueError,
+         "map_fn must return"),
+        (lambda: at.remove_and_classify(net, batches, lambda x, y: x[:, 0], [0.5],
+                                        random_masks=torch.ones(1, 1, 2, 2).bool()), ValueError,
+         "random_masks"),
+        (lambda: at.grad_cam(nn.Identity(), nn.Identity(), images, 1), ValueError,
+         r"\(B, C\) scores")]:
         with pytest.raises(error, match=words):
             call()

@@ -24,23 +24,16 @@ def tree(root, change=None):
         Image.new("RGB", size, (10, 20, 30)).save(root / name)
     sizes = {7: ("a.png", 40, 20), 3: ("b.png", 12, 9), 5: ("c.png", 8, 8)}
     content = {
-        "images": [
-            {"id": number, "file_name": name, "width": width, "height": height}
-            for number, (name, width, height) in sizes.items()
-        ],
-        "categories": [
-            {"id": 90, "name": "toothbrush"},
-            {"id": 1, "name": "person"},
-            {"id": 13, "name": "stop sign"},
-        ],
+        "images": [{"id": number, "file_name": name, "width": width, "height": height}
+                   for number, (name, width, height) in sizes.items()],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"},
+                       {"id": 13, "name": "stop sign"}],
         "annotations": [
-            annotation(1, 7, 90, bbox=[0, 0, 20, 20], segmentation=[[0, 0, 20, 0, 20, 20, 0, 20]]),
+            annotation(1, 7, 90, bbox=[0, 0, 20, 20],
+                       segmentation=[[0, 0, 20, 0, 20, 20, 0, 20]]),
             annotation(2, 7, 1, bbox=[20, 10, 20, 10]),
-            annotation(
-                3, 3, 13, bbox=[0, 0, 11, 7], segmentation={"counts": MASK_TEXT, "size": [9, 12]}
-            ),
-        ],
-    }
+            annotation(3, 3, 13, bbox=[0, 0, 11, 7],
+                       segmentation={"counts": MASK_TEXT, "size": [9, 12]})]}
     if change:
         change(content)
     path = root / "instances.json"
@@ -91,19 +84,11 @@ def drop(key):
     return lambda content: content.pop(key)
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (drop("images"), "not in COCO's format"),
-        (drop("annotations"), "not in COCO's format"),
-        (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 is of image 99"),
-        (
-            lambda c: c["annotations"][2].update(category_id=2),
-            "category 2, one of which is not listed",
-        ),
-        (lambda c: (c["images"].clear(), c["annotations"].clear()), "lists no images"),
-    ],
-)
+@pytest.mark.parametrize("change, words", [
+    (drop("images"), "not in COCO's format"), (drop("annotations"), "not in COCO's format"),
+    (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 is of image 99"),
+    (lambda c: c["annotations"][2].update(category_id=2), "category 2, one of which is not listed"),
+    (lambda c: (c["images"].clear(), c["annotations"].clear()), "lists no images")])
 def test_broken_annotations_are_named(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         CocoImages(tmp_path, tree(tmp_path, change))

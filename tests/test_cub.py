@@ -27,24 +27,18 @@ def write_tree(root, g):
     classes += [f"{n:03d}.Unseen" for n in range(len(classes) + 1, known + 1)]
     for folder in ("parts", "attributes", "images"):
         (root / folder).mkdir(parents=True)
-    table = lambda name, rows: (root / name).write_text(
-        "".join(" ".join(map(str, row)) + "\n" for row in rows)
-    )  # noqa: E731
+    table = lambda name, rows: (root / name).write_text("".join(" ".join(map(str, row)) + "\n"
+                                                                for row in rows))  # noqa: E731
     table("images.txt", enumerate(files, 1))
     table("classes.txt", enumerate(classes, 1))
-    table(
-        "image_class_labels.txt",
-        ((n, classes.index(name.split("/")[0]) + 1) for n, name in enumerate(files, 1)),
-    )
+    table("image_class_labels.txt",
+          ((n, classes.index(name.split("/")[0]) + 1) for n, name in enumerate(files, 1)))
     table("train_test_split.txt", ((n, n % 2) for n in range(1, len(files) + 1)))
-    table(
-        "bounding_boxes.txt", ((n, 2.0, 3.0, w - 5.0, h - 6.0) for n, (w, h) in enumerate(sizes, 1))
-    )
+    table("bounding_boxes.txt",
+          ((n, 2.0, 3.0, w - 5.0, h - 6.0) for n, (w, h) in enumerate(sizes, 1)))
     table("parts/parts.txt", enumerate(map(str, g["part_names"]), 1))
-    table(
-        "parts/part_locs.txt",
-        ((int(row[0]), int(row[1]), row[2], row[3], int(row[4])) for row in g["part_locs"]),
-    )
+    table("parts/part_locs.txt",
+          ((int(row[0]), int(row[1]), row[2], row[3], int(row[4])) for row in g["part_locs"]))
     table("attributes/class_attribute_labels_continuous.txt", g["class_attribute_continuous"])
     table("../attributes.txt", enumerate(map(str, g["attribute_names"]), 1))
     for name, (w, h), values in zip(files, sizes, g["segmentations_padded"]):
@@ -63,17 +57,14 @@ def tree(tmp_path_factory, golden):
 def test_parts_and_masks_are_those_of_the_released_code(tree, golden):
     parts = cub.CUBParts(tree)
     pairs = parts.pairs_by_difference()
-    for (i, j), count, members in zip(
-        golden["pairs"].tolist(), golden["pair_num_diff"], golden["pair_part_membership"]
-    ):
-        assert (i, j) in pairs[int(count)] and parts.groups((i, j)) == (
-            np.flatnonzero(members) + 1
-        ).tolist()
+    for (i, j), count, members in zip(golden["pairs"].tolist(), golden["pair_num_diff"],
+                                      golden["pair_part_membership"]):
+        assert (i, j) in pairs[int(count)]
+        assert parts.groups((i, j)) == (np.flatnonzero(members) + 1).tolist()
     classes = len(golden["class_attribute_continuous"])
     assert sum(map(len, pairs.values())) == classes * (classes - 1) // 2
-    for (pair, image), none, expected in zip(
-        golden["mask_pair_image"], golden["mask_is_none"], golden["masks"]
-    ):
+    for (pair, image), none, expected in zip(golden["mask_pair_image"], golden["mask_is_none"],
+                                             golden["masks"]):
         mask = parts.mask(int(image) + 1, tuple(golden["pairs"][pair]))
         assert (mask is None) == bool(none)
         if mask is not None:
@@ -95,21 +86,17 @@ def test_an_image_without_visible_parts_has_no_mask(tree, golden, tmp_path):
     root = tmp_path / "birds" / "CUB_200_2011"
     shutil.copytree(tree.parent, root.parent)
     rows = [line.split() for line in (root / "parts" / "part_locs.txt").read_text().splitlines()]
-    (root / "parts" / "part_locs.txt").write_text(
-        "".join(f"{a} {b} {x} {y} {0 if a == '1' else v}\n" for a, b, x, y, v in rows)
-    )
+    lines = [f"{a} {b} {x} {y} {0 if a == '1' else v}\n" for a, b, x, y, v in rows]
+    (root / "parts" / "part_locs.txt").write_text("".join(lines))
     assert all(cub.CUBParts(root).mask(1, tuple(pair)) is None for pair in golden["pairs"])
 
 
 def test_splits_images_boxes_and_captions(tree, golden):
     whole, train, test = (cub.CUB(tree, split) for split in ("all", "train", "test"))
-    assert (
-        len(whole) == len(train) + len(test) == len(golden["image_files"])
-        and train.ids.tolist() == whole.ids[::2].tolist()
-    )
-    assert whole.labels.min() >= 0 and test.names == [
-        whole.names[i] for i in range(1, len(whole), 2)
-    ]
+    assert len(whole) == len(train) + len(test) == len(golden["image_files"])
+    assert train.ids.tolist() == whole.ids[::2].tolist()
+    assert whole.labels.min() >= 0
+    assert test.names == [whole.names[i] for i in range(1, len(whole), 2)]
     w, h = golden["image_sizes_wh"][0]
     assert whole.boxes[0].tolist() == [2, 3, w - 3, h - 3]
     assert whole.segmentation(0).size == (w, h) and whole.segmentation(0).mode == "L"
@@ -130,28 +117,18 @@ def test_batches_through_the_loader(tree):
     assert images.shape == (2, 3, 32, 32) and labels.dtype.is_floating_point is False
 
 
-@pytest.mark.parametrize(
-    "path, text, words",
-    [
-        ("images.txt", None, "images.txt: no such file"),
-        ("images.txt", "1 a b c\n", r"images.txt:1: 2 fields expected"),
-        ("image_class_labels.txt", "1 1\n", r"image_class_labels.txt: no line for image 2"),
-        (
-            "image_class_labels.txt",
-            "".join(f"{n} 900\n" for n in range(1, 100)),
-            r"classes must be in 1\.\.",
-        ),
-        ("parts/part_locs.txt", "1 1 x 2 1\n", "part_locs.txt: only numbers expected.*'x'"),
-        ("parts/part_locs.txt", "1 16 1.0 2.0 1\n", "part 16 does not exist"),
-        ("parts/part_locs.txt", "9999 1 1.0 2.0 1\n", "image 9999"),
-        (
-            "attributes/class_attribute_labels_continuous.txt",
-            "1 2 3\n",
-            "continuous.txt:1: .* fields expected",
-        ),
-        ("../attributes.txt", None, "attributes.txt: no such file"),
-    ],
-)
+@pytest.mark.parametrize("path, text, words", [
+    ("images.txt", None, "images.txt: no such file"),
+    ("images.txt", "1 a b c\n", r"images.txt:1: 2 fields expected"),
+    ("image_class_labels.txt", "1 1\n", r"image_class_labels.txt: no line for image 2"),
+    ("image_class_labels.txt", "".join(f"{n} 900\n" for n in range(1, 100)),
+     r"classes must be in 1\.\."),
+    ("parts/part_locs.txt", "1 1 x 2 1\n", "part_locs.txt: only numbers expected.*'x'"),
+    ("parts/part_locs.txt", "1 16 1.0 2.0 1\n", "part 16 does not exist"),
+    ("parts/part_locs.txt", "9999 1 1.0 2.0 1\n", "image 9999"),
+    ("attributes/class_attribute_labels_continuous.txt", "1 2 3\n",
+     "continuous.txt:1: .* fields expected"),
+    ("../attributes.txt", None, "attributes.txt: no such file")])
 def test_broken_trees_name_the_file(tree, tmp_path, path, text, words):
     root = tmp_path / "birds" / "CUB_200_2011"
     shutil.copytree(tree.parent, root.parent)
@@ -173,10 +150,8 @@ def test_bad_images_and_arguments(tree, golden, tmp_path):
     with pytest.raises(loader.BadImage, match=whole.names[0].split("/")[1]):
         whole[0]
     parts = cub.CUBParts(root)
-    for call, words in (
-        (lambda: cub.CUB(root, "val"), "split"),
-        (lambda: parts.mask("none.jpg", (1, 2)), "none.jpg"),
-        (lambda: parts.groups((0, 1)), "pair must hold classes"),
-    ):
+    for call, words in ((lambda: cub.CUB(root, "val"), "split"),
+                        (lambda: parts.mask("none.jpg", (1, 2)), "none.jpg"),
+                        (lambda: parts.groups((0, 1)), "pair must hold classes")):
         with pytest.raises(ValueError, match=words):
             call()

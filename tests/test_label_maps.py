@@ -20,12 +20,10 @@ def names(count):
 
 def write_store(folder, maps, shard_size=4, rank=0, world_size=1, limit=None):
     n, _, k, h, w = maps.shape
-    writer = StoreWriter(
-        folder, names(n), k=k, height=h, width=w, num_classes=20, shard_size=shard_size
-    )
-    steps = generate(
-        lambda rows: maps[rows], writer, batch_size=3, rank=rank, world_size=world_size
-    )
+    writer = StoreWriter(folder, names(n), k=k, height=h, width=w, num_classes=20,
+                         shard_size=shard_size)
+    steps = generate(lambda rows: maps[rows], writer, batch_size=3, rank=rank,
+                     world_size=world_size)
     return [step for _, step in zip(range(limit or 10**9), steps)]
 
 
@@ -34,19 +32,12 @@ def test_a_store_gives_back_what_was_written(tmp_path):
     steps = write_store(tmp_path, maps)
     assert steps[-1] == {"image": 10, "total": 10, "rows": 2}
     store = LabelMaps(tmp_path)
-    assert (
-        len(store) == 10
-        and torch.equal(store[list(range(10))], maps)
-        and store[3].dtype == torch.float32
-    )
+    assert len(store) == 10
+    assert torch.equal(store[list(range(10))], maps)
+    assert store[3].dtype == torch.float32
     assert torch.equal(store[-1], maps[-1]) and torch.equal(store[[9, 0, 5]], maps[[9, 0, 5]])
-    assert store.index("elsewhere/n00000001/n00000001_4.JPEG") == 4 and store[[]].shape == (
-        0,
-        2,
-        3,
-        4,
-        5,
-    )
+    assert store.index("elsewhere/n00000001/n00000001_4.JPEG") == 4
+    assert store[[]].shape == (0, 2, 3, 4, 5)
     assert not list(label_maps.verify(tmp_path)) and not list(tmp_path.glob(".*"))
     again = pickle.loads(pickle.dumps(store))
     assert torch.equal(again[7], maps[7])
@@ -70,18 +61,15 @@ def test_generation_goes_on_where_it_stopped(tmp_path):
     before = (tmp_path / "shard-00000.npy").stat().st_mtime_ns
     assert write_store(tmp_path, maps)[0]["total"] == 6
     assert (tmp_path / "shard-00000.npy").stat().st_mtime_ns == before
-    assert (
-        torch.equal(LabelMaps(tmp_path)[list(range(10))], maps)
-        and write_store(tmp_path, maps) == []
-    )
+    assert torch.equal(LabelMaps(tmp_path)[list(range(10))], maps)
+    assert write_store(tmp_path, maps) == []
 
 
 def test_processes_share_the_shards(tmp_path):
     maps = maps_of(10)
     context = multiprocessing.get_context("fork")
-    workers = [
-        context.Process(target=write_store, args=(tmp_path, maps, 2, rank, 2)) for rank in range(2)
-    ]
+    workers = [context.Process(target=write_store, args=(tmp_path, maps, 2, rank, 2))
+               for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -101,15 +89,12 @@ def test_released_tree_to_store_and_back(tmp_path, capsys):
     store = LabelMaps(tmp_path / "store")
     for name, m in zip(names(7), maps):
         assert torch.equal(store[store.index(name)], m)
-    assert (
-        label_maps.main(["verify", str(tmp_path / "store")]) == 0
-        and "7 maps" in capsys.readouterr().out
-    )
+    assert label_maps.main(["verify", str(tmp_path / "store")]) == 0
+    assert "7 maps" in capsys.readouterr().out
     assert label_maps.main(["unpack", str(tmp_path / "store"), str(tmp_path / "back")]) == 0
     for name, m in zip(names(7), maps):
-        assert torch.equal(
-            label_maps.read_released(tmp_path / "back" / f"{label_maps.image_key(name)}.pt"), m
-        )
+        path = tmp_path / "back" / f"{label_maps.image_key(name)}.pt"
+        assert torch.equal(label_maps.read_released(path), m)
     list(label_maps.pack(tmp_path / "tree", tmp_path / "turned", num_classes=20, transpose=True))
     assert torch.equal(LabelMaps(tmp_path / "turned")[0], store[0].transpose(2, 3))
 
@@ -122,13 +107,12 @@ def test_damage_is_named(tmp_path, capsys):
     data[-2] = 0
     shard.write_bytes(data)
     problems = list(label_maps.verify(tmp_path))
-    assert (
-        len(problems) == 2 and "checksum" in problems[0] and "n00000001_7: a score" in problems[1]
-    )
+    assert len(problems) == 2
+    assert "checksum" in problems[0]
+    assert "n00000001_7: a score" in problems[1]
     shard.write_bytes(data[:-1])
-    assert any(
-        "shard-00001.npy cannot be read" in problem for problem in label_maps.verify(tmp_path)
-    )
+    assert any("shard-00001.npy cannot be read" in problem
+               for problem in label_maps.verify(tmp_path))
     assert label_maps.main(["verify", str(tmp_path)]) == 1
     (tmp_path / "images.txt").write_text("n0/a\n")
     with pytest.raises(ValueError, match="images.txt has 1 lines"):
@@ -136,25 +120,16 @@ def test_damage_is_named(tmp_path, capsys):
     (tmp_path / "store.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         LabelMaps(tmp_path)
-    assert (
-        label_maps.main(["verify", str(tmp_path / "none")]) == 2
-        and "no store.json" in capsys.readouterr().err
-    )
+    assert label_maps.main(["verify", str(tmp_path / "none")]) == 2
+    assert "no store.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "place, value, words",
-    [
-        ((1, 0, 0, 0), 20, "outside 0..19"),
-        ((1, 0, 0, 0), -1, "outside"),
-        ((1, 0, 0, 0), 0.5, "not an integer"),
-        ((0, 0, 0, 0), float("nan"), "not finite"),
-        ((0, 0, 0, 0), 1e6, "float16"),
-    ],
-)
-def test_bad_maps_are_refused_by_name(tmp_path, place, value, words):
+@pytest.mark.parametrize("half, value, words", [
+    (1, 20, "outside 0..19"), (1, -1, "outside"), (1, 0.5, "not an integer"),
+    (0, float("nan"), "not finite"), (0, 1e6, "float16")])
+def test_bad_maps_are_refused_by_name(tmp_path, half, value, words):
     maps = maps_of(4)
-    maps[(2, *place)] = value
+    maps[2, half, 0, 0, 0] = value
     with pytest.raises(ValueError, match=f"n00000002_2: .*{words}"):
         write_store(tmp_path, maps)
     assert not list(tmp_path.glob("shard*"))
@@ -169,20 +144,16 @@ def test_bad_arguments(tmp_path):
     write_store(tmp_path / "b", maps)
     with pytest.raises(ValueError, match="another store .*shard_size"):
         write_store(tmp_path / "b", maps, shard_size=2)
-    writer = StoreWriter(
-        tmp_path / "c", names(4), k=3, height=4, width=5, num_classes=20, shard_size=2
-    )
+    writer = StoreWriter(tmp_path / "c", names(4), k=3, height=4, width=5, num_classes=20,
+                         shard_size=2)
     with pytest.raises(ValueError, match="whole shard"):
         writer.write(1, maps[:2])
+    shape = {"k": 3, "height": 4, "width": 5, "num_classes": 20}
     for change in ({"k": 0}, {"num_classes": 40000}, {"height": 0}):
         with pytest.raises(ValueError, match="need 1 <= k"):
-            StoreWriter(
-                tmp_path / "d",
-                names(4),
-                **{"k": 3, "height": 4, "width": 5, "num_classes": 20, **change},
-            )
+            StoreWriter(tmp_path / "d", names(4), **shape | change)
     with pytest.raises(ValueError, match="repeat"):
-        StoreWriter(tmp_path / "d", names(2) * 2, k=3, height=4, width=5, num_classes=20)
+        StoreWriter(tmp_path / "d", names(2) * 2, **shape)
     with pytest.raises(ValueError, match="class folder"):
         label_maps.image_key("lonely.JPEG")
     with pytest.raises(ValueError, match="no <wnid>"):

@@ -39,18 +39,14 @@ def test_overlapping_classes_without_their_border(tmp_path):
     assert valid[torch.tensor(dataset.labels), predictions].tolist() == [True, False]
 
 
-@pytest.mark.parametrize(
-    "name, text, words",
-    [
-        ("folder_to_objectnet_label.json", None, "no such file"),
-        ("imagenet_to_label_2012_v2", None, "no such file"),
-        ("objectnet_to_imagenet_1k.json", "{", "damaged"),
-        ("objectnet_to_imagenet_1k.json", "[]", "one JSON object"),
-        ("objectnet_to_imagenet_1k.json", '{"Chair": "stool"}', "'stool' .for 'Chair'. is none"),
-        ("objectnet_to_imagenet_1k.json", '{"Stool": "stool"}', "no folder overlaps"),
-        ("folder_to_objectnet_label.json", '{"chair": "Chair"}', "desk_lamp: not in"),
-    ],
-)
+@pytest.mark.parametrize("name, text, words", [
+    ("folder_to_objectnet_label.json", None, "no such file"),
+    ("imagenet_to_label_2012_v2", None, "no such file"),
+    ("objectnet_to_imagenet_1k.json", "{", "damaged"),
+    ("objectnet_to_imagenet_1k.json", "[]", "one JSON object"),
+    ("objectnet_to_imagenet_1k.json", '{"Chair": "stool"}', "'stool' .for 'Chair'. is none"),
+    ("objectnet_to_imagenet_1k.json", '{"Stool": "stool"}', "no folder overlaps"),
+    ("folder_to_objectnet_label.json", '{"chair": "Chair"}', "desk_lamp: not in")])
 def test_broken_mappings_are_named(tmp_path, name, text, words):
     path = tree(tmp_path) / name
     path.unlink()

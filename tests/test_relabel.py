@@ -25,9 +25,8 @@ def seeded(seed=0):
 
 def dense(g, key, shape):
     out = torch.zeros(shape, dtype=torch.float64)
-    out[g[f"{key}__row"].astype(int), g[f"{key}__col"].astype(int)] = torch.from_numpy(
-        g[f"{key}__val"]
-    )
+    out[g[f"{key}__row"].astype(int),
+        g[f"{key}__col"].astype(int)] = torch.from_numpy(g[f"{key}__val"])
     return out
 
 
@@ -40,8 +39,7 @@ def random_topk(generator, batch=3, k=4, h=6, w=9, classes=20, dtype=torch.float
 def random_coords(generator, batch):
     size = 0.1 + 0.9 * torch.rand(batch, 2, generator=generator, dtype=torch.float64)
     return torch.cat(
-        [torch.rand(batch, 2, generator=generator, dtype=torch.float64) * (1 - size), size], 1
-    )
+        [torch.rand(batch, 2, generator=generator, dtype=torch.float64) * (1 - size), size], 1)
 
 
 # ---------------------------------------------------------------- values of the released code
@@ -59,17 +57,15 @@ def test_label_pooling_equals_the_released_code(name):
         assert (pooled - expected)[steady].abs().max() < 1e-5
         targets = label_pooling(topk, coords, axes=axes)
         target = torch.from_numpy(
-            g["target_f64" if axes == "official" else "target_xy_correct_f64"]
-        )
+            g["target_f64" if axes == "official" else "target_xy_correct_f64"])
         assert targets.dtype == torch.float32 and (targets - target)[steady].abs().max() < 5e-5
     maps = relabel.get_labelmaps(topk.double())
     assert maps.shape == (len(topk), 1000, *topk.shape[3:])
     aligned = roi_align(maps, boxes, (1, 1))[:, :, 0, 0]
     assert (aligned - dense(g, "pooled_logits_f64", (len(topk), 1000))).abs().max() < 1e-10
     official = torch.from_numpy(g["target_official_f32"])
-    assert (
-        roi_align(maps.float(), boxes.float(), 1)[:, :, 0, 0].softmax(1) - official
-    ).abs().max() < 5e-5
+    assert (roi_align(maps.float(), boxes.float(), 1)[:, :, 0, 0].softmax(1)
+            - official).abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -91,21 +87,15 @@ def test_cutmix_and_loss_equal_the_released_code(name):
     g = load(name)
     images, targets = torch.from_numpy(g["images"]), torch.from_numpy(g["targets"])
     kept = images.clone(), targets.clone()
-    out, soft, lam = relabel.cutmix(
-        images,
-        targets,
-        box=g["bbox_r1_c1_r2_c2"],
-        perm=torch.from_numpy(g["perm"]),
-        smoothing=float(g["smoothing"]),
-    )
-    assert torch.equal(out, torch.from_numpy(g["images_out"])) and lam == pytest.approx(
-        float(g["lam_out"]), abs=1e-12
-    )
+    out, soft, lam = relabel.cutmix(images, targets, box=g["bbox_r1_c1_r2_c2"],
+                                    perm=torch.from_numpy(g["perm"]),
+                                    smoothing=float(g["smoothing"]))
+    assert torch.equal(out, torch.from_numpy(g["images_out"]))
+    assert lam == pytest.approx(float(g["lam_out"]), abs=1e-12)
     assert (soft - torch.from_numpy(g["targets_out"])).abs().max() < 1e-6
     assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1])
-    loss = relabel.SoftTargetCrossEntropy()(
-        torch.from_numpy(g["logits"]).double(), torch.from_numpy(g["targets_out"]).double()
-    )
+    loss = relabel.SoftTargetCrossEntropy()(torch.from_numpy(g["logits"]).double(),
+                                            torch.from_numpy(g["targets_out"]).double())
     assert float(loss) == pytest.approx(float(g["loss_f64"]), abs=1e-6)
 
 
@@ -114,11 +104,8 @@ def test_learning_rates_equal_the_released_code(key):
     g = load("lr_schedule.npz")
     lr, epochs, warmup, per_epoch = g[f"{key}__init_epochs_warmup_itersperepoch"]
     epochs, per_epoch = int(epochs), int(per_epoch)
-    rates = [
-        relabel.lr_at(e, i, per_epoch, epochs, lr, int(warmup), schedule=key.split("_")[0])
-        for e in range(epochs)
-        for i in range(per_epoch)
-    ]
+    rates = [relabel.lr_at(e, i, per_epoch, epochs, lr, int(warmup), schedule=key.split("_")[0])
+             for e in range(epochs) for i in range(per_epoch)]
     np.testing.assert_allclose(rates, g[key], rtol=1e-12, atol=1e-18)
 
 
@@ -140,9 +127,9 @@ def scalar_roi(channel, x1, y1, x2, y2):
             y0, x0 = int(y), int(x)
             yn, xn = min(y0 + 1, rows - 1), min(x0 + 1, columns - 1)
             fy, fx = y - y0, x - x0
-            total += (1 - fy) * ((1 - fx) * channel[y0, x0] + fx * channel[y0, xn]) + fy * (
-                (1 - fx) * channel[yn, x0] + fx * channel[yn, xn]
-            )
+            upper = (1 - fx) * channel[y0, x0] + fx * channel[y0, xn]
+            lower = (1 - fx) * channel[yn, x0] + fx * channel[yn, xn]
+            total += (1 - fy) * upper + fy * lower
     return total / (gh * gw)
 
 
@@ -153,9 +140,8 @@ def test_pooling_equals_a_scalar_loop_on_non_square_maps():
     pooled = label_pooling(topk, coords, 20, softmax=False)
     for b, (i, j, h, w) in enumerate(coords.tolist()):
         for c in range(20):
-            value = scalar_roi(
-                maps[b, c], j * 9 - 0.5, i * 6 - 0.5, (j + w) * 9 - 0.5, (i + h) * 6 - 0.5
-            )
+            value = scalar_roi(maps[b, c], j * 9 - 0.5, i * 6 - 0.5, (j + w) * 9 - 0.5,
+                               (i + h) * 6 - 0.5)
             assert float(pooled[b, c]) == pytest.approx(value, abs=1e-11)
     assert torch.allclose(label_pooling(topk, coords, 20), pooled.softmax(1))
     assert torch.equal(label_pooling(topk[:1], coords[:1], 20), label_pooling(topk, coords, 20)[:1])
@@ -171,23 +157,14 @@ def test_batches_of_any_size_and_any_number_of_classes():
         topk, coords = random_topk(generator, **shape), random_coords(generator, batch)
         together = label_pooling(topk, coords, classes)
         maps = relabel.get_labelmaps(topk, classes)
-        boxes = torch.stack(
-            [
-                coords[:, 1] * 5,
-                coords[:, 0] * 3,
-                (coords[:, 1] + coords[:, 3]) * 5,
-                (coords[:, 0] + coords[:, 2]) * 3,
-            ],
-            1,
-        )
+        top, left, height, width = coords.T
+        boxes = torch.stack([left * 5, top * 3, (left + width) * 5, (top + height) * 3], 1)
         index = torch.arange(batch, dtype=torch.float64)[:, None]
         dense_way = roi_align(maps, torch.cat([index, boxes - 0.5], 1), 1)[:, :, 0, 0].softmax(1)
         assert torch.allclose(together, dense_way, atol=1e-12)
         row = batch // 2
-        assert torch.equal(
-            label_pooling(topk[row : row + 1], coords[row : row + 1], classes),
-            together[row : row + 1],
-        )
+        assert torch.equal(label_pooling(topk[row:row + 1], coords[row:row + 1], classes),
+                           together[row:row + 1])
     assert label_pooling(topk[:0], coords[:0], 3000).shape == (0, 3000)
 
 
@@ -203,12 +180,10 @@ def test_transposing_the_map_and_the_crop_is_the_official_axis_order():
     generator = seeded(1)
     topk, coords = random_topk(generator, h=7, w=7), random_coords(generator, 3)
     swapped = coords[:, [1, 0, 3, 2]]
-    assert torch.equal(
-        label_pooling(topk, coords, 20, axes="official"), label_pooling(topk, swapped, 20)
-    )
-    assert torch.allclose(
-        label_pooling(topk.transpose(3, 4), coords, 20, "official"), label_pooling(topk, coords, 20)
-    )
+    assert torch.equal(label_pooling(topk, coords, 20, axes="official"),
+                       label_pooling(topk, swapped, 20))
+    assert torch.allclose(label_pooling(topk.transpose(3, 4), coords, 20, "official"),
+                          label_pooling(topk, coords, 20))
 
 
 def test_whole_crop_with_all_classes_is_the_pooled_classifier():
@@ -240,10 +215,8 @@ def test_annotator_from_a_bound_method_runs_in_eval_mode():
     net = Net()
     annotator = relabel.to_dense_classifier(net.forward_features, net.head)
     images = torch.randn(2, 3, 4, 4, generator=seeded())
-    assert torch.equal(
-        relabel.generate_label_maps(annotator, images, 3),
-        relabel.generate_label_maps(annotator, images, 3),
-    )
+    assert torch.equal(relabel.generate_label_maps(annotator, images, 3),
+                       relabel.generate_label_maps(annotator, images, 3))
     assert net.training and net.drop.training
 
 
@@ -252,8 +225,7 @@ def test_roi_align_gradient():
     data = torch.randn(2, 2, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     boxes = torch.tensor(
         [[1, 0.3, 0.2, 3.1, 2.7], [0, -0.5, -0.5, 2.0, 1.0], [1, 2.0, 1.0, 6.0, 5.5]],
-        dtype=torch.float64,
-    )
+        dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda t: roi_align(t, boxes, (2, 3), 0.9, 2, True), data)
     assert roi_align(data, boxes[:0], 2).shape == (0, 2, 2, 2)
 
@@ -264,20 +236,15 @@ def test_variants_and_label_cleaning():
     localized = relabel.label_variant(topk, coords, "localized-multi", 20)
     assert torch.equal(localized, label_pooling(topk, coords, 20))
     single = relabel.label_variant(topk, coords, "localized-single", 20)
-    assert torch.equal(single.argmax(1), localized.argmax(1)) and torch.equal(
-        single.sum(1), torch.ones(3).double()
-    )
+    assert torch.equal(single.argmax(1), localized.argmax(1))
+    assert torch.equal(single.sum(1), torch.ones(3).double())
     whole = label_pooling(topk, [[0, 0, 1, 1]] * 3, 20)
     assert torch.equal(relabel.label_variant(topk, coords, "global-multi", 20), whole)
-    assert torch.equal(
-        relabel.label_variant(topk, coords, "global-single", 20),
-        F.one_hot(whole.argmax(1), 20).double(),
-    )
+    assert torch.equal(relabel.label_variant(topk, coords, "global-single", 20),
+                       F.one_hot(whole.argmax(1), 20).double())
     ranked = whole.argsort(1, descending=True)
-    assert (
-        relabel.accepted_labels(topk, ranked[:, 0], 20).all()
-        and not relabel.accepted_labels(topk, ranked[:, 1], 20).any()
-    )
+    assert relabel.accepted_labels(topk, ranked[:, 0], 20).all()
+    assert not relabel.accepted_labels(topk, ranked[:, 1], 20).any()
     assert relabel.accepted_labels(topk, ranked[:, 1], 20, rank=2).all()
 
 
@@ -288,24 +255,19 @@ def test_random_crops_follow_the_rule():
     for _ in range(300):
         out, (i, j, h, w) = crop(image)
         top, left, height, width = round(i * 30), round(j * 50), round(h * 30), round(w * 50)
-        assert (
-            (i, j, h, w) == (top / 30, left / 50, height / 30, width / 50)
-            and i + h <= 1
-            and j + w <= 1
-        )
+        assert (i, j, h, w) == (top / 30, left / 50, height / 30, width / 50)
+        assert i + h <= 1
+        assert j + w <= 1
         again = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.BILINEAR)
         assert out.size == (16, 16) and out.tobytes() == again.tobytes()
         areas.append(h * w)
     assert 0.07 < min(areas) and 0.3 < np.mean(areas) < 0.55
-    for size, expected in [
-        ((400, 2), (0, 198, 2, 3)),
-        ((2, 400), (198, 0, 3, 2)),
-    ]:  # no crop fits: the central one
+    for size, expected in [((400, 2), (0, 198, 2, 3)),
+                           ((2, 400), (198, 0, 3, 2))]:  # no crop fits: the central one
         never = relabel.RandomResizedCropWithCoords(4, scale=(1, 1), generator=seeded())
         assert never.choose(*size) == expected
-    first, second = (
-        relabel.RandomResizedCropWithCoords(4, generator=seeded(9)).choose(90, 70) for _ in range(2)
-    )
+    first, second = (relabel.RandomResizedCropWithCoords(4, generator=seeded(9)).choose(90, 70)
+                     for _ in range(2))
     assert first == second
 
 
@@ -315,9 +277,8 @@ def test_random_cutmix_boxes():
         mixed, soft, lam = relabel.cutmix(images, targets, generator=seeded(seed))
         kept = (mixed == images).flatten(1).float().mean(1)
         moved = soft.diagonal() < 1
-        assert torch.allclose(kept[moved], torch.full_like(kept[moved], lam)) and torch.allclose(
-            soft.sum(1), torch.ones(4)
-        )
+        assert torch.allclose(kept[moved], torch.full_like(kept[moved], lam))
+        assert torch.allclose(soft.sum(1), torch.ones(4))
         assert torch.allclose(soft.diagonal()[moved], torch.full_like(kept[moved], lam))
     assert relabel.cutmix(images, targets, lam=1.0, generator=seeded())[2] == 1.0
 
@@ -331,28 +292,13 @@ def toy_training(seed, epochs=3, resume=None, **options):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    loader = [
-        (
-            torch.randn(4, 3, 4, 4, generator=generator),
-            random_topk(generator, 4, dtype=torch.float32),
-            random_coords(generator, 4),
-        )
-        for _ in range(5)
-    ]
+    loader = [(torch.randn(4, 3, 4, 4, generator=generator),
+               random_topk(generator, 4, dtype=torch.float32), random_coords(generator, 4))
+              for _ in range(5)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, relabel.train(
-        model,
-        loader,
-        optimizer,
-        epochs,
-        warmup_epochs=1,
-        cutmix_prob=0.5,
-        cutmix_off_epochs=1,
-        num_classes=20,
-        generator=seeded(7),
-        resume=resume,
-        **options,
-    )
+    return model, relabel.train(model, loader, optimizer, epochs, warmup_epochs=1, cutmix_prob=0.5,
+                                cutmix_off_epochs=1, num_classes=20, generator=seeded(7),
+                                resume=resume, **options)
 
 
 def test_training_lowers_the_loss_and_resumes_exactly():
@@ -361,11 +307,9 @@ def test_training_lowers_the_loss_and_resumes_exactly():
     assert len(losses) == 60 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     _, steps = toy_training(0)
     whole = list(steps)
-    assert (
-        [s["step"] for s in whole] == list(range(15))
-        and whole[0]["lr"] == 0.0
-        and whole[5]["lr"] == pytest.approx(0.1)
-    )
+    assert [s["step"] for s in whole] == list(range(15))
+    assert whole[0]["lr"] == 0.0
+    assert whole[5]["lr"] == pytest.approx(0.1)
     _, steps = toy_training(0)
     for _ in range(7):
         next(steps)
@@ -389,9 +333,8 @@ def test_training_on_targets_variants_and_with_a_teacher():
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 20))
     assert len(list(toy_training(0, teacher=teacher)[1])) == 15
     model, data = nn.Linear(4, 3), [(torch.randn(2, 4, generator=seeded()), torch.eye(3)[:2])]
-    (step,) = relabel.train(
-        model, data, torch.optim.SGD(model.parameters(), lr=0.1), 1, smoothing=0.1
-    )
+    (step,) = relabel.train(model, data, torch.optim.SGD(model.parameters(), lr=0.1), 1,
+                            smoothing=0.1)
     assert step["epoch"] == 0 and step["lr"] == 0.0
 
 
@@ -441,10 +384,8 @@ def test_evaluate_counts_single_and_multiple_labels():
 def test_label_map_files(tmp_path):
     m = torch.randn(2, 5, 15, 15, generator=seeded())
     relabel.save_label_map(tmp_path / "a.pt", m)
-    assert (
-        torch.equal(relabel.load_label_map(tmp_path / "a.pt"), m)
-        and len(list(tmp_path.iterdir())) == 1
-    )
+    assert torch.equal(relabel.load_label_map(tmp_path / "a.pt"), m)
+    assert len(list(tmp_path.iterdir())) == 1
     torch.save({"x": m}, tmp_path / "b.pt")
     torch.save(m[0], tmp_path / "c.pt")
     for name in ("b.pt", "c.pt"):
@@ -474,22 +415,19 @@ def test_bad_input():
         out[0, position, 0, 0, 0] = value
         return out
 
-    for arguments, words in [
-        ((topk, coords - 0.5), "coords must lie"),
-        ((topk, coords + torch.tensor([0, 0, 1.0, 0])), "coords must lie"),
-        ((topk, coords * torch.tensor([1, 1, 0.0, 1])), "coords must lie"),
-        ((topk, coords[:2]), "one .* per map"),
-        ((topk, coords[:, :3]), "coords must be"),
-        ((topk, coords, 20, "official"), "square maps"),
-        ((topk, coords, 20, "yx"), "axes must be"),
-        ((topk[0], coords), "topk must be"),
-        ((topk, coords, 3), "0..2"),
-        ((changed(1, -1), coords, 20), "classes"),
-        ((changed(1, 0.5), coords, 20), "classes"),
-        ((changed(0, float("nan")), coords, 20), "not finite"),
-        ((topk, coords * float("nan"), 20), "coords must lie"),
-        ((topk.long(), coords), "floating-point"),
-    ]:
+    for arguments, words in [((topk, coords - 0.5), "coords must lie"),
+                             ((topk, coords + torch.tensor([0, 0, 1.0, 0])), "coords must lie"),
+                             ((topk, coords * torch.tensor([1, 1, 0.0, 1])), "coords must lie"),
+                             ((topk, coords[:2]), "one .* per map"),
+                             ((topk, coords[:, :3]), "coords must be"),
+                             ((topk, coords, 20, "official"), "square maps"),
+                             ((topk, coords, 20, "yx"), "axes must be"),
+                             ((topk[0], coords), "topk must be"), ((topk, coords, 3), "0..2"),
+                             ((changed(1, -1), coords, 20), "classes"),
+                             ((changed(1, 0.5), coords, 20), "classes"),
+                             ((changed(0, float("nan")), coords, 20), "not finite"),
+                             ((topk, coords * float("nan"), 20), "coords must lie"),
+                             ((topk.long(), coords), "floating-point")]:
         with pytest.raises(ValueError, match=words):
             label_pooling(*arguments)
     annotator = relabel.to_dense_classifier(nn.Identity(), nn.Linear(3, 4))
