@@ -882,29 +882,27 @@ def random_search(evaluate: Callable[[dict], float], space: Mapping[str, tuple],
     evaluate(trial) -> score, higher is better. Trial n depends on (seed, n) alone. Returns the
     records {"trial", "seed", "config", "score"}, best first; a score that is not finite (training
     diverged) is null and comes last."""
-    path, done = Path(path), {}
+    path, records = Path(path), []
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):                 # cut off by an interruption
         lines.pop()
         path.write_text("".join(lines))
-    for number, line in enumerate(lines, 1):
-        record = json.loads(line)
-        if record["seed"] != seed:
-            raise ValueError(f"{path}:{number}: a search with seed {record['seed']}, "
-                             f"not {seed}, was written here")
-        done[record["trial"]] = record
     for number in range(trials):
         config = sample_trial(space, np.random.default_rng([seed, number]))
-        if number not in done:
-            score = float(evaluate(config))
-            done[number] = {"trial": number, "seed": seed, "config": config,
-                            "score": score if math.isfinite(score) else None}
-            with path.open("a") as stream:
-                stream.write(json.dumps(done[number]) + "\n")
-        elif done[number]["config"] != json.loads(json.dumps(config)):
-            raise ValueError(f"{path}: trial {number} was drawn from another search space")
-    return sorted((done[number] for number in range(trials)), reverse=True,
+        record = json.loads(json.dumps({"trial": number, "seed": seed, "config": config}))
+        if number < len(lines):
+            done = json.loads(lines[number])
+            if done != record | {"score": done["score"]}:
+                raise ValueError(f"{path}:{number + 1}: trial {done['trial']} of seed "
+                                 f"{done['seed']} is not what seed {seed} and this space draw")
+            records.append(done)
+            continue
+        score = float(evaluate(config))
+        records.append(record | {"score": score if math.isfinite(score) else None})
+        with path.open("a") as stream:
+            stream.write(json.dumps(records[-1]) + "\n")
+    return sorted(records, reverse=True,
                   key=lambda record: -math.inf if record["score"] is None else record["score"])
 
 
