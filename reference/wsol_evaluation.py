@@ -709,24 +709,25 @@ class MaskEvaluator(_Evaluator):
         truth, bins = torch.from_numpy(truth).to(maps.device), len(self._edges) - 1
         index = self._bin(maps)
         counted = (truth != 255) & (index >= 0)
-        cell = torch.where(counted, index + truth.long() * bins, 2 * bins)
-        cell += torch.arange(len(maps), device=maps.device).view(-1, 1, 1) * (3 * bins)
+        cell = torch.where(counted, index + truth.int() * bins, 2 * bins)
+        cell += torch.arange(len(maps), device=maps.device).view(-1, 1, 1).int() * (3 * bins)
         hist = torch.bincount(cell.flatten(), minlength=len(maps) * 3 * bins)
         hist = hist.view(len(maps), 3, bins)[:, :2].cpu().numpy().astype(np.int32)
         return hist.sum(0), (hist,)
 
     def _bin(self, maps: Tensor) -> Tensor:
-        """Index of the bin [edge, next edge) of each score, -1 below the first edge.
+        """Index int32 of the bin [edge, next edge) of each score, -1 below the first edge.
 
         Equal spacing gives a guess, which the edges themselves set right."""
         edges = torch.from_numpy(self._edges).to(maps.device)
         taus = self.cam_threshold_list
         count, last = len(taus), taus[-1]
         if last == 0 or not np.allclose(taus, np.linspace(0, last, count), rtol=0, atol=1e-9):
-            return torch.searchsorted(edges, maps, right=True) - 1
-        guess = (maps * ((count - 1) / last)).long().clamp_(max=count)
-        guess += maps >= edges[guess + 1]
-        return guess.sub_((maps < edges[guess]).long())
+            return torch.searchsorted(edges, maps, right=True, out_int32=True) - 1
+        edge = lambda index: edges.index_select(0, index.flatten()).view_as(maps)  # noqa: E731
+        guess = (maps * ((count - 1) / last)).int().clamp_(max=count)
+        guess += maps >= edge(guess + 1)
+        return guess - (maps < edge(guess)).int()
 
     def compute(self, strict: bool = False) -> float:
         """PxAP in percent; strict: every image must have been seen."""
