@@ -282,6 +282,8 @@ def cost(run, preset, data, rounds=24):
         if method in run.args.methods:
             _, student, count = steps_of(run, method, 0, preset, data)
             steps[method], rounds = partial(next, student), min(rounds, count - 1)
+    if rounds < 1:  # the first step warms up
+        return {}
     clock = time.perf_counter if run.args.workers else None  # workers have CPU times of their own
     times = timing.interleaved(run, steps, rounds, "time of a step", clock=clock)
     return {method: 1000 * median for method, median in timing.medians(times).items()}
