@@ -211,7 +211,8 @@ def _sentence_state(rnn: nn.GRU, x: Tensor, lengths: Tensor, final_state: str) -
     forward, backward = ([getattr(rnn, f"{name}_l0{way}") for name in
                           ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
                          for way in ("", "_reverse"))
-    start, rows, last = x.new_zeros(1, len(x), rnn.hidden_size), torch.arange(len(x)), lengths - 1
+    start, last = x.new_zeros(1, len(x), rnn.hidden_size), lengths - 1
+    rows = torch.arange(len(x), device=x.device)
     states = torch.gru(x, start, forward, True, 1, 0.0, rnn.training, False, True)[0]
     return torch.cat([states[rows, last], torch.gru_cell(x[rows, last], start[0], *backward)], 1)
 
@@ -460,6 +461,8 @@ class MCSoftContrastiveLoss(_PairLoss):
         _check_items(3, image_samples=image_samples, caption_samples=caption_samples)
         images, captions = _wide(image_samples), _wide(caption_samples)
         matched = _check_matched(matched, images, captions)
+        sides = (("image", images, image_logsigma, image_mu),
+                 ("caption", captions, caption_logsigma, caption_mu))
         if self.block is None or self.block >= len(images):
             nll, positive = self._nll(images, captions, matched)
         else:
@@ -472,11 +475,9 @@ class MCSoftContrastiveLoss(_PairLoss):
             x = torch.cat([images.flatten(0, 1), captions.flatten(0, 1)])
             uniform = _uniformity(x, uniform_rows, generator)
         if self.vib_beta:
-            vib = (self._kl(images, image_logsigma, image_mu, "image")
-                   + self._kl(captions, caption_logsigma, caption_mu, "caption"))
+            vib = sum(self._kl(*side) for side in sides)
         if self.deterministic_weight:
-            means = [z.mean(1) if mu is None else _wide(mu)
-                     for z, mu in ((images, image_mu), (captions, caption_mu))]
+            means = (z.mean(1) if mu is None else _wide(mu) for _, z, _, mu in sides)
             deterministic = _info_nce(_cosines(*means) / 0.07, matched)
         extra = (self.uniform_lambda * uniform + self.vib_beta * vib
                  + self.deterministic_weight * deterministic)
@@ -502,16 +503,14 @@ class MCSoftContrastiveLoss(_PairLoss):
         positive = -matched * _log_mean_sigmoid(s)
         return positive - (1 - matched) * _log_mean_sigmoid(-s), positive
 
-    def _kl(self, samples: Tensor, logsigma: Tensor | None, mu: Tensor | None, side: str) -> Tensor:
-        shape = (samples.shape[0], samples.shape[2])
-        _check_shape(*shape, **{f"{side}_logsigma": logsigma})
-        logsigma, mean = logsigma.to(samples.dtype), samples.mean(1)
-        if self.kl_convention == "std":
-            if mu is not None:
-                _check_shape(*shape, **{f"{side}_mu": mu})
-                mean = mu.to(samples.dtype)
-            logsigma = 2 * logsigma
-        return _kl_to_standard(mean, logsigma).sum()
+    def _kl(self, side: str, samples: Tensor, logsigma: Tensor | None, mu: Tensor | None) -> Tensor:
+        mean = samples.mean(1)
+        if self.kl_convention == "std" and mu is not None:
+            _check_shape(*mean.shape, **{f"{side}_mu": mu})
+            mean = mu
+        _check_shape(*mean.shape, **{f"{side}_logsigma": logsigma})
+        log_var = logsigma if self.kl_convention == "official" else 2 * logsigma
+        return _kl_to_standard(mean.to(samples.dtype), log_var.to(samples.dtype)).sum()
 
     def log_match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) log match probability: ranks without saturating."""
@@ -745,7 +744,7 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
     _check_shape(len(q), len(g), out=out)
     if block is None:                                         # tiles of a few MB
         elementwise = method in ("min", "max", "elk", "bhattacharyya")
-        block = 32 if elementwise else 64 if method in SAMPLED else 1024
+        block = 32 if elementwise else max(1, 448 // q.shape[1]) if method in SAMPLED else 1024
     _check_at_least(1, block=block)
     for row, column in itertools.product(range(0, len(q), block), range(0, len(g), 4 * block)):
         rows, columns = slice(row, row + block), slice(column, column + 4 * block)

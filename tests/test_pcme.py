@@ -33,8 +33,8 @@ def rng(seed=0):
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
-    actual, expected = (x.detach() if isinstance(x, torch.Tensor) else x for x in (actual, expected))
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+    values = (x.detach() if isinstance(x, torch.Tensor) else x for x in (actual, expected))
+    np.testing.assert_allclose(*values, rtol=rtol, atol=atol)
 
 
 # ---------------------------------------------------------------- public values
