@@ -63,8 +63,8 @@ def test_published_parameter_counts():
         net = PyramidNet(50, 300, 10, dataset="imagenet")
         assert count(net) == 15_411_772 and net.fc.in_features == 1456
         for (depth, widen, classes), parameters in {
-            (28, 10, 100): 36_536_884, (28, 10, 10): 36_479_194, (40, 2, 100): 2_255_156, (16, 8, 10): 10_961_370,
-        }.items():
+                (28, 10, 100): 36_536_884, (28, 10, 10): 36_479_194, (40, 2, 100): 2_255_156,
+                (16, 8, 10): 10_961_370}.items():
             assert count(WideResNet(depth, widen, classes)) == parameters
 
 
@@ -114,7 +114,8 @@ def test_shakedrop_forward_and_backward_factors(level):
     distinct = {"batch": 1, "image": 3, "channel": 6, "pixel": 96}[level]
     assert {len(f.unique()) for f in closed} <= {distinct, distinct - 1}
     spread = 3 * closed.std() / len(closed) ** 0.5
-    assert abs(closed[:, 0, 0, 0, 0].mean()) < 1.5 * spread and abs(grads[:, 0, 0, 0, 0].mean() - 0.5) < 0.1
+    assert abs(closed[:, 0, 0, 0, 0].mean()) < 1.5 * spread
+    assert abs(grads[:, 0, 0, 0, 0].mean() - 0.5) < 0.1
     assert abs(open_gate.double().mean() - 0.5) < 0.1
     correlation = np.corrcoef(closed[:, 0, 0, 0, 0], grads[:, 0, 0, 0, 0])[0, 1]
     assert abs(correlation) < 0.25  # alpha and beta are drawn apart
@@ -186,7 +187,8 @@ def test_wide_resnet_block_structure():
 
 
 def test_initial_weights_come_from_the_generator():
-    for build in (lambda g: PyramidNet(8, 12, 5, False, generator=g), lambda g: WideResNet(10, 2, 5, generator=g)):
+    for build in (lambda g: PyramidNet(8, 12, 5, False, generator=g),
+                  lambda g: WideResNet(10, 2, 5, generator=g)):
         one, two, other = build(gen(1)), build(gen(1)), build(gen(2))
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
         assert not torch.equal(one.fc.weight, other.fc.weight)
@@ -195,9 +197,10 @@ def test_initial_weights_come_from_the_generator():
 
 
 def test_bad_arguments():
-    for bad in ({"depth": 30}, {"depth": 2}, {"depth": 26, "bottleneck": False, "alpha": -1}, {"num_classes": 0},
-                {"dataset": "mnist"}, {"dataset": "imagenet", "depth": 29}, {"shakedrop": 1.5},
-                {"dataset": "imagenet", "depth": 18}, {"shakedrop": 0.5, "level": "row"}):
+    for bad in ({"depth": 30}, {"depth": 2}, {"depth": 26, "bottleneck": False, "alpha": -1},
+                {"num_classes": 0}, {"dataset": "mnist"}, {"dataset": "imagenet", "depth": 29},
+                {"dataset": "imagenet", "depth": 18}, {"shakedrop": 1.5},
+                {"shakedrop": 0.5, "level": "row"}):
         with pytest.raises(ValueError):
             PyramidNet(**{"depth": 29, "alpha": 10, "num_classes": 10, **bad})
     for bad in ((12, 1, 10), (4, 1, 10), (16, 0, 10), (16, 1, 0)):

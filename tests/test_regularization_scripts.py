@@ -53,7 +53,8 @@ def folder(root):
         for label in range(4):
             (root / split / f"n{label}").mkdir(parents=True)
             for k in range(30):
-                Image.fromarray(rng.randint(0, 256, (32, 32, 3)).astype(np.uint8)).save(root / split / f"n{label}" / f"{k}.JPEG")
+                pixels = rng.randint(0, 256, (32, 32, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / f"n{label}" / f"{k}.JPEG")
     return root
 
 

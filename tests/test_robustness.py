@@ -39,7 +39,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.fc = nn.Conv2d(3, 6, 3, 2, 1), nn.Linear(150, 5)
         self.load_state_dict({"conv.weight": data["conv_w"], "conv.bias": data["conv_b"],
-                              "fc.weight": data["fc_w"], "fc.bias": data["fc_b"]})  # fmt: skip
+                              "fc.weight": data["fc_w"], "fc.bias": data["fc_b"]})
 
     def forward(self, x):
         return self.fc(F.softplus(self.conv(x)).flatten(1))
@@ -124,7 +124,8 @@ def test_occlude_keeps_and_blanks_complementary_pixels():
     blank = R.occlude(x, 4, fill=0.5)[..., top : top + 4, top : top + 4]
     assert (blank == 0.5).all() and torch.equal(R.occlude(x, 0), x) and R.occlude(x, 0) is not x
     wide = torch.rand(1, 1, 8, 5, generator=gen())
-    assert (R.occlude(wide, 6)[..., 1:7, :] == 0).all() and torch.equal(R.occlude(wide, 8, "boundary"), wide)
+    assert (R.occlude(wide, 6)[..., 1:7, :] == 0).all()
+    assert torch.equal(R.occlude(wide, 8, "boundary"), wide)
     last = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(R.occlude(last, 3), R.occlude(x, 3))
     for bad in ({"size": -1}, {"size": 10}, {"size": 3, "kind": "corner"}):
@@ -227,7 +228,8 @@ def test_calibration_equals_a_loop_over_bins(bins):
         for m in range(bins):
             inside = (p[:, k] > m / bins) & (p[:, k] <= (m + 1) / bins)
             if inside.any():
-                classes += inside.mean() * abs((y.numpy()[inside] == k).mean() - p[inside, k].mean())
+                gap = (y.numpy()[inside] == k).mean() - p[inside, k].mean()
+                classes += inside.mean() * abs(gap)
     assert R.classwise_calibration_error(z, y, bins) == pytest.approx(classes / p.shape[1],
                                                                       abs=1e-12)
 
@@ -238,7 +240,6 @@ def test_adaptive_bins_hold_equal_shares_and_do_not_depend_on_the_order():
     order = confidence.argsort()
     hit = (z.argmax(1) == y)[order].double()
     expected = sum(len(c) / 203 * abs(h.mean() - c.mean()).item() for c, h in zip(
-        # fmt: skip
         np.array_split(confidence[order].numpy(), 15), np.array_split(hit.numpy(), 15)))
     assert R.expected_calibration_error(z, y, strategy="adaptive") == pytest.approx(expected,
                                                                                     abs=1e-12)
@@ -268,7 +269,7 @@ def test_calibration_closed_forms():
     z, y = random_logits()
     for dtype in (torch.half, torch.bfloat16, torch.float32):
         assert R.expected_calibration_error(z.to(dtype), y) == pytest.approx(
-            R.expected_calibration_error(z.to(dtype).float(), y), abs=1e-12)  # fmt: skip
+            R.expected_calibration_error(z.to(dtype).float(), y), abs=1e-12)
     assert R.nll(z.T.contiguous().T, y) == R.nll(z, y)
 
 
@@ -295,9 +296,10 @@ def test_calibration_errors():
     z, y = random_logits(10)
     with pytest.raises(TypeError, match="float tensor"):
         R.nll(z.long(), y)
-    for logits, labels in ((z, y[:9]), (z[0], y), (z[:0], y[:0]), (z, y + 7), (z, y - 9), (z * np.nan, y)):
+    for logits, labels in ((z, y[:9]), (z[0], y), (z[:0], y[:0]), (z, y + 7), (z, y - 9),
+                           (z * np.nan, y)):
         for measure in (R.nll, R.brier, R.expected_calibration_error, R.fit_temperature,
-                        R.reliability_table, R.classwise_calibration_error):  # fmt: skip
+                        R.reliability_table, R.classwise_calibration_error):
             with pytest.raises(ValueError):
                 measure(logits, labels)
     for bad in ({"norm": "l3"}, {"strategy": "mass"}, {"n_bins": 0}, {"from_probs": True}):
@@ -340,7 +342,7 @@ def test_ood_metrics_equal_brute_force_under_ties():
             best = min(f for t, f in points if t >= tpr)
             assert R.fpr_at_tpr(a, b, tpr) == pytest.approx(best, abs=1e-12)
         assert R.detection_accuracy(a, b) == pytest.approx(
-            max(0.5, *((t + 1 - f) / 2 for t, f in points)), abs=1e-12)  # fmt: skip
+            max(0.5, *((t + 1 - f) / 2 for t, f in points)), abs=1e-12)
         for metric in (R.aupr, R.fpr_at_tpr):
             assert metric(a, b, positive="out") == pytest.approx(metric(-b, -a), abs=1e-12)
 
@@ -387,7 +389,8 @@ def test_odin_equals_the_published_steps_on_normalised_input():
     outputs = net(inputs) / 1000
     F.cross_entropy(outputs, outputs.argmax(1)).backward()
     moved = inputs.detach() - 0.002 * inputs.grad.sign() / std
-    torch.testing.assert_close(score, (net(moved).detach() / 1000).softmax(1).amax(1), atol=1e-6, rtol=0)
+    expected = (net(moved).detach() / 1000).softmax(1).amax(1)
+    torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
     before = (net(inputs).detach() / 1000).softmax(1).amax(1)
     assert (score > before).all()
     torch.testing.assert_close(R.odin(net, x, 0.0, 1000.0, mean, std), before, atol=1e-7, rtol=0)
