@@ -219,22 +219,17 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     weights = _tensors(method, (y.dtype, y.device))[3]
     samples, t, sign, end = len(y), start, span.sign(), span.abs()
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
-    if first_step is None:
-        h = _first_step(f, t, y, fy, sign, method, rtol, atol, shared)
-    else:
-        h = torch.as_tensor(first_step, dtype=torch.float64, device=y.device).abs().expand(samples)
-    before, most = torch.ones_like(h), torch.full_like(h, 10.0)
-    active, exceeded, tail = end > 0, False, None
-    failed = torch.zeros_like(active)
+    h = (torch.full_like(span, first_step) if first_step is not None else
+         _first_step(f, t, y, fy, sign, method, rtol, atol, shared))
+    before, most, tail = torch.ones_like(h), torch.full_like(h, 10.0), None
+    active, failed = end > 0, torch.zeros(samples, dtype=torch.bool, device=y.device)
     nothing = y.new_empty(len(tab.c), 0, y.shape[1])
     history = [(rows[:0], offset[:0], h[:0], y[:0], nothing, failed[:0], failed[:0])]
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         for attempt in itertools.count():
             if attempt % every == 0:
                 alive = int(active.sum())
-                exceeded = alive > 0 and attempt >= max_steps
-                if alive == 0 or exceeded:
-                    failed[rows[active]] = True
+                if alive == 0 or attempt >= max_steps:
                     break
                 if alive < 0.75 * len(rows):
                     keep = active.nonzero()[:, 0]
@@ -273,6 +268,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
             y, fy = torch.where(took, y1, y), torch.where(took, f1, fy)
             active = active & (offset.abs() < end)
 
+    failed[rows] |= active
     sizes = [len(entry[0]) for entry in history]
     number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(y.device)
     rows, offset, h, y, hk, ok, tried = (torch.cat(v, int(i == 4)) for i, v in
@@ -284,9 +280,9 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     ends, row = ends.cummax(1).values, row.cummax(1).values
     message = ""
     if bool(failed.any()):
-        which, first = int(failed.sum()), int(failed.nonzero()[0, 0])
-        reason = f"max_steps={max_steps} exceeded" if exceeded else "the step size underflowed"
-        message = (f"{reason} for {which} of {samples} samples, first sample {first}, "
+        reason = f"max_steps={max_steps} exceeded" if alive else "the step size underflowed"
+        first = int(failed.nonzero()[0, 0])
+        message = (f"{reason} for {int(failed.sum())} of {samples} samples, first sample {first}, "
                    f"|t - t0| = {float(ends[first, -1]):.6g}")
     ends[:, -1] = math.inf
     count = lambda samples_of: torch.bincount(samples_of, minlength=samples)
@@ -338,8 +334,8 @@ class _Unroll(torch.autograd.Function):
     def backward(ctx, grad_y, grad_hk):
         (k, points), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
         (s, _, n), m, unit = grad_hk.shape, len(kept), torch.eye(k.shape[1]).to(k)
-        jacobian = torch.stack([torch.autograd.grad(k, points, row.expand_as(k), retain_graph=True)[0]
-                                for row in unit], 1)
+        pull = lambda row: torch.autograd.grad(k, points, row.expand_as(k), retain_graph=True)[0]
+        jacobian = torch.stack([pull(row) for row in unit], 1)
         first, h = jacobian[: len(samples)], steps.h[kept].to(k.dtype)[:, None, None]
         later = jacobian[len(samples) :].view(s - 1, m, n, n).transpose(0, 1) * h[..., None]
         jacobian = F.pad(later, (0, 0, 0, 0, 1, 0))             # (M, S, n, n)
@@ -425,10 +421,10 @@ class _Adjoint(torch.autograd.Function):
                 raise RuntimeError(f"adjoint: {steps.message}; grad='backprop' solves only once")
             a = _interpolate(steps, samples, span, s, method)[:, n:]
             if params:
-                rows = steps.accepted
+                rows, h = steps.accepted, steps.h[steps.accepted]
                 t, points = _stage_points(steps, rows, times[i], method)
-                theta = ((span[steps.sample[rows]] - steps.offset[rows]) / steps.h[rows]).clamp(max=1)
-                weight = (_dense_weights(theta, method) * steps.h[rows])[..., None].to(s.dtype)
+                theta = ((span[steps.sample[rows]] - steps.offset[rows]) / h).clamp(max=1)
+                weight = (_dense_weights(theta, method) * h)[..., None].to(s.dtype)
                 with torch.enable_grad():
                     k = f(t.reshape(-1).to(s.dtype), points[..., :n].reshape(-1, n))
                     pull = (points[..., n:] * weight).reshape(-1, n)
@@ -538,7 +534,8 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
             _first_slope(field, times[0], y0)
             ys, count = _fixed(field, y0, times, method, step_size)
             taken, ok = torch.full((len(y0),), count, device=y0.device), ys[-1].isfinite().all(-1)
-            return Solution(ys, ts, Stats(taken, 0 * taken, len(METHODS[method].c) * taken, ok), None)
+            stats = Stats(taken, 0 * taken, len(METHODS[method].c) * taken, ok)
+            return Solution(ys, ts, stats, None)
         adjoint = tracing and grad == "adjoint"
         f0 = _first_slope(field, *((times[0].detach(), y0.detach()) if adjoint else (times[0], y0)))
     start, sample = times[0], torch.arange(len(y0), device=y0.device)
@@ -586,8 +583,8 @@ def _along_flow(guard: Callable, t: Tensor, y: Tensor, fy: Tensor) -> tuple[Tens
 
 
 class _Watch:
-    """Watches guards during `_march`, four times per step. `side` (B, E): their signs where the
-    sample is, or before the step in which one crossed 0 (`fired`)."""
+    """Looks at guards during `_march`, four times per step. `side` (B, E) are their signs where the
+    sample is, and stay as they are before the step in which one crosses 0 (`fired`)."""
 
     def __init__(self, guard, direction, t, y, fy, method):
         self.guard, self.direction, self.method = guard, direction, method
@@ -598,24 +595,23 @@ class _Watch:
         self.fired = torch.zeros(len(y), dtype=torch.bool, device=y.device)
 
     def signs(self, theta, t, h, y, hk) -> Tensor:
-        """(..., B, E) at fractions theta (..., B) of steps."""
-        states = _dense(y, hk, theta, self.method)
-        times = (t + theta * h).to(y.dtype)
+        """(..., B, E) at fractions theta (..., B) of a step."""
+        states, times = _dense(y, hk, theta, self.method), (t + theta * h).to(y.dtype)
         g = self.guard(times.reshape(-1), states.reshape(-1, y.shape[1]))
         return g.reshape(*theta.shape, -1).sign()
 
     def crossed(self, side: Tensor, new: Tensor) -> Tensor:
+        """Whether any guard has gone from `side` to `new` in its direction, (B, E)."""
         return (side * new < 0) & ((self.direction == 0) | (self.direction == new))
 
-    def first(self, side, *step):
-        """The first quarter (B,) in which a guard crosses, the signs before it, whether one does
-        so, and the signs after the step."""
-        theta = torch.tensor((0.25, 0.5, 0.75, 1.0), dtype=torch.float64, device=side.device)
-        signs = self.signs(theta[:, None].expand(-1, len(side)), *step[:3], step[3][:, None])
-        low, before, fired = torch.zeros_like(step[1]), side, torch.zeros_like(self.fired[: len(side)])
-        for q, new in enumerate(signs):
-            before = torch.where(fired[:, None], before, side)
-            low = torch.where(fired, low, q / 4)
+    def first(self, side, t, h, y, hk):
+        """The quarter (B,) of a step in which a guard crosses first, the sides before it, whether
+        one crosses at all, and the sides after the step."""
+        theta = torch.tensor((0.25, 0.5, 0.75, 1.0), dtype=torch.float64, device=y.device)
+        theta = theta[:, None].expand(-1, len(y))
+        low, before, fired = torch.zeros_like(h), side, torch.zeros_like(h, dtype=torch.bool)
+        for q, new in enumerate(self.signs(theta, t, h, y, hk[:, None])):
+            low, before = torch.where(fired, low, q / 4), torch.where(fired[:, None], before, side)
             fired = fired | self.crossed(side, new).any(-1)
             side = torch.where(new == 0, side, new)
         return low, before, fired, side
@@ -625,8 +621,18 @@ class _Watch:
         _, _, fired, side = self.first(self.side[rows], t, h, y, hk)
         fired = fired & ok
         self.side[rows] = torch.where((ok & ~fired)[:, None], side, self.side[rows])
-        self.fired[rows] = fired | self.fired[rows]
+        self.fired[rows] |= fired
         return fired
+
+    def locate(self, t, h, y, hk) -> tuple[Tensor, Tensor]:
+        """Bisection on the dense output of the last step: fraction (B,), which guard (B,)."""
+        low, before, _, _ = self.first(self.side, t, h, y, hk)
+        at = lambda theta: self.crossed(before, self.signs(theta, t, h, y, hk))
+        width = 0.25
+        for _ in range(30):
+            width /= 2
+            low = torch.where(at(low + width).any(-1), low, low + width)
+        return low + width, at(low + width).to(torch.uint8).argmax(1)   # ties: the lowest index
 
 
 def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limits):
@@ -647,23 +653,19 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
         raise RuntimeError(f"event search: {steps.message}")
     last, fired = steps.row[:, -1], watch.fired
     offset, h, y, hk = steps.offset[last], steps.h[last], steps.y[last], steps.hk[:, last]
-    along = lambda at, y, fy: (v.gather(1, which[:, None])[:, 0]
-                               for v in _along_flow(guard, at, y, fy))
+
+    def step_to(size, t):
+        """State after a step `size`, slope there, the h k_i, the guard and its rate along f."""
+        state, slope, hk1 = _attempt(f, t, size, y, hk[0] / h.to(y.dtype)[:, None], method)
+        g, rate = _along_flow(guard, t + size, state, slope.detach())
+        return state, slope.detach(), hk1, *(v.gather(1, which[:, None])[:, 0] for v in (g, rate))
+
     with torch.no_grad():
-        step, slope = (begin + offset, h, y, hk), hk[0] / h.to(y.dtype)[:, None]
-        low, before, _, _ = watch.first(watch.side, *step)
-        width = 0.25
-        for _ in range(30):
-            width /= 2
-            over = watch.crossed(before, watch.signs(low + width, *step)).any(-1)
-            low = torch.where(over, low, low + width)
-        over = watch.crossed(before, watch.signs(low + width, *step))
-        which = over.to(torch.uint8).argmax(1)                  # ties: the lowest index
-        best = torch.where(fired, low + width, 1.0) * h
+        theta, which = watch.locate(begin + offset, h, y, hk)
+        best = torch.where(fired, theta, 1.0) * h
         for _ in range(3):
-            y1, f1, _ = _attempt(f, step[0], best, y, slope, method)
-            g, rate = (v.double() for v in along(step[0] + best, y1, f1))
-            shift = torch.where(fired & (rate.abs() > grazing_tol), g / rate, 0.0)
+            *_, g, rate = step_to(best, begin + offset)
+            shift = torch.where(fired & (rate.abs() > grazing_tol), g.double() / rate.double(), 0.0)
             best = torch.minimum((best - shift.clamp(-0.01 * h, 0.01 * h)).clamp(min=0), h)
         grazing = fired & (rate.abs() <= grazing_tol)
     if needs and bool(grazing.any()):
@@ -671,16 +673,13 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
         raise RuntimeError(f"sample {row} touches guard {int(which[row])} without crossing it: the "
                            "event time has no derivative")
     with torch.set_grad_enabled(needs):
-        slope = hk[0] / h.to(y.dtype)[:, None]
-        state, f1, hk = _attempt(f, start + offset, best, y, slope, method)
+        state, slope, hk, g, rate = step_to(best, start + offset)
         steps = steps._replace(h=steps.h.index_copy(0, last, best),
                                hk=steps.hk.index_copy(1, last, hk))
-        reached, f1 = start + offset + best, f1.detach()
-        g, rate = along(reached, state, f1)
-        rate = rate.detach()
+        reached, rate = start + offset + best, rate.detach()
         moved = reached - torch.where(fired & (rate != 0), g / rate, torch.zeros_like(g))
         t_event = torch.where(fired, moved, t_max)
-        y_event = state + f1 * (t_event - reached).to(y.dtype)[:, None]
+        y_event = state + slope * (t_event - reached).to(y.dtype)[:, None]
     return EventResult(t_event, y_event, torch.where(fired, which, -1), fired), steps
 
 
@@ -730,6 +729,14 @@ class StochasticEvent(NamedTuple):
     terminal = False
 
 
+def _on_rows(mask: Tensor, function: Callable, t: Tensor, x: Tensor, otherwise: Tensor) -> Tensor:
+    """`function` on the rows of `mask` only: it is never evaluated where it does not apply."""
+    rows = mask.nonzero()[:, 0]
+    if len(rows) in (0, len(mask)):
+        return function(t, x) if len(rows) else otherwise
+    return otherwise.index_put((rows,), function(t[rows], x[rows]))
+
+
 class HybridSystem:
     """fields[z](t, x) -> dx/dt in mode z; the order of `events` gives ids and decides ties."""
     keep_thresholds = False     # clocks that lose a race keep their draw: not Markov, see RenoTCP
@@ -750,15 +757,15 @@ class HybridSystem:
             dx = _on_rows(z == mode, field, t, x, dx)
         return dx
 
-
-def _on_rows(mask: Tensor, function: Callable, t: Tensor, x: Tensor, otherwise: Tensor) -> Tensor:
-    """`function` on the rows of `mask` only: it is never evaluated where it does not apply."""
-    rows = mask.nonzero()[:, 0]
-    if len(rows) == 0:
-        return otherwise
-    if len(rows) == len(mask):
-        return function(t, x)
-    return otherwise.index_put((rows,), function(t[rows], x[rows]))
+    def jump(self, which: Tensor, t: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """States and modes after the events `which` (B,)."""
+        after, z_after = x, z
+        for i, event in enumerate(self.events):
+            if event.jump is not None:
+                after = _on_rows(which == i, event.jump, t, x, after)
+            if event.target is not None:
+                z_after = torch.where(which == i, event.target, z_after)
+        return after, z_after
 
 
 class HybridSolution(NamedTuple):
@@ -778,29 +785,25 @@ class HybridSolution(NamedTuple):
         """(t, x, mode) of one sample with the states before and after each event inserted."""
         k = int(self.n_events[row])
         at = self.event_times[row, :k]
-        times = torch.cat([torch.as_tensor(t).to(at), at, at])
-        x = torch.cat([self.ys[:, row], self.x_pre[row, :k], self.x_post[row, :k]])
-        mode = torch.cat([self.modes[:, row], self.mode_pre[row, :k], self.mode_post[row, :k]])
         # At an event's own time: the state before, the one after, then outputs (which are after).
-        rank = torch.tensor([2, 0, 1]).repeat_interleave(torch.tensor([len(self.ys), k, k]))
-        order = rank.to(at.device).argsort(stable=True)
-        order = order[times[order].argsort(stable=True)]
+        times = torch.cat([at, at, torch.as_tensor(t).to(at)])
+        x = torch.cat([self.x_pre[row, :k], self.x_post[row, :k], self.ys[:, row]])
+        mode = torch.cat([self.mode_pre[row, :k], self.mode_post[row, :k], self.modes[:, row]])
+        order = times.argsort(stable=True)
         return times[order], x[order], mode[order]
 
     def durations(self, t_start: float, t_end: float) -> dict[str, Tensor]:
         """One row per piece between events: its length tau, mode z, next mode z2, first state x,
         and censored, which the last piece of every sample is."""
-        k = self.event_times.shape[1]
         times = F.pad(self.event_times, (1, 1), value=t_end)
         times[:, 0] = t_start
-        times = torch.where(times.isnan(), t_end, times)
-        tau, index = times.diff(), torch.arange(k + 1, device=times.device)
-        z = torch.cat([self.modes[:1].T, self.mode_post], 1)
-        x = torch.cat([self.ys[:1].transpose(0, 1), self.x_post], 1)
-        z2, censored = F.pad(self.mode_post, (0, 1), value=-1), index == self.n_events[:, None]
-        keep = (index <= self.n_events[:, None]) & (tau > 0)
-        return {"tau": tau[keep], "z": z[keep], "z2": z2[keep].clamp(min=0), "x": x[keep],
-                "censored": censored[keep]}
+        tau = torch.where(times.isnan(), t_end, times).diff()
+        left = self.n_events[:, None] - torch.arange(tau.shape[1], device=tau.device)
+        keep = (left >= 0) & (tau > 0)
+        z2 = F.pad(self.mode_post, (0, 1), value=-1).clamp(min=0)
+        return {"tau": tau[keep], "z": torch.cat([self.modes[:1].T, self.mode_post], 1)[keep],
+                "z2": z2[keep], "censored": (left == 0)[keep],
+                "x": torch.cat([self.ys[:1].transpose(0, 1), self.x_post], 1)[keep]}
 
 
 class _Leg(NamedTuple):
@@ -816,7 +819,7 @@ class _Leg(NamedTuple):
 def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
               max_events: int | None = None, terminal: Tensor | None = None) -> HybridSolution:
     """Legs from event to event, all samples at once: advance(rows, start, x, z) -> _Leg."""
-    (b, n), device = x0.shape, x0.device
+    b, device = len(x0), x0.device
     z0 = torch.as_tensor(z0, device=device).long().expand(b)
     if not bool(((z0 >= 0) & (z0 < n_modes)).all()):
         raise ValueError(f"z0 must be modes in 0..{n_modes - 1}")
@@ -837,18 +840,17 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
             go &= ~terminal[which]
         last = go & (start >= t[-1])                            # the event falls on the last output
         outputs.append((torch.full_like(rows[last], len(t) - 1), rows[last], x[last], z[last]))
-        go = go & ~last
-        rows, start, x, z = rows[go], start[go], x[go], z[go]
-    at, row, states, modes = (torch.cat(v) for v in zip(*outputs))
-    ys = x0.new_full((len(t), b, n), math.nan).index_put((at, row), states)
-    modes = z0.new_full((len(t), b), -1).index_put((at, row), modes)
-    n_events = torch.bincount(torch.cat([rows[:0], *(e[0] for e in events)]), minlength=b)
+        rows, start, x, z = (v[go & ~last] for v in (rows, start, x, z))
+    at, row, states, labels = (torch.cat(v) for v in zip(*outputs))
+    ys = x0.new_full((len(t), *x0.shape), math.nan).index_put((at, row), states)
+    modes = z0.new_full((len(t), b), -1).index_put((at, row), labels)
 
     def column(i: int, empty: Tensor) -> Tensor:
-        filled = [empty.index_put((e[0],), e[i]) for e in events]
+        filled = [empty.index_put((event[0],), event[i]) for event in events]
         return torch.stack(filled, 1) if filled else empty[:, None][:, :0]
 
     none, nowhere = torch.full_like(z0, -1), torch.full_like(x0, math.nan)
+    n_events = torch.bincount(torch.cat([rows[:0], *(event[0] for event in events)]), minlength=b)
     times = column(1, t.new_full((b,), math.nan))
     return HybridSolution(ys, modes, times, column(2, none), n_events, column(3, nowhere),
                           column(4, nowhere), column(5, none), column(6, none))
@@ -870,8 +872,8 @@ class _Clocks:
         return self.values[rows]
 
     def record(self, rows: Tensor, fired: Tensor) -> None:
-        """`fired` (R, count): which clock fired; for the others `keep` decides."""
-        self.fired[rows] = fired if self.keep else torch.ones_like(fired)
+        """`fired` (R, count): which clock fired."""
+        self.fired[rows] = fired | (not self.keep)
 
 
 def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
@@ -894,6 +896,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
     events = system.events or [Event(lambda t, x: torch.ones_like(t))]       # never fires
     ids = [i for i, event in enumerate(events) if isinstance(event, StochasticEvent)]
     c, clocks = len(ids), _Clocks(b, len(ids), x0, system.keep_thresholds, generator)
+    direction = torch.tensor([e.direction for e in events], device=device).to(x0.dtype)
 
     def unpack(s):                      # s = [x, integrated rates, thresholds, mode]
         return s[:, :n], s[:, -1].detach().round().long()
@@ -903,21 +906,17 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
 
     def flow(time, s):
         (x, z), zero = unpack(s), torch.zeros_like(s[:, 0])
-        rates = [_on_rows(active(events[i], z), events[i].intensity, time, x, zero)[:, None]
-                 for i in ids]
-        return torch.cat([system.flow(time, x, z), *rates, torch.zeros_like(s[:, n + c:])], 1)
+        rates = [_on_rows(active(events[i], z), events[i].intensity, time, x, zero) for i in ids]
+        still = torch.zeros_like(s[:, n + c :])
+        return torch.cat([system.flow(time, x, z), *(rate[:, None] for rate in rates), still], 1)
 
     def guard(time, s):
-        (x, z), g, never = unpack(s), [], torch.full_like(s[:, 0], -1.0)
-        for i, event in enumerate(events):
-            if isinstance(event, StochasticEvent):
-                j = n + ids.index(i)
-                g.append(torch.where(active(event, z), s[:, j] - s[:, j + c], never))
-            else:
-                g.append(_on_rows(active(event, z), event.guard, time, x, never))
-        return torch.stack(g, 1)
-
-    direction = torch.tensor([e.direction for e in events], device=device).to(x0.dtype)
+        (x, z), never = unpack(s), torch.full_like(s[:, 0], -1.0)
+        due = dict(zip(ids, (s[:, n : n + c] - s[:, n + c : n + 2 * c]).unbind(1)))
+        return torch.stack([
+            torch.where(active(event, z), due[i], never) if i in due else
+            _on_rows(active(event, z), event.guard, time, x, never)
+            for i, event in enumerate(events)], 1)
 
     def advance(rows, start, x, z) -> _Leg:
         thresholds = clocks.draw(rows)
@@ -925,14 +924,9 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
         (stop, y, which, fired), steps = _to_event(flow, s, start, t[-1].expand(len(rows)), guard,
                                                    direction, method, 0.0, rtol=rtol, atol=atol)
         clocks.record(rows, which[:, None] == torch.tensor(ids, device=device))
-        x_pre, x_post, z_post = y[:, :n], y[:, :n], z
-        for i, event in enumerate(events):
-            if event.jump is not None:
-                x_post = _on_rows(which == i, event.jump, stop.to(x.dtype), x_pre, x_post)
-            if event.target is not None:
-                z_post = torch.where(which == i, event.target, z_post)
+        x_post, z_post = system.jump(which, stop.to(x.dtype), y[:, :n], z)
         state = lambda row, k: _interpolate(steps, row, t[k] - start[row], s, method)[:, :n]
-        return _Leg(torch.where(fired, stop, math.inf), which, x_pre, x_post, z_post, state)
+        return _Leg(torch.where(fired, stop, math.inf), which, y[:, :n], x_post, z_post, state)
 
     terminal = torch.tensor([e.terminal for e in events], device=device)
     return _simulate(advance, x0, z0, t, len(system.fields), max_events, terminal)
@@ -953,7 +947,7 @@ class RenoTCP(HybridSystem):
         _check_choice("clocks", clocks, ("exact", "official"))
         _check_positive(rtt=rtt, n_ack=n_ack, w0=w0, tau_off=tau_off, k=k, p_drop=p_drop)
         self.a, self.beta = 0.693 / (n_ack * rtt), 1 / (n_ack * rtt)
-        self.w0, self.rtt, self.tau_off = w0, rtt, tau_off
+        self.rtt, self.tau_off = rtt, tau_off
         self.end_rate, self.drop_rate = 1 / (k * rtt), p_drop / rtt
         self.keep_thresholds = clocks == "official"
         field = lambda growth: lambda t, x: torch.stack([growth(x[:, 0]), x[:, 0] / rtt], 1)
@@ -973,8 +967,7 @@ class RenoTCP(HybridSystem):
     def sample_exact(self, n: int, t_end: float = 100.0, n_points: int = 2000, *,
                      generator: torch.Generator | None = None,
                      dtype: torch.dtype = torch.float64) -> HybridSolution:
-        """n trajectories from x = 0, mode 0, without solving: the clocks' inverses are
-        elementary."""
+        """n trajectories from x = 0, mode 0, without a solver: the clocks' inverses are known."""
         _check_positive(n=n, t_end=t_end)
         if n_points < 2:
             raise ValueError(f"n_points must be at least 2, not {n_points}")
@@ -992,16 +985,12 @@ class RenoTCP(HybridSystem):
             grow = torch.log1p(self.a * area / w) / self.a
             climb = (-w + (w * w + 2 * self.beta * area).sqrt()) / self.beta
             tau = torch.where(z == 0, self.tau_off * area, torch.where(z == 1, grow, climb))
-            x_pre, z_post = self._exact_flow(x, z, tau), torch.tensor([1, 0, 2, 2, 0])[which]
-            halved = x_pre * t.new_tensor([0.5, 1.0])
-            x_post = torch.where((z_post == 2)[:, None], halved, torch.zeros_like(x))
-            x_post[z_post == 1, 0] = self.w0
+            x_pre = self._exact_flow(x, z, tau)
             state = lambda row, k: self._exact_flow(x[row], z[row], t[k] - start[row])
-            return _Leg(start + tau, which, x_pre, x_post, z_post, state)
+            return _Leg(start + tau, which, x_pre, *self.jump(which, start + tau, x_pre, z), state)
 
         found = _simulate(advance, t.new_zeros(n, 2), 0, t, 3)
-        return found._replace(ys=found.ys.to(dtype), x_pre=found.x_pre.to(dtype),
-                              x_post=found.x_post.to(dtype))
+        return found._replace(**{k: getattr(found, k).to(dtype) for k in ("ys", "x_pre", "x_post")})
 
     def _area(self, tau: Tensor, z: Tensor, w: Tensor) -> Tensor:
         """Integral of the window over tau from w, in modes 1 and 2."""
@@ -1062,14 +1051,9 @@ class WheeledRobot(HybridSystem):
     def __init__(self, policy: Callable | None = None,
                  targets: Sequence[Sequence[float]] = TARGETS):
         self.policy = policy or self.steer
-
-        def heading_for(target):
-            def field(t, x):
-                state = torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1)
-                return self.dynamics(t, state)[:, :3]
-            return field
-
-        super().__init__([heading_for(tuple(target)) for target in targets], [])
+        towards = lambda target: lambda t, x: self.dynamics(
+            t, torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1))[:, :3]
+        super().__init__([towards(tuple(target)) for target in targets], [])
 
     @staticmethod
     def steer(state: Tensor) -> Tensor:
@@ -1091,13 +1075,11 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
                               tail_bound: float | None = None, identity_init: bool = False,
                               min_bin_width: float = 1e-3, min_bin_height: float = 1e-3,
                               min_derivative: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Monotone spline of Durkan et al. (Neural Spline Flows, 2019): (y, log |dy/dx|), x of any
-    shape.
+    """Monotone spline (Durkan et al., Neural Spline Flows, 2019): (y, log |dy/dx|), x of any shape.
 
     w, h (..., K) are unnormalised bin widths and heights. tail_bound=B: d (..., K - 1) inner
     slopes, the identity outside [-B, B]; tail_bound=None: [0, 1] onto itself with d (..., K + 1).
-    With identity_init, zero parameters are the identity, and the slope at the bounds is exactly
-    1."""
+    With identity_init, zero parameters are the identity; the slope at the bounds is exactly 1."""
     bins, tails = w.shape[-1], tail_bound is not None
     for name, least in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
         if least * bins > 1:
@@ -1113,25 +1095,20 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
     def knots(raw, least):
         inner = (least + (1 - least * bins) * raw.softmax(-1)).cumsum(-1)[..., :-1]
         edge = torch.ones_like(raw[..., :1])
-        at = torch.cat([low * edge, low + (high - low) * inner, high * edge], -1)
-        return at, at.diff(dim=-1)
+        return torch.cat([low * edge, low + (high - low) * inner, high * edge], -1)
 
     beta = math.log(2) / (1 - min_derivative) if identity_init else 1.0
-    slopes = min_derivative + F.softplus(d, beta=beta)
-    if tails:
-        slopes = F.pad(slopes, (1, 1), value=1.0)
-    (xs, widths), (ys, heights) = knots(w, min_bin_width), knots(h, min_bin_height)
-    # Outside points are computed at the bound and then replaced: nothing depends on data-sized
-    # masks.
+    slopes = min_derivative + F.softplus(d, beta)
+    slopes = F.pad(slopes, (1, 1), value=1.0) if tails else slopes
+    xs, ys = knots(w, min_bin_width), knots(h, min_bin_height)
+    # Outside points are computed at the bound, then replaced: nothing depends on data-sized masks.
     shape = torch.broadcast_shapes(x.shape, w.shape[:-1])
     v = x.clamp(low, high).expand(shape)
     edges = (ys if inverse else xs)[..., 1:-1].expand(*shape, bins - 1).contiguous()
     bin_ = torch.searchsorted(edges.detach(), v.detach()[..., None].contiguous(), right=True)
-
-    def pick(table, shift=0):
-        return table.expand(*shape, table.shape[-1]).gather(-1, bin_ + shift)[..., 0]
-
-    x0, y0, width, height = pick(xs), pick(ys), pick(widths), pick(heights)
+    pick = lambda table, shift=0: table.expand(*shape, table.shape[-1]).gather(
+        -1, bin_ + shift)[..., 0]
+    x0, y0, width, height = pick(xs), pick(ys), pick(xs.diff(dim=-1)), pick(ys.diff(dim=-1))
     d0, d1, delta = pick(slopes), pick(slopes, 1), height / width
     bend = d0 + d1 - 2 * delta
     if inverse:
@@ -1142,10 +1119,8 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
         theta = (v - x0) / width
     mixed = theta * (1 - theta)
     below = delta + bend * mixed
-    if inverse:
-        out = theta * width + x0
-    else:
-        out = y0 + height * (delta * theta * theta + d0 * mixed) / below
+    above = height * (delta * theta * theta + d0 * mixed)
+    out = theta * width + x0 if inverse else y0 + above / below
     slope = delta * delta * (d1 * theta * theta + 2 * delta * mixed + d0 * (1 - theta) ** 2)
     logdet = torch.log(slope) - 2 * torch.log(below)
     return torch.where(inside, out, x), torch.where(inside, -logdet if inverse else logdet, 0.0)
@@ -1159,17 +1134,12 @@ def _mlp(*sizes: int) -> nn.Sequential:
     return net
 
 
-def _as_shape(shape) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
-
-
 class ConditionalFlow1d(nn.Module):
     """Density of a positive time: u = (log tau - shift) / scale -> spline layers -> standard
-    normal.
+    normal, so log p(tau) = log N(g(u)) + log g'(u) - log scale - log tau.
 
-    log p(tau) = log N(g(u)) + log g'(u) - log scale - log tau. The parameters are one row per
-    `group` (mode pairs of EventModule), plus a network of the context c (..., context_dim). Starts
-    log-normal."""
+    The parameters are one row per `group` (mode pairs of EventModule), plus a network of the
+    context c (..., context_dim). Starts log-normal."""
     SPLINE = dict(tail_bound=3.0, identity_init=True)
 
     def __init__(self, context_dim: int = 0, n_layers: int = 1, n_bins: int = 8, hidden: int = 32,
@@ -1217,8 +1187,7 @@ class ConditionalFlow1d(nn.Module):
 
     def sample(self, shape, c: Tensor | None = None, generator: torch.Generator | None = None, *,
                group=0) -> Tensor:
-        u = torch.randn(_as_shape(shape), generator=generator, dtype=self.raw.dtype,
-                        device=self.raw.device)
+        u = torch.randn(shape, generator=generator, dtype=self.raw.dtype, device=self.raw.device)
         return self._from_base(u, c, group)
 
     def cdf(self, x: Tensor, c: Tensor | None = None, *, group=0) -> Tensor:
@@ -1234,59 +1203,63 @@ class ConditionalFlow1d(nn.Module):
         return self._from_base(torch.special.ndtri(p), c, group)
 
 
-class _VectorFlow(nn.Module):
-    """x (..., dim) -> normal z; layers below give forward (z, logdet) and inverse (x, logdet)."""
+class _AffineFlow(nn.Module):
+    """z = (x - shift) exp(-log_scale), where both depend on coordinates of x that come earlier in
+    some order: `passes` passes of the inverse find them. Log scales are bounded to (-2, 2).
+    forward and inverse of (..., dim) with a context (..., context_dim) also give log |det|."""
+    passes = 1
+
+    def _shift_and_log_scale(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self.conditionals(x, c).chunk(2, -1)
+        return shift, 2 * torch.tanh(log_scale / 2)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._shift_and_log_scale(x, c)
+        return (x - shift) * torch.exp(-log_scale), -log_scale.sum(-1)
+
+    def inverse(self, z: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = z
+        for _ in range(self.passes):
+            shift, log_scale = self._shift_and_log_scale(x, c)
+            x = z * torch.exp(log_scale) + shift
+        return x, log_scale.sum(-1)
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         z, logdet = self(x, c)
-        return logdet - 0.5 * (z * z).sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
+        return logdet - 0.5 * (z * z).sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
     def sample(self, shape, c: Tensor | None = None,
                generator: torch.Generator | None = None) -> Tensor:
-        like = next(self.parameters())
-        z = torch.randn(*_as_shape(shape), self.dim, generator=generator, dtype=like.dtype,
-                        device=like.device)
+        like, shape = next(self.parameters()), (shape,) if isinstance(shape, int) else shape
+        z = torch.randn(*shape, self.dim, generator=generator, dtype=like.dtype, device=like.device)
         return self.inverse(z, c)[0]
 
 
-class AffineCoupling(_VectorFlow):
-    """One half of x scales and shifts the other; log scales are bounded by tanh to (-2, 2)."""
+class AffineCoupling(_AffineFlow):
+    """The first half of x scales and shifts the second (flip: the second the first)."""
 
     def __init__(self, dim: int, context_dim: int = 0, hidden: int = 32, flip: bool = False):
         super().__init__()
         if dim < 2:
             raise ValueError(f"dim must be at least 2, not {dim}")
-        self.dim, self.flip, self.cut = dim, flip, dim // 2
-        kept = dim - self.cut if flip else self.cut
-        self.net = _mlp(kept + context_dim, hidden, hidden, 2 * (dim - kept))
+        self.dim = dim
+        self.register_buffer("kept", (torch.arange(dim) < dim // 2).logical_xor(torch.tensor(flip)))
+        self.net = _mlp(dim + context_dim, hidden, hidden, 2 * dim)
 
-    def _apply_half(self, x: Tensor, c: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
-        a, b = x.split((self.cut, self.dim - self.cut), -1)
-        kept, moved = (b, a) if self.flip else (a, b)
-        log_scale, shift = self.net(kept if c is None else torch.cat([kept, c], -1)).chunk(2, -1)
-        log_scale = 2 * torch.tanh(log_scale / 2)
-        if sign > 0:
-            moved = moved * log_scale.exp() + shift
-        else:
-            moved = (moved - shift) * (-log_scale).exp()
-        halves = (moved, kept) if self.flip else (kept, moved)
-        return torch.cat(halves, -1), sign * log_scale.sum(-1)
-
-    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_half(x, c, 1)
-
-    def inverse(self, z: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_half(z, c, -1)
+    def conditionals(self, x: Tensor, c: Tensor | None) -> Tensor:
+        kept = x.masked_fill(~self.kept, 0.0)
+        out = self.net(kept if c is None else torch.cat([kept, c], -1))
+        return out.masked_fill(self.kept.repeat(2), 0.0)
 
 
-class MaskedAutoregressiveFlow(_VectorFlow):
-    """z_i = (x_i - shift_i) exp(-log_scale_i), both functions of x_1..x_{i-1} (Papamakarios et al.,
-    2017), by one masked network (MADE); the inverse takes `dim` passes."""
+class MaskedAutoregressiveFlow(_AffineFlow):
+    """Shift and scale of x_i are functions of x_1..x_{i-1} (Papamakarios et al., 2017), by one
+    masked network (MADE); the inverse takes `dim` passes."""
 
     def __init__(self, dim: int, context_dim: int = 0, hidden: int = 32):
         super().__init__()
         _check_positive(dim=dim)
-        self.dim = dim
+        self.dim = self.passes = dim
         inputs, units = torch.arange(1, dim + 1), torch.arange(hidden) % max(dim - 1, 1) + 1
         units = units if dim > 1 else torch.zeros(hidden)        # one dimension: the context alone
         self.register_buffer("mask_in", (units[:, None] >= inputs).float())
@@ -1294,23 +1267,10 @@ class MaskedAutoregressiveFlow(_VectorFlow):
         self.first, self.last = nn.Linear(dim, hidden), _mlp(hidden, 2 * dim)[0]
         self.context = nn.Linear(context_dim, hidden) if context_dim else None
 
-    def _conditionals(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    def conditionals(self, x: Tensor, c: Tensor | None) -> Tensor:
         units = F.linear(x, self.first.weight * self.mask_in, self.first.bias)
         units = F.silu(units if c is None else units + self.context(c))
-        out = F.linear(units, self.last.weight * self.mask_out, self.last.bias)
-        shift, log_scale = out.chunk(2, -1)
-        return shift, 2 * torch.tanh(log_scale / 2)
-
-    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._conditionals(x, c)
-        return (x - shift) * torch.exp(-log_scale), -log_scale.sum(-1)
-
-    def inverse(self, z: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = torch.zeros_like(z)
-        for _ in range(self.dim):
-            shift, log_scale = self._conditionals(x, c)
-            x = z * torch.exp(log_scale) + shift
-        return x, log_scale.sum(-1)
+        return F.linear(units, self.last.weight * self.mask_out, self.last.bias)
 
 
 # ---- event module --------------------------------------------------------------------------------
@@ -1318,11 +1278,10 @@ class EventModule(nn.Module):
     """Law of (time to the next event, next mode) given the mode: a flow of the time per mode pair.
 
     estimator "joint": p(z'|z, c) p(tau|z, z', c). "race": every target z' has its own clock and the
-    earliest wins, so an event contributes log f_{zz'}(tau) + sum_{z'' != z'} log S_{zz''}(tau). The
-    observed times are minima already: fitting f alone and racing the fits would make every event
-    come too early. Targets never seen from a mode take no part once `initialize` has counted them.
-    A context (N, context_dim), the state at the start of the piece say, is standardised as
-    `initialize` saw it."""
+    earliest wins, so an event contributes log f_{zz'}(tau) + sum_{z'' != z'} log S_{zz''}(tau); the
+    observed times are minima already, fitting f alone would make every event come too early.
+    Targets that `initialize` never saw from a mode take no part. A context (N, context_dim), say
+    the state at the start of the piece, is standardised as `initialize` saw it."""
 
     def __init__(self, n_modes: int, context_dim: int = 0, estimator: str = "joint",
                  n_layers: int = 1, n_bins: int = 8):
@@ -1341,8 +1300,7 @@ class EventModule(nn.Module):
     @torch.no_grad()
     def initialize(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
                    censored=None) -> None:
-        """Transition counts, mean and spread of log tau for each mode pair, and those of the
-        context."""
+        """Counts, mean and spread of log tau of each mode pair; those of the context."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
         if bool(censored.all()):
             raise ValueError("no uncensored time to start from")
@@ -1396,13 +1354,11 @@ class EventModule(nn.Module):
 
     def log_prob(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
                  censored=None) -> Tensor:
-        """Log-likelihood (N,) of "next event after tau, to z2", where censored of "none until
-        tau"."""
+        """Log-likelihood (N,) of "next event after tau, to z2"; where censored, "none by tau"."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
-        scaled, possible = self._scaled(context), self.possible[z]
-        all_tau = tau[:, None].expand(-1, self.n_modes)
-        survive = self.flow.log_survival(all_tau, **self._each_target(z, scaled))
-        own = self.flow.log_prob(tau, scaled, group=z * self.n_modes + z2)
+        scaled, possible, m = self._scaled(context), self.possible[z], self.n_modes
+        survive = self.flow.log_survival(tau[:, None].expand(-1, m), **self._each_target(z, scaled))
+        own = self.flow.log_prob(tau, scaled, group=z * m + z2)
         pick = lambda v: v.gather(1, z2[:, None])[:, 0]
         if self.estimator == "joint":
             targets = self._transition_logits(z, scaled).log_softmax(-1)
@@ -1443,8 +1399,7 @@ class PaddedPieces(NamedTuple):
 
 
 def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
-            jump_threshold: float | None = None,
-            changepoint: float | None = None) -> list[Piece]:
+            jump_threshold: float | None = None, changepoint: float | None = None) -> list[Piece]:
     """Cut ONE trajectory, t (T,), x (T, n), where a piece starts at sample i:
 
     mode             the given labels change
@@ -1483,8 +1438,7 @@ def _cut(t, x, mode, cuts: list[int], label: Callable, censored: bool) -> list[P
 def jitter_boundaries(pieces: Sequence[Piece], probability: float = 0.1, width: int = 10, *,
                       generator: torch.Generator | None = None) -> list[Piece]:
     """Badly segmented pieces of one trajectory: each inner boundary moves, with `probability`, by
-    up to width - 1 samples either way. A piece's label becomes the most frequent one of its
-    samples."""
+    up to width - 1 samples either way. A piece's label becomes the most frequent in it."""
     lengths = torch.tensor([len(p.t) for p in pieces])
     t, x, mode = torch.cat([p.t for p in pieces]), torch.cat([p.x for p in pieces]), None
     cuts = lengths.cumsum(0)[:-1]
@@ -1498,8 +1452,7 @@ def jitter_boundaries(pieces: Sequence[Piece], probability: float = 0.1, width: 
 
 
 def pack_pieces(pieces: Sequence[Piece], n_features_steps: int = 5) -> PaddedPieces:
-    """Pad pieces to one batch; features: the first states of each, in time order, 0 where too
-    short."""
+    """Pad pieces to one batch; features: the first states of each in time order, 0 if too short."""
     if not pieces or max(len(p.t) for p in pieces) < 2:
         raise ValueError("pieces must hold at least one piece with 2 samples")
     _check_positive(n_features_steps=n_features_steps)
@@ -1539,9 +1492,8 @@ def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
 
 def straight_through(logits: Tensor, *, sample: Tensor | None = None,
                      generator: torch.Generator | None = None) -> Tensor:
-    """One-hot draw of Categorical(softmax(logits)) with the gradient of the softmax, (S, m).
-    `sample`: the one-hot rows to use instead. Up to rounding exactly one-hot: do not compare with
-    ==."""
+    """One-hot draw of Categorical(softmax(logits)) with the gradient of the softmax, (S, m), exact
+    up to rounding only. `sample`: the one-hot rows to use instead of a draw."""
     p = logits.softmax(-1)
     if sample is None:
         drawn = torch.multinomial(p.detach(), 1, generator=generator)[:, 0]
@@ -1603,8 +1555,7 @@ class ModeEncoder(nn.Module):
 
 class ModeDecoder(nn.Module):
     """dx/dt = sum_j q_j f_j(x[inputs]): f_j affine (hidden=None) or Linear Tanh Linear, all modes
-    in one stacked product. The last layer starts at zero, so that every mode starts as
-    "constant"."""
+    in one stacked product. The last layer starts at zero: every mode starts as "constant"."""
 
     def __init__(self, state_dim: int, n_modes: int, hidden: int | None = None,
                  inputs: slice = slice(0, 1)):
@@ -1750,10 +1701,9 @@ class NHA(nn.Module):
 
     @torch.no_grad()
     def prune(self, pieces: PaddedPieces, eps: float = 0.01, delta: float = 0.05) -> list[int]:
-        """Drop modes that fewer than eps of the pieces use, merge mode j into a more used k when
+        """Drop modes that fewer than eps of the pieces use; merge mode j into a more used k when
         the mean of |f_j - f_k| / (|f_j| + |f_k|) over the states of both is below delta. Returns
-        the modes kept; labels are 0..len - 1 in that order afterwards. Fit the event module
-        again."""
+        the modes kept, labelled 0..len - 1 from now on; fit the event module again."""
         labels, m = self.encode(pieces.features, mode="argmax").argmax(-1), len(self.decoder.bias)
         usage = torch.bincount(labels, minlength=m) / len(labels)
         f = self.decoder.fields(pieces.x[pieces.mask])
