@@ -9,22 +9,23 @@ Three tables, and on a GPU a fourth:
   map        forward pass and map, beside the same network's forward pass and prediction: at most
              1.05; the floor of a map is one forward pass
   baselines  the same map from this project and from each package that is installed, on one network,
-             medians of interleaved repetitions; `difference`: the largest between the maps, scaled
-             to [0, 1] (packages scale before and after enlarging, which moves values a little)
+             medians of interleaved repetitions (CPU time on one thread, else wall time);
+             `difference`: the largest between the maps, scaled to [0, 1] (packages scale before and
+             after enlarging, which moves values a little)
   training   images per second in bf16 and channels_last, beside float32 with the released code's
              loss: at least 2
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
-import random
 import statistics
-import time
 from collections.abc import Callable
 
 import harness
+import timing
 import torch
 from torch import Tensor, nn
 
@@ -50,25 +51,6 @@ def released_loss(logits: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.nll_loss((posterior * (flat.log_softmax(1) + log_prior)).sum(2), labels)
 
 
-def seconds(function: Callable, device: torch.device) -> float:
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def interleaved(functions: dict[str, Callable], repeats: int,
-                device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each repetition, all functions in turn; shuffled, as memory left warm by one helps
-    the next."""
-    times = {name: [] for name in functions}
-    for repeat in range(repeats):
-        for name in random.Random(repeat).sample(list(functions), len(functions)):
-            times[name].append(seconds(functions[name], device))
-    return times
-
-
 def loss_table(run: harness.Run) -> list[dict]:
     batch, classes, side = (4, 20, 7) if run.args.preset == "tiny" else (64, 1000, 28)
     generator = torch.Generator().manual_seed(0)
@@ -81,14 +63,14 @@ def loss_table(run: harness.Run) -> list[dict]:
 
     ways = {"em": ours("em"), "ml": ours("ml"),
             "released code's way": lambda: released_loss(logits, attention, labels)}
-    table, given = [], logits.numel() * 4 / 1e9
-    for name, loss in ways.items():
-        def way(loss=loss):
-            return torch.autograd.grad(loss(), (logits, attention))
-        allocated = harness.peak_bytes(way, run.device) / 1e9
+    steps = {name: lambda loss=loss: torch.autograd.grad(loss(), (logits, attention))
+             for name, loss in ways.items()}
+    times, given = timing.interleaved(run, steps, 2, "loss"), logits.numel() * 4 / 1e9
+    table = []
+    for name, step in steps.items():
+        allocated = timing.peak_bytes(step, run.device) / 1e9
         table.append({"loss": name, "allocated GB": allocated,
-                      "with the logits GB": allocated + given,
-                      "seconds": min(seconds(way, run.device) for _ in range(2))})
+                      "with the logits GB": allocated + given, "seconds": min(times[name])})
     return table
 
 
@@ -120,16 +102,11 @@ def map_table(run: harness.Run, model: nn.Module, heads: dict, images: Tensor,
         functions[f"{name} prediction"] = lambda net=net: net(images).probs()
         functions[f"{name} map"] = lambda net=net, kind=kind: calm.attribution_map(
             net(images), labels, kind)
-    interleaved(functions, 1, run.device)                     # warm-up
-    times = interleaved(functions, 3 * run.args.repeats, run.device)
-    table = []
-    for name, values in times.items():
-        row = {"what": name, "ms": 1000 * statistics.median(values)}
-        for column, base in (("x its prediction", name.replace("map", "prediction")),
-                             ("x classifier", "classifier, prediction")):
-            row[column] = statistics.median(a / b for a, b in zip(values, times[base]))
-        table.append(row)
-    return table
+    times = timing.interleaved(run, functions, 3 * run.args.repeats, "maps")
+    return [{"what": name, "ms": 1000 * median,
+             "x its prediction": timing.ratio(times, name, name.replace("map", "prediction")),
+             "x classifier": timing.ratio(times, name, "classifier, prediction")}
+            for name, median in timing.medians(times).items()]
 
 
 def scaled(maps: Tensor, side: int) -> Tensor:
@@ -205,14 +182,13 @@ def baseline_tables(run: harness.Run, model: nn.Module, images: Tensor,
         maps = {package: scaled(f(), images.shape[-1]) for package, f in functions.items()}
         costly = name in ("Score-CAM", "Ablation-CAM")        # a forward pass per channel
         repeats = min(4, run.args.repeats) if costly else run.args.repeats
-        times, table = interleaved(functions, repeats, run.device), []
-        for package, values in times.items():
-            ratio = statistics.median(b / a for a, b in zip(times["this project"], values))
-            gap = float((maps[package] - maps["this project"]).abs().max())
-            table.append({"map": name, "package": package, "ms": 1000 * statistics.median(values),
-                          "x this project": ratio,
-                          "difference": gap if name != "SmoothGrad" else None})      # other noise
-        return table
+        times = timing.interleaved(run, functions, repeats, name)
+        ours = maps["this project"]
+        gaps = {package: float((theirs - ours).abs().max()) for package, theirs in maps.items()}
+        return [{"map": name, "package": package, "ms": 1000 * median,
+                 "x this project": timing.ratio(times, package, "this project"),
+                 "difference": gaps[package] if name != "SmoothGrad" else None}      # other noise
+                for package, median in timing.medians(times).items()]
 
     ours = ours_of(model, images, labels, steps, noise.to(images.device))
     return {name: lambda name=name, own=own: measure(name, own) for name, own in ours.items()}
@@ -231,8 +207,7 @@ def training_table(run: harness.Run) -> list[dict]:
         if fast:
             model = model.to(memory_format=torch.channels_last)
             endless = itertools.repeat((images, labels))
-            steps = calm.train(model, endless, 1, amp_dtype=torch.bfloat16)
-            step = lambda: next(steps)                        # noqa: E731
+            step = functools.partial(next, calm.train(model, endless, 1, amp_dtype=torch.bfloat16))
         else:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True,
                                         weight_decay=1e-4)
@@ -244,9 +219,8 @@ def training_table(run: harness.Run) -> list[dict]:
                 loss.backward()
                 optimizer.step()
                 return loss.item()
-        interleaved({name: step}, 2, run.device)              # warm-up
-        values = interleaved({name: step}, run.args.repeats, run.device)[name]
-        table.append({"step": name, "images/s": run.args.batch / statistics.median(values)})
+        times = timing.interleaved(run, {name: step}, run.args.repeats, name)
+        table.append({"step": name, "images/s": run.args.batch / statistics.median(times[name])})
     return table
 
 
