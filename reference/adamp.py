@@ -403,6 +403,7 @@ class _ProjectedOptimizer(Optimizer):
         squares, height = (norm_w + eps).square_(), max(1, room.numel() // length)
         for w, *rest, square in _blocks([*tensors, squares], height):
             if w.numel() > room.numel():
+                room.untyped_storage().resize_(0)        # so that both are never there together
                 room.resize_(w.numel())
             update = room[:w.numel()].view_as(w).zero_()
             self._kernel(group, clock, 0.0, [update], *([x] for x in rest))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timing
 import torch
 from torch import nn
 
@@ -166,6 +167,20 @@ def test_blocks_smaller_than_the_tensor(monkeypatch, make, path, view):
             assert optimizer.stats[view] == 1
         results.append(w)
     assert_same(results[:1], results[1:], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("make, options", [(AdamP, {"lr": 0.0}),
+                                           (SGDP, {"lr": 0.0, "momentum": 0.9})])
+@pytest.mark.parametrize("view", ["channel", "layer", None])
+def test_extra_memory_is_at_most_the_largest_tensor(make, options, view):
+    w = nn.Parameter(torch.randn(512, 1200, generator=rng()))
+    g = torch.randn(512, 1200, generator=rng(1)) + (w.detach() if view is None else 0)
+    w.grad = {"channel": lambda: orthogonal(w.detach(), g), None: lambda: g,
+              "layer": lambda: orthogonal(w.detach()[None], g[None])[0]}[view]()
+    optimizer = make([w], **options)
+    optimizer.step()
+    assert timing.peak_bytes(optimizer.step, torch.device("cpu")) <= 4 * w.numel() + 100_000
+    assert optimizer.stats["projected"] == (view is not None) == optimizer.stats.get(view, 0)
 
 
 def test_unusual_memory_layouts():
