@@ -373,10 +373,6 @@ def _logits(q: Tensor, g: Tensor, shift: Tensor | float, scale: Tensor | float) 
     return (-2 * scale * d).add_(2 * shift).view(*q.shape[:2], *g.shape[:2])
 
 
-def _mean_sigmoid(logits: Tensor) -> Tensor:
-    return logits.sigmoid().mean((1, 3))
-
-
 def _log_mean_sigmoid(logits: Tensor) -> Tensor:
     """log of the mean over the sample pairs (axes 1 and 3), never forming the probability."""
     count = logits.shape[1] * logits.shape[3]
@@ -518,7 +514,7 @@ class MCSoftContrastiveLoss(_PairLoss):
 
     def match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) match probability, differentiable."""
-        return _mean_sigmoid(self._logits(q, g))
+        return self._logits(q, g).sigmoid().mean((1, 3))
 
 
 def _uniformity(x: Tensor, rows: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -679,8 +675,8 @@ def _tile(method: str, q: Sequence[Tensor], g: Sequence[Tensor], ab: tuple[float
     if method == "matmul":
         return q[0].sum(1) @ g[0].sum(1).T
     if method in SAMPLED:
-        score = _mean_sigmoid if method == "matching_prob" else _log_mean_sigmoid
-        return score(_logits(*q, *g, *ab))
+        s = _logits(*q, *g, *ab)
+        return _log_mean_sigmoid(s) if method.startswith("log") else s.sigmoid_().mean((1, 3))
     m1, m2 = q[0], g[0]
     if method == "mean":
         return m1 @ m2.T
