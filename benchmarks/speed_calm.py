@@ -183,8 +183,8 @@ def baseline_tables(run: harness.Run, model: nn.Module, images: Tensor,
         costly = name in ("Score-CAM", "Ablation-CAM")        # a forward pass per channel
         repeats = min(4, run.args.repeats) if costly else run.args.repeats
         times = timing.interleaved(run, functions, repeats, name)
-        ours = maps["this project"]
-        gaps = {package: float((theirs - ours).abs().max()) for package, theirs in maps.items()}
+        expected = maps["this project"]
+        gaps = {package: float((m - expected).abs().max()) for package, m in maps.items()}
         return [{"map": name, "package": package, "ms": 1000 * median,
                  "x this project": timing.ratio(times, package, "this project"),
                  "difference": gaps[package] if name != "SmoothGrad" else None}      # other noise

@@ -442,6 +442,9 @@ def thresholds(kind: str, interval: float = 0.001) -> np.ndarray:
     return np.array([10.0 ** -exponent for exponent in reversed(exponents)])
 
 
+_thresholds = thresholds  # PixelAP's argument has the same name
+
+
 class PixelAP:
     """Average precision of pixels over a whole data set, binned as published or exact.
 
@@ -454,7 +457,7 @@ class PixelAP:
     def __init__(self, thresholds: str | Sequence[float] | None = "even", interval: float = 0.001,
                  count_underflow: bool = False) -> None:
         if isinstance(thresholds, str):
-            thresholds = globals()["thresholds"](thresholds, interval)
+            thresholds = _thresholds(thresholds, interval)
         self.edges = None
         if thresholds is not None:
             edges = np.append(np.asarray(thresholds, dtype=np.float64), [1.0, 2.0, 3.0])
