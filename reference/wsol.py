@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -396,11 +397,13 @@ class VGG16(Localizer):
             if token.isdigit():
                 layers += _convs(inputs, int(token))
                 inputs = int(token)
+            elif token == "A":
+                layers.append(adl())
             elif token in "PpS":
-                stride = 1 if token == "S" or (token == "p" and large) else 2
-                layers.append(nn.MaxPool2d(3, stride=stride, padding=1))
-            elif token == "A" or token == "M" or not large:
-                layers.append(adl() if token == "A" else nn.MaxPool2d(2))
+                stride = 1 if token == "S" or token == "p" and large else 2
+                layers.append(nn.MaxPool2d(3, stride, padding=1))
+            elif token == "M" or not large:
+                layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         if method == "acol":
             _add_acol(self, 512, num_classes)
@@ -506,18 +509,18 @@ class _Mixed(nn.Module):
         super().__init__()
         self.chains = []
         for name, layers in branches.items():
-            widths = [inputs] + [outputs for outputs, _ in layers]
-            names = [name] if len(layers) == 1 else [f"{name}_{i + 1}" for i in range(len(layers))]
-            for i, (outputs, kernel) in enumerate(layers):
-                padding = kernel // 2 if isinstance(kernel, int) else tuple(k // 2 for k in kernel)
-                self.add_module(names[i], _ConvBN(widths[i], outputs, kernel, padding=padding))
-            self.chains.append(names)
+            chain, width = [], inputs
+            for number, (outputs, kernel) in enumerate(layers, 1):
+                chain.append(name if len(layers) == 1 else f"{name}_{number}")
+                self.add_module(chain[-1], _ConvBN(width, outputs, kernel, padding="same"))
+                width = outputs
+            self.chains.append(chain)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
-        for names in self.chains:
-            out = F.avg_pool2d(x, 3, 1, 1) if names == ["branch_pool"] else x
-            for name in names:
+        for chain in self.chains:
+            out = F.avg_pool2d(x, 3, 1, 1) if chain == ["branch_pool"] else x
+            for name in chain:
                 out = getattr(self, name)(out)
             outputs.append(out)
         if len(self.chains) == 2:  # Mixed_6a, whose pooled branch has no convolution
@@ -618,16 +621,15 @@ def build_network(arch: str, method: str, num_classes: int = 1000, large_feature
     network = {"vgg16": VGG16, "resnet50": ResNet50, "inception_v3": InceptionV3}[arch](
         method, num_classes, large_feature_map, lambda: ADL(adl_drop_rate, adl_drop_threshold))
     network.drop_threshold = acol_drop_threshold
-    he = (arch, method) in (("vgg16", "cam"), ("vgg16", "adl"), ("resnet50", "acol"))
+    initialize = nn.init.xavier_uniform_
+    if (arch, method) in (("vgg16", "cam"), ("vgg16", "adl"), ("resnet50", "acol")):
+        initialize = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and he:
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
-                                    generator=generator)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight, generator=generator)
+        if isinstance(module, nn.Conv2d):
+            initialize(module.weight, generator=generator)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.01, generator=generator)
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+        if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     return network
 
