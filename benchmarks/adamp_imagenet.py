@@ -1,11 +1,11 @@
 """SGD, SGDP, AdamW and AdamP with and without weight decay: accuracy, weight norms, effective
 steps.
 
-    python benchmarks/adamp_imagenet.py                        # embedded textures, 3 seeds, about 5 minutes
-    python benchmarks/adamp_imagenet.py --attack linf          # adversarial training, AdamW and AdamP, about 5 minutes
+    python benchmarks/adamp_imagenet.py                    # embedded textures, 3 seeds, 5 minutes
+    python benchmarks/adamp_imagenet.py --attack linf      # adversarial training, 5 minutes
     python benchmarks/adamp_imagenet.py --data imagenet100_32 --preset small --classes 20 --seeds 2
-    torchrun --nproc_per_node=8 benchmarks/adamp_imagenet.py --data /data/imagenet --preset paper --amp bf16 \\
-        --workers 16 --arch resnet18                           # 8 runs of 100 epochs; --methods to choose
+    torchrun --nproc_per_node=8 benchmarks/adamp_imagenet.py --data /data/imagenet --preset paper \\
+        --amp bf16 --workers 16 --arch resnet18            # 8 runs of 100 epochs, or --methods
 
 Embedded: ten orientations of gratings under strong noise, a small residual network with batch norm.
 Expected: without weight decay, momentum SGD makes the weights grow several times more than SGDP,
@@ -108,9 +108,10 @@ def data(run, side, batch):
         tiny = run.args.preset == "tiny"
         train, val = textures(256 if tiny else 3000, 100), textures(200 if tiny else 2000, 101)
         share = {"rank": run.rank, "world_size": run.world_size}
-        return (lambda seed: synthetic.Batches(*(t.to(run.device) for t in train), batch_size=batch, seed=seed,
-                                               drop_last=True, **share),
-                synthetic.Batches(*(t.to(run.device) for t in val), batch_size=256, shuffle=False), 10)
+        train, val = ([t.to(run.device) for t in tensors] for tensors in (train, val))
+        return (lambda seed: synthetic.Batches(*train, batch_size=batch, seed=seed, drop_last=True,
+                                               **share),
+                synthetic.Batches(*val, batch_size=256, shuffle=False), 10)
     train = imagenet.imagenet(run.args.data, "train", classes=run.args.classes)
     val = imagenet.imagenet(run.args.data, "val", classes=run.args.classes)
     classes = len(train.classes)
@@ -160,7 +161,8 @@ class Attacked:
         for _ in range(self.steps):
             with torch.enable_grad():
                 move.requires_grad_()
-                gradient, = torch.autograd.grad(F.cross_entropy(self.model(images + move), labels), move)
+                loss = F.cross_entropy(self.model(images + move), labels)
+                gradient, = torch.autograd.grad(loss, move)
             move = move.detach()
             if self.kind == "linf":
                 move = (move + stride * gradient.sign()).clamp(-self.size, self.size)
@@ -209,7 +211,7 @@ def main(argv=None):
                         help="default: the preset's")
     parser.add_argument("--epochs", type=int, help="default: the preset's")
     parser.add_argument("--width", type=int,
-                        help="channels of the first stage of stem3 and stem7; default: the preset's")
+                        help="first channels of stem3 and stem7; default: the preset's")
     parser.add_argument("--attack", choices=ATTACKS,
                         help="train on attacked images, judge on clean and attacked ones")
     run = harness.start(parser, argv)
@@ -277,7 +279,8 @@ def finish(run, results, task):
                     "+- ": spread(values(method, "attacked"))}
         row |= {key: statistics.mean(values(method, key))
                 for key in ("norm start", "norm end", "effective step, mid-run")}
-        row["projected"] = statistics.mean(values(method, "projected")) if method.startswith(("sgdp", "adamp")) else None
+        projects = method.startswith(("sgdp", "adamp"))
+        row["projected"] = statistics.mean(values(method, "projected")) if projects else None
         table.append(row)
 
     judged, rows = run.args.preset != "tiny", []
@@ -288,14 +291,13 @@ def finish(run, results, task):
                       for method in (a, b)]
             ratios = [x / max(y, 1e-9) for x, y in zip(*growth)]
             published = {"sgd": (3.8, 3.2)}.get(plain, (None, None))
-            rows.append(
-                {"claim": f"norm growth, {plain} / {ours}, no decay (paper: read off its figure)",
-                         "paper": published[0], "this run": statistics.mean(ratios),
-                         "holds": decided([r - 1 for r in ratios]) if judged else None})
-            ratios = [y / x for x, y in zip(values(a, "effective step, mid-run"), values(b, "effective step, mid-run"))]
-            rows.append({"claim": f"effective step mid-run, {ours} / {plain}, no decay (paper: read off its figure)",
-                         "paper": published[1], "this run": statistics.mean(ratios),
-                         "holds": decided([r - 1 for r in ratios]) if judged else None})
+            steps = [y / x for x, y in zip(*(values(m, "effective step, mid-run") for m in (a, b)))]
+            for text, read_off, ratios in (
+                    (f"norm growth, {plain} / {ours}", published[0], ratios),
+                    (f"effective step mid-run, {ours} / {plain}", published[1], steps)):
+                rows.append({"claim": f"{text}, no decay (paper: read off its figure)",
+                             "paper": read_off, "this run": statistics.mean(ratios),
+                             "holds": decided([r - 1 for r in ratios]) if judged else None})
     accuracies = [("top1", "top-1", PAPER.get(task, PAPER["resnet18"]))]
     if run.args.attack:
         accuracies.append(("attacked", "attacked top-1", PAPER_ATTACKED[task]))
@@ -305,7 +307,8 @@ def finish(run, results, task):
                 a, b = plain + suffix, ours + suffix
                 if {a, b} <= results.keys():
                     gains = [y - x for x, y in zip(values(a, key), values(b, key))]
-                    rows.append({"claim": f"{label} gain, {ours} over {plain}{', no decay' if suffix else ''}",
+                    decay = ", no decay" if suffix else ""
+                    rows.append({"claim": f"{label} gain, {ours} over {plain}{decay}",
                                  "paper": paper[b] - paper[a] if b in paper else None,
                                  "this run": statistics.mean(gains), "+-": spread(gains),
                                  "holds": decided(gains) if judged else None})
@@ -325,10 +328,10 @@ def draw(folder, preset, results):
                     lines[name] = (series[0, :, 0], series[:, :, index].mean(0),
                                    series[:, :, index].std(0))
             if lines:
+                label = key.replace("-", " ")
                 figures.line_chart(folder / f"adamp-{preset}-{key}{suffix}.png", lines,
-                                   xlabel="step",
-                                   title=f"Mean {key.replace('-', ' ')} of the convolutions, {words}",
-                                   ylabel=key.replace("-", " "), logy=index == 2)
+                                   title=f"Mean {label} of the convolutions, {words}",
+                                   xlabel="step", ylabel=label, logy=index == 2)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@ scale-invariance test.
 
     python benchmarks/adamp_toy.py --figures figures           # about half a minute
 
-1. Lemmas: for a scale-invariant f, <w, grad f> = 0; gradient descent obeys |w'|^2 = |w|^2 + lr^2
-|g|^2 (lemma 2.1), heavy
-   ball |w'|^2 = |w|^2 + lr^2 |p|^2 + 2 lr^2 sum_k beta^(t-k) |p_k|^2 (lemma 2.2), both to 1e-12; so the norm grows
-   1 + 2 beta / (1 - beta) times as much per squared update length: 19, 39 and 199 times at 0.9, 0.95 and 0.99 (corollary 2.3).
+1. Lemmas: for a scale-invariant f, <w, grad f> = 0; gradient descent obeys
+   |w'|^2 = |w|^2 + lr^2 |g|^2 (lemma 2.1), heavy ball
+   |w'|^2 = |w|^2 + lr^2 |p|^2 + 2 lr^2 sum_k beta^(t-k) |p_k|^2 (lemma 2.2), both to 1e-12; so the
+   norm grows 1 + 2 beta / (1 - beta) times as much per squared update length: 19, 39 and 199 times
+   at 0.9, 0.95 and 0.99 (corollary 2.3).
 2. Minimise -cos(w, w*) in the plane from 150 degrees. Paper (unknown learning rate): with momentum
-the norm goes from 1 to
-   2.93 (0.9) and 27.87 (0.99), SGDP's stays small and it converges fastest.
+   the norm goes from 1 to 2.93 (0.9) and 27.87 (0.99), SGDP's stays small and it converges fastest.
 3. Rosenbrock's function on a sphere with a redundant radius. Paper, 200 steps, read off its plots:
-momentum ends at radius
-   3.1 short of the optimum, with weight decay at 0.85 after a peak of 2.5, with the projection at 1.1 on the optimum.
+   momentum ends at radius 3.1 short of the optimum, with weight decay at 0.85 after a peak of 2.5,
+   with the projection at 1.1 on the optimum.
 4. The test: gradients of a convolution before batch norm always pass it, random ones as often as
-chance has it.
+   chance has it.
 """
 
 import math
@@ -31,7 +31,8 @@ METHODS = {
     "GD": lambda p, lr, momentum: torch.optim.SGD(p, lr),
     "momentum": lambda p, lr, momentum: torch.optim.SGD(p, lr, momentum=momentum),
     "SGDP": lambda p, lr, momentum: SGDP(p, lr, momentum=momentum),
-    "SGDP, official buffer": lambda p, lr, momentum: SGDP(p, lr, momentum=momentum, project_buffer=True),
+    "SGDP, official buffer": lambda p, lr, momentum: SGDP(p, lr, momentum=momentum,
+                                                          project_buffer=True),
 }
 
 
@@ -64,7 +65,8 @@ def lemmas(seeds, steps, betas=(0.0, 0.9, 0.95, 0.99), size=20, lr=0.02):
 
             def quotient(w):                                  # Rayleigh's: scale invariant
                 return w @ matrix @ w / (w @ w)
-            path, p = descend(quotient, start, lambda x: torch.optim.SGD(x, lr, momentum=beta), steps)
+            path, p = descend(quotient, start, lambda x: torch.optim.SGD(x, lr, momentum=beta),
+                              steps)
             g = p - beta * torch.cat([torch.zeros(1, size, dtype=torch.float64), p[:-1]])
             slopes = (path[:-1] * g).sum(1) / (path[:-1].norm(dim=1) * g.norm(dim=1))
             cosine = max(cosine, slopes[:100].abs().max().item())      # later g is rounding
@@ -156,7 +158,8 @@ def detection(draws, deltas=(0.01, 0.03, 0.1, 0.3, 1.0)):
         with torch.no_grad():
             conv.weight.normal_(generator=generator)
         conv.zero_grad()
-        images, direction = torch.randn(4, 3, 8, 8, generator=generator), torch.randn(8, 1, 1, generator=generator)
+        images = torch.randn(4, 3, 8, 8, generator=generator)
+        direction = torch.randn(8, 1, 1, generator=generator)
         (norm(conv(images)).tanh() * direction).square().sum().backward()
         pairs["before batch norm"].append((conv.weight.detach().clone(), conv.weight.grad.clone()))
     pairs["random 10 x 64"] = [tuple(torch.randn(2, 10, 64, generator=generator))
@@ -185,8 +188,8 @@ def main(argv=None):
                                        else (200, 1000))
     test_rows = detection(200 if tiny else 5000)
 
-    claims = [{"claim": f"lemma {row['lemma']}, momentum {row['momentum']}: largest relative error", "paper": 0.0,
-               "this run": row["largest relative error"],
+    claims = [{"claim": f"lemma {row['lemma']}, momentum {row['momentum']}: largest relative error",
+               "paper": 0.0, "this run": row["largest relative error"],
                "holds": row["largest relative error"] < 1e-12} for row in lemma_rows]
     if not tiny:
         claims += [{"claim": f"norm growth per squared update, momentum {row['momentum']}",
@@ -196,7 +199,8 @@ def main(argv=None):
                     / row["limit 1 + 2b/(1-b)"] < 1.001}
                    for row in lemma_rows[1:]]
     for row in plane_rows:
-        where, paper = f"plane, lr {row['lr']}, momentum {row['momentum']}", {0.9: 2.93, 0.99: 27.87}.get(row["momentum"])
+        where = f"plane, lr {row['lr']}, momentum {row['momentum']}"
+        paper = {0.9: 2.93, 0.99: 27.87}.get(row["momentum"])
         claims.append({"claim": f"{where}: norm with momentum", "paper": paper,
                        "this run": row["momentum: norm"],
                        "holds": row["momentum: norm"] > 3 * row["SGDP: norm"]})
@@ -260,7 +264,8 @@ def draw(folder, plane_paths, sphere_paths):
     chart.text(1.0, 1.0, "  optimum")
     chart.save(folder / "adamp-toy-sphere.png")
     radii = {name: path[:201].norm(dim=1) for name, path in paths.items()}
-    figures.line_chart(folder / "adamp-toy-radius.png", {name: (range(len(r)), r) for name, r in radii.items()},
+    figures.line_chart(folder / "adamp-toy-radius.png",
+                       {name: (range(len(r)), r) for name, r in radii.items()},
                        title="Radius on the sphere", xlabel="step", ylabel="radius")
 
 

@@ -120,9 +120,10 @@ def test_the_two_buffers_differ_where_the_packages_do():
 
 @pytest.mark.parametrize("path", ["foreach", "fused", "capturable", "default"])
 @pytest.mark.parametrize("options", [
-    {}, {"weight_decay": 0.3, "lr": 0.02}, {"nesterov": True, "weight_decay": 0.1}, {"maximize": True},
-    {"delta": 0.0}, {"delta": 3.0, "wd_ratio": 0.0, "weight_decay": 0.1}, {"betas": (0.0, 0.0), "wd_ratio": 1.0},
-    {"lr": 0.0, "weight_decay": 0.1}, {"eps": 1e-3}], ids=str)
+    {}, {"weight_decay": 0.3, "lr": 0.02}, {"nesterov": True, "weight_decay": 0.1},
+    {"maximize": True}, {"delta": 0.0}, {"delta": 3.0, "wd_ratio": 0.0, "weight_decay": 0.1},
+    {"betas": (0.0, 0.0), "wd_ratio": 1.0}, {"lr": 0.0, "weight_decay": 0.1}, {"eps": 1e-3}],
+    ids=str)
 def test_adamp_paths_agree(path, options):
     expected, reference = replay(AdamP, **options, **ADAMP_PATHS["readable"])
     for layout in (None, torch.channels_last):
@@ -134,9 +135,10 @@ def test_adamp_paths_agree(path, options):
 @pytest.mark.parametrize("path", ["foreach", "default"])
 @pytest.mark.parametrize("project_buffer", [False, True])
 @pytest.mark.parametrize("options", [
-    {}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    {"momentum": 0.5, "dampening": 0.3, "maximize": True}, {"momentum": 0.9, "delta": 3.0, "weight_decay": 0.1},
-    {"momentum": 1.0}, {"momentum": 0.9, "delta": 0}], ids=str)
+    {}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 1.0}, {"momentum": 0.9, "delta": 0},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    {"momentum": 0.5, "dampening": 0.3, "maximize": True},
+    {"momentum": 0.9, "delta": 3.0, "weight_decay": 0.1}], ids=str)
 def test_sgdp_paths_agree(path, project_buffer, options):
     options = {"lr": 0.05, "project_buffer": project_buffer} | options
     expected, reference = replay(SGDP, **options, **SGDP_PATHS["readable"])
@@ -148,8 +150,8 @@ def test_sgdp_paths_agree(path, project_buffer, options):
                     [reference.state[p]["momentum"] for p in expected], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("make, path",
-                                        [(AdamP, {"fused": True}), (SGDP, {"lr": 0.1, "momentum": 0.9})])
+@pytest.mark.parametrize("make, path", [(AdamP, {"fused": True}),
+                                        (SGDP, {"lr": 0.1, "momentum": 0.9})])
 @pytest.mark.parametrize("view", ["channel", "layer"])
 def test_blocks_smaller_than_the_tensor(monkeypatch, make, path, view):
     monkeypatch.setattr(adamp, "BLOCK", 30)
@@ -271,7 +273,8 @@ def test_threshold_uses_the_row_length_and_is_strict():
     w = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     cosine = 0.6
     g = torch.tensor([[cosine, 0.8], [1.0, 0.0]], dtype=torch.float64)
-    for delta, expected in ((cosine * math.sqrt(2) + 1e-9, "channel"), (cosine * math.sqrt(2) - 1e-9, None)):
+    border = cosine * math.sqrt(2)
+    for delta, expected in ((border + 1e-9, "channel"), (border - 1e-9, None)):
         g_layer = g.clone()
         # spoils the layer view
         g_layer[1] = torch.tensor([0.0, 10.0]) if expected is None else g[1]
@@ -280,9 +283,8 @@ def test_threshold_uses_the_row_length_and_is_strict():
 
 
 def test_small_weights_add_eps_in_the_projection_only():
-    w, u = torch.tensor([[1e-7, 0.0]], dtype=torch.float64), torch.tensor([[1.0, 1.0]],
-                                                                          dtype=torch.float64)
-    result, _ = adamp.projection(w, torch.tensor([[0.0, 1.0]], dtype=torch.float64), u, 0.1, 0.1, 1e-8)
+    w, g, u = torch.tensor([[[1e-7, 0.0]], [[0.0, 1.0]], [[1.0, 1.0]]], dtype=torch.float64)
+    result, _ = adamp.projection(w, g, u, 0.1, 0.1, 1e-8)
     assert result[0, 0].item() == pytest.approx(1 - (1e-7 / 1.1e-7) ** 2, rel=1e-9)
 
 
@@ -322,7 +324,8 @@ def test_scale_invariant_override_and_per_group_options(path):
     spoiled = grad + start
     for make, options in ((AdamP, ADAMP_PATHS[path]), (SGDP, {"lr": 0.1, **SGDP_PATHS[path]})):
         always, never, tested, off = (nn.Parameter(start.clone()) for _ in range(4))
-        optimizer = make([{"params": [always], "scale_invariant": True}, {"params": [never], "scale_invariant": False},
+        optimizer = make([{"params": [always], "scale_invariant": True},
+                          {"params": [never], "scale_invariant": False},
                           {"params": [tested]}, {"params": [off], "delta": 0.0}], **options)
         for p, g in ((always, spoiled), (never, grad), (tested, grad), (off, grad)):
             p.grad = g.clone()
@@ -389,7 +392,7 @@ def test_mixed_dtypes_in_one_group():
 
 
 def test_parameters_without_gradient_and_empty_ones_are_skipped():
-    lazy, empty, used = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(0, 3)), nn.Parameter(torch.ones(2, 2))
+    lazy, empty, used = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (0, 3), (2, 2)))
     empty.grad, used.grad = torch.ones(0, 3), torch.ones(2, 2)
     for optimizer in (AdamP([lazy, empty, used]), SGDP([lazy, empty, used], 0.1)):
         optimizer.step()
@@ -398,7 +401,8 @@ def test_parameters_without_gradient_and_empty_ones_are_skipped():
 
 
 @pytest.mark.parametrize("make, options, keys", [
-    (AdamP, {"lr": 0.01, "weight_decay": 0.1}, ("lr", "betas", "eps", "weight_decay", "delta", "wd_ratio", "nesterov")),
+    (AdamP, {"lr": 0.01, "weight_decay": 0.1},
+     ("lr", "betas", "eps", "weight_decay", "delta", "wd_ratio", "nesterov")),
     (SGDP, {"lr": 0.01, "momentum": 0.9},
      ("lr", "momentum", "dampening", "weight_decay", "nesterov", "eps", "delta", "wd_ratio"))])
 def test_official_state_dict_loads_and_continues(make, options, keys):
@@ -476,8 +480,9 @@ def test_nan_gradients_give_nan_weights():
 
 @pytest.mark.parametrize("options, words", [
     ({"lr": -1}, "lr.*-1"), ({"lr": float("nan")}, "lr.*nan"), ({"eps": -1e-8}, "eps.*-1e-08"),
-    ({"betas": (1.0, 0.9)}, r"betas.*1\.0"), ({"betas": (0.9, -0.1)}, r"betas.*-0\.1"), ({"betas": (0.9,)}, "betas.*two"),
-    ({"weight_decay": -0.1}, r"weight_decay.*-0\.1"), ({"delta": -1}, "delta.*-1"),
+    ({"betas": (1.0, 0.9)}, r"betas.*1\.0"), ({"betas": (0.9, -0.1)}, r"betas.*-0\.1"),
+    ({"betas": (0.9,)}, "betas.*two"), ({"delta": -1}, "delta.*-1"),
+    ({"weight_decay": -0.1}, r"weight_decay.*-0\.1"),
     ({"wd_ratio": 1.5}, r"wd_ratio.*1\.5"), ({"wd_ratio": -0.5}, r"wd_ratio.*-0\.5")], ids=str)
 def test_adamp_arguments_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
@@ -489,10 +494,11 @@ def test_adamp_arguments_out_of_range(options, words):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"lr": -1}, "lr.*-1"), ({"momentum": -0.1}, r"momentum.*-0\.1"),
-    ({"momentum": 1, "weight_decay": 0.1}, "momentum.*below 1.*got 1"), ({"nesterov": True}, "nesterov.*momentum 0"),
-    ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"nesterov.*dampening 0\.1"), ({"wd_ratio": 2}, "wd_ratio.*2"),
-    ({"weight_decay": -1}, "weight_decay.*-1"), ({"eps": -1}, "eps.*-1"), ({"delta": -1}, "delta.*-1")], ids=str)
+    ({"lr": -1}, "lr.*-1"), ({"eps": -1}, "eps.*-1"), ({"delta": -1}, "delta.*-1"),
+    ({"wd_ratio": 2}, "wd_ratio.*2"), ({"weight_decay": -1}, "weight_decay.*-1"),
+    ({"momentum": -0.1}, r"momentum.*-0\.1"), ({"nesterov": True}, "nesterov.*momentum 0"),
+    ({"momentum": 1, "weight_decay": 0.1}, "momentum.*below 1.*got 1"),
+    ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"nesterov.*dampening 0\.1")], ids=str)
 def test_sgdp_arguments_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         SGDP([nn.Parameter(torch.ones(2))], **({"lr": 0.1} | options))
