@@ -49,15 +49,16 @@ Array = np.ndarray | Tensor
 
 # ---- Score maps ----
 
-def _maps(name: str, maps: Array, dims: Sequence[int]) -> Tensor:
+def _maps(name: str, maps: Array, dims: Sequence[int],
+          kinds: Sequence[str] = ("float", "int")) -> Tensor:
     """`maps` as float64 on its own device, after a check of type and number of dimensions."""
     if not isinstance(maps, (np.ndarray, Tensor)):
         raise TypeError(f"{name} must be an array or a tensor, not {type(maps).__name__}")
     if maps.ndim not in dims:
         raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions, "
                          f"got shape {tuple(maps.shape)}")
-    if not (maps.is_floating_point() if isinstance(maps, Tensor) else maps.dtype.kind == "f"):
-        raise TypeError(f"{name} must hold floating-point values, got {maps.dtype}")
+    if not any(kind in str(maps.dtype) for kind in kinds):
+        raise TypeError(f"{name} must hold {' or '.join(kinds)} values, got {maps.dtype}")
     if isinstance(maps, np.ndarray):
         maps = torch.from_numpy(maps.astype(np.float64, order="C", copy=False))
     return maps.detach().to(torch.float64)
@@ -65,7 +66,7 @@ def _maps(name: str, maps: Array, dims: Sequence[int]) -> Tensor:
 
 def _scoremaps(maps: Array, name: str = "scoremaps", dims: Sequence[int] = (2, 3)) -> Tensor:
     """A valid score map, or a batch of them, as a contiguous float64 tensor [B, H, W]."""
-    maps = _maps(name, maps, dims).contiguous()
+    maps = _maps(name, maps, dims, ("float",)).contiguous()
     if 0 in maps.shape[-2:]:
         raise ValueError(f"{name} must not be empty, got shape {tuple(maps.shape)}")
     if maps.numel():
@@ -470,7 +471,7 @@ class _Evaluator:
 
     def accumulate(self, scoremap: Array, image_id: str, *rest) -> None:
         """Add one map [L, L]."""
-        maps = _maps("scoremap", scoremap, (2,))[None]
+        maps = _maps("scoremap", scoremap, (2,), ("float",))[None]
         self.accumulate_batch(maps, [image_id], *([one] for one in rest))
 
     def accumulate_batch(self, scoremaps: Array, image_ids: Sequence[str]) -> None:

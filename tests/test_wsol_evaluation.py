@@ -201,6 +201,10 @@ def test_broken_and_constant_maps_become_zero():
     for value in (0.1, 0.3, -7.7, 1e30):
         resized = wsol.resize_scoremap(np.full((2, 14, 14), value), 224)
         assert (resized == value).all() and not wsol.normalize_scoremap(resized).any()
+    assert not wsol.normalize_scoremap(np.full((3, 3), 7)).any()             # whole numbers too
+    assert wsol.normalize_scoremap(torch.tensor([[0, 1], [2, 4]])).tolist() == [[0, .25], [.5, 1]]
+    with pytest.raises(TypeError, match="cam must hold float or int values, got complex128"):
+        wsol.normalize_scoremap(np.ones((2, 2), complex))
     mixed = torch.tensor([[[0.0, 2], [1, 4]], [[0, np.inf], [1, 2]], [[5, 5], [5, 5]]])
     zero = [[0, 0], [0, 0]]
     assert wsol.normalize_scoremap(mixed).tolist() == [[[0, 0.5], [0.25, 1]], zero, zero]
@@ -377,7 +381,7 @@ def test_box_evaluator_errors():
     for scoremap, image_id, error, message in (
             (good[None], "a", ValueError, "dimensions"), (good[:4], "a", ValueError, "8 x 8"),
             (good + np.nan, "a", ValueError, "NaN"), (good + 1.5, "a", ValueError, r"\[0, 1\]"),
-            (good.astype(int), "a", TypeError, "floating"), (good.tolist(), "a", TypeError, "list"),
+            (good.astype(int), "a", TypeError, "float"), (good.tolist(), "a", TypeError, "list"),
             (good, "z", KeyError, "'z'")):
         with pytest.raises(error, match=message):
             evaluator.accumulate(scoremap, image_id)
