@@ -164,18 +164,21 @@ def axis_weights(start: Tensor, end: Tensor, length: int, bins: int = 1, samplin
     side = end - start
     if not aligned:
         side = side.clamp(min=1)
-    count = (torch.full_like(side, sampling_ratio) if sampling_ratio > 0
-             else (side / bins).ceil().clamp(min=0))
-    most = int(count.max()) if len(count) else 0
-    points = torch.arange(most, device=side.device, dtype=side.dtype) + 0.5
-    bin_at = torch.arange(bins, device=side.device, dtype=side.dtype).view(1, -1, 1)
-    count, width = count.view(-1, 1, 1), (side / bins).view(-1, 1, 1)
+    width = side / bins if bins > 1 else side
+    count = torch.full_like(side, sampling_ratio) if sampling_ratio > 0 else width.ceil()
+    most = max(int(count.max()), 0) if len(count) else 0
+    like = {"device": side.device, "dtype": side.dtype}
+    points = torch.arange(0.5, most + 0.5, **like)
+    start, width, count = (t.view(-1, 1, 1) for t in (start, width, count))
     divisor = count.clamp(min=1)
-    at = start.view(-1, 1, 1) + bin_at * width + points * (width / divisor)  # (K, bins, points)
-    weight = ((points < count) & (at >= -1) & (at <= length)) / divisor
-    at = at.clamp_(0, length - 1)
+    if bins > 1:
+        start = start + width * torch.arange(bins, **like).view(1, -1, 1)
+    at = torch.addcmul(start, points, width / divisor)  # (K, bins, points)
+    near = at.clamp(-1, length)
+    weight = ((points < count) & (near == at)) / divisor
+    at = near.clamp_(0, length - 1)
     low = at.long()
-    upper_share = (at - low) * weight
+    upper_share = at.sub_(low).mul_(weight)
     weights = side.new_zeros(len(side), bins, length + 1)  # one more, for the cell past the last
     weights.scatter_add_(2, low, weight - upper_share).scatter_add_(2, low + 1, upper_share)
     return weights[:, :, :length]
@@ -248,21 +251,19 @@ def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: s
     in 0..C-1 or that the dtype of `topk` cannot tell apart, scores that are not finite.
     """
     _check_topk(topk, num_classes)
-    coords = _check_coords(coords, topk)
+    corner, end = _crop_ends(coords, topk)
     rows, columns = topk.shape[3:]
     if axes not in ("xy", "official"):
         raise ValueError(f"axes must be 'xy' or 'official', not {axes!r}")
     if axes == "official":
         if rows != columns:
             raise ValueError(f"axes='official' needs square maps, not {rows} x {columns}")
-        coords = coords[:, [1, 0, 3, 2]]
-    corner, size = coords.split(2, dim=1)
-    cells = coords.new_tensor([rows, columns])
-    start, end = corner * cells - 0.5, (corner + size) * cells - 0.5  # (B, 2): y, x
+        corner, end = corner.flip(1), end.flip(1)
     if rows == columns:  # both axes in one call
-        a, b = axis_weights(start.flatten(), end.flatten(), rows).view(-1, 2, rows).unbind(1)
+        first, last = (t.flatten() * rows - 0.5 for t in (corner, end))
+        a, b = axis_weights(first, last, rows).view(-1, 2, rows).unbind(1)
     else:
-        a, b = (axis_weights(start[:, d], end[:, d], n)[:, 0]
+        a, b = (axis_weights(corner[:, d] * n - 0.5, end[:, d] * n - 0.5, n)[:, 0]
                 for d, n in enumerate((rows, columns)))
     out = topk.new_empty(len(topk), num_classes, dtype=_work_dtype(topk.dtype))
     # Some images at a time: sums stay in the cache, and each operation has enough to do.
@@ -309,8 +310,8 @@ def _check_topk(topk: Tensor, num_classes: int) -> None:
         raise ValueError(f"topk in {topk.dtype} cannot number {num_classes} classes; use float32")
 
 
-def _check_coords(coords: Tensor, topk: Tensor) -> Tensor:
-    """`coords` as (B, 4) float64 beside the maps; ValueError names the first bad crop."""
+def _crop_ends(coords: Tensor, topk: Tensor) -> tuple[Tensor, Tensor]:
+    """(top, left) and (bottom, right) of crops, (B, 2) float64; ValueError names the first bad one."""
     if isinstance(coords, (list, tuple)) and len(coords) == 4 and all(
             isinstance(c, Tensor) and c.ndim == 1 for c in coords):
         coords = torch.stack(list(coords), 1)
@@ -319,12 +320,14 @@ def _check_coords(coords: Tensor, topk: Tensor) -> Tensor:
         raise ValueError(f"coords must be ({len(topk)}, 4), one (top, left, height, width) per "
                          f"map, not {tuple(coords.shape)}")
     corner, size = coords.split(2, dim=1)
-    right = ((corner >= -1e-6) & (size > 0) & (corner + size <= 1 + 1e-6)).all(1)  # NaN is not
-    if not right.all():
+    end = corner + size
+    if len(coords) and not (float(corner.amin()) >= -1e-6 and float(size.amin()) > 0
+                            and float(end.amax()) <= 1 + 1e-6):  # NaN is not
+        right = ((corner >= -1e-6) & (size > 0) & (end <= 1 + 1e-6)).all(1)
         row = int((~right).nonzero()[0])
         raise ValueError("coords must lie in [0, 1] with positive height and width; "
                          f"row {row} is {coords[row].tolist()}")
-    return coords
+    return corner, end
 
 
 def label_variant(topk: Tensor, coords: Tensor, variant: str, num_classes: int = 1000,
