@@ -311,7 +311,7 @@ def _check_topk(topk: Tensor, num_classes: int) -> None:
 
 
 def _crop_ends(coords: Tensor, topk: Tensor) -> tuple[Tensor, Tensor]:
-    """(top, left) and (bottom, right) of crops, (B, 2) float64; ValueError names the first bad one."""
+    """(top, left) and (bottom, right) of crops, (B, 2) float64; ValueError names a bad one."""
     if isinstance(coords, (list, tuple)) and len(coords) == 4 and all(
             isinstance(c, Tensor) and c.ndim == 1 for c in coords):
         coords = torch.stack(list(coords), 1)
