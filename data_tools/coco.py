@@ -2,8 +2,7 @@
 
     train = CocoImages("coco/train2017", "coco/annotations/instances_train2017.json")
     train.labels[3]                # (80,) bool: the classes annotated in image 3
-    train.label_maps([3, 14], 15)  # (2, 2, k, 15, 15): which classes cover each cell, as scores 0
-    or 1
+    train.label_maps([3, 14], 15)  # (2, 2, k, 15, 15), scores 0 or 1: which classes cover a cell
     train.open(3)                  # PIL image, as the other data sets give it to data_tools.loader
 
 A file in COCO's format is one JSON object with "images" (id, file_name, width, height),
