@@ -109,10 +109,10 @@ class ClipNet(nn.Module):
 
 
 def backbone(name: str, classes: int, seed: int, embedded: bool) -> nn.Module:
-    """ClipNet, or a network of video_resnet.py; on embedded videos with an eighth of the
-    channels."""
-    if name == "ClipNet":
-        return ClipNet(classes, seed)
+    """ClipNet (or "ClipNet fine"), or a network of video_resnet.py; on embedded videos with an
+    eighth of the channels."""
+    if name.startswith("ClipNet"):
+        return ClipNet(classes, seed, fine=name.endswith("fine"))
     options = {"width": 8, "dropout": 0.0} if embedded else {}
     generator = torch.Generator().manual_seed(seed)   # the same start for every method
     return getattr(video_resnet, name)(classes, generator=generator, **options)

@@ -1,7 +1,7 @@
 """Readers of the annotation files of seven video data sets, as published.
 
-    videos, classes = read_kinetics("kinetics400/train.csv") videos[0]
-    Labelled(name="abseiling/0347ZoDXyP0_000095_000105", label=0, start=95.0, end=105.0)
+    videos, classes = read_kinetics("kinetics400/train.csv")
+    videos[0]   # Labelled("abseiling/0347ZoDXyP0_000095_000105", label=0, start=95.0, end=105.0)
 
 Kinetics, Mini-Kinetics, Something-Something-V2, UCF-101 and HMDB-51 give a list of `Labelled` and
 the class names; THUMOS'14 gives the actions of each video, AVA the people of each key frame. A line
@@ -37,9 +37,8 @@ def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
             yield f"{path}, line {number}", line.strip()
 
 
-def read_kinetics(
-    path: str | Path, classes: Sequence[str] | None = None
-) -> tuple[list[Labelled], list[str]]:
+def read_kinetics(path: str | Path,
+                  classes: Sequence[str] | None = None) -> tuple[list[Labelled], list[str]]:
     """Kinetics: csv with label, youtube_id, time_start, time_end, split. Returns videos, named
     CLASS/ID_START_END as the downloaders do, and the classes (sorted, if not given)."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -48,11 +47,8 @@ def read_kinetics(
     if not rows or not needed <= set(rows[0]):
         raise ValueError(f"{path}: expected columns label, {', '.join(sorted(needed))}; "
                          f"found {', '.join(rows[0]) if rows else 'no rows'}")
-    names = (
-        sorted({row["label"] for row in rows if row.get("label")})
-        if classes is None
-        else list(classes)
-    )
+    names = (sorted({row["label"] for row in rows if row.get("label")}) if classes is None
+             else list(classes))
     number, out = {name: i for i, name in enumerate(names)}, []
     for line, row in enumerate(rows, 2):
         label = row.get("label") or None
@@ -60,9 +56,8 @@ def read_kinetics(
             start, end = float(row["time_start"]), float(row["time_end"])
             key = -1 if label is None else number[label]
         except (TypeError, ValueError, KeyError):
-            raise ValueError(
-                f"{path}, line {line}: unknown class or time in {list(row.values())}"
-            ) from None
+            raise ValueError(f"{path}, line {line}: unknown class or time in "
+                             f"{list(row.values())}") from None
         name = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
         out.append(Labelled(f"{label}/{name}" if label else name, key, start, end))
     return out, names
@@ -83,24 +78,21 @@ def read_mini_kinetics(path: str | Path, kinetics: str | Path) -> tuple[list[Lab
 def read_ssv2(path: str | Path, labels: str | Path) -> tuple[list[Labelled], list[str]]:
     """Something-Something-V2: ...-{train,validation,test}.json and ...-labels.json. The class is
     the template without its brackets; test items have none (-1). Videos are ID.webm."""
-    number = {
-        name: int(value) for name, value in json.loads(Path(labels).read_text("utf-8")).items()
-    }
+    numbers = json.loads(Path(labels).read_text("utf-8"))
+    number = {name: int(value) for name, value in numbers.items()}
     out = []
     for item in json.loads(Path(path).read_text("utf-8")):
         template = item.get("template")
         name = template.replace("[", "").replace("]", "") if template is not None else None
         if name is not None and name not in number:
-            raise ValueError(
-                f"{path}: video {item.get('id')} has the unknown template {template!r}"
-            )
+            raise ValueError(f"{path}: video {item.get('id')} has the unknown template "
+                             f"{template!r}")
         out.append(Labelled(f"{item['id']}.webm", -1 if name is None else number[name]))
     return out, sorted(number, key=number.get)
 
 
-def read_ucf101(
-    folder: str | Path, split: int = 1, train: bool = True
-) -> tuple[list[Labelled], list[str]]:
+def read_ucf101(folder: str | Path, split: int = 1,
+                train: bool = True) -> tuple[list[Labelled], list[str]]:
     """UCF-101: classInd.txt (`1 ApplyEyeMakeup`), trainlist0S.txt, testlist0S.txt (without
     labels)."""
     folder = Path(folder)
@@ -115,9 +107,8 @@ def read_ucf101(
     return out, names
 
 
-def read_hmdb51(
-    folder: str | Path, split: int = 1, train: bool = True
-) -> tuple[list[Labelled], list[str]]:
+def read_hmdb51(folder: str | Path, split: int = 1,
+                train: bool = True) -> tuple[list[Labelled], list[str]]:
     """HMDB-51: CLASS_test_splitS.txt with `video.avi 0|1|2` (0 unused, 1 train, 2 test)."""
     suffix, out = f"_test_split{split}.txt", []
     files = sorted(Path(folder).glob(f"*{suffix}"))
@@ -134,14 +125,12 @@ def read_hmdb51(
     return out, names
 
 
-def read_thumos14(
-    folder: str | Path, split: str = "val"
-) -> tuple[dict[str, list[Labelled]], list[str]]:
+def read_thumos14(folder: str | Path,
+                  split: str = "val") -> tuple[dict[str, list[Labelled]], list[str]]:
     """THUMOS'14 temporal annotations: CLASS_val.txt or CLASS_test.txt with `video start end` in
     seconds. Returns {video: its actions} and the classes; Ambiguous_*.txt is left out."""
-    files = sorted(
-        p for p in Path(folder).glob(f"*_{split}.txt") if not p.name.startswith("Ambiguous")
-    )
+    files = sorted(path for path in Path(folder).glob(f"*_{split}.txt")
+                   if not path.name.startswith("Ambiguous"))
     if not files:
         raise ValueError(f"{folder}: holds no *_{split}.txt")
     names, videos = [file.name.removesuffix(f"_{split}.txt") for file in files], {}
@@ -181,9 +170,8 @@ def read_ava(path: str | Path, excluded: str | Path | None = None) -> list[Keyfr
             if not (0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1):
                 raise ValueError
         except (ValueError, IndexError):
-            raise ValueError(
-                f"{place}: expected `video,seconds,x1,y1,x2,y2,action,person`, found {line!r}"
-            ) from None
+            raise ValueError(f"{place}: expected `video,seconds,x1,y1,x2,y2,action,person`, "
+                             f"found {line!r}") from None
         if (video, float(seconds)) not in skipped:
             moments.setdefault((video, float(seconds)), {}).setdefault(box, []).append(action)
     return [Keyframe(video, seconds, np.array(list(people)), list(people.values()))

@@ -504,8 +504,7 @@ def _extract_command(args: argparse.Namespace) -> None:
     def show(done: int) -> None:
         rate = done / max(time.monotonic() - began, 1e-9)
         print(f"\r{done}/{len(jobs)}  {rate:.1f}/s  {(len(jobs) - done) / rate:.0f} s left ",
-              end="",
-              file=sys.stderr, flush=True)
+              end="", file=sys.stderr, flush=True)
     failed = extract_all(jobs, args.workers, show, short_side=args.short_side or None, fps=args.fps)
     print(f"\n{len(jobs) - len(failed)} of {len(jobs)} videos are in {args.frames}")
     for reason in failed.values():

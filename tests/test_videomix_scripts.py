@@ -58,6 +58,17 @@ def test_the_study_survives_a_kill(tmp_path, finish):
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["videomix_lengths.png"]
 
 
+def test_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [BENCHMARKS / "videomix.py", "--preset", "tiny", "--threads", "1", "--device", "cpu"]
+    command += ["--seeds", "1", "--table", "ssv2", "--out", tmp_path]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "videomix.json").read_text())
+    assert done.stdout.count("a flip hurts") == 1           # one process prints
+    assert [row["augmentation"] for row in found["tables"]["ssv2"]] == ["none", "S", "flip"]
+
+
 def test_every_augmentation(tmp_path, finish):
     found = finish(tmp_path / "a", "--table", "augmentations", "--seeds", 2, "--figures", tmp_path)
     assert [row["augmentation"] for row in found["tables"]["augmentations"]][4] == "frame CutMix"
