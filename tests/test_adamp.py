@@ -609,6 +609,14 @@ def test_the_study_with_attacks_resumes_after_a_kill(tmp_path):
                   "--resume")["results"] == whole["results"]
 
 
+def test_the_language_model_learns_and_is_projected(tmp_path):
+    results = script("adamp_language", tmp_path, "--seeds", 1)
+    rows = {row["optimiser"] + row["weight normalisation"]: row
+            for row in results["tables"]["main"]}
+    assert rows["adampyes"]["projected"] > 0.3 > rows["adampno"]["projected"]
+    assert rows["adampyes"]["norm end"] < rows["adamwyes"]["norm end"]
+
+
 def test_speed_script(tmp_path):
     results = script("speed_adamp", tmp_path)
     assert {row["optimiser"] for row in results["tables"]["AdamP"]} >= {"AdamW fused", "AdamP",
