@@ -1,28 +1,29 @@
 """Time and memory of exact PRDC beside the official package and the floor, and how both grow with
 the number of points.
 
-    python benchmarks/speed_prdc.py --threads 1            # two minutes; the official package where `prdc` is installed
-    python benchmarks/speed_prdc.py                        # all threads, against its default n_jobs
-    python benchmarks/speed_prdc.py --threads 1 --growth   # cost per pair and memory from 5,000 to 50,000 points in R^64
+    python benchmarks/speed_prdc.py --threads 1            # about 4 minutes
+    python benchmarks/speed_prdc.py                        # all threads
+    python benchmarks/speed_prdc.py --threads 1 --growth   # 5,000 to 50,000 points, about 3 minutes
 
-Both take turns in every round, on the same features (float32, N = M, k = 5); the figure is the
+Ours and the official package (where `prdc` is installed; on several threads with its default
+n_jobs) take turns in every round, on the same features (float32, N = M, k = 5); the figure is the
 median over rounds of CPU time on one thread, of wall time otherwise. Floor: the 4 N^2 D
 multiplications and additions that symmetry leaves, at the rate of torch's float32 matrix product
-measured in the same run. Expected on one thread: twice as fast as the official package at 10,000 x
-64, 1.3 times at 10,000 x 2,048; on an H200 50,000 x 4,096 in at most 4 s (--device cuda --sizes
-50000x4096). --growth measures the peak of the resident size of a fresh process (Linux).
+measured in the same rounds. Expected on one thread: twice as fast as the official package at
+10,000 x 64, 1.3 times at 10,000 x 2,048; on an H200 50,000 x 4,096 in at most 4 s (--device cuda
+--sizes 50000x4096). --growth: cost per pair of points in R^64, and the peak of the resident size of
+a fresh process (Linux).
 """
 
 import contextlib
 import io
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 
 import harness
 import figures
+import timing
 import torch
 
 from reference.prdc import compute_prdc
@@ -85,15 +86,6 @@ def sets(count, dimension, device):
     return [torch.randn(count, dimension, generator=generator).to(device) for _ in range(2)]
 
 
-def timed(function, device, one_thread):
-    clock = time.process_time if one_thread and device.type == "cpu" else time.perf_counter
-    began = clock()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - began, result
-
-
 def peak_memory(count, dimension, budget=0):
     """MiB that a fresh process's resident size grows by during a call."""
     done = subprocess.run([sys.executable, "-c", MEMORY, str(harness.ROOT), str(count),
@@ -102,7 +94,7 @@ def peak_memory(count, dimension, budget=0):
     return float(done.stdout)
 
 
-def compare(run, sizes, one_thread):
+def compare(run, sizes):
     """One row per size: seconds of each, their ratio, the floor, and whether the decisions are the
     same."""
     official, rows = official_prdc(run), []
@@ -112,23 +104,20 @@ def compare(run, sizes, one_thread):
             rows.append(row)
             continue
         real, fake = sets(count, dimension, run.device)
-        calls = {"ours": lambda: compute_prdc(real, fake, 5)}
+        block, results = real[:1024], {}
+        calls = {"ours": lambda: results.update(ours=compute_prdc(real, fake, 5)),
+                 "product": lambda: block @ block.T}
         if official is not None:
-            calls["official"] = lambda: official(real.cpu(), fake.cpu())
-        rounds = 1 if run.args.preset == "tiny" else max(1, min(3, int(2e10 // (count ** 2 * dimension))))
-        times, results, products = {name: [] for name in calls}, {}, []
-        for _ in run.progress(range(rounds), label=f"{count} x {dimension}"):
-            for who, call in calls.items():
-                seconds, results[who] = timed(call, run.device, one_thread)
-                times[who].append(seconds)
-            block = real[:min(count, 1024)]
-            products.append(timed(lambda: block @ block.T, run.device, one_thread)[0]
-                            / len(block) ** 2)
-        row = {"N = M": count, "D": dimension} | {f"{who}, s": statistics.median(t)
-                                                  for who, t in times.items()}
-        row["floor, s"] = 2 * count ** 2 * statistics.median(products)
+            calls["official"] = lambda: results.update(official=official(real.cpu(), fake.cpu()))
+        rounds = 1 if run.args.preset == "tiny" else 3 if count ** 2 * dimension < 1e10 else 2
+        times = timing.interleaved(run, calls, rounds, f"{count} x {dimension}", at_least=0.05)
+        seconds = timing.medians(times)
+        row = {"N = M": count, "D": dimension, "ours, s": seconds["ours"]}
         if official is not None:
-            row["official / ours"] = statistics.median(b / a for a, b in zip(times["ours"], times["official"]))
+            row["official, s"] = seconds["official"]
+        row["floor, s"] = 2 * (count / len(block)) ** 2 * seconds["product"]
+        if official is not None:
+            row["official / ours"] = timing.ratio(times, "official", "ours")
             row["largest difference"] = max(abs(float(results["official"][m]) - v)
                                             for m, v in results["ours"].items())
             row["allowed"] = 1 / count                        # five balls, or pairs of one
@@ -137,11 +126,14 @@ def compare(run, sizes, one_thread):
 
 
 def growth(run, counts, dimension):
+    """One row per number of points: seconds, their share per pair, and memory up to 20,000."""
     rows = []
-    for count in run.progress(counts, label="growth"):
+    for count in counts:
         if (row := run.recorded(f"growth-{count}")) is None:
             real, fake = sets(count, dimension, run.device)
-            seconds, _ = timed(lambda: compute_prdc(real, fake, 5), run.device, True)
+            times = timing.interleaved(run, {"ours": lambda: compute_prdc(real, fake, 5)},
+                                       3 if count <= 10_000 else 1, f"{count} x {dimension}")
+            seconds = timing.medians(times)["ours"]
             row = run.record(f"growth-{count}", {
                 "N = M": count, "D": dimension, "s": seconds,
                 "ns per pair": 1e9 * seconds / (3 * count ** 2),
@@ -183,14 +175,16 @@ def main(argv=None):
                                "this run": extra, "holds": extra <= 1.1 * budget / 2 ** 20})
         if run.figures is not None:
             counts = [row["N = M"] for row in rows]
-            figures.line_chart(run.figures / "prdc-cost-per-pair.png", {"exact PRDC, one thread, D = 64": (counts, costs)},
+            threads = torch.get_num_threads()
+            figures.line_chart(run.figures / "prdc-cost-per-pair.png",
+                               {f"exact PRDC, D = 64, {threads} thread(s)": (counts, costs)},
                                markers=True, title="Cost per pair of points", xlabel="N = M",
                                ylabel="ns", ylim=(0, 1.3 * max(costs)))
         return run.finish(rows=claims, tables={"growth": rows})
     sizes = sizes or ([(200, 16)] if tiny
                       else [(n, d) for d in (64, 2048) for n in (2000, 5000, 10_000)])
     with one_blas_thread(one_thread):
-        rows = compare(run, sizes, one_thread)
+        rows = compare(run, sizes)
     claims = []
     for row in rows:
         if "official / ours" in row:
