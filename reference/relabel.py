@@ -40,7 +40,7 @@ tensor([[0., 8., 0., 0.]])
 tensor([[0., 4., 0., 4.]])
 
 Reproduced on small data (benchmarks/relabel_imagenet.py): with maps that name the objects,
-localised soft labels are above global and above single ones; with a weak teacher's maps they are
+localised soft labels are above global and above plain ones; with a weak teacher's maps they are
 below plain labels. The paper's ResNet-50 goes from 77.5 to 78.9, and to 80.2 with CutMix.
 """
 
