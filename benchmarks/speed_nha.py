@@ -1,40 +1,36 @@
 """Speed: neural ODEs against torchdiffeq, torchdyn and torchode, and TCP training against the
 jagged loop; interleaved.
 
-    python benchmarks/speed_nha.py --threads 1            # a minute; peers that are not installed are left out
+    python benchmarks/speed_nha.py --threads 1   # a minute; peers not installed are left out
 
 Solver: forward + backward of a batch of tanh networks 2-64-64-2, float32, rtol = atol = 1e-5,
 dopri5. "stiff" replaces one sample by a 30 times faster one. The floor is the number of evaluations
 of a shared step times one bare forward + backward of the network. Training: an epoch of mode
 recovery on 5 trajectories, with the closed form of affine modes, against the scheme of the
 published code: classical Runge-Kutta, one step per observation, every mode a module, a Python list
-per piece. Equal loss: both decode the same modes of the same pieces. Times are medians; on a CPU,
-processor time (use one thread).
+per piece. Equal loss: both decode the same modes of the same pieces. Times are medians, "times
+faster" the median of the ratios within a round; on one thread, processor time.
 """
 
-import statistics
-import time
+import importlib
 
 import harness
 import nha_tcp
+import timing
 import torch
 from torch import nn
 
 from reference import nha
 
-try:
-    import torchdiffeq
-except Exception:                                             # not installed
-    torchdiffeq = None
-try:
-    import torchdyn.numerics as torchdyn
-# not installed, or without its own dependencies
-except Exception:
-    torchdyn = None
-try:
-    import torchode
-except Exception:                                             # not installed
-    torchode = None
+
+def installed(name: str):
+    try:
+        return importlib.import_module(name)
+    except Exception:                       # not installed, or without its own dependencies
+        return None
+
+
+torchdiffeq, torchdyn, torchode = map(installed, ("torchdiffeq", "torchdyn.numerics", "torchode"))
 
 
 class Field(nn.Module):
@@ -55,19 +51,9 @@ class Field(nn.Module):
         return torch.cat([self.net(y[:, :2]) * y[:, 2:], torch.zeros_like(y[:, 2:])], 1)
 
 
-def timed(way, device: torch.device) -> float:
-    """Seconds; on a CPU those of this process alone, whatever else the machine does."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    began = clock()
-    way()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - began
-
-
 def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator,
-          repeats: int) -> dict:
-    """Milliseconds of every way to solve one problem."""
+          repeats: int) -> tuple[dict, dict]:
+    """Milliseconds of every way to solve one problem; how many times faster than each ours is."""
     batch, end, points, stiff = case
     grads = lambda ys: torch.autograd.grad(ys.square().mean(), f.parameters())
     tol, t = dict(rtol=1e-5, atol=1e-5), torch.linspace(0, end, points, device=run.device)
@@ -84,20 +70,16 @@ def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator,
         term = torchode.ODETerm(f)
         solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term),
                                           torchode.IntegralController(1e-5, 1e-5, term=term))
-        problem = torchode.InitialValueProblem(y0=y0, t_eval=t.expand(batch, -1))
-        ways["torchode"] = lambda: grads(solver.solve(problem).ys)
-    times = {name: [] for name in ways}
-    for repeat in range(-1, repeats):
-        for name, way in ways.items():
-            seconds = timed(way, run.device)
-            if repeat >= 0:
-                times[name].append(seconds)
-    row = {"problem": f"B = {batch}, T = {end}, {points} outputs"
-           + (", one stiff" if stiff else "")}
-    row |= {f"{name} ms": round(1e3 * statistics.median(v), 2) for name, v in times.items()}
+        initial = torchode.InitialValueProblem(y0=y0, t_eval=t.expand(batch, -1))
+        ways["torchode"] = lambda: grads(solver.solve(initial).ys)
+    ways["bare"] = lambda: grads(f(None, y0))
+    problem = f"B = {batch}, T = {end}, {points} outputs" + (", one stiff" if stiff else "")
+    times = timing.interleaved(run, ways, repeats, problem)
+    faster = {name: timing.ratio(times, name, "ours") for name in ways}
+    bare = min(times.pop("bare"))
     calls = int(nha.odeint(f, y0, t, per_sample=False, grad="none", **tol).stats.n_f[0])
-    bare = min(timed(lambda: grads(f(None, y0)), run.device) for _ in range(20))
-    return row | {"floor ms": round(1e3 * calls * bare, 2)}
+    row = {f"{name} ms": round(1e3 * v, 2) for name, v in timing.medians(times).items()}
+    return {"problem": problem, **row, "floor ms": round(1e3 * calls * bare, 2)}, faster
 
 
 class JaggedLoop:
@@ -144,9 +126,9 @@ class JaggedLoop:
             optimizer.step()
 
 
-def tcp_training(seed: int, tiny: bool) -> dict:
-    """Seconds per epoch of both, after some training, and their losses for the same labels."""
-    g = torch.Generator().manual_seed(seed)
+def tcp_training(run, tiny: bool) -> dict:
+    """Time per epoch of both, after some training, and their losses for the same labels."""
+    g = torch.Generator().manual_seed(run.args.seed)
     trajectories = nha_tcp.simulate(1 if tiny else 5, g)
     pieces, _ = nha_tcp.pack([t[:3] for t in trajectories] if tiny else trajectories)
     model = nha_tcp.initialize(nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 3)), g)
@@ -158,14 +140,11 @@ def tcp_training(seed: int, tiny: bool) -> dict:
         exact = nha.reconstruction_loss(model.decode(pieces.x[:, 0], q, pieces.t, solver="exact"),
                                         pieces.x, pieces.mask)
         looped = jagged.loss(q)
-    ours, theirs, cpu = [], [], torch.device("cpu")
-    for _ in range(1 if tiny else 3):
-        theirs.append(timed(jagged.epoch, cpu))
-        ours += [timed(lambda: next(steps), cpu) for _ in range(1 if tiny else 20)]
-    seconds = statistics.median(ours), statistics.median(theirs)
-    return {"pieces": len(pieces.lengths), "ours ms": 1e3 * seconds[0],
-            "jagged loop ms": 1e3 * seconds[1],
-            "times faster": seconds[1] / seconds[0], "loss": float(exact),
+    times = timing.interleaved(run, {"ours": lambda: next(steps), "jagged loop": jagged.epoch},
+                               1 if tiny else 3, "TCP epoch", at_least=0.0 if tiny else 0.05)
+    return {"pieces": len(pieces.lengths),
+            **{f"{name} ms": 1e3 * seconds for name, seconds in timing.medians(times).items()},
+            "times faster": timing.ratio(times, "jagged loop", "ours"), "loss": float(exact),
             "loss, jagged loop": float(looped)}
 
 
@@ -180,23 +159,25 @@ def main(argv=None):
     table = [solve(run, case, f, g, 2 if tiny else run.args.repeats)
              for case in (cases[:1] if tiny else cases)]
     rows = []
-    for row in table:
+    for row, faster in table:
         small, stiff = row["problem"].startswith("B = 8"), row["problem"].endswith("stiff")
-        peers = [name for name in ("torchdiffeq", "torchdyn") if f"{name} ms" in row]
-        peers = peers[:1] if small else peers
+        peers = [name for name in ("torchdiffeq", "torchdyn")[: 1 if small else 2]
+                 if name in faster]
         need = 2.0 if small or stiff else 1.0
-        ratio = min((row[f"{p} ms"] for p in peers), default=float("nan")) / row["ours ms"]
-        rows.append({"claim": f"{row['problem']}: times faster than the fastest of {', '.join(peers) or 'no peer'}",
+        ratio = min((faster[name] for name in peers), default=float("nan"))
+        against = f"times faster than the fastest of {', '.join(peers) or 'no peer'}"
+        rows.append({"claim": f"{row['problem']}: {against}",
                      "paper": f">= {need:g}", "this run": round(ratio, 2) if peers else "no peer",
                      "holds": ratio >= need if peers and not tiny else None})
-    training = tcp_training(run.args.seed, tiny)
+    training = tcp_training(run, tiny)
     gap = abs(training["loss"] / training["loss, jagged loop"] - 1)
     rows += [{"claim": "TCP epoch: times faster than the jagged loop", "paper": ">= 30",
               "this run": round(training["times faster"], 1),
               "holds": None if tiny else training["times faster"] >= 30},
              {"claim": "TCP epoch: relative difference of the losses", "paper": "<= 1e-3",
               "this run": gap, "holds": gap <= 1e-3}]
-    run.finish(rows=rows, tables={"milliseconds": table, "TCP epoch": [training]})
+    tables = {"milliseconds": [row for row, _ in table], "TCP epoch": [training]}
+    run.finish(rows=rows, tables=tables)
 
 
 if __name__ == "__main__":
