@@ -464,11 +464,14 @@ def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
             header = number == 0 and len(line.split()) == 2  # fastText: count, dimension
             if header and line.split()[1] == str(dim):
                 continue
-            with _reading(f"{path}, line {number + 1}", f"a word and {dim} numbers; is dim right?"):
+            try:
                 if len(values) != dim or (number == 0 and " " in word):
                     raise ValueError(f"{len(line.split())} columns")
                 if word in wanted and word not in found:
                     found[word] = np.array(values, dtype=np.float32)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number + 1}: not a word and {dim} numbers; is dim "
+                                 f"right? ({error})") from error
             if progress is not None and number % 100_000 == 99_999:
                 progress(number + 1)
     vectors = {word: found[word if word in found else plain[word]] for word in words
