@@ -137,7 +137,9 @@ def test_pooling_equals_a_scalar_loop_on_non_square_maps():
     generator = seeded()
     topk, coords = random_topk(generator, batch=5), random_coords(generator, 5)
     maps = relabel.get_labelmaps(topk, 20).numpy()
+    kept = topk.clone()
     pooled = label_pooling(topk, coords, 20, softmax=False)
+    assert torch.equal(topk, kept)
     for b, (i, j, h, w) in enumerate(coords.tolist()):
         for c in range(20):
             value = scalar_roi(maps[b, c], j * 9 - 0.5, i * 6 - 0.5, (j + w) * 9 - 0.5,
@@ -425,7 +427,9 @@ def test_bad_input():
                              ((topk[0], coords), "topk must be"), ((topk, coords, 3), "0..2"),
                              ((changed(1, -1), coords, 20), "classes"),
                              ((changed(1, 0.5), coords, 20), "classes"),
-                             ((changed(0, float("nan")), coords, 20), "not finite"),
+                             ((changed(1, float("nan")), coords, 20), "classes"),
+        ((changed(0, float("nan")), coords, 20), "not finite"),
+        ((changed(0, -float("inf")), coords, 20), "not finite"),
                              ((topk, coords * float("nan"), 20), "coords must lie"),
                              ((topk.long(), coords), "floating-point")]:
         with pytest.raises(ValueError, match=words):
