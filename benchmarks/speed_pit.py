@@ -1,25 +1,30 @@
-"""How fast PiT is: forward, training step, activation memory and loader, side by side with timm and
-the 2021 attention.
+"""How fast PiT is: forward, training step, memory and loader, side by side with timm and the 2021
+attention.
 
     python benchmarks/speed_pit.py                           CPU: PiT-S, one thread and all threads,
                                                              about 4 minutes
     python benchmarks/speed_pit.py --models pit_b deit_base --amp bf16 --compile       (GPU)
-    python benchmarks/speed_pit.py --data /data/imagenet --workers 8                   also the loader
+    python benchmarks/speed_pit.py --data /data/imagenet --workers 8                 also the loader
 
-Runs are interleaved (ours, peer, ours, peer, ...) with the same weights, input and precision;
-medians, and the ratio peer / ours (above 1: ours is faster). The floor is the time of the MACs at
-the speed of a large matrix product. Expected on a CPU: forward 1.05-1.25x timm (the last block
-computes class tokens only), training step about 1x. timm is compared if installed. "unfused" is
-this project's own model with attention written out, as in 2021. Memory is what autograd keeps for
-the backward pass (every tensor counted once); on a GPU it is the measured peak, which there also
-holds the attention matrices' short-lived copies.
+Models take turns with the same weights, input and precision; medians over the rounds, and the
+median ratio peer / ours within a round (above 1: ours is faster). The floor is the time of the MACs
+at the speed of a large matrix product. Expected on a CPU: forward 1.05-1.1x timm (the last block
+computes class tokens only), training step about 1.03x. timm is compared if installed.
+
+"unfused" is this project's own model with attention written out as in 2021, softmax(q k^T) v; that
+is timm's unfused path too, which in float32 keeps one attention matrix per block for the backward
+pass. (Scaling and a dropout of 0 keep nothing; autocast on a GPU runs the softmax in float32, and
+keeps a half-precision copy as well.) Memory is the peak that forward and backward add to weights
+and gradients. On a CPU, PiT-S needs about 0.7 of the unfused peak: what is left are the inputs of
+the linear layers, of LayerNorm and of GELU, in both models. "checkpointed" is ours with
+grad_checkpointing=True, about 0.15 of it for 1.2 times the time.
 """
 
 import os
-import statistics
 import time
 
 import harness
+import timing
 import torch
 import torch.nn.functional as F
 
@@ -42,14 +47,14 @@ def arguments():
 
 
 def build(name: str, size: int, **keywords) -> torch.nn.Module:
-    return getattr(pit, f"{name}_patch16_224" if name.startswith("deit")
-                   else name)(image_size=size, **keywords)
+    suffix = "_patch16_224" if name.startswith("deit") else ""
+    return getattr(pit, name + suffix)(image_size=size, **keywords)
 
 
 def timm_twin(name: str, size: int, model: torch.nn.Module) -> torch.nn.Module:
     """timm's model with the same weights: a pooling layer is a part of the stage after it there."""
-    twin = timm.create_model(f"{name}_patch16_224" if name.startswith("deit") else f"{name}_224",
-                             img_size=size)
+    suffix = "_patch16_224" if name.startswith("deit") else "_224"
+    twin = timm.create_model(name + suffix, img_size=size)
     state = {}
     for key, value in model.state_dict().items():
         if key.startswith("pools."):
@@ -60,74 +65,32 @@ def timm_twin(name: str, size: int, model: torch.nn.Module) -> torch.nn.Module:
     return twin
 
 
-def interleaved(functions: dict, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each function; they take turns, after one call each that is not counted."""
-    synchronize = (
-        lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    times = {name: [] for name in functions}
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            synchronize()
-            began = time.perf_counter()
-            function()
-            synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def kept_for_backward(model, x, labels, run) -> float:
-    """MiB that one training step holds: on a GPU the measured peak, else the tensors autograd
-    saves."""
-    if run.device.type == "cuda":
-        model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        training_step(model, x, labels, run)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    owned = {p.untyped_storage().data_ptr()
-             for p in model.parameters()} | {x.untyped_storage().data_ptr()}
-    # holds the storages: an address is not used twice
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        F.cross_entropy(logits_of(model, x, run), labels)
-    return sum(storage.nbytes() for storage in kept.values()) / 2**20
-
-
 def logits_of(model, x, run):
     with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
         out = model(x)
     return sum(out) if isinstance(out, tuple) else out
 
 
-def training_step(model, x, labels, run):
-    model.zero_grad(set_to_none=True)
-    F.cross_entropy(logits_of(model, x, run), labels).backward()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(run) -> float:
     """Multiply-accumulates per second of a 1024-cubed matrix product (4096 on a GPU)."""
-    n = 4096 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    return n**3 / interleaved({"": lambda: a @ a}, 9, device)[""]
+    n = 4096 if run.device.type == "cuda" else 1024
+    a = torch.ones(n, n, device=run.device, dtype=run.amp_dtype or torch.float32)
+    times = timing.interleaved(run, {"product": lambda: a @ a}, 9, "matrix product")
+    return n**3 / timing.medians(times)["product"]
 
 
-def compare(run, name: str, threads: int, batch: int, size: int, rounds: int) -> tuple[list[dict], dict]:
+def compare(run, name: str, threads: int, batch: int, size: int,
+            rounds: int) -> tuple[list[dict], dict]:
+    """Rows of the time table, and the row of the memory table."""
     ours = build(name, size)
     models = {"ours": ours}
     if timm:
         models["timm"] = timm_twin(name, size, ours)
     if name.startswith("pit"):
-        models["unfused"] = build(name, size, attention="math")
-        models["unfused"].load_state_dict(ours.state_dict())
+        for peer, keywords in (("unfused", {"attention": "math"}),
+                               ("checkpointed", {"grad_checkpointing": True})):
+            models[peer] = build(name, size, **keywords)
+            models[peer].load_state_dict(ours.state_dict())
     generator = torch.Generator().manual_seed(run.args.seed)
     x = torch.randn(batch, 3, size, size, generator=generator).to(run.device)
     labels = torch.randint(1000, (batch,), generator=generator).to(run.device)
@@ -140,32 +103,39 @@ def compare(run, name: str, threads: int, batch: int, size: int, rounds: int) ->
         for peer, model in models.items():
             off = ((logits_of(model, x, run) - wanted).abs().max() / wanted.abs().max()).item()
             if off > (1e-4 if run.amp_dtype is None else 5e-2):
-                raise SystemExit(
-                    f"{name}: logits of {peer} differ by {off:.1e} of the largest; no comparison")
-    floor = pit.count_macs(ours)["total"] * batch / matmul_rate(run.device,
-                                                                run.amp_dtype or torch.float32)
+                raise SystemExit(f"{name}: logits of {peer} differ by {off:.1e} of the largest; "
+                                 "no comparison")
+    floor = pit.count_macs(ours)["total"] * batch / matmul_rate(run)
 
     def forward(model):
         with torch.no_grad():
             logits_of(model, x, run)
 
-    seconds = {"forward": interleaved({k: lambda m=m: forward(m) for k, m in models.items()},
-                                      rounds, run.device)}
-    memory = {}
-    for peer, model in models.items():
+    def step(model, clear=True):
+        if clear:
+            model.zero_grad(set_to_none=True)
+        F.cross_entropy(logits_of(model, x, run), labels).backward()
+
+    def timed(function, label):
+        peers = {peer: lambda model=model: function(model) for peer, model in models.items()
+                 if peer != "checkpointed" or function is step}
+        return timing.interleaved(run, peers, rounds, f"{name} {label}")
+
+    times = {"forward": timed(forward, "forward")}
+    for model in models.values():
         model.train()
-        memory[peer] = kept_for_backward(model, x, labels, run)
-    seconds["training step"] = interleaved({k: lambda m=m: training_step(m, x, labels, run) for k, m in models.items()},
-                                           rounds, run.device)
+    times["training step"] = timed(step, "training step")
+    memory = {peer: timing.peak_bytes(lambda model=model: step(model, clear=False), run.device)
+              / 2**20 for peer, model in models.items()}
     rows = []
-    for what, times in seconds.items():
-        row = {"model": name, "pass": what, "threads": threads, "batch": batch,
-               "ours, ms": 1e3 * times["ours"],
-               "floor, ms": 1e3 * floor * (1 if what == "forward" else 3),
-               "img/s": batch / times["ours"]}
-        row.update({f"{peer} / ours": times[peer] / times["ours"] for peer in models
-                    if peer != "ours"})
-        rows.append(row)
+    for what, seconds in times.items():
+        median = timing.medians(seconds)["ours"]
+        rows.append({"model": name, "pass": what, "threads": threads, "batch": batch,
+                     "ours, ms": 1e3 * median,
+                     "floor, ms": 1e3 * floor * (1 if what == "forward" else 3),
+                     "img/s": batch / median,
+                     **{f"{peer} / ours": timing.ratio(seconds, peer, "ours") for peer in seconds
+                        if peer != "ours"}})
     return rows, {"model": name, "batch": batch,
                   **{f"{peer}, MiB": value for peer, value in memory.items()},
                   "ours / unfused": memory["ours"] / memory["unfused"] if "unfused" in memory
@@ -175,27 +145,27 @@ def compare(run, name: str, threads: int, batch: int, size: int, rounds: int) ->
 def loader_rate(run, size: int = 224) -> list[dict]:
     """Training images per second: our loader, and torchvision's folder and transforms if installed,
     on the same files."""
-    dataset = imagenet.imagenet(run.args.data, "train")
-    count = min(len(dataset), 64 * 24 * max(run.args.workers, 1))
-    chosen = torch.randperm(len(dataset),
-                            generator=torch.Generator().manual_seed(0))[:count].tolist()
+    dataset, workers = imagenet.imagenet(run.args.data, "train"), run.args.workers
+    count = min(len(dataset), 64 * 24 * max(workers, 1))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    chosen = order[:count].tolist()
     loaders = {"ours": imagenet.Loader(dataset, 64, transform=imagenet.TrainTransform(size),
-                                       sampler=chosen,
-                                       workers=run.args.workers, device=run.device)}
+                                       sampler=chosen, workers=workers, device=run.device)}
     try:
-        from torchvision import datasets, transforms
-        chain = transforms.Compose([transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
-                                    transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        from torchvision import datasets, transforms as T
         if (run.args.data / "train").is_dir():
+            crop = T.RandomResizedCrop(size, interpolation=T.InterpolationMode.BICUBIC)
+            chain = T.Compose([crop, T.RandomHorizontalFlip(), T.PILToTensor()])
             peer = datasets.ImageFolder(run.args.data / "train", chain)
             loaders["torchvision"] = torch.utils.data.DataLoader(peer, 64, sampler=chosen,
-                                                                 num_workers=run.args.workers)
+                                                                 num_workers=workers)
     except ImportError:
         run.log("torchvision is not installed: no peer for the loader")
-    seconds = interleaved({k: lambda v=v: [None for _ in v] for k, v in loaders.items()}, 3,
-                          run.device)
-    return [{"loader": name, "images/s": count / s, "workers": run.args.workers}
-            for name, s in seconds.items()]
+    passes = {name: lambda loader=loader: [None for _ in loader]
+              for name, loader in loaders.items()}
+    seconds = timing.interleaved(run, passes, 3, "loader", clock=time.perf_counter)
+    return [{"loader": name, "images/s": count / s, "workers": workers}
+            for name, s in timing.medians(seconds).items()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
             if (ratio := row.get(f"{peer} / ours")) is None:
                 continue
             target = (1.05 if row["pass"] == "forward" else 1.0) if peer == "timm" else None
-            claims.append({"claim": f"{row['model']} {row['pass']}, {row['threads'] or 'GPU'} thread(s): {peer} / ours",
+            where = f"{row['threads'] or 'GPU'} thread(s)"
+            claims.append({"claim": f"{row['model']} {row['pass']}, {where}: {peer} / ours",
                            "target": f">= {target}" if target else None, "this run": ratio,
                            "holds": ratio >= target if target and not tiny else None})
     claims += [{"claim": f"{m['model']} memory of a training step, ours / unfused",
