@@ -1,9 +1,10 @@
 """Precision, recall, density and coverage of images: do they react as the paper says, in every
 embedding?
 
-    python benchmarks/prdc_images.py --figures figures                     # procedural glyphs, about a minute
-    python benchmarks/prdc_images.py --data imagenet100_32                 # ImageNet layout: val split against itself and others
-    python benchmarks/prdc_images.py --real CelebA/img_align_celeba --fake samples --preset paper --weights vgg16-397923af.pth
+    python benchmarks/prdc_images.py --figures figures         # procedural glyphs, about a minute
+    python benchmarks/prdc_images.py --data imagenet100_32     # ImageNet layout: its val split
+    python benchmarks/prdc_images.py --real CelebA/img_align_celeba --fake samples --preset paper \\
+        --weights vgg16-397923af.pth
     python benchmarks/prdc_images.py --real-features real.npz --fake-features fake.npz
 
 Embeddings: raw pixels; R64, a randomly initialised VGG-16 with 64 outputs, mean over --seeds
@@ -44,7 +45,7 @@ PRESETS = {"default": (600, 32, 16, 256, 300), "small": (2000, 32, 16, 256, 400)
 PSI = (1.0, 0.7, 0.4)
 
 
-# ---------------------------------------------------------------- images: uint8 (N, 3, S, S), or paths of files
+# ---------------------------------------------------------------- images, uint8 (N, 3, S, S)
 
 def glyphs(count, seed, classes=10, side=32):
     """The digits 0 .. classes - 1 of Pillow's font, turned, scaled, moved, in two random greys."""
@@ -58,7 +59,8 @@ def glyphs(count, seed, classes=10, side=32):
     digit = torch.randint(classes, (count,), generator=generator)
     angle, size, dx, dy, back, ink = torch.rand(6, count, generator=generator)
     angle, size = (angle - 0.5) * 0.8, 0.9 + 0.5 * size
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2) * size.view(-1, 1, 1)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    turn = turn * size.view(-1, 1, 1)
     move = torch.stack([dx - 0.5, dy - 0.5], 1).unsqueeze(2) * 0.6
     grid = F.affine_grid(torch.cat([turn, move], 2), (count, 1, side, side), align_corners=False)
     mask = F.grid_sample(stamps[digit], grid, align_corners=False)
@@ -126,7 +128,8 @@ def array(path):
     if value.ndim == 4 and value.dtype == np.uint8 and value.shape[3] == 3:
         return torch.from_numpy(value).permute(0, 3, 1, 2)
     if value.ndim != 2:
-        raise ValueError(f"{path}: holds {value.dtype} {value.shape}; expected (N, D) features or uint8 (N, H, W, 3) images")
+        raise ValueError(f"{path}: holds {value.dtype} {value.shape}; expected (N, D) features or "
+                         "uint8 (N, H, W, 3) images")
     return torch.from_numpy(value)
 
 
@@ -193,7 +196,8 @@ def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
     for step in range(first, steps):
         rows = torch.randint(len(images), (batch,), generator=generator)
         x = images[rows].to(device).float() / 255
-        output, divergence = model(x, torch.randn(batch, model.latent, generator=generator).to(device))
+        noise = torch.randn(batch, model.latent, generator=generator).to(device)
+        output, divergence = model(x, noise)
         loss = (output - x).square().sum((1, 2, 3)).mean() / 0.02 + divergence
         optimizer.zero_grad()
         loss.backward()
@@ -255,7 +259,8 @@ def compare(run, real, fakes, found, side, k):
                     result = run.record(key, result)
                 results[label].append(result)
         for label, found_rows in results.items():
-            row = {"embedding": name, "fakes": label} | {m: statistics.mean(r[m] for r in found_rows) for m in METRICS}
+            row = {"embedding": name, "fakes": label} | {
+                m: statistics.mean(r[m] for r in found_rows) for m in METRICS}
             # of half the points, or over the embeddings if that is more
             for m in ("density", "coverage"):
                 over_seeds = statistics.stdev(r[m]
@@ -311,7 +316,8 @@ def main(argv=None):
     given = [run.args.real_features or run.args.real, run.args.fake_features or run.args.fake]
     if any(given):
         if not all(given):
-            parser.error("a comparison needs both sets: --real or --real-features, and --fake or --fake-features")
+            parser.error("a comparison needs both sets: --real or --real-features, and --fake or "
+                         "--fake-features")
         real, fake = (array(path) if path.is_file() else folder(path, count) for path in given)
         fakes, images = {"given": fake}, None
     else:
@@ -334,7 +340,8 @@ def main(argv=None):
             trained = run.out / "autoencoder.pt"
             if run.recorded("autoencoder") is None:
                 state = run.resumed("autoencoder")
-                run.drive("autoencoder", train_autoencoder(model, training, steps, seed=7, resume=state), total=steps)
+                run.drive("autoencoder", train_autoencoder(model, training, steps, seed=7,
+                                                           resume=state), total=steps)
                 run.save("autoencoder", model.state_dict())
                 run.record("autoencoder", {"steps": steps})
             model.load_state_dict(torch.load(trained, weights_only=True))
@@ -347,12 +354,14 @@ def main(argv=None):
     rows = compare(run, real, fakes, found, side, run.args.nearest_k)
     expected = expected_coverage(run.args.nearest_k, len(real), len(next(iter(fakes.values()))))
     if run.figures is not None and run.is_main and images is not None:
-        figures.image_grid(run.figures / "prdc-images.png", [image for batch in images.values() for image in batch[:8]],
+        figures.image_grid(run.figures / "prdc-images.png",
+                           [image for batch in images.values() for image in batch[:8]],
                            titles=[name if i == 0 else "" for name in images for i in range(8)],
                            columns=8, cell=64)
         for name in found:
             chosen = [row for row in rows if row["embedding"] == name]
-            figures.bar_chart(run.figures / f"prdc-images-{name.lower()}.png", [row["fakes"] for row in chosen],
+            figures.bar_chart(run.figures / f"prdc-images-{name.lower()}.png",
+                              [row["fakes"] for row in chosen],
                               {m: [row[m] for row in chosen] for m in METRICS},
                               title=f"Embedding: {name}", size=(900, 420))
     judged = images is not None and run.args.preset != "tiny"

@@ -1,22 +1,22 @@
 """What density and coverage are for, on Gaussians: equal sets, outliers, dropped modes, the choice
 of k.
 
-    python benchmarks/prdc_toy.py --figures figures            # n = 2,000, about a minute on one core
-    python benchmarks/prdc_toy.py --preset paper               # n = 10,000, as in the paper; about an hour
+    python benchmarks/prdc_toy.py --figures figures        # n = 2,000, about a minute on one core
+    python benchmarks/prdc_toy.py --preset paper           # n = 10,000 as in the paper, an hour
 
 1. Equal distributions: precision and recall fall with the dimension and the number of points and
-never reach 1; density is
-   1 and coverage 1 - prod (N - i) / (N + M - i) in every dimension (means over 20 draws, within 4 standard errors).
+   never reach 1; density is 1 and coverage 1 - prod (N - i) / (N + M - i) in every dimension (means
+   over 20 draws, within 4 standard errors).
 2. k: coverage follows its closed form, 0.969 at k = 5, the smallest above 0.95 for 10,000 points
-(the paper's choice). 3. A shifted generator and one outlier in R^64: one real outlier gives a
-generator that is wrong everywhere precision 1 but
-   density 1 / k; one fake outlier gives it recall 1 but coverage 0. The paper's figure has the same axes; where its outlier
-   lies is not published, so 3 * 1 and the milder 1 * 1 are both shown.
+   (the paper's choice).
+3. A shifted generator and one outlier in R^64: one real outlier gives a generator that is wrong
+   everywhere precision 1 but density 1 / k; one fake outlier gives it recall 1 but coverage 0. The
+   paper's figure has the same axes; where its outlier lies is not published, so 3 * 1 and the
+   milder 1 * 1 are both shown.
 4. Ten modes in R^64: when modes are dropped one after another recall and coverage fall; when nine
-lose mass to the first
-   together, recall rises until they are gone while coverage falls.
+   lose mass to the first together, recall rises until they are gone while coverage falls.
 5. Fakes of lower variance in high dimension gather where the real balls overlap: density far above
-1 (a limit to know).
+   1 (a limit to know).
 """
 
 import math
@@ -32,6 +32,7 @@ K, DIMENSION = 5, 64
 SIZES = {"default": 2000, "tiny": 150, "paper": 10_000}
 KS = (1, 2, 3, 5, 10, 20, 50)
 SHIFTS = (-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1)
+REACTING = {"real": ("precision", "density"), "fake": ("recall", "coverage")}    # to an outlier
 DROPPED, SHRUNK = (0, 2, 4, 6, 8, 9), (0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1)
 
 
@@ -125,10 +126,15 @@ def main(argv=None):
     run = harness.start(harness.parser(__doc__, presets=tuple(SIZES), seeds=20), argv)
     n = SIZES[run.args.preset]
     few = run.seeds[:3]
-    equal, k_rows, shifted, dropped = equal_sets(run, n), by_k(run, n), outliers(run, n, few), modes(run, n, few)
-    narrow = measured(run, "variance",
-                                        {scale: [lambda s=seed, c=scale: (lambda a, b: (a.relu(), c * b.relu()))(*pair(4000 + s, n, 256))
-                                                for seed in few] for scale in (1.0, 0.95, 0.9)})
+    equal, k_rows = equal_sets(run, n), by_k(run, n)
+    shifted, dropped = outliers(run, n, few), modes(run, n, few)
+
+    def scaled(seed, scale):
+        real, fake = pair(4000 + seed, n, 256)
+        return real.relu(), scale * fake.relu()
+
+    narrow = measured(run, "variance", {c: [lambda s=s, c=c: scaled(s, c) for s in few]
+                                        for c in (1.0, 0.95, 0.9)})
     tables = {
         "equal sets": [{"points": size, "dimension": d} | row
                        | {"expected coverage": expected_coverage(K, size, size)}
@@ -137,7 +143,7 @@ def main(argv=None):
         "outliers": [{"shift": shift} | {f"clean {name}": shifted[None, 0.0, shift][name]
                                          for name in METRICS} | {
             f"{outlier} outlier at {position:g}, {name}": shifted[outlier, position, shift][name]
-            for outlier, names in (("real", ("precision", "density")), ("fake", ("recall", "coverage")))
+            for outlier, names in REACTING.items()
             for position in (3.0, 1.0) for name in names} for shift in SHIFTS],
         "modes": [{"how": how, "dropped": amount} | {name: row[name] for name in METRICS}
                   for (how, amount), row in dropped.items()],
@@ -165,9 +171,10 @@ def claims(n, equal, k_rows, shifted, dropped, narrow, judged):
     claim("precision of equal sets falls: dimension 256 less dimension 1", None,
           equal[n, 256]["precision"] - equal[n, 1]["precision"],
           equal[n, 256]["precision"] < equal[n, 1]["precision"] - 0.2)
+    many, fewer = equal[n, 64], equal[n // 4, 64]
     claim(f"... and with points: {n} less {n // 4} in R^64", None,
-          equal[n, 64]["precision"] - equal[n // 4, 64]["precision"],
-          equal[n, 64]["precision"] < equal[n // 4, 64]["precision"] - 2 * equal[n // 4, 64]["precision s.e."])
+          many["precision"] - fewer["precision"],
+          many["precision"] < fewer["precision"] - 2 * fewer["precision s.e."])
     claim("k chosen for 10,000 and 10,000 points", 5, select_k(10_000, 10_000),
           select_k(10_000, 10_000) == 5)
     worst = max(abs(row["coverage"] - row["expected coverage"])
@@ -201,9 +208,10 @@ def claims(n, equal, k_rows, shifted, dropped, narrow, judged):
 
 def draw(folder, tables):
     def chart(name, rows, x, lines, **axes):
-        figures.line_chart(folder / f"prdc-{name}.png", {label: ([row[x] for row in rows], [row[key] for row in rows])
-                                                         for label, key in lines.items()},
-                           markers=True, **axes)
+        series = {label: ([row[x] for row in rows], [row[key] for row in rows])
+                  for label, key in lines.items()}
+        figures.line_chart(folder / f"prdc-{name}.png", series, markers=True, **axes)
+
     plain = {name: name for name in METRICS}
     first = tables["equal sets"][0]["points"]
     chart("equal", [row for row in tables["equal sets"] if row["points"] == first], "dimension",
@@ -213,9 +221,10 @@ def draw(folder, tables):
     chart("k", tables["k"], "k", {"recall": "recall", "coverage": "coverage",
                                   "expected coverage": "expected coverage"},
           logx=True, title="Equal distributions in R^64", xlabel="k", ylim=(0, 1.05))
-    for outlier, names in (("real", ("precision", "density")), ("fake", ("recall", "coverage"))):
+    for outlier, names in REACTING.items():
         lines = {f"{name}, {label}": key for name in names
-                 for label, key in (("clean", f"clean {name}"), (f"one {outlier} outlier", f"{outlier} outlier at 3, {name}"))}
+                 for label, key in (("clean", f"clean {name}"),
+                                    (f"one {outlier} outlier", f"{outlier} outlier at 3, {name}"))}
         chart(f"{outlier}-outlier", tables["outliers"], "shift", lines,
               title=f"One {outlier} outlier at 3, fakes shifted in R^64",
               xlabel="shift of the fakes")

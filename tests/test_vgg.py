@@ -31,14 +31,17 @@ def test_state_dict_has_torchvision_names_and_shapes():
                     28: (512, 512)}
     expected = {}
     for index, (outputs, inputs) in convolutions.items():
-        expected[f"features.{index}.weight"], expected[f"features.{index}.bias"] = (outputs, inputs, 3, 3), (outputs,)
+        expected[f"features.{index}.weight"] = (outputs, inputs, 3, 3)
+        expected[f"features.{index}.bias"] = (outputs,)
     for index, (outputs, inputs) in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():
-        expected[f"classifier.{index}.weight"], expected[f"classifier.{index}.bias"] = (outputs, inputs), (outputs,)
+        expected[f"classifier.{index}.weight"] = (outputs, inputs)
+        expected[f"classifier.{index}.bias"] = (outputs,)
     with torch.device("meta"):
         state = vgg.vgg16().state_dict()
         normed = vgg.vgg16(batch_norm=True).state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == expected
-    assert normed["features.40.weight"].shape == (512, 512, 3, 3) and normed["features.41.running_var"].shape == (512,)
+    assert normed["features.40.weight"].shape == (512, 512, 3, 3)
+    assert normed["features.41.running_var"].shape == (512,)
 
 
 def test_forward_is_features_pooling_and_three_layers():
@@ -52,11 +55,12 @@ def test_forward_is_features_pooling_and_three_layers():
 
 
 def test_initial_weights_follow_the_rule_and_the_seed():
-    one, two, other = small(width=16, hidden=512), small(width=16, hidden=512), small(width=16, hidden=512, seed=1)
+    one, two, other = (small(width=16, hidden=512, **seed) for seed in ({}, {}, {"seed": 1}))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert not torch.equal(one.features[0].weight, other.features[0].weight)
     assert one.features[28].weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
-    assert one.classifier[0].weight.std().item() == pytest.approx(0.01, rel=0.02) and not one.classifier[3].bias.any()
+    assert one.classifier[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not one.classifier[3].bias.any()
 
 
 def test_the_random_embedding_is_reproducible_and_resizes():
@@ -64,8 +68,8 @@ def test_the_random_embedding_is_reproducible_and_resizes():
                            generator=torch.Generator().manual_seed(0))
     embed, again = (vgg.r64(5, 32, width=4, hidden=32) for _ in range(2))
     features = embed(images)
-    assert features.shape == (
-        3, 64) and features.dtype == torch.float32 and not features.requires_grad
+    assert features.shape == (3, 64) and features.dtype == torch.float32
+    assert not features.requires_grad
     assert torch.equal(features, again(images)) and features.min() >= 0 and features.std() > 0
     same = torch.nn.functional.interpolate(images / 255, (32, 32), mode="bilinear", antialias=True)
     torch.testing.assert_close(embed.model.embed((same - embed.mean) / embed.std), features)
@@ -75,8 +79,9 @@ def test_the_random_embedding_is_reproducible_and_resizes():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"depth": 12}, "depth.*11, 13, 16, 19.*12"), ({"fc2": 0}, "fc2.*0"), ({"width": 0}, "width.*0"), ({"side": 31}, "side.*31"),
-    ({"hidden": 0}, "hidden.*0"), ({"num_classes": 0}, "num_classes.*0")], ids=str)
+    ({"depth": 12}, "depth.*11, 13, 16, 19.*12"), ({"fc2": 0}, "fc2.*0"),
+    ({"width": 0}, "width.*0"), ({"side": 31}, "side.*31"), ({"hidden": 0}, "hidden.*0"),
+    ({"num_classes": 0}, "num_classes.*0")], ids=str)
 def test_bad_arguments_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         vgg.VGG(**{"width": 2, "hidden": 4, "fc2": 4, "side": 32} | options)
