@@ -42,10 +42,12 @@ def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str,
                   np.tile(weights, n))
         out = (matrix @ x64.reshape(n, -1)).reshape(x64.shape)
     else:  # scipy's order of summation, to the last bit
-        padded = x64[index]
+        padded = x64.take(index, 0)
         out = padded[radius:radius + n] * weights[radius]
+        pair = np.empty_like(out)
         for k in range(radius, 0, -1):
-            pair = padded[radius - k:radius - k + n] + padded[radius + k:radius + k + n]
+            before, after = (padded[start:start + n] for start in (radius - k, radius + k))
+            np.add(before, after, out=pair)
             pair *= weights[radius - k]
             out += pair
     return np.moveaxis(out, 0, axis).astype(x.dtype, copy=False)
