@@ -8,11 +8,10 @@ and where it looks.
 
 Three studies, each model trained alike:
   pooling      the depth-wise convolution against pooling without parameters, patches without
-               overlap, class tokens
-               repeated instead of passed through a linear layer, and no pooling at all (a ViT of equal MACs)
+               overlap, class tokens repeated instead of passed through a linear layer, and no
+               pooling at all (a ViT of equal MACs)
   dimensions   the paper's motivation: ViT and ResNet with a constant grid and width, or with the
-               grid reduced and the
-               width raised by stage; training and test accuracy against MACs
+               grid reduced and the width raised by stage; training and test accuracy against MACs
   attention    entropy, interaction rate and interaction distance of the trained PiT and ViT, block
                by block
 The paper gives curves for the last two, no numbers. Expect differences of a few points, within the
@@ -47,10 +46,11 @@ DIMENSIONS = {"ViT, constant": (VIT, VIT_LARGE), "ViT, reduced": (PIT, PIT_LARGE
 class Residual(nn.Module):
     def __init__(self, width: int, out: int, stride: int):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out),
-                                  nn.ReLU(),
-                                  nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out))
-        self.skip = nn.Identity() if width == out and stride == 1 else nn.Conv2d(width, out, 1, stride)
+        self.body = nn.Sequential(
+            nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out))
+        same = width == out and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(width, out, 1, stride)
 
     def forward(self, x):
         return (self.skip(x) + self.body(x)).relu()
@@ -59,13 +59,13 @@ class Residual(nn.Module):
 def residual_network(widths, strides, num_classes: int) -> nn.Sequential:
     """A ResNet whose grid and width per stage are free, one basic block per stage."""
     stages = [Residual(a, b, s) for a, b, s in zip((widths[0], *widths), widths, strides)]
-    return nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1), nn.BatchNorm2d(widths[0]), nn.ReLU(), *stages,
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+    return nn.Sequential(
+        nn.Conv2d(3, widths[0], 3, 2, 1), nn.BatchNorm2d(widths[0]), nn.ReLU(), *stages,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
 class RepeatTokens(nn.Module):
-    """In place of the class token's linear layer: each channel several times, as the pooled map has
-    it."""
+    """In place of the class token's linear layer: each channel several times, as in the map."""
 
     def __init__(self, times: int):
         super().__init__()
@@ -115,23 +115,22 @@ def attention(model: pit.PoolingTransformer, loader, device) -> list[dict]:
              "entropy / log N": (pit.attention_entropy(a).mean() / math.log(a.shape[-1])).item(),
              "rate > 1 %": pit.interaction_rate(a, 0.01).mean().item(),
              "rate > 10 %": pit.interaction_rate(a, 0.1).mean().item(),
-             "distance, px": pit.interaction_distance(a, grid).mean().item() * model.stride
-             * 2**stage}
+             "distance, px": (pit.interaction_distance(a, grid).mean().item()
+                              * model.stride * 2**stage)}
             for i, (a, grid, stage) in enumerate(zip(maps, grids, stages))]
 
 
 def fit(run: harness.Run, settings: dict, key: str, config: dict, seed: int) -> dict:
     if (row := run.recorded(key)) is not None:
         return row
-    loader, val = base.real(run, settings, seed) if run.args.data else base.embedded(run, settings, seed)
+    loader, val = (base.real if run.args.data else base.embedded)(run, settings, seed)
     num_classes = len(val.dataset.classes) if run.args.data else len(base.CLASSES)
     model = build(config, settings["size"], num_classes, seed)
     cost = macs(model, settings["size"])
     steps = pit.train(run.wrap(model), loader, epochs=settings["epochs"], lr=settings["lr"],
-                      min_lr=settings["min_lr"],
-                      warmup_epochs=settings["warmup"], warmup_lr=settings["lr"] / 10,
-                      amp_dtype=run.amp_dtype,
-                      device=run.device, resume=run.resumed(key))
+                      min_lr=settings["min_lr"], warmup_epochs=settings["warmup"],
+                      warmup_lr=settings["lr"] / 10, amp_dtype=run.amp_dtype, device=run.device,
+                      resume=run.resumed(key))
     run.drive(key, steps, total=settings["epochs"] * len(loader))
     seen = (batch for _, batch in zip(range(max(1000 // settings["batch"], 1)), loader))
     test = pit.evaluate(model, val, device=run.device)
@@ -140,8 +139,7 @@ def fit(run: harness.Run, settings: dict, key: str, config: dict, seed: int) -> 
            "MMACs": cost / 1e6, "parameters": sum(p.numel() for p in model.parameters())}
     if isinstance(model, pit.PoolingTransformer):
         row["attention"] = attention(model, val, run.device)
-    run.log(
-        f"{key}: {row['MMACs']:.2f} MMACs, train {row['train']:.1f} %, test {row['test']:.1f} %")
+    run.log(f"{key}: {cost / 1e6:.2f} MMACs, train {row['train']:.1f} %, test {row['test']:.1f} %")
     return run.record(key, row)
 
 
@@ -153,14 +151,16 @@ def draw(folder, curves: dict, statistics: dict, pooling: list[dict]) -> None:
                             for name, points in curves.items()},
                            markers=True, title=f"Spatial dimensions: {part} accuracy",
                            xlabel="MMACs", ylabel="accuracy, %")
-    for key, name in (("distance, px", "distance"), ("rate > 1 %", "rate"), ("entropy / log N", "entropy")):
+    for key, name in (("distance, px", "distance"), ("rate > 1 %", "rate"),
+                      ("entropy / log N", "entropy")):
         figures.line_chart(folder / f"pit_attention_{name}.png",
                            {model: ([r["block"] for r in rows], [r[key] for r in rows])
                             for model, rows in statistics.items()},
                            markers=True, title="Attention by block", xlabel="block", ylabel=key)
+    heights = [row["test"] for row in pooling], [row["std. error"] or 0 for row in pooling]
     figures.bar_chart(folder / "pit_pooling.png", [row["pooling"] for row in pooling],
-                      {"test": ([row["test"] for row in pooling], [row["std. error"] or 0 for row in pooling])},
-                      ylabel="top-1, %", title="What stands between the stages", size=(900, 420))
+                      {"test": heights}, ylabel="top-1, %", size=(900, 420),
+                      title="What stands between the stages")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     run = harness.start(parser, argv)
     if run.args.data and run.args.preset == "default":
         run.args.preset = "small32"
-    settings = {**base.settings(run.args)}
+    settings = base.settings(run.args)
     if run.args.epochs is None and settings["preset"] == "default":
         settings["epochs"] = 8
     tiny = settings["preset"] == "tiny"
@@ -183,8 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     done: dict[str, list[dict]] = {}
 
     def rows_of(config: dict, name: str = "") -> list[dict]:
-        """One row per seed; a configuration that appears in two studies is trained once, under its
-        first name."""
+        """One row per seed; what two studies share is trained once, under its first name."""
         key = str(sorted(config.items()))
         if key not in done:
             name = re.sub(r"\W+", "-", name).strip("-")
@@ -203,18 +202,13 @@ def main(argv: list[str] | None = None) -> None:
     if run.figures and run.is_main:
         draw(run.figures, curves, statistics, pooling)
 
-    def verdict(a: list[dict], b: list[dict]) -> tuple[str, bool | None]:
-        gap, error = base.mean_and_error([x["test"] - y["test"] for x, y in zip(a, b)])
-        sure = len(a) >= 5 and abs(gap) > 2 * error
-        return f"{gap:+.1f}" + (f" +- {error:.1f}" if error else " (one seed)"), (gap > 0 if sure else None)
-
     claims = []
     for claim, a, b in (("reduced above constant dimensions, ViT", PIT, VIT),
                         ("reduced above constant dimensions, ResNet",
                          *(DIMENSIONS[f"ResNet, {k}"][0] for k in ("reduced", "constant"))),
                         ("convolution above average pooling", PIT, POOLING["average"]),
                         ("overlap above none", PIT, POOLING["patches without overlap"])):
-        gap, holds = verdict(rows_of(a), rows_of(b))
+        gap, holds = base.difference(*([row["test"] for row in rows_of(c)] for c in (a, b)))
         claims.append({"claim": claim, "paper": "above" if "dimensions" in claim else None,
                        "this run": gap, "holds": holds})
     run.finish(claims, {"pooling": pooling, "dimensions": dimensions,
