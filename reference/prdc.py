@@ -33,6 +33,7 @@ D = 2048 a few in ten thousand) are computed again from the differences in float
 the same way: all pairs that can be the k-th neighbour by these bounds are kept, and the k-th
 smallest of their exact distances is the radius. Blocks bound the memory and counts are integers:
 results depend neither on the block size nor on the order of rows nor on the number of processes.
+The code follows the text: points, bounds (`_Screen`), pass 1 radii, pass 2 counts.
 
 >>> g = torch.Generator().manual_seed(0)
 >>> real, fake = torch.randn(1000, 16, generator=g), torch.randn(1000, 16, generator=g)
@@ -73,10 +74,14 @@ class _Points:
 
     def __init__(self, x: Tensor, center: Tensor, scale: float, rows: int):
         self.x, self.center, self.scale, self.group = x, center, scale, None
-        self.norms = x.new_zeros(len(x), dtype=torch.float64)
+        self.norms, self.keys = x.new_zeros(2, len(x), dtype=torch.float64)
+        direction = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0),
+                               dtype=torch.float64).to(x.device)
         for a in range(0, len(x), rows):
             part = slice(a, a + rows)
-            self.norms[part] = self.block(part, torch.float64).square_().sum(1)
+            block = self.block(part, torch.float64)
+            self.keys[part] = (block * direction).sum(1)      # equal points have equal keys
+            self.norms[part] = block.square_().sum(1)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -114,19 +119,12 @@ def _number_equal_points(sets: list[_Points], rows: int) -> None:
 
     Their distance is 0 without looking; a million equal pairs would be a million close decisions.
     """
-    x, sizes = sets[0].x, [len(p) for p in sets]
-    direction = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0),
-                           dtype=torch.float64).to(x.device)
-    keys = x.new_empty(sum(sizes), dtype=torch.float64)       # small pieces would split the heap
-    for p, out in zip(sets, keys.split(sizes)):
-        for a in range(0, len(p), rows):
-            part = slice(a, a + rows)
-            out[part] = p.block(part, torch.float64).mul_(direction).sum(1)
+    keys, sizes = torch.cat([p.keys for p in sets]), [len(p) for p in sets]
     order = keys.argsort(stable=True)
     same = keys[order[1:]] == keys[order[:-1]]                # not proof: compare the neighbours
 
     def take(index: Tensor) -> Tensor:
-        out = x.new_empty(len(index), x.shape[1], dtype=torch.float64)
+        out = keys.new_empty(len(index), sets[0].x.shape[1])
         for p, mine, shift in zip(sets, (index < sizes[0], index >= sizes[0]), (0, sizes[0])):
             out[mine] = p.x[index[mine] - shift].to(torch.float64)
         return out
@@ -185,15 +183,6 @@ class _Screen:
                          for p, s in ((a, part_a), (b, part_b)))
         torch.addmm(columns, left, right.T, alpha=-2, out=out)
         return out.add_(rows.unsqueeze(1))
-
-    def scan(self, a: _Points, b: _Points, rows: range) -> Iterator[tuple]:
-        """(number, total, rows, columns, L) for the blocks of `rows` of a against all of b."""
-        parts, columns = self.parts(rows.stop, rows.start), self.parts(len(b))
-        for number, part in enumerate(parts):
-            left = a.block(part, self.dtype)
-            for done, column in enumerate(columns, number * len(columns) + 1):
-                yield done, len(parts) * len(columns), part, column, self.lower(
-                    a, part, left, b, column)
 
     def gap(self, a: _Points, i: Tensor, b: _Points, j: Tensor) -> Tensor:
         """Upper minus lower bound of the pairs (i, j)."""
@@ -338,17 +327,21 @@ def _kth(group: Tensor, value: Tensor, ks: list[int], count: int) -> Tensor:
 # ---------------------------------------------------------------- pass 2: who is in whose ball
 
 def _counts(real: _Points, fake: _Points, real_r2: Tensor, fake_r2: Tensor | None, screen: _Screen,
-            rows: range, strict: bool, rounded: bool) -> Iterator[dict]:
+            rows: range, strict: bool, rounded: bool, with_realism: bool) -> Iterator[dict]:
     """For the reals in `rows` against all fakes; yields progress, returns a dict of counts.
 
     real_r2 (K, N), fake_r2 (K, M) or None. per_fake (K, M): balls of `rows` that contain the fake.
-    per_real (K, rows): fakes in the ball. recalled (K, rows) bool.
+    per_real (K, rows): fakes in the ball. recalled (K, rows) bool. realism (K, M): the largest
+    r_i / d_ij over the reals in `rows` with a radius up to the median, else 0.
     """
     device, kinds = real.x.device, len(real_r2)
     slack = 2.0**-21 if rounded else 0.0                      # float32 roots differ beyond this
     per_fake = torch.zeros(kinds, len(fake), dtype=torch.int64, device=device)
     per_real = torch.zeros(kinds, len(rows), dtype=torch.int64, device=device)
     recalled = torch.zeros(kinds, len(rows), dtype=torch.bool, device=device)
+    nearest = torch.full((kinds, len(fake)), math.inf, dtype=torch.float64, device=device)
+    middle = real_r2.sqrt().sort(1).values[:, [(len(real) - 1) // 2, len(real) // 2]].mean(1)
+    kept = (real_r2.sqrt() <= middle.unsqueeze(1)) & (real_r2 > 0) & with_realism
 
     def reach(r2: Tensor) -> Tensor:
         """Lower bounds up to this may be inside the largest ball of each point."""
@@ -373,55 +366,46 @@ def _counts(real: _Points, fake: _Points, real_r2: Tensor, fake_r2: Tensor | Non
             value, radius = _float32_root(value), _float32_root(radius)
         return i, j, sure | (close & compare(value, radius))
 
+    def approach(lower: Tensor, a: slice, b: slice, row: Tensor, r2: Tensor, best: Tensor) -> None:
+        """Lower `best`, the smallest d^2 / r^2 of each fake; only what may be it is exact."""
+        square, low = r2[a][row].unsqueeze(1), lower[row].to(torch.float64)
+        column = torch.arange(b.start, b.stop, device=device)
+        high = low + screen.gap(real, row.unsqueeze(1) + a.start, fake, column)
+        limit = torch.minimum(best[b], (high / square).amin(0))
+        i, j = (low / square <= limit).nonzero(as_tuple=True)
+        d2 = high[i, j].clamp(min=0)
+        i, j = row[i] + a.start, j + b.start
+        if screen.exact:
+            d2 = _exact_distances(real, i, fake, j, screen.pairs)
+        best.scatter_reduce_(0, j, d2 / r2[i], "amin")
+
     real_reach, fake_reach = reach(real_r2), None if fake_r2 is None else reach(fake_r2)
-    for done, total, a, b, lower in screen.scan(real, fake, rows):
+    parts, columns = screen.parts(rows.stop, rows.start), screen.parts(len(fake))
+    for number, (a, b) in enumerate(((a, b) for a in parts for b in columns), 1):
+        if b is columns[0]:
+            left = real.block(a, screen.dtype)
+        lower = screen.lower(real, a, left, fake, b)
         mask = lower <= real_reach[a].to(screen.dtype).unsqueeze(1)
         i, j, hit = inside(lower, mask, a, b, real_r2, by_row=True)
         for kind in range(kinds):
             per_fake[kind] += torch.bincount(j[hit[kind]] + b.start, minlength=len(fake))
             per_real[kind] += torch.bincount(i[hit[kind]] + a.start - rows.start,
                                              minlength=len(rows))
+            if len(row := kept[kind, a].nonzero().squeeze(1)):
+                approach(lower, a, b, row, real_r2[kind], nearest[kind])
         if fake_r2 is not None:
             mask = lower <= fake_reach[b].to(screen.dtype)
             i, j, hit = inside(lower, mask, a, b, fake_r2, by_row=False)
             for kind in range(kinds):
                 recalled[kind, i[hit[kind]] + a.start - rows.start] = True
-        yield {"stage": "counting", "done": done, "total": total}
-    return {"per_fake": per_fake, "per_real": per_real, "recalled": recalled}
+        yield {"stage": "counting", "done": number, "total": len(parts) * len(columns)}
+    return {"per_fake": per_fake, "per_real": per_real, "recalled": recalled,
+            "realism": (1 / nearest).sqrt()}
 
 
 def _float32_root(squared: Tensor) -> Tensor:
     """The correctly rounded float32 root (torch's own may be one unit off) of the float32 value."""
     return squared.clamp(min=0).float().double().sqrt().float().double()
-
-
-def _realism(real: _Points, fake: _Points, r2: Tensor, screen: _Screen,
-             rows: range) -> Iterator[dict]:
-    """The largest r_i / d_ij over the reals in `rows` with a radius up to the median of r2 (N).
-
-    Yields progress, returns (M). Only pairs whose bound may be a fake's smallest d^2 / r^2 are
-    computed exactly.
-    """
-    radii = r2.sqrt()
-    middle = radii.sort().values
-    median = (middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2
-    kept = (radii <= median) & (r2 > 0)
-    best = torch.full((len(fake),), math.inf, dtype=torch.float64, device=r2.device)
-    for done, total, a, b, lower in screen.scan(real, fake, rows):
-        row = kept[a].nonzero().squeeze(1)
-        if len(row):
-            square, low = r2[a][row].unsqueeze(1), lower[row].to(torch.float64)
-            column = torch.arange(b.start, b.stop, device=row.device)
-            high = low + screen.gap(real, row.unsqueeze(1) + a.start, fake, column)
-            limit = torch.minimum(best[b], (high / square).amin(0))
-            i, j = (low / square <= limit).nonzero(as_tuple=True)
-            d2 = high[i, j].clamp(min=0)
-            i, j = row[i] + a.start, j + b.start
-            if screen.exact:
-                d2 = _exact_distances(real, i, fake, j, screen.pairs)
-            best.scatter_reduce_(0, j, d2 / r2[i], "amin")
-        yield {"stage": "realism", "done": done, "total": total}
-    return (1 / best).sqrt()
 
 
 # ---------------------------------------------------------------- the public functions
@@ -516,17 +500,13 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
             real_r2 = yield from radii(x, "real radii")
         fake_r2 = (yield from radii(y, "fake radii")) if with_recall else None
         counts = yield from _counts(x, y, real_r2, fake_r2, screen, share(len(x)),
-                                    options["ties"] == "strict", options["rounding"] == "float32")
-        scores = []
-        if options["realism"]:
-            for r2 in real_r2:
-                scores.append((yield from _realism(x, y, r2, screen, share(len(x)))))
+                                    options["ties"] == "strict", options["rounding"] == "float32",
+                                    options["realism"])
     if group is not None:
         dist.all_reduce(counts["per_fake"], group=group)
         for name in ("per_real", "recalled"):
             counts[name] = _gather(counts[name].T.to(torch.int64).contiguous(), group).T.long()
-        for score in scores:
-            dist.all_reduce(score, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(counts["realism"], dist.ReduceOp.MAX, group=group)
     if options["ties"] == "strict" and not real_r2.any():
         warnings.warn("every real ball has radius 0 (constant or heavily duplicated features): no "
                       'point is inside an open ball; ties="inclusive" counts equal points',
@@ -550,8 +530,8 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
                    "count_per_real": per_real, "density_clipped": clipped}
         if with_recall:
             result |= {"fake_radii": roots(fake_r2), "real_in_fake_manifold": recalled}
-    if scores:
-        result["realism"] = torch.stack(scores).cpu()
+    if options["realism"]:
+        result["realism"] = counts["realism"].cpu()
     if not _is_several(nearest_k):
         result = {name: value[0] for name, value in result.items()}
     yield {"stage": "done", "done": 1, "total": 1, "result": result,
