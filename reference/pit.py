@@ -156,7 +156,7 @@ class Transformer(nn.Module):
 def _checkpointed(block: Block, x: Tensor, queries: int | None = None) -> Tensor:
     """Runs the block again in the backward pass, with the same stochastic-depth masks."""
     generator = block.drop_path1.generator      # torch replays only its default generator
-    before = generator and generator.get_state()
+    before = None if generator is None else generator.get_state()
 
     @contextmanager
     def replay():
@@ -168,7 +168,8 @@ def _checkpointed(block: Block, x: Tensor, queries: int | None = None) -> Tensor
             generator.set_state(now)
 
     return checkpoint(block, x, queries, use_reentrant=False,
-                      context_fn=lambda: (nullcontext(), replay() if generator else nullcontext()))
+                      context_fn=lambda: (nullcontext(),
+                                          nullcontext() if generator is None else replay()))
 
 
 # What PiT and ViT share: class tokens in, logits out; replacing heads; loading checkpoints
@@ -292,7 +293,6 @@ class PoolingTransformer(_Classifier):
                      stride=stride, in_chans=in_chans)
         _check_rates(attn_drop_rate=attn_drop_rate, drop_rate=drop_rate,
                      drop_path_rate=drop_path_rate)
-        _check_option("init", init, ("official", "deit"))
         _check_option("drop_path_rule", drop_path_rule, ("official", "timm"))
         _check_option("attention", attention, ("sdpa", "math"))
         _check_option("pool", pool, ("conv", "avg", "max", "none"))
@@ -427,14 +427,8 @@ class VisionTransformer(_Classifier):
         self.reset_classifier(num_classes)
         init_weights(self, "deit")
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The whole normalised sequence `(B, T + N, C)`, class tokens first."""
-        return self.norm(self._encode(x))
-
-    def _class_tokens(self, x: Tensor) -> Tensor:
-        return self.norm(self._encode(x, queries=self.num_tokens))
-
-    def _encode(self, x: Tensor, queries: int | None = None) -> Tensor:
+    def forward_features(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """The normalised sequence `(B, T + N, C)`, class tokens first; or its first `queries`."""
         self._check_images(x)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
         tokens = [self.cls_token, self.dist_token] if self.num_tokens == 2 else [self.cls_token]
@@ -443,7 +437,10 @@ class VisionTransformer(_Classifier):
         *first, last = self.blocks
         for block in first:
             x = block(x)
-        return last(x, queries)
+        return self.norm(last(x, queries))
+
+    def _class_tokens(self, x: Tensor) -> Tensor:
+        return self.forward_features(x, queries=self.num_tokens)
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token", "dist_token"}
@@ -458,6 +455,7 @@ def init_weights(model: nn.Module, init: str = "official",
     linear weights from a normal of std 0.02, zero biases. Both: position map and class tokens from
     that normal, LayerNorm at (1, 0).
     """
+    _check_option("init", init, ("official", "deit"))
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.weight.fill_(1)
@@ -693,8 +691,6 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return _normalized(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
 
 
-
-
 class RandomErasing:
     """Fills a random rectangle of a normalised image with normal noise (Zhong et al., 1708.04896).
 
@@ -919,8 +915,10 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     bare = _bare(model)
     device = next(model.parameters()).device if device is None else torch.device(device)
     model.to(device).train()
-    criterion = criterion or SoftTargetCrossEntropy()           # with labels: plain cross entropy
-    distill = teacher and DistillationLoss(criterion, teacher, distillation, alpha, tau).to(device)
+    if criterion is None:
+        criterion = SoftTargetCrossEntropy()                    # of labels: plain cross entropy
+    if teacher is not None:
+        distill = DistillationLoss(criterion, teacher, distillation, alpha, tau).to(device)
     for module in bare.modules():
         if isinstance(module, DropPath):
             module.generator = generator
@@ -958,7 +956,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
                 images, targets = mixup(images, targets)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 out = model(images)
-                loss = distill(images, out, targets) if distill else criterion(out, targets)
+                loss = criterion(out, targets) if teacher is None else distill(images, out, targets)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
