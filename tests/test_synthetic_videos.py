@@ -10,9 +10,8 @@ def test_a_square_moves_in_the_direction_of_its_class():
     data = synthetic.videos(40, 16, 8, seed=1, noise=0.0)
     steps = {0: (2, 0), 1: (0, 2), 2: (-2, 0), 3: (0, -2)}
     assert data["videos"].shape == (40, 3, 8, 16, 16) and data["videos"].dtype == torch.uint8
-    for video, mask, boxes, label in zip(
-        *(data[k] for k in ("videos", "masks", "boxes", "labels"))
-    ):
+    for video, mask, boxes, label in zip(*(data[k]
+                                           for k in ("videos", "masks", "boxes", "labels"))):
         dx, dy = steps[int(label)]
         for t in range(7):
             assert torch.equal(mask[t].roll((dy, dx), (0, 1)), mask[t + 1])
@@ -37,9 +36,8 @@ def test_scenes():
     share = (mixed["scenes"] == mixed["labels"]).float().mean().item()
     assert share == pytest.approx(0.6 + 0.4 / 4, abs=0.03)
     a, b = (synthetic.videos(200, seed=seed, rho=0.0, noise=0.0) for seed in (5, 6))
-    first, second = (
-        d["videos"].float().median(2).values[d["scenes"] == 2].median(0).values for d in (a, b)
-    )
+    first, second = (d["videos"].float().median(2).values[d["scenes"] == 2].median(0).values
+                     for d in (a, b))
     assert (first - second).abs().max() < 3  # class scenes are the same for every seed
 
 
@@ -57,10 +55,8 @@ def test_a_seed_determines_everything_and_bad_input_is_refused():
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["videos"], synthetic.videos(5, seed=10, rho=0.5)["videos"])
     assert synthetic.videos(3, labels=torch.tensor([3, 3, 0]))["labels"].tolist() == [3, 3, 0]
-    assert (
-        synthetic.videos(0)["videos"].shape[0] == 0
-        and synthetic.videos(4, 32, 4, classes=6)["masks"].sum() == 4 * 4 * 64
-    )
+    assert (synthetic.videos(0)["videos"].shape[0] == 0
+            and synthetic.videos(4, 32, 4, classes=6)["masks"].sum() == 4 * 4 * 64)
     for options in ({"size": 4}, {"classes": 1}, {"action_frames": 9}, {"rho": 1.5}, {"count": -1}):
         with pytest.raises(ValueError):
             synthetic.videos(**{"count": 2, **options})

@@ -35,9 +35,8 @@ def levels(images):
 def write_animated(path, frames, milliseconds=100):
     images = [Image.fromarray(frame) for frame in frames]
     options = {"lossless": True} if path.suffix == ".webp" else {}
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0, **options
-    )
+    images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds, loop=0,
+                   **options)
     return path
 
 
@@ -49,7 +48,6 @@ def write_folder(path, frames):
 
 
 # ---------------------------------------------------------------- extraction
-
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif", ".png", ".npz", ".npy"])
 def test_frames_are_extracted_without_ffmpeg(tmp_path, suffix, monkeypatch):
@@ -65,21 +63,16 @@ def test_frames_are_extracted_without_ffmpeg(tmp_path, suffix, monkeypatch):
     names = sorted(os.listdir(tmp_path / "frames"))
     assert names == [f"img_{i:05d}.jpg" for i in range(1, 8)]
     video = vf.open_video(tmp_path / "frames")
-    assert (
-        video.count == 7
-        and video.read([0])[0].size == (18, 12)
-        and levels(video.read(None)) == list(range(7))
-    )
+    assert (video.count == 7 and video.read([0])[0].size == (18, 12)
+            and levels(video.read(None)) == list(range(7)))
     assert levels(vf.open_video(source).read([5, 2, 2])) == [5, 2, 2]
     assert [p for p in os.listdir(tmp_path) if p.endswith(".tmp")] == []
 
 
 def test_a_rate_repeats_and_drops_frames(tmp_path):
     source = write_animated(tmp_path / "clip.webp", gradient(6), milliseconds=100)
-    assert (
-        vf.extract(source, tmp_path / "slow", None, fps=5) == 3
-        and vf.extract(source, tmp_path / "fast", None, fps=20) == 12
-    )
+    assert (vf.extract(source, tmp_path / "slow", None, fps=5) == 3
+            and vf.extract(source, tmp_path / "fast", None, fps=20) == 12)
     assert levels(vf.open_video(tmp_path / "fast").read(None)) == [t // 2 for t in range(12)]
     np.save(tmp_path / "clip.npy", gradient())
     with pytest.raises(ValueError, match="no times"):
@@ -110,17 +103,10 @@ for i in (1, 2):
     monkeypatch.setenv("PATH", str(fake_ffmpeg(tmp_path / "bin", copy)))
     assert vf.extract(tmp_path / "a b.mp4", tmp_path / "out", short_side=256) == 2
     argv = eval((tmp_path / "argv").read_text())
-    assert (
-        argv[:5] == ["-nostdin", "-hide_banner", "-loglevel", "error", "-i"]
-        and argv[5].endswith("a b.mp4")
-        and "-vsync" in argv
-    )
-    assert argv[
-        argv.index("-vf") + 1
-    ] == "scale='if(lt(iw,ih),256,-2)':'if(lt(iw,ih),-2,256)'" and argv[-3:-1] == [
-        "-start_number",
-        "1",
-    ]
+    assert (argv[:5] == ["-nostdin", "-hide_banner", "-loglevel", "error", "-i"]
+            and argv[5].endswith("a b.mp4") and "-vsync" in argv)
+    assert argv[argv.index("-vf") + 1] == "scale='if(lt(iw,ih),256,-2)':'if(lt(iw,ih),-2,256)'"
+    assert argv[-3:-1] == ["-start_number", "1"]
     assert vf.extract(tmp_path / "a b.mp4", tmp_path / "rate", short_side=None, fps=12.5) == 2
     argv = eval((tmp_path / "argv").read_text())
     assert argv[argv.index("-vf") + 1] == "fps=12.5" and "-vsync" not in argv
@@ -144,26 +130,9 @@ def test_a_real_mp4(tmp_path):
     # nothing to see without it
     for program in filter(None, [shutil.which("ffmpeg")]):
         write_folder(tmp_path / "in", gradient(12, 48, 64))
-        subprocess.run(
-            [
-                program,
-                "-nostdin",
-                "-loglevel",
-                "error",
-                "-framerate",
-                "10",
-                "-start_number",
-                "1",
-                "-i",
-                str(tmp_path / "in" / "img_%05d.jpg"),
-                "-c:v",
-                "mpeg4",
-                "-q:v",
-                "2",
-                str(tmp_path / "clip.mp4"),
-            ],
-            check=True,
-        )
+        subprocess.run([program, "-nostdin", "-loglevel", "error", "-framerate", "10",
+                        "-start_number", "1", "-i", str(tmp_path / "in" / "img_%05d.jpg"), "-c:v",
+                        "mpeg4", "-q:v", "2", str(tmp_path / "clip.mp4")], check=True)
         assert vf.extract(tmp_path / "clip.mp4", tmp_path / "all", short_side=24) == 12
         video = vf.open_video(tmp_path / "all")
         assert video.read([0])[0].size == (32, 24) and levels(video.read(None)) == list(range(12))
@@ -184,10 +153,8 @@ def test_extraction_of_many_goes_on_and_names_what_failed(tmp_path):
     failed = vf.extract_all(jobs, workers=2, progress=seen.append, short_side=None)
     assert list(failed) == [str(tmp_path / "c.webp")] and seen == [1, 2, 3]
     before = (tmp_path / "out" / "a" / "img_00001.jpg").stat().st_mtime_ns
-    assert (
-        sorted(os.listdir(tmp_path / "out")) == ["a", "b"]
-        and vf.count_frames(tmp_path / "out" / "a") == 3
-    )
+    assert (sorted(os.listdir(tmp_path / "out")) == ["a", "b"]
+            and vf.count_frames(tmp_path / "out" / "a") == 3)
     vf.extract_all(jobs, workers=2)
     assert (tmp_path / "out" / "a" / "img_00001.jpg").stat().st_mtime_ns == before
     (tmp_path / "out" / "a" / "img_00002.jpg").unlink()
@@ -197,27 +164,21 @@ def test_extraction_of_many_goes_on_and_names_what_failed(tmp_path):
 
 # ---------------------------------------------------------------- sampling and loading
 
-
 def test_choice_of_frames():
-    assert (
-        vf.dense_starts(100, 57, 3) == [0, 21, 43]
-        and vf.dense_starts(5, 57, 3) == [0, 0, 0]
-        and vf.dense_starts(100, 57, 1) == [21]
-    )
+    assert (vf.dense_starts(100, 57, 3) == [0, 21, 43] and vf.dense_starts(5, 57, 3) == [0, 0, 0]
+            and vf.dense_starts(100, 57, 1) == [21])
     assert vf.dense_indices(10, 4, 3, 5) == [5, 8, 1, 4]
     assert vf.segment_indices(8, 4) == [1, 3, 5, 7] and vf.segment_indices(2, 4) == [0, 0, 1, 1]
-    drawn = torch.tensor(
-        [vf.segment_indices(20, 4, torch.Generator().manual_seed(s)) for s in range(200)]
-    )
+    drawn = torch.tensor([vf.segment_indices(20, 4, torch.Generator().manual_seed(s))
+                          for s in range(200)])
     assert ((drawn // 5) == torch.arange(4)).all() and len(drawn[:, 0].unique()) == 5
 
 
 def tree(tmp_path, counts=(20, 9, 30)):
     rows = []
     for number, count in enumerate(counts):
-        write_folder(
-            tmp_path / f"class {number}" / "v", gradient(10, 40, 60)[np.arange(count) % 10]
-        )
+        write_folder(tmp_path / f"class {number}" / "v",
+                     gradient(10, 40, 60)[np.arange(count) % 10])
         rows.append((f"class {number}/v", count, number))
     vf.write_index(tmp_path / "train.txt", rows)
     return tmp_path / "train.txt"
@@ -227,11 +188,8 @@ def test_clips_of_a_folder(tmp_path):
     index = tree(tmp_path)
     transform = vf.ClipTransform(32, train=False)
     clips = vf.VideoFolder(index, 4, 2, transform=transform, num_clips=3)
-    assert (
-        len(clips) == 3
-        and clips.labels.tolist() == [0, 1, 2]
-        and clips.indices(20) == [[0, 2, 4, 6], [6, 8, 10, 12], [13, 15, 17, 19]]
-    )
+    assert (len(clips) == 3 and clips.labels.tolist() == [0, 1, 2]
+            and clips.indices(20) == [[0, 2, 4, 6], [6, 8, 10, 12], [13, 15, 17, 19]])
     views, label = clips[1]
     assert views.shape == (3, 4, 32, 32, 3) and views.dtype == torch.uint8 and label == 1
     three = vf.VideoFolder(index, 4, 2, transform=vf.ClipTransform(32, crops=3), num_clips=2)[0][0]
@@ -254,41 +212,32 @@ def test_crop_and_flip_are_shared_by_the_frames_and_only_those_are_read(tmp_path
     shutil.rmtree(tmp_path / "class 0")
     write_folder(tmp_path / "class 0" / "v", np.repeat(frame[None], 20, 0))
     opened, real = [], Image.open
-    monkeypatch.setattr(
-        Image, "open", lambda name, *rest: opened.append(Path(name).name) or real(name, *rest)
-    )
+    monkeypatch.setattr(Image, "open", lambda name, *rest: opened.append(Path(name).name)
+                        or real(name, *rest))
     train = vf.VideoFolder(index, 4, 3, train=True, transform=vf.ClipTransform(16, True, (18, 24)))
     clips = [train.clip(train.open(0), torch.Generator().manual_seed(s)) for s in range(12)]
-    assert (
-        len(opened) == 48
-        and all((clip == clip[:1]).all() for clip in clips)
-        and not torch.equal(clips[0], clips[1])
-    )
+    assert (len(opened) == 48 and all((clip == clip[:1]).all() for clip in clips)
+            and not torch.equal(clips[0], clips[1]))
     read = lambda size: vf.open_video(tmp_path / "class 0" / "v").read([0], size)  # noqa: E731
-    mirrored, plain = (
-        vf.ClipTransform(16, True, (18, 18), flip=flip)(read, torch.Generator().manual_seed(0))[0]
-        for flip in (1.0, 0.0)
-    )
+    transforms = (vf.ClipTransform(16, True, (18, 18), flip=flip) for flip in (1.0, 0.0))
+    mirrored, plain = (transform(read, torch.Generator().manual_seed(0))[0]
+                       for transform in transforms)
     assert np.array_equal(mirrored, plain[:, :, ::-1])
 
 
 def test_large_frames_are_decoded_small(tmp_path):
     write_folder(tmp_path / "v", gradient(1, 256, 340))
     sizes = []
-    vf.ClipTransform(56)(
-        lambda size: [
-            sizes.append(f.size) or f for f in vf.open_video(tmp_path / "v").read([0], size)
-        ]
-    )
+    vf.ClipTransform(56)(lambda size: [sizes.append(f.size) or f
+                                       for f in vf.open_video(tmp_path / "v").read([0], size)])
     assert sizes == [(85, 64)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader(tmp_path, workers):
     index = tree(tmp_path)
-    dataset = vf.VideoFolder(
-        index, 4, 2, train=True, transform=vf.ClipTransform(16, True, (20, 30))
-    )
+    dataset = vf.VideoFolder(index, 4, 2, train=True,
+                             transform=vf.ClipTransform(16, True, (20, 30)))
     loader = vf.VideoLoader(dataset, 2, shuffle=True, seed=3, workers=workers)
     epochs = [[(x, y) for x, y in loader] for _ in range(2)]
     assert epochs[0][0][0].shape == (2, 3, 4, 16, 16) and epochs[0][0][0].dtype == torch.float32
@@ -296,47 +245,36 @@ def test_loader(tmp_path, workers):
     loader.set_epoch(1, 1)
     ((x, y),) = list(loader)
     assert torch.equal(x, epochs[1][1][0]) and torch.equal(y, epochs[1][1][1])
-    test = vf.VideoLoader(
-        vf.VideoFolder(index, 4, 2, transform=vf.ClipTransform(16, crops=3), num_clips=2),
-        3,
-        workers=workers,
-    )
+    test = vf.VideoLoader(vf.VideoFolder(index, 4, 2, transform=vf.ClipTransform(16, crops=3),
+                                         num_clips=2), 3, workers=workers)
     assert next(iter(test))[0].shape == (3, 6, 3, 4, 16, 16)
 
 
 def test_normalisation():
-    frames = torch.randint(
-        0, 256, (2, 3, 4, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    frames = torch.randint(0, 256, (2, 3, 4, 5, 3), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     expected = ((frames.double() / 255 - 0.45) / 0.225).permute(0, 4, 1, 2, 3)
     assert (vf.to_clips(frames) - expected).abs().max() < 1e-5
     per_channel = vf.to_clips(frames, (0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
-    assert torch.allclose(
-        per_channel[:, 2].double(), (frames[..., 2].double() / 255 - 0.3) / 4, atol=1e-6
-    )
+    assert torch.allclose(per_channel[:, 2].double(), (frames[..., 2].double() / 255 - 0.3) / 4,
+                          atol=1e-6)
 
 
 def test_bad_input(tmp_path):
     index = tree(tmp_path)
-    for call, error, words in [
-        (lambda: vf.VideoFolder(index, mode="random"), ValueError, "mode"),
-        (lambda: vf.VideoFolder(index, 0), ValueError, "clip_len"),
-        (lambda: vf.VideoFolder(index, train=True, num_clips=2), ValueError, "num_clips"),
-        (lambda: vf.ClipTransform(0), ValueError, "size"),
-        (lambda: vf.ClipTransform(300, True), ValueError, "jitter"),
-        (lambda: vf.ClipTransform(crops=2), ValueError, "crops"),
-        (lambda: vf.extract("x", "y", 0), ValueError, "short_side"),
-        (lambda: vf.extract("x", "y", quality=1), ValueError, "quality"),
-        (lambda: vf.to_clips(torch.zeros(1, 4, 4, 3)), TypeError, "uint8"),
-    ]:
+    for call, error, words in [(lambda: vf.VideoFolder(index, mode="random"), ValueError, "mode"),
+                               (lambda: vf.VideoFolder(index, 0), ValueError, "clip_len"),
+                               (lambda: vf.VideoFolder(index, train=True, num_clips=2), ValueError,
+                                "num_clips"), (lambda: vf.ClipTransform(0), ValueError, "size"),
+                               (lambda: vf.ClipTransform(300, True), ValueError, "jitter"),
+                               (lambda: vf.ClipTransform(crops=2), ValueError, "crops"),
+                               (lambda: vf.extract("x", "y", 0), ValueError, "short_side"),
+                               (lambda: vf.extract("x", "y", quality=1), ValueError, "quality"),
+                               (lambda: vf.to_clips(torch.zeros(1, 4, 4, 3)), TypeError, "uint8")]:
         with pytest.raises(error, match=words):
             call()
-    for text, words in (
-        ("a 3\n", "line 1"),
-        ("a 3 0\nb x 1\n", "line 2"),
-        ("a 0 1\n", "line 1"),
-        ("", "no video"),
-    ):
+    for text, words in (("a 3\n", "line 1"), ("a 3 0\nb x 1\n", "line 2"), ("a 0 1\n", "line 1"),
+                        ("", "no video")):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(ValueError, match=f"bad.txt.*{words}"):
             vf.read_index(tmp_path / "bad.txt")
@@ -349,7 +287,6 @@ def test_bad_input(tmp_path):
 
 
 # ---------------------------------------------------------------- annotations
-
 
 def test_kinetics_and_mini_kinetics(tmp_path):
     path = tmp_path / "train.csv"
@@ -365,9 +302,8 @@ def test_kinetics_and_mini_kinetics(tmp_path):
     videos, classes = va.read_mini_kinetics(tmp_path / "mini.txt", path)
     assert classes == ["abseiling", "zumba"] and [v.label for v in videos] == [0, 1]
     (tmp_path / "test.csv").write_text("youtube_id,time_start,time_end,split\nq,1,11,test\n")
-    assert va.read_kinetics(tmp_path / "test.csv", classes)[0] == [
-        va.Labelled("q_000001_000011", -1, 1.0, 11.0)
-    ]
+    assert va.read_kinetics(tmp_path / "test.csv",
+                            classes)[0] == [va.Labelled("q_000001_000011", -1, 1.0, 11.0)]
     path.write_text("label,youtube_id,time_start,time_end,split\nabseiling,x,soon,130,train\n")
     with pytest.raises(ValueError, match="train.csv, line 2"):
         va.read_kinetics(path)
@@ -383,23 +319,13 @@ def test_something_something(tmp_path):
     (tmp_path / "labels.json").write_text(
         json.dumps({"Pushing something": "1", "Holding something next to something": "0"})
     )
-    items = [
-        {
-            "id": "7",
-            "label": "pushing a cup",
-            "template": "Pushing [something]",
-            "placeholders": ["a cup"],
-        },
-        {"id": "8", "template": "Holding [something] next to [something]"},
-        {"id": "9"},
-    ]
+    items = [{"id": "7", "label": "pushing a cup", "template": "Pushing [something]",
+              "placeholders": ["a cup"]},
+             {"id": "8", "template": "Holding [something] next to [something]"}, {"id": "9"}]
     (tmp_path / "train.json").write_text(json.dumps(items))
     videos, classes = va.read_ssv2(tmp_path / "train.json", tmp_path / "labels.json")
-    assert [tuple(v[:2]) for v in videos] == [
-        ("7.webm", 1),
-        ("8.webm", 0),
-        ("9.webm", -1),
-    ] and classes[1] == "Pushing something"
+    assert [tuple(v[:2]) for v in videos] == [("7.webm", 1), ("8.webm", 0), ("9.webm", -1)]
+    assert classes[1] == "Pushing something"
     (tmp_path / "train.json").write_text(
         json.dumps([{"id": "7", "template": "Eating [something]"}])
     )
@@ -420,10 +346,8 @@ def test_ucf101_and_hmdb51(tmp_path):
     hmdb.mkdir()
     (hmdb / "brush_hair_test_split1.txt").write_text("a b.avi 1 \nc.avi 2 \nd.avi 0 \n")
     (hmdb / "wave_test_split1.txt").write_text("w.avi 1\n")
-    assert va.read_hmdb51(hmdb)[0] == [
-        va.Labelled("brush_hair/a b.avi", 0),
-        va.Labelled("wave/w.avi", 1),
-    ]
+    assert va.read_hmdb51(hmdb)[0] == [va.Labelled("brush_hair/a b.avi", 0),
+                                       va.Labelled("wave/w.avi", 1)]
     assert va.read_hmdb51(hmdb, 1, False)[0] == [va.Labelled("brush_hair/c.avi", 0)]
     with pytest.raises(ValueError, match="split2"):
         va.read_hmdb51(hmdb, 2)
@@ -454,11 +378,8 @@ def test_thumos_and_ava(tmp_path):
     )
     (tmp_path / "excluded.csv").write_text("v1,0903\n")
     (moment,) = va.read_ava(path, tmp_path / "excluded.csv")
-    assert (
-        moment.seconds == 902
-        and moment.boxes.shape == (2, 4)
-        and moment.actions == [[12, 80], [12]]
-    )
+    assert (moment.seconds == 902 and moment.boxes.shape == (2, 4)
+            and moment.actions == [[12, 80], [12]])
     (tmp_path / "list.pbtxt").write_text(
         'label {\n  name: "bend/bow (at the waist)"\n  label_id: 1\n  label_type: X\n}\n'
         'item {\n  name: "dance"\n  id: 5\n}\n'
@@ -489,15 +410,10 @@ def test_command_line(tmp_path):
     done = run("extract", tmp_path / "videos", tmp_path / "frames", "--short-side", 16)
     assert done.returncode == 0 and "2 of 2 videos" in done.stdout, done.stderr
     done = run("index", "ucf101", lists, tmp_path / "frames", tmp_path / "train.txt")
-    assert (
-        done.returncode == 0
-        and "1 videos of 1 classes; 1 have no frames, the first YoYo/v_YoYo_g09_c01.avi"
-        in done.stdout
-    ), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert ("1 videos of 1 classes; 1 have no frames, the first YoYo/v_YoYo_g09_c01.avi"
+            in done.stdout)
     assert vf.read_index(tmp_path / "train.txt") == [("YoYo/v_YoYo_g01_c01", 4, 0)]
     done = run("index", "ssv2", lists / "classInd.txt", tmp_path / "frames", tmp_path / "train.txt")
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: ssv2 needs --with")
-        and "Traceback" not in done.stderr
-    )
+    assert (done.returncode == 1 and done.stderr.startswith("error: ssv2 needs --with")
+            and "Traceback" not in done.stderr)

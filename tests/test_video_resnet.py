@@ -15,15 +15,9 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(
-    "factory, count",
-    [
-        (vr.slowonly50, 32_454_096),
-        (vr.slowfast50, 34_566_488),
-        (vr.r2plus1d18, 31_505_325),
-        (vr.tsm50, 24_327_632),
-    ],
-)
+@pytest.mark.parametrize("factory, count",
+                         [(vr.slowonly50, 32_454_096), (vr.slowfast50, 34_566_488),
+                          (vr.r2plus1d18, 31_505_325), (vr.tsm50, 24_327_632)])
 def test_published_parameter_counts(factory, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in factory().parameters()) == count
@@ -31,14 +25,10 @@ def test_published_parameter_counts(factory, count):
 
 def test_published_names():
     with torch.device("meta"):
-        slow, both, split = (
-            model.state_dict() for model in (vr.slowonly50(), vr.slowfast50(), vr.r2plus1d18())
-        )
-        shapes = {
-            name: tuple(value.shape)
-            for state in (both, slow, split)
-            for name, value in state.items()
-        }
+        slow, both, split = (model.state_dict()
+                             for model in (vr.slowonly50(), vr.slowfast50(), vr.r2plus1d18()))
+        shapes = {name: tuple(value.shape) for state in (both, slow, split)
+                  for name, value in state.items()}
         assert {k: v.shape for k, v in vr.tsm50(1000).state_dict().items()} == {
             k: v.shape for k, v in resnet.resnet50().state_dict().items()
         }
@@ -62,11 +52,8 @@ def test_published_names():
         "layer2.0.downsample.0.weight": (128, 64, 1, 1, 1),
     }.items():
         assert shapes[name] == shape, name
-    tsm = {
-        "module.base_model.layer1.0.conv1.net.weight": 1,
-        "module.base_model.bn1.weight": 2,
-        "module.new_fc.weight": 3,
-    }
+    tsm = {"module.base_model.layer1.0.conv1.net.weight": 1, "module.base_model.bn1.weight": 2,
+           "module.new_fc.weight": 3}
     assert vr.tsm_names(tsm) == {"layer1.0.conv1.weight": 1, "bn1.weight": 2, "fc.weight": 3}
 
 
@@ -80,11 +67,8 @@ def test_forward_backward_and_reproducible_start(factory):
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in a.parameters())
     features = a.forward_features(clips)
-    shapes = {
-        vr.slowonly18: (2, 64, 8, 4, 4),
-        vr.r2plus1d18: (2, 64, 1, 4, 4),
-        vr.tsm18: (2, 64, 8, 4, 4),
-    }
+    shapes = {vr.slowonly18: (2, 64, 8, 4, 4), vr.r2plus1d18: (2, 64, 1, 4, 4),
+              vr.tsm18: (2, 64, 8, 4, 4)}
     if factory is vr.slowfast18:
         assert [tuple(f.shape) for f in features] == [(2, 64, 2, 4, 4), (2, 8, 8, 4, 4)]
     else:
@@ -116,11 +100,8 @@ def test_temporal_shift():
     x = torch.arange(2 * 4 * 8).float().view(2, 4, 8, 1, 1)
     out = vr.temporal_shift(x)
     assert torch.equal(out[:, :3, 0], x[:, 1:, 0]) and (out[:, 3, 0] == 0).all()
-    assert (
-        torch.equal(out[:, 1:, 1], x[:, :3, 1])
-        and (out[:, 0, 1] == 0).all()
-        and torch.equal(out[:, :, 2:], x[:, :, 2:])
-    )
+    assert (torch.equal(out[:, 1:, 1], x[:, :3, 1]) and (out[:, 0, 1] == 0).all()
+            and torch.equal(out[:, :, 2:], x[:, :, 2:]))
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -157,15 +138,14 @@ def test_inflation(depth, plain):
 
 
 def test_bad_input():
-    for call, words in [
-        (lambda: vr.SlowOnly(101), "depth"),
-        (lambda: vr.SlowOnly(num_classes=0), "num_classes"),
-        (lambda: vr.TSM(width=0), "width"),
-        (lambda: vr.R2Plus1D(50), "depth"),
-        (lambda: vr.slowonly18(2, width=8)(torch.zeros(3, 4, 16, 16)), r"\(B, 3, T, H, W\)"),
-        (lambda: vr.slowfast18(2, width=8, fusion_kernel=4), "fusion_kernel"),
-        (lambda: vr.inflate(vr.slowonly18(2, width=8), {"x": torch.zeros(1)}), "no parameter fits"),
-        (lambda: vr.inflate(vr.slowonly18(2, width=8), {}, "sum"), "mode"),
-    ]:
+    for call, words in [(lambda: vr.SlowOnly(101), "depth"),
+                        (lambda: vr.SlowOnly(num_classes=0), "num_classes"),
+                        (lambda: vr.TSM(width=0), "width"), (lambda: vr.R2Plus1D(50), "depth"),
+                        (lambda: vr.slowonly18(2, width=8)(torch.zeros(3, 4, 16, 16)),
+                         r"\(B, 3, T, H, W\)"),
+                        (lambda: vr.slowfast18(2, width=8, fusion_kernel=4), "fusion_kernel"),
+                        (lambda: vr.inflate(vr.slowonly18(2, width=8), {"x": torch.zeros(1)}),
+                         "no parameter fits"),
+                        (lambda: vr.inflate(vr.slowonly18(2, width=8), {}, "sum"), "mode")]:
         with pytest.raises(ValueError, match=words):
             call()

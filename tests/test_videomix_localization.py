@@ -11,10 +11,8 @@ def seeded(seed=0):
 
 
 def test_the_mean_of_the_maps_is_the_logits():
-    features, weight = (
-        torch.randn(2, 5, 4, 3, 6, generator=seeded()).double(),
-        torch.randn(7, 5, generator=seeded(1)).double(),
-    )
+    features, weight = (torch.randn(2, 5, 4, 3, 6, generator=seeded()).double(),
+                        torch.randn(7, 5, generator=seeded(1)).double())
     bias = torch.randn(7, generator=seeded(2)).double()
     logits = features.mean((2, 3, 4)) @ weight.T + bias
     maps, sequence = vl.class_activation_maps(features, weight, bias), vl.class_activation_sequence(
@@ -28,9 +26,8 @@ def test_the_mean_of_the_maps_is_the_logits():
 def test_iou_of_segments_and_boxes():
     a, b = torch.tensor([[0.0, 2], [3, 5]]), torch.tensor([[1.0, 3], [3, 5], [9, 9]])
     assert torch.allclose(vl.interval_iou(a, b), torch.tensor([[1 / 3, 0, 0], [0, 1, 0]]).double())
-    boxes = vl.interval_iou(
-        torch.tensor([[0, 0, 2, 2]]), torch.tensor([[1, 1, 3, 3], [0, 0, 2, 1], [2, 0, 4, 2]])
-    )
+    boxes = vl.interval_iou(torch.tensor([[0, 0, 2, 2]]),
+                            torch.tensor([[1, 1, 3, 3], [0, 0, 2, 1], [2, 0, 4, 2]]))
     assert torch.allclose(boxes, torch.tensor([[1 / 7, 1 / 2, 0]]).double())
 
 
@@ -54,20 +51,11 @@ def test_segments_of_a_sequence():
 
 def naive_ap(detections, truths, label, limit):
     """The definition, detection by detection."""
-    rows = sorted(
-        (
-            (-float(score), video, index)
-            for video, (_, labels, scores) in enumerate(detections)
-            for index, (score, k) in enumerate(zip(scores, labels))
-            if k == label
-        )
-    )
-    free = {
-        (video, index)
-        for video, (_, labels) in enumerate(truths)
-        for index, k in enumerate(labels)
-        if k == label
-    }
+    rows = sorted((-float(score), video, index)
+                  for video, (_, labels, scores) in enumerate(detections)
+                  for index, (score, k) in enumerate(zip(scores, labels)) if k == label)
+    free = {(video, index) for video, (_, labels) in enumerate(truths)
+            for index, k in enumerate(labels) if k == label}
     total, hits, ap = len(free), 0, 0.0
     for rank, (_, video, index) in enumerate(rows, 1):
         s, e = detections[video][0][index].tolist()
@@ -94,14 +82,8 @@ def test_average_precision_by_definition():
         return torch.stack([start, start + 0.5 + 3 * torch.rand(count, generator=generator)], 1)
 
     truths = [(segments(4), torch.randint(2, (4,), generator=generator)) for _ in range(6)]
-    detections = [
-        (
-            segments(8),
-            torch.randint(3, (8,), generator=generator),
-            torch.rand(8, generator=generator),
-        )
-        for _ in range(6)
-    ]
+    detections = [(segments(8), torch.randint(3, (8,), generator=generator),
+                   torch.rand(8, generator=generator)) for _ in range(6)]
     found = vl.detection_ap(detections, truths, (0.1, 0.3, 0.5))
     for limit in (0.1, 0.3, 0.5):
         expected = sum(naive_ap(detections, truths, label, limit) for label in (0, 1)) / 2
@@ -120,9 +102,8 @@ def test_a_second_detection_of_the_same_action_is_wrong():
     }
     nothing = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0))]
     assert vl.detection_ap(nothing, truth)["mAP"] == 0
-    assert vl.average_precision(torch.tensor([1.0, 0, 1]), 2).item() == pytest.approx(
-        (1 + 2 / 3) / 2
-    )
+    precision = vl.average_precision(torch.tensor([1.0, 0, 1]), 2).item()
+    assert precision == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_bad_input():
