@@ -237,7 +237,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
                         v.index_select(0, keep) for v in
                         (rows, t, offset, y, fy, h, end, sign, active, before, most))
                 if (torch.is_grad_enabled() and len(rows) <= FEW and y.shape[1] <= NARROW
-                        and attempt not in range(1, 6)):        # a short rest is cheaper recorded
+                        and bool(((end - offset.abs()) / h > MANY).any())):
                     tail = len(history), rows, t + offset, y
                     torch.set_grad_enabled(False)               # until the end of this block
             step = torch.minimum(h, end - offset.abs()) if watch else h
@@ -317,6 +317,7 @@ def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, meth
 # so that only one small product per step remains sequential.
 NARROW = 4                      # widest state that is unrolled
 FEW = 64                        # most samples
+MANY = 3                        # a rest of fewer steps is cheaper recorded
 
 
 class _Unroll(torch.autograd.Function):
@@ -334,33 +335,33 @@ class _Unroll(torch.autograd.Function):
     def backward(ctx, grad_y, grad_hk):
         (k, points), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
         (s, _, n), m, unit = grad_hk.shape, len(kept), torch.eye(k.shape[1]).to(k)
-        pull = lambda row: torch.autograd.grad(k, points, row.expand_as(k), retain_graph=True)[0]
-        jacobian = torch.stack([pull(row) for row in unit], 1)
+        pull = lambda v: torch.autograd.grad(k, points, v, retain_graph=True, materialize_grads=True)
+        jacobian = torch.stack([pull(v)[0] for v in unit[:, None].repeat(1, len(k), 1)], 1)
         first, h = jacobian[: len(samples)], steps.h[kept].to(k.dtype)[:, None, None]
         later = jacobian[len(samples) :].view(s - 1, m, n, n).transpose(0, 1) * h[..., None]
-        jacobian = F.pad(later, (0, 0, 0, 0, 1, 0))             # (M, S, n, n)
+        jacobian = F.pad(later, (0, 0, 0, 0, 1, 0)).view(m, s, n, 1, n)
         # Cotangents of a step's hk, as rows: what comes from its own outputs, then what comes from
         # each component of the cotangents of its end state and of the slope there.
         g = k.new_zeros(m, 1 + 2 * n, s, n)
         g[:, 0], g[:, 1 + n :, -1] = grad_hk[:, kept - begin].transpose(0, 1), unit / h
         g[:, 1 : 1 + n] = a[-1][:, None] * unit[:, None]
-        system = torch.eye(s * n).to(k) - torch.einsum("ij,mipq->mipjq", a, jacobian).reshape(
-            m, s * n, s * n)
-        g = torch.linalg.solve_triangular(system, g.flatten(2), upper=False, left=False).view_as(g)
-        gy = torch.einsum("mrip,mipq->mrq", g, jacobian)
+        system = (jacobian * -a[:, None, :, None]).view(m, s * n, s * n)        # + 1
+        g = torch.linalg.solve_triangular(system, g.flatten(2), upper=False, left=False,
+                                          unitriangular=True)
+        gy = g @ jacobian.view(m, s * n, n)
         gy[:, 0] += grad_y[kept - begin]
         gy[:, 1 : 1 + n] += unit
-        both, later = torch.cat([gy, g[:, :, 0] * h], -1), k.new_zeros(m, 1, 2 * n)
-        carried, sample = k.new_zeros(len(steps.row), 1, 2 * n), steps.sample[kept]
-        sizes = steps.attempt[kept].unique_consecutive(return_counts=True)[1].tolist()
-        for now in reversed(torch.arange(m, device=k.device).split(sizes)):
-            at = sample[now]
-            later[now] = carried[at]
-            carried[at] = both[now, :1] + later[now] @ both[now, 1:]
+        carried, later = k.new_zeros(len(steps.row), 1, 2 * n), []
+        sizes = torch.bincount(steps.attempt[kept]).tolist()
+        both = torch.cat([gy, g[..., :n] * h], -1).split(sizes)
+        for sample, step in reversed(list(zip(steps.sample[kept].split(sizes), both))):
+            later.append(carried[sample])
+            carried[sample] = torch.baddbmm(step[:, :1], later[-1], step[:, 1:])
         end, slope = carried[samples].split(n, -1)
-        grad_k = g[:, 0, 1:] + (later @ g[:, 1:, 1:].flatten(2)).view(m, s - 1, n)
-        grad_k = torch.cat([slope[:, 0], (grad_k * h).transpose(0, 1).reshape(-1, n)])
-        return grad_k, (end + slope @ first)[:, 0], *(None,) * 6
+        grad_k = torch.baddbmm(g[:, :1], torch.cat(later[::-1]), g[:, 1:]) * h
+        grad_k = grad_k.view(m, s, n)[:, 1:].transpose(0, 1).reshape(-1, n)
+        grad_y0 = (end + slope @ first)[:, 0]
+        return torch.cat([slope[:, 0], grad_k]), grad_y0, *(None,) * 6
 
 
 def _stage_points(steps: _Steps, rows: Tensor, start: Tensor, method: str):
@@ -378,7 +379,9 @@ def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Step
     times, points = _stage_points(steps, kept, start, method)
     times = torch.cat([t, times[1:].reshape(-1)])
     points = torch.cat([y0, points[1:].flatten(0, 1)]).detach().requires_grad_()
-    k = f(times.to(y0.dtype), points) + 0 * points          # depends on them, even if f does not
+    k = f(times.to(y0.dtype), points)
+    if not k.requires_grad:                             # f depends neither on y nor on a parameter
+        k = k + 0 * points
     y, hk = _Unroll.apply(k, y0, points, steps, kept, begin, samples, method)
     return steps._replace(y=torch.cat([steps.y[:begin], y]),
                           hk=torch.cat([steps.hk[:, :begin], hk], 1))
@@ -1466,28 +1469,14 @@ def pack_pieces(pieces: Sequence[Piece], n_features_steps: int = 5) -> PaddedPie
 
 
 # ---- Neural Hybrid Automata ----------------------------------------------------------------------
-class _Sparsemax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        z = z - z.amax(-1, keepdim=True)
-        ordered = z.sort(-1, descending=True).values
-        total = ordered.cumsum(-1)
-        k = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-        size = (1 + k * ordered > total).sum(-1, keepdim=True)
-        p = (z - (total.gather(-1, size - 1) - 1) / size).clamp(min=0)
-        ctx.save_for_backward(p > 0)
-        return p
-
-    @staticmethod
-    def backward(ctx, grad):
-        support, = ctx.saved_tensors
-        mean = (grad * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
-        return support * (grad - mean)
-
-
 def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
     """Euclidean projection of z onto the simplex (Martins and Astudillo, 2016)."""
-    return _Sparsemax.apply(z.movedim(dim, -1)).movedim(-1, dim)
+    z = z.movedim(dim, -1)
+    z = z - z.detach().amax(-1, keepdim=True)
+    ordered = z.sort(-1, descending=True).values
+    total, k = ordered.cumsum(-1), torch.arange(1, z.shape[-1] + 1, device=z.device)
+    size = (1 + k * ordered > total).sum(-1, keepdim=True)              # of the support
+    return torch.relu(z - (total.gather(-1, size - 1) - 1) / size).movedim(-1, dim)
 
 
 def straight_through(logits: Tensor, *, sample: Tensor | None = None,
@@ -1537,12 +1526,10 @@ class ModeEncoder(nn.Module):
     def forward(self, features: Tensor, *, mode: str | None = None,
                 generator: torch.Generator | None = None) -> Tensor:
         logits = self.logits(features, generator=generator)
-        if mode is not None:
-            _check_choice("mode", mode, ("sample", "argmax"))
-        else:
-            if self.kind in ("softmax", "sparsemax"):
-                return logits.softmax(-1) if self.kind == "softmax" else sparsemax(logits)
-            mode = "sample" if self.training else "argmax"
+        if mode is None and self.kind in ("softmax", "sparsemax"):
+            return logits.softmax(-1) if self.kind == "softmax" else sparsemax(logits)
+        mode = ("sample" if self.training else "argmax") if mode is None else mode
+        _check_choice("mode", mode, ("sample", "argmax"))
         if mode == "sample" and self.kind != "gumbel":
             return straight_through(logits, generator=generator)
         if mode == "sample":
