@@ -63,6 +63,7 @@ def ways(x: Tensor, labels: Tensor, boxes: list[vm.Box], per_sample: Tensor) -> 
     out = {"in place": with_boxes(lambda box: vm.apply_cuboid(x, box, flip, inplace=True)),
            "in place, box per clip": lambda: vm.apply_cuboid(x, per_sample, flip, inplace=True),
            "copy": with_boxes(lambda box: vm.apply_cuboid(x, box, flip)),
+           "floor of a copy: x.clone()": x.clone,
            "flip-based peer": with_boxes(lambda box: flip_peer(x, box))}
     if pytorchvideo_mix is not None:
         cutmix = pytorchvideo_mix.CutMix(num_classes=10)
