@@ -187,12 +187,12 @@ def motion_blur(x: np.ndarray, radius: float, sigma: float, angle: float,
     # a step is one offset in the flat picture; blocks of it stay in the cache
     flat, line, channels = padded.ravel(), padded[0].size, x[0, 0].size
     offsets = (dy - min(dy.min(), 0)) * line + (dx - min(dx.min(), 0)) * channels
-    steps = list(zip(weights.tolist(), offsets.tolist()))
+    taps = list(zip(weights.tolist(), offsets.tolist()))
     out = np.zeros((height, *padded.shape[1:]))
     sums, term = out.ravel()[:len(flat) - offsets.max()], np.empty(16384)
     for start in range(0, len(sums), len(term)):
         part = sums[start:start + len(term)]
-        for weight, offset in steps:
+        for weight, offset in taps:
             shifted = flat[start + offset:start + offset + len(part)]
             part += np.multiply(shifted, weight, out=term[:len(part)])
     out = out[:, :breadth]
