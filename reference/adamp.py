@@ -55,7 +55,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-BLOCK = 1 << 18       # elements of a block on the CPU: what a step touches of it stays in the cache
+BLOCK = 1 << 19       # elements of a block on the CPU: what a step touches of it stays in the cache
 _bag_weights_gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
 
 
@@ -160,8 +160,7 @@ class _ProjectedOptimizer(Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__({"_views": []} | state)
         for group in self.param_groups:          # groups of the official package lack our own keys
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            group.update(self.defaults | group)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, except that the float32 state of half precision parameters stays float32."""
@@ -389,10 +388,11 @@ class _ProjectedOptimizer(Optimizer):
         eps, delta, decay, length = group["eps"], group["delta"], self._decay(group), w.shape[1]
         dot, norm_w = _row_dots(w, g), vector_norm(w, dim=1)
 
-        def test(part: int = length // 8) -> str | None:     # bounds |g| from below: often enough
-            norm_g = vector_norm(g[:, :part], dim=1)
-            view = _first_view(dot, norm_w, norm_g, length, delta, eps)
-            return view if view == "channel" or part == length else test(length)
+        def test() -> str | None:
+            least = norm_w.min() * vector_norm(g[:, :length // 8], dim=1).min()
+            if vector_norm(dot, math.inf) < least * (delta / math.sqrt(length)):
+                return "channel"                         # no |w| |g| is smaller: mostly enough
+            return _first_view(dot, norm_w, vector_norm(g, dim=1), length, delta, eps)
 
         view = self._view(group, test)
         if view is None:
