@@ -167,20 +167,15 @@ def _norm(x: Tensor, shared: bool) -> Tensor:
     return (norm / x.numel() ** 0.5).expand(len(x)) if shared else norm / x.shape[1] ** 0.5
 
 
-def _combine(y: Tensor, weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
-    for weight, term in zip(weights, terms):
-        if weight:
-            y = torch.add(y, term, alpha=weight)
-    return y
-
-
 def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, method: str):
     """A step h (B,) from (t, y), fy = f(t, y): end state, slope there and all h k_i (S, B, n)."""
     tab, scale = METHODS[method], h.to(y.dtype)[:, None]
     times = (t + _tensors(method, (y.dtype, y.device))[0] * h).to(y.dtype).unbind()
     end, hk = y, [fy * scale]
     for time, row in zip(times[1:], tab.a[1:]):
-        end = _combine(y, row, hk)
+        end = y
+        for weight, term in zip(row, hk):
+            end = torch.add(end, term, alpha=weight) if weight else end
         fy = f(time, end)
         hk.append(fy * scale)
     return end, fy, torch.stack(hk)
@@ -335,8 +330,9 @@ class _Unroll(torch.autograd.Function):
     def backward(ctx, grad_y, grad_hk):
         (k, points), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
         (s, _, n), m, unit = grad_hk.shape, len(kept), torch.eye(k.shape[1]).to(k)
-        pull = lambda v: torch.autograd.grad(k, points, v, retain_graph=True, materialize_grads=True)
-        jacobian = torch.stack([pull(v)[0] for v in unit[:, None].repeat(1, len(k), 1)], 1)
+        pull = lambda v: torch.autograd.grad(k, points, v, retain_graph=True,
+                                             materialize_grads=True)[0]
+        jacobian = torch.stack([pull(v) for v in unit[:, None].repeat(1, len(k), 1)], 1)
         first, h = jacobian[: len(samples)], steps.h[kept].to(k.dtype)[:, None, None]
         later = jacobian[len(samples) :].view(s - 1, m, n, n).transpose(0, 1) * h[..., None]
         jacobian = F.pad(later, (0, 0, 0, 0, 1, 0)).view(m, s, n, 1, n)
@@ -508,12 +504,10 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     dopri5, tsit5) choose steps for each sample (per_sample=False: one step for the batch, as
     torchdiffeq) and interpolate at t; fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take
     one step per interval of t, or steps of at most `step_size`. `max_steps` counts attempts.
-    Gradients (first order):
-        backprop  of the accepted steps, to y0, t and whatever f uses
-        adjoint   of a second ODE backwards: memory of the outputs only; to y0, t and `params`
-    on_failure="mask" gives NaN rows from the failure on and stats.success False instead of an
-    error. Solution.dense(t), t scalar or (B,), is any state in between (dense=True, adaptive
-    methods)."""
+    Gradients (first order): "backprop" of the accepted steps, to y0, t and whatever f uses;
+    "adjoint" of a second ODE backwards, with the memory of the outputs only, to y0, t and `params`.
+    on_failure="mask" gives NaN rows from the failure on and stats.success False, not an error.
+    Solution.dense(t), t scalar or (B,), is any state in between (dense=True, adaptive methods)."""
     _check_problem("y0", y0, method)
     fixed = METHODS[method].error is None
     _check_choice("grad", grad, ("backprop", "adjoint", "none"))
@@ -884,12 +878,10 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
                   method: str = "dopri5", rtol: float = 1e-8,
                   atol: float = 1e-10) -> HybridSolution:
     """Simulate a batch of hybrid systems through all their events; differentiable in x0, the
-    fields' parameters and the jumps, event times included (the saltation matrix comes out by
-    itself).
+    fields' parameters and the jumps, event times (hence the saltation matrix) included.
 
     Random events use the time change: dLambda_i/dt = lambda_i joins the state, and event i is the
-    zero of Lambda_i - s_i, s_i ~ Exp(1). At an output time equal to an event time `ys` is the state
-    after."""
+    zero of Lambda_i - s_i, s_i ~ Exp(1). At an event's own time `ys` is the state after it."""
     _check_problem("x0", x0, method, "odeint_hybrid")
     _check_positive(max_events=max_events, rtol=rtol, atol=atol)
     t = torch.as_tensor(t, dtype=torch.float64, device=x0.device)
@@ -936,14 +928,12 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
 
 
 class RenoTCP(HybridSystem):
-    """On-off TCP Reno (Hespanha's model with the paper's constants): x = (window w, packets sent
-    s).
+    """On-off TCP Reno (Hespanha's model, the paper's constants): x = (window w, packets sent s).
 
-    Modes: 0 off; 1 slow start, w' = 0.693 w / (n_ack rtt); 2 congestion avoidance, w' = 1/(n_ack
-    rtt); s' = w / rtt in 1 and 2. Events: 0 file arrives (0 -> 1), 1 file ends (1 -> 0), 2 packet
-    lost (1 -> 2, w halves), 3 packet lost (2 -> 2, w halves), 4 file ends (2 -> 0).
-    clocks="official" keeps the threshold of the clock that lost a race, as the published simulator
-    does, which is no longer a Markov process and makes pieces longer."""
+    Modes: 0 off; 1 slow start, w' = 0.693 w / (n_ack rtt); 2 congestion avoidance, w' = 1 / (n_ack
+    rtt); s' = w / rtt in 1 and 2. The events, ids 0 to 4, are listed in the constructor; a lost
+    packet halves w. clocks="official" keeps the threshold of the clock that lost a race, as the
+    published simulator does: no longer a Markov process, with longer pieces."""
 
     def __init__(self, *, rtt=1.0, n_ack=2.0, w0=0.693, tau_off=3.0, k=20.0, p_drop=0.05,
                  clocks="exact"):
