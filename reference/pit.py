@@ -984,7 +984,7 @@ def evaluate(model: nn.Module, loader: Iterable, transform_logits: Callable | No
 
     `transform_logits` maps `(B, K)` to the logits that the labels mean (a subset of classes, say).
     """
-    device = next(model.parameters()).device if device is None else torch.device(device)
+    device = device or next((p.device for p in model.parameters()), "cpu")
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     with _eval_mode(model.to(device)):
         for images, labels in loader:

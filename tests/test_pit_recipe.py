@@ -321,6 +321,8 @@ def test_evaluate_by_hand():
     assert kept["top5"] == 100
     wanted = (logits[:, [7, 2, 5]].argmax(1) == labels % 3).double().mean().item()
     assert kept["top1"] == pytest.approx(100 * wanted)
+    found = pit.evaluate(nn.Identity(), [(torch.eye(3), torch.tensor([0, 1, 0]))])    # no weights
+    assert found["top1"] == pytest.approx(200 / 3) and found["count"] == 3
 
 
 def test_fgsm():
