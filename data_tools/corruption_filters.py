@@ -150,10 +150,15 @@ def _clipped_zoom(x: np.ndarray, zoom: float, trim: bool) -> np.ndarray:
     """The middle of (N, H, W, C) enlarged; linear, corners aligned, float64, cast to x's dtype."""
     low, high, f = _zoom_taps(x.shape[1], zoom, trim)
     f = f[:, None, None]
-    rows = x[:, low] * (1 - f) + x[:, high] * f
+    rows = x.take(low, 1) * (1 - f)
+    rows += x.take(high, 1) * f
     low, high, f = _zoom_taps(x.shape[2], zoom, trim)
-    f = f[:, None]
-    return (rows[:, :, low] * (1 - f) + rows[:, :, high] * f).astype(x.dtype, copy=False)
+    f = np.repeat(f, x.shape[3])                      # in memory one row: long inner loops
+    left, right = (rows.take(side, 2).reshape(*rows.shape[:2], len(f)) for side in (low, high))
+    left *= 1 - f
+    right *= f
+    left += right
+    return left.reshape(*rows.shape[:2], len(low), -1).astype(x.dtype, copy=False)
 
 
 def clipped_zoom(x: np.ndarray, zoom: float, variant: str = "imagenet") -> np.ndarray:
