@@ -16,6 +16,7 @@ need no ffmpeg. Frames stay uint8 until they are on the device.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from data_tools.loader import BadImage, Loader, decode
+from data_tools.loader import BadImage, EncodedJpeg, Loader, decode
 from data_tools.video_annotations import (read_hmdb51, read_kinetics, read_mini_kinetics, read_ssv2,
                                           read_ucf101)
 
@@ -183,7 +184,7 @@ class FrameFolder:
     """A folder of JPEG frames; reads just those asked for, at 1/2, 1/4 or 1/8 if that is enough."""
 
     def __init__(self, path: Path, count: int):
-        self.path, self.count = path, count
+        self.path, self.count, self.size = path, count, None
 
     def read(self, indices: Sequence[int] | None,
              at_least: Callable | None = None) -> list[Image.Image]:
@@ -193,11 +194,20 @@ class FrameFolder:
         for index in range(self.count) if indices is None else indices:
             name = self.path / FRAME.format(index + 1)
             try:
-                with Image.open(name) as image:
-                    out.append(decode(image, at_least(*image.size) if at_least else None))
+                out.append(self._frame(name, at_least))
             except (OSError, BadImage) as error:
                 raise BadImage(f"{name.name}: {error}") from error
         return out
+
+    def _frame(self, name: Path, at_least: Callable | None) -> Image.Image:
+        if self.size is not None:         # as the first frame: no headers to parse
+            with contextlib.suppress(BadImage):
+                enough = at_least(*self.size) if at_least else None
+                return EncodedJpeg(name.read_bytes(), self.size).decode(enough)
+        with Image.open(name) as image:
+            if image.mode == "RGB" and "exif" not in image.info:
+                self.size = image.size
+            return decode(image, at_least(*image.size) if at_least else None)
 
 
 class AnimatedFile:
@@ -352,6 +362,8 @@ class ClipTransform:
             return max(1, int(width * factor)), max(1, int(height * factor))
         frames, clips = read(enough), []
         width, height = frames[0].size
+        if any(frame.size != (width, height) for frame in frames):
+            raise BadImage("the frames are not of one size")
         side = max(1, round(min(height, width) * size / short))
         for across, down in places:
             top, left = round(down * (height - side)), round(across * (width - side))

@@ -211,9 +211,9 @@ def test_crop_and_flip_are_shared_by_the_frames_and_only_those_are_read(tmp_path
     frame = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     shutil.rmtree(tmp_path / "class 0")
     write_folder(tmp_path / "class 0" / "v", np.repeat(frame[None], 20, 0))
-    opened, real = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda name, *rest: opened.append(Path(name).name)
-                        or real(name, *rest))
+    opened, first, others = [], Image.open, Path.read_bytes
+    monkeypatch.setattr(Image, "open", lambda name: opened.append(name) or first(name))
+    monkeypatch.setattr(Path, "read_bytes", lambda name: opened.append(name) or others(name))
     train = vf.VideoFolder(index, 4, 3, train=True, transform=vf.ClipTransform(16, True, (18, 24)))
     clips = [train.clip(train.open(0), torch.Generator().manual_seed(s)) for s in range(12)]
     assert (len(opened) == 48 and all((clip == clip[:1]).all() for clip in clips)
@@ -223,6 +223,19 @@ def test_crop_and_flip_are_shared_by_the_frames_and_only_those_are_read(tmp_path
     mirrored, plain = (transform(read, torch.Generator().manual_seed(0))[0]
                        for transform in transforms)
     assert np.array_equal(mirrored, plain[:, :, ::-1])
+
+
+def test_frames_of_another_kind_are_read_as_well(tmp_path):
+    folder = write_folder(tmp_path / "v", gradient(5, 40, 60))
+    Image.fromarray(gradient(3, 50, 60)[2]).save(folder / "img_00003.jpg")
+    Image.fromarray(gradient(4)[3]).convert("L").save(folder / "img_00004.jpg")
+    sizes = [frame.size for frame in vf.open_video(folder).read(None)]
+    assert sizes == [(60, 40), (60, 40), (60, 50), (36, 24), (60, 40)]
+    assert levels(vf.open_video(folder).read(None)) == [0, 1, 2, 3, 4]
+    one, other = (np.asarray(vf.open_video(folder).read(order)[-1]) for order in ([1], [0, 1]))
+    assert np.array_equal(one, other)
+    with pytest.raises(BadImage, match="one size"):
+        vf.ClipTransform(16)(lambda size: vf.open_video(folder).read(None))
 
 
 def test_large_frames_are_decoded_small(tmp_path):
