@@ -222,7 +222,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     history = [(rows[:0], offset[:0], h[:0], y[:0], nothing, failed[:0], failed[:0])]
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         for attempt in itertools.count():
-            if attempt % every == 0:
+            if attempt % every == 0 or attempt >= max_steps:
                 alive = int(active.sum())
                 if alive == 0 or attempt >= max_steps:
                     break
@@ -285,9 +285,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     evaluations = 1 + (first_step is None) + (len(tab.c) - 1) * tries
     steps = _Steps(number, rows, offset, h, y, hk, accepted, ends, row,
                    Stats(steps, tries - steps, evaluations, ~failed), message)
-    if tail and len(accepted):
-        return _trace(f, steps, start, sum(sizes[: tail[0]]), *tail[1:], method)
-    return steps
+    return _trace(f, steps, start, sum(sizes[: tail[0]]), *tail[1:], method) if tail else steps
 
 
 def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, method: str) -> Tensor:
@@ -372,6 +370,8 @@ def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Step
     """Attach the rows from `begin` on, where `samples` were in states y0 at times t, to the graph
     of y0, start, t and everything f uses."""
     kept = steps.accepted[steps.accepted >= begin]
+    if len(kept) == 0:
+        return steps
     times, points = _stage_points(steps, kept, start, method)
     times = torch.cat([t, times[1:].reshape(-1)])
     points = torch.cat([y0, points[1:].flatten(0, 1)]).detach().requires_grad_()

@@ -282,6 +282,11 @@ def test_gradient_equals_finite_differences_with_closures_and_failing_neighbours
     assert solution.ys[2, 0].isfinite() and solution.ys[2, 1].isnan()
     solution.ys[2, 0].sum().backward()
     close(y.grad[0], [1 / (1 - 0.5) ** 2], 1e-5)
+    # not one step is accepted
+    lost = nha.odeint(SYSTEMS["vdp20"], inputs[0], [0.0, 9.0], first_step=9.0, max_steps=1,
+                      on_failure="mask").ys
+    assert lost[1].isnan().all()
+    close(torch.autograd.grad(lost[0].sum(), inputs[0])[0], torch.ones(3, 2), 0)
 
 
 def test_nothing_tracks_gradients_unless_asked():
