@@ -35,7 +35,8 @@ class Pilot(nn.Module):
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
-        net = lambda sizes: nn.Sequential(*(part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.SiLU())))[:-1]
+        net = lambda sizes: nn.Sequential(*(part for a, b in zip(sizes, sizes[1:])
+                                            for part in (nn.Linear(a, b), nn.SiLU())))[:-1]
         self.policy, self.planner = net((5, 64, 64, 64, 64, 2)), net((13, 64, 64, 5))
         self.policy[-2] = self.planner[1] = self.planner[3] = nn.Tanh()
         with torch.no_grad():
@@ -132,7 +133,8 @@ def draw(model: Pilot, path) -> None:
 
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3), argv)
+    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3)
+    run = harness.start(parser, argv)
     settings, table, models = PRESETS[run.args.preset], [], []
     for seed in run.seeds[:1] if run.args.preset == "tiny" else run.seeds:
         name, g = f"seed{seed}", torch.Generator().manual_seed(seed)
@@ -141,10 +143,9 @@ def main(argv=None):
             before = evaluate(model, settings["test"])
             run.drive(name, train(model, settings, g, run.resumed(name)), total=settings["steps"])
             run.save(name, model.state_dict())
-            row = run.record(name, evaluate(model, settings["test"])
-                             | {"accuracy at step 0": before["target accuracy"],
-                                                                        "mse at step 0": before[
-                                                                            "control mse"]})
+            start = {"accuracy at step 0": before["target accuracy"],
+                     "mse at step 0": before["control mse"]}
+            row = run.record(name, evaluate(model, settings["test"]) | start)
         else:
             model.load_state_dict(torch.load(run.out / f"{name}.pt", weights_only=True))
         models.append(model)

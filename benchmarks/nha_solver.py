@@ -44,8 +44,7 @@ def observed_orders(device: torch.device,
             y, h = y0, end / n
             for k in range(n):
                 y = nha.odeint(lambda t, y: torch.cos(y + t[:, None]), y, [k * h, (k + 1) * h],
-                               method=method,
-                               first_step=h, rtol=1e9, atol=1e9, grad="none").ys[-1]
+                               method=method, first_step=h, rtol=1e9, atol=1e9, grad="none").ys[-1]
             errors.append(float((y - truth).square().mean().sqrt()))
         rows.append({"method": method, "order": nha.METHODS[method].order,
                      "observed": round(math.log2(errors[0] / errors[1]), 3),
@@ -87,12 +86,14 @@ def gradient_errors(device: torch.device) -> dict[str, float]:
         numeric = (loss(w + 1e-5 * direction) - loss(w - 1e-5 * direction)) / 2e-5
     peer = None
     if torchdiffeq:
-        solved = torchdiffeq.odeint(field(w), y0, torch.tensor(times, dtype=F64, device=device), **tol)
+        t = torch.tensor(times, dtype=F64, device=device)
+        solved = torchdiffeq.odeint(field(w), y0, t, **tol)
         peer, = torch.autograd.grad(solved.square().sum(), w)
     errors = {}
     for grad in ("backprop", "adjoint"):
         slope, = torch.autograd.grad(loss(w, grad=grad, params=[w]), w)
-        errors[f"{grad}, differences"] = float(((slope * direction).sum() - numeric).abs() / numeric.abs())
+        off = ((slope * direction).sum() - numeric).abs() / numeric.abs()
+        errors[f"{grad}, differences"] = float(off)
         if peer is not None:
             errors[f"{grad}, torchdiffeq"] = float((slope - peer).norm() / peer.norm())
     return errors

@@ -1,8 +1,8 @@
 """Mode mixing: a switching system learned with a categorical gate and with a softmax gate (NHA,
 appendix).
 
-    python benchmarks/nha_switching.py                    # 3 seeds, 1500 steps: about 5 minutes on one core
-    python benchmarks/nha_switching.py --preset paper     # 3000 steps; by 1500 the step size is 3e-8
+    python benchmarks/nha_switching.py                  # 3 seeds, 1500 steps: 5 minutes on one core
+    python benchmarks/nha_switching.py --preset paper   # 3000 steps; by 1500 the step size is 3e-8
 
 dx/dt = sum_j w_j(x) f_j(x) with four fields for the three regions of nha.SwitchingLinear. w is the
 gate's softmax, or a one-hot draw from it at every evaluation of the field (straight-through
@@ -34,7 +34,8 @@ class GatedFields(nn.Module):
 
     def __init__(self, kind: str, generator: torch.Generator, modes: int = 4):
         super().__init__()
-        uniform = lambda *shape: nn.Parameter((2 * torch.rand(shape, generator=generator) - 1) * shape[-2] ** -0.5)
+        uniform = lambda *shape: nn.Parameter(
+            (2 * torch.rand(shape, generator=generator) - 1) * shape[-2] ** -0.5)
         sizes = (2, 32, 32, 32, 2)
         self.weights = nn.ParameterList(uniform(modes, a, b) for a, b in zip(sizes, sizes[1:]))
         self.biases = nn.ParameterList(uniform(modes, a, b)[:, :1].detach().requires_grad_()
@@ -51,7 +52,8 @@ class GatedFields(nn.Module):
     def fields(self, x):
         """(m, B, 2): every field at x (B, 2)."""
         h = x.expand(len(self.weights[0]), *x.shape)
-        for weight, bias, activation in zip(self.weights, self.biases, (F.softplus, F.softplus, torch.tanh, lambda v: v)):
+        activations = F.softplus, F.softplus, torch.tanh, lambda v: v
+        for weight, bias, activation in zip(self.weights, self.biases, activations):
             h = activation(torch.baddbmm(bias, h, weight))
         return h
 
@@ -106,8 +108,11 @@ def evaluate(model: GatedFields, test: torch.Tensor) -> dict:
     apart."""
     ways = {"loss": True, "loss, argmax gate": False} if model.kind == "categorical" else {
         "loss": False}
-    row = {name: float(arc_loss(nha.odeint(model.train(draw), test[0], TIMES, method="midpoint").ys, test))
-           for name, draw in ways.items()}
+    solve = lambda: nha.odeint(model, test[0], TIMES, method="midpoint").ys
+    row = {}
+    for name, draw in ways.items():
+        model.train(draw)
+        row[name] = float(arc_loss(solve(), test))
     states, system = test.reshape(-1, 2), nha.SwitchingLinear()
     p, region = model.eval().gate(states).softmax(-1), system.region(states)
     h, _, v = nha.v_measure(region, p.argmax(-1))
@@ -137,7 +142,8 @@ def draw(models: dict[str, GatedFields], path) -> None:
                                                       figures.Image.BILINEAR)
         chart.canvas.paste(image, (left, top))
         at = torch.cartesian_prod(torch.linspace(-0.8, 2.8, 10), torch.linspace(-2.7, 2.7, 13))
-        for field, color, width in ((nha.SwitchingLinear().vector_field, "#ffffff", 5), (lambda x: model(None, x), "#111111", 1.6)):
+        for field, color, width in ((nha.SwitchingLinear().vector_field, "#ffffff", 5),
+                                    (lambda x: model(None, x), "#111111", 1.6)):
             v = field(at)
             tip = at + 0.3 * v / v.norm(dim=-1, keepdim=True).clamp(min=1)
             for a, b in zip(at.tolist(), tip.tolist()):
@@ -151,7 +157,8 @@ def draw(models: dict[str, GatedFields], path) -> None:
 
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3), argv)
+    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3)
+    run = harness.start(parser, argv)
     settings, table, models = PRESETS[run.args.preset], [], {}
     test = arcs(settings["pool"] // 4, torch.Generator().manual_seed(999))
     for seed in run.seeds[:1] if run.args.preset == "tiny" else run.seeds:

@@ -1,8 +1,9 @@
 """Mode recovery, event laws and generation on TCP Reno (NHA, section 5).
 
-    python benchmarks/nha_tcp.py                          # 1500 epochs: about 6 minutes on one core
-    python benchmarks/nha_tcp.py --preset short           # m = 3 alone, the best fold of 1000 epochs trained to 6000: a minute
-    python benchmarks/nha_tcp.py --preset paper           # 8000 epochs: about 40 minutes
+    python benchmarks/nha_tcp.py                  # 1500 epochs: about 6 minutes on one core
+    python benchmarks/nha_tcp.py --preset short   # m = 3 alone, the best fold of 1000 epochs
+                                                  # trained to 6000: a minute
+    python benchmarks/nha_tcp.py --preset paper   # 8000 epochs: about 40 minutes
 
 The published protocol: 40 trajectories, here from the exact law; a model is trained on each of five
 folds of 5, the one with the lowest error on the other folds is kept (no mode label is used), and
@@ -105,8 +106,8 @@ def initialize(model: nha.NHA, generator: torch.Generator) -> nha.NHA:
 
 def simulate(n: int, generator: torch.Generator) -> list[list[nha.Piece]]:
     """The pieces of each of n trajectories."""
-    runs, t = nha.RenoTCP().sample_exact(n, generator=generator), torch.linspace(0, 100, 2000, dtype=torch.float64)
-    trajectories = []
+    runs, trajectories = nha.RenoTCP().sample_exact(n, generator=generator), []
+    t = torch.linspace(0, 100, 2000, dtype=torch.float64)
     for i in range(n):
         at, x, mode = runs.trajectory(t, i)
         trajectories.append(nha.segment(at.float(), x.float(), mode=mode, jump_threshold=0.5))
@@ -134,7 +135,8 @@ def evaluate(model: nha.NHA, pieces: nha.PaddedPieces, truth: torch.Tensor) -> d
 
 
 def scores(truth: torch.Tensor, labels: torch.Tensor) -> dict:
-    (h, _, v), (merged_h, _, merged_v) = nha.v_measure(truth, labels), nha.v_measure(truth == 2, labels)
+    h, _, v = nha.v_measure(truth, labels)
+    merged_h, _, merged_v = nha.v_measure(truth == 2, labels)
     return {"h": h, "v": v, "merged h": merged_h, "merged v": merged_v,
             "modes used": len(labels.unique())}
 
@@ -163,7 +165,8 @@ def fields_of(model: nha.NHA, pieces: nha.PaddedPieces, truth: torch.Tensor) -> 
 def fit(run, model_name: str, data: list, settings: dict, seed: int) -> dict:
     """Train on each fold, validate on the others; the figures of the best model (its weights in
     <name>.pt) and of all."""
-    size, count, name = settings["size"], settings["folds"], model_name.replace(" ", "").replace(",", "-")
+    size, count = settings["size"], settings["folds"]
+    name = model_name.replace(" ", "").replace(",", "-")
     solver = "exact" if model_name.startswith("NHA") else "rk4"
     folds, test, rows = [data[size * i : size * (i + 1)]
                          for i in range(count)], pack(data[size * count :]), []
@@ -175,8 +178,9 @@ def fit(run, model_name: str, data: list, settings: dict, seed: int) -> dict:
         model, train = initialize(build(model_name), g), pack(folds[i],
                                                               g if "noisy" in model_name else None)
         before = evaluate(model, *test)
-        run.drive(part, nha.train_mode_recovery(model, train[0], epochs=epochs, solver=solver, generator=g,
-                                                resume=run.resumed(part)), total=epochs)
+        steps = nha.train_mode_recovery(model, train[0], epochs=epochs, solver=solver, generator=g,
+                                        resume=run.resumed(part))
+        run.drive(part, steps, total=epochs)
         others = pack([trajectory for j, other in enumerate(folds) if j != i
                        for trajectory in other])
         row = {"train": evaluate(model, *train), "validation": evaluate(model, *others),
@@ -241,7 +245,8 @@ def event_laws(run, settings: dict, model_fields: dict, generator: torch.Generat
     with torch.no_grad():
         for name, (mode, w, exact) in cases.items():
             z = torch.full(tau.shape, mode)
-            context = None if w is None else torch.tensor([w, float(entered[:, 1].mean())]).expand(len(tau), 2)
+            if (context := w) is not None:
+                context = torch.tensor([w, float(entered[:, 1].mean())]).expand(len(tau), 2)
             learned = modules[w is not None].log_prob(tau, z, z, context=context,
                                                       censored=torch.ones_like(z)).exp()
             out[f"ks {name}"] = float((learned - exact).abs().max())
@@ -286,7 +291,8 @@ def draw_model(model: nha.NHA, pieces: nha.PaddedPieces, truth: torch.Tensor, fo
     used, top = labels.unique().tolist(), float(pieces.x[..., 0].max())
     chart = figures.Chart((0, 100), (-0.28 * top, 1.05 * top), xlabel="seconds", ylabel="window w",
                           size=(860, 420),
-                          title="TCP: data (grey), reconstruction, learned mode (upper strip), true mode (lower strip)")
+                          title="TCP: data (grey), reconstruction, learned mode (upper strip), "
+                                "true mode (lower strip)")
     for i in range(len(labels)):
         n = int(pieces.lengths[i])
         t, color = pieces.t[i, :n].tolist(), figures.COLORS[used.index(int(labels[i]))]
@@ -320,7 +326,8 @@ def build(name: str) -> nha.NHA:
 
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, presets=("default", "short", "tiny", "paper")), argv)
+    parser = harness.parser(__doc__, presets=("default", "short", "tiny", "paper"))
+    run = harness.start(parser, argv)
     settings, seed = PRESETS[run.args.preset], run.args.seed
     data = simulate(settings["folds"] * settings["size"] + settings["test"],
                     torch.Generator().manual_seed(1000 + seed))
@@ -337,7 +344,8 @@ def main(argv=None):
         del table[-1]["mse"]
     best = found["NHA m = 3"]
     if (laws := run.recorded("laws")) is None:
-        laws = run.record("laws", event_laws(run, settings, best["fields"], torch.Generator().manual_seed(seed + 7)))
+        g = torch.Generator().manual_seed(seed + 7)
+        laws = run.record("laws", event_laws(run, settings, best["fields"], g))
     if run.figures:
         model = build("NHA m = 3")
         model.load_state_dict(torch.load(run.out / "NHAm=3.pt", weights_only=True))
