@@ -389,7 +389,7 @@ class _ProjectedOptimizer(Optimizer):
         dot, norm_w = _row_dots(w, g), vector_norm(w, dim=1)
 
         def test() -> str | None:
-            least = norm_w.min() * vector_norm(g[:, :length // 8], dim=1).min()
+            least = norm_w.min() * vector_norm(g[:, :length // 32 + 1], dim=1).min()
             if vector_norm(dot, math.inf) < least * (delta / math.sqrt(length)):
                 return "channel"                         # no |w| |g| is smaller: mostly enough
             return _first_view(dot, norm_w, vector_norm(g, dim=1), length, delta, eps)
