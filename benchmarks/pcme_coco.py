@@ -63,7 +63,7 @@ AUGMENTED = {"word_drop": 0.1, "erasing": 0.2}
 PRESETS = {
     "default": Settings(k=2, epochs=(10,)),
     "tiny": Settings(side=32, embed_dim=16, word_dim=8, batch=16, k=2, samples=3),
-    "small": Settings("small-8", embed_dim=128, word_dim=128, batch=32, k=2, epochs=(6,),
+    "small": Settings("small-8", embed_dim=128, word_dim=128, batch=32, k=2, epochs=(20,),
                       shift=5.0, crop=0.7, **AUGMENTED),
     "paper": Settings("resnet152", 224, 1024, 300, 128, **pcme.RECIPES["coco"], log_sigma=None,
                       crop=0.08, **AUGMENTED),
