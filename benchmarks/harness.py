@@ -38,7 +38,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import PIL
@@ -504,24 +504,6 @@ def hardware(device: torch.device) -> dict:
             "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
-
-
-def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """Peak of the bytes allocated by torch during a call."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def versions() -> dict:

@@ -157,7 +157,7 @@ def draw(models: dict[str, GatedFields], path) -> None:
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3)
+    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3, data=False)
     run = harness.start(parser, argv)
     settings, table, models = PRESETS[run.args.preset], [], {}
     test = arcs(settings["pool"] // 4, torch.Generator().manual_seed(999))

@@ -123,7 +123,7 @@ def modes(run, n, seeds):
 # ---------------------------------------------------------------- together
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, presets=tuple(SIZES), seeds=20), argv)
+    run = harness.start(harness.parser(__doc__, presets=tuple(SIZES), seeds=20, data=False), argv)
     n = SIZES[run.args.preset]
     few = run.seeds[:3]
     equal, k_rows = equal_sets(run, n), by_k(run, n)

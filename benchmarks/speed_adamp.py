@@ -109,7 +109,7 @@ def parameters(model, device):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, data=False)
     parser.add_argument("--rounds", type=int, default=15)
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"

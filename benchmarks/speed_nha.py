@@ -149,7 +149,7 @@ def tcp_training(run, tiny: bool) -> dict:
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, data=False)
     parser.add_argument("--repeats", type=int, default=9)
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"
