@@ -4,8 +4,8 @@
     python benchmarks/relabel_imagenet.py --seeds 3        # claims are judged from 3 seeds on
     python benchmarks/relabel_imagenet.py --maps teacher   # not an oracle's: a trained teacher's
     python benchmarks/relabel_imagenet.py --epochs 90 --methods relabel relabel+cutmix --seeds 3
-    python benchmarks/relabel_imagenet.py --data imagenet100_32 --preset small --classes 8 \
-        --images 150 --seeds 2 --robustness
+    python benchmarks/relabel_imagenet.py --data imagenet100_32 --preset small --classes 20 \
+        --images 200 --teacher-epochs 40 --epochs 40 --seeds 2 --robustness
     torchrun --nproc_per_node=8 benchmarks/relabel_imagenet.py --data /data/imagenet \
         --preset paper --arch resnet50 --store maps --methods one-hot relabel relabel+cutmix \
         --real real.json --sets /data/robustness --amp bf16 --workers 16
