@@ -262,7 +262,7 @@ class TrainTransform:
     """Random resized crop, flip, optional augmentation: image to (3, size, size) uint8.
 
     augment: called on the cropped PIL image (RandAugment, colour jitter); an attribute `generator`
-    on it is set to the sample's generator first. coords=True also returns the crop (4,) float32 =
+    on it is set to the sample's generator first. coords=True also returns the crop (4,) float64 =
     (top/H, left/W, height/H, width/W) of the whole image; a flip leaves it as it is.
     """
 
@@ -298,7 +298,8 @@ class TrainTransform:
         if not self.coords:
             return out
         left, top, w, h = box
-        return out, torch.tensor([top / height, left / width, h / height, w / width])
+        corners = [top / height, left / width, h / height, w / width]
+        return out, torch.tensor(corners, dtype=torch.float64)
 
 
 class EvalTransform:
