@@ -3,7 +3,7 @@
     python benchmarks/nha_tcp.py                  # 1500 epochs: about 6 minutes on one core
     python benchmarks/nha_tcp.py --preset short   # m = 3 alone, the best fold of 1000 epochs
                                                   # trained to 6000: a minute
-    python benchmarks/nha_tcp.py --preset paper   # 8000 epochs: about 40 minutes
+    python benchmarks/nha_tcp.py --preset paper   # 8000 epochs: about 25 minutes
 
 The published protocol: 40 trajectories, here from the exact law; a model is trained on each of five
 folds of 5, the one with the lowest error on the other folds is kept (no mode label is used), and
