@@ -99,7 +99,7 @@ def reading(run: harness.Run, topk, rounds: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, data=False)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=31)
     run = harness.start(parser, argv)
