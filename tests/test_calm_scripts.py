@@ -1,11 +1,5 @@
 """The CALM scripts on their smallest preset and on small trees; a killed run ends alike."""
 
-import json
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import calm_cub
 import calm_remove
 import calm_wsol
@@ -18,24 +12,14 @@ from test_cub import golden, write_tree  # noqa: F401  (a fixture)
 
 from data_tools import glyphs, wsol_data
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ["--arch", "small-4", "--size", "16", "--epochs", "2", "--batch", "8", "--lr", "0.05",
           "--threads", "1"]
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(run_script, tmp_path):
     """run(script, out, *arguments): its results."""
-    hook, threads = sys.excepthook, torch.get_num_threads()
-
-    def start(script, out, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
-        script.main(["--out", str(tmp_path / out), *map(str, arguments)])
-        return json.loads((tmp_path / out / f"{script.__name__}.json").read_text())
-
-    yield start
-    sys.excepthook = hook
-    torch.set_num_threads(threads)
+    return lambda script, out, *arguments: run_script(script.__name__, tmp_path / out, *arguments)
 
 
 def image_folder(root, count=10, size=16, classes=3):
@@ -77,7 +61,7 @@ def test_toys(run, tmp_path):
     assert names == ["calm_counterfactual_scenes", "calm_glyphs", "calm_remove_glyphs"]
 
 
-def test_photographs_survive_a_kill_and_lend_their_weights(run, tmp_path):
+def test_photographs_survive_a_kill_and_lend_their_weights(run, kill_script, tmp_path):
     data = image_folder(tmp_path / "data")
     (tmp_path / "is_a").write_text("top n00000000\ntop n00000001\nother n00000002\n")
     arguments = ["--data", data, *FOLDER, "--pretrain", 1, "--methods", "cam", "calm-em",
@@ -86,14 +70,7 @@ def test_photographs_survive_a_kill_and_lend_their_weights(run, tmp_path):
     assert len(whole["tables"]["query"]) == 8
     assert {"pretrained-cam-seed0", "folder-calm-em-seed0"} <= whole["results"].keys()
     always = ("--checkpoint-seconds", "0")
-    command = [sys.executable, ROOT / "benchmarks" / "calm_wsol.py", "--out", tmp_path / "part",
-               *arguments, *always]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "part").glob("folder-*.pt")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    kill_script("calm_wsol", tmp_path / "part", "folder-*.pt", *arguments, *always)
     resumed = run(calm_wsol, "part", *arguments, *always, "--resume")
     assert resumed["results"] == whole["results"]
     removed = run(calm_remove, "remove", "--data", data, *FOLDER, "--methods", "cam", "calm-em",

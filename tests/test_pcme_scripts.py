@@ -1,32 +1,18 @@
 """The PCME scripts run on their smallest preset, on Flickr8k's layout too, and survive a kill."""
 
-import importlib
-import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from data_tools import synthetic
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ("--preset", "tiny", "--device", "cpu", "--threads", "1")
 
 
 @pytest.fixture
-def finish(monkeypatch):
-    """finish(script, out folder, arguments): the script's results, from a call of its main()."""
-
-    def call(script, out, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the scripts set their own
-        importlib.import_module(script).main([*TINY, "--out", str(out), *map(str, arguments)])
-        return json.loads((out / f"{script}.json").read_text())
-
-    return call
+def finish(run_script):
+    """finish(script, out folder, *arguments): the script's results."""
+    return lambda script, out, *arguments: run_script(script, out, *TINY, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +29,14 @@ def flickr(tmp_path_factory):
     return root
 
 
-def test_the_study_survives_a_kill_and_its_parts_can_be_gathered(tmp_path, finish):
+def test_the_study_survives_a_kill_and_its_parts_can_be_gathered(tmp_path, finish, kill_script):
     whole = finish("pcme_coco", tmp_path / "whole", "--methods", "PCME", "triplet", "--figures",
                    tmp_path / "figures")
     assert [row["method"] for row in whole["tables"]["retrieval"]] == [
         "PCME, match probability", "PCME, mean only", "triplet, mean only"]
     assert (tmp_path / "figures" / "pcme_retrieval.png").exists()
-    command = [sys.executable, BENCHMARKS / "pcme_coco.py", *TINY, "--methods", "PCME",
-               "--checkpoint-seconds", "0", "--out", tmp_path / "part"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while process.poll() is None and not list((tmp_path / "part").glob("PCME-seed0-*.pt")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    kill_script("pcme_coco", tmp_path / "part", "PCME-seed0-*.pt", *TINY, "--methods", "PCME",
+                "--checkpoint-seconds", "0")
     part = finish("pcme_coco", tmp_path / "part", "--methods", "PCME", "--checkpoint-seconds", "0",
                   "--resume")
     assert part["results"]["PCME-seed0"] == whole["results"]["PCME-seed0"]

@@ -21,16 +21,10 @@ TINY = ("--preset", "tiny", "--checkpoint-seconds", "0", "--device", "cpu", "--t
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(run_script, tmp_path):
     """run(script, out, *arguments): its results."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-
-    def start(script, out, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
-        script.main(["--device", "cpu", *map(str, arguments), "--out", str(tmp_path / out)])
-        return json.loads((tmp_path / out / f"{script.__name__}.json").read_text())
-
-    return start
+    return lambda script, out, *arguments: run_script(script.__name__, tmp_path / out, "--device",
+                                                      "cpu", *arguments)
 
 
 def start_process(out, *arguments, launcher=()):

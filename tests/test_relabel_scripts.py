@@ -1,53 +1,33 @@
 """The ReLabel scripts on their smallest preset: a kill loses nothing, misfits are refused."""
 
-import importlib
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ("--preset", "tiny", "--threads", "1")
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """run(script, out folder, arguments): the script's results, from a call of its main()."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def call(script, out, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the scripts set their own
-        main = importlib.import_module(script).main
-        main([*TINY, "--out", str(out), *map(str, arguments)])
-        return json.loads((out / f"{script}.json").read_text())
-
-    return call
+def run(run_script):
+    """run(script, out folder, *arguments): the script's results."""
+    return lambda script, out, *arguments: run_script(script, out, *TINY, *arguments)
 
 
 def accuracies(results):
     return {name: row for name, row in results["results"].items() if "-seed" in name}
 
 
-def test_the_study_survives_a_kill(tmp_path, run):
+def test_the_study_survives_a_kill(tmp_path, run, kill_script):
     methods = ("--methods", "one-hot", "relabel", "distillation")
     whole = run("relabel_imagenet", tmp_path / "whole", *methods, "--figures", tmp_path / "figures")
     assert len(whole["tables"]["targets"]) == 4 and len(whole["tables"]["cost"]) == 3
     assert (tmp_path / "figures" / "relabel_methods.png").exists()
     always = ("--checkpoint-seconds", "0")
-    command = [sys.executable, str(BENCHMARKS / "relabel_imagenet.py"), *TINY, *methods, *always,
-               "--out", str(tmp_path / "part")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while process.poll() is None and not list((tmp_path / "part").glob("relabel-seed0-*.pt")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    kill_script("relabel_imagenet", tmp_path / "part", "relabel-seed0-*.pt", *TINY, *methods,
+                *always)
     rest = run("relabel_imagenet", tmp_path / "part", *methods, *always, "--resume")
     assert accuracies(rest) == accuracies(whole)
 

@@ -1,11 +1,9 @@
 """The VideoMix scripts run on their smallest preset and on real frames, survive a kill, and refuse
 what does not fit."""
 
-import importlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +13,13 @@ from PIL import Image
 from data_tools import synthetic, video_frames
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TINY = ("--preset", "tiny", "--threads", "1")
 
 
 @pytest.fixture
-def finish(monkeypatch):
+def finish(run_script):
     """finish(out, *arguments): run a script in this process; returns its results."""
-
-    def run(out, *arguments, script="videomix"):
-        monkeypatch.syspath_prepend(str(BENCHMARKS))
-        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        common = ("--preset", "tiny", "--threads", 1, "--out", out)
-        importlib.import_module(script).main([str(word) for word in (*common, *arguments)])
-        return json.loads((out / f"{script}.json").read_text())
-
-    return run
+    return lambda out, *arguments, script="videomix": run_script(script, out, *TINY, *arguments)
 
 
 def write_frames(folder, clip):
@@ -39,16 +29,10 @@ def write_frames(folder, clip):
         Image.fromarray(np.ascontiguousarray(frame)).save(name)
 
 
-def test_the_study_survives_a_kill(tmp_path, finish):
+def test_the_study_survives_a_kill(tmp_path, finish, kill_script):
     whole = finish(tmp_path / "whole", "--seeds", 1, "--figures", tmp_path / "figures")
-    command = [sys.executable, BENCHMARKS / "videomix.py", "--preset", "tiny", "--threads", "1"]
-    command += ["--out", tmp_path / "part", "--seeds", "1", "--checkpoint-seconds", "0"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([str(word) for word in command], **quiet)
-    while process.poll() is None and not list((tmp_path / "part").glob("S-1.0-4-*.pt")):
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    kill_script("videomix", tmp_path / "part", "S-1.0-4-*.pt", *TINY, "--seeds", 1,
+                "--checkpoint-seconds", 0)
     again = finish(tmp_path / "part", "--seeds", 1, "--resume")
     assert again["results"] == whole["results"] and again["tables"] == whole["tables"]
     rows = whole["tables"]["variants"]

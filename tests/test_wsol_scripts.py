@@ -1,11 +1,9 @@
 """The localization scripts on their smallest preset: results, a kill, two processes, metadata."""
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,31 +15,15 @@ TABLE = ("--preset", "tiny", "--methods", "has", "--device", "cpu", "--checkpoin
          "--threads", "1")
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """run(script, out folder, arguments): the script's results, from a call of its main()."""
-    def call(script, out, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)          # the scripts set their own
-        importlib.import_module(script).main(["--out", str(out), *map(str, arguments)])
-        return json.loads((out / f"{script}.json").read_text())
-    return call
-
-
-def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path, run):
-    whole = run("wsol_table", tmp_path / "whole", *TABLE, "--figures", tmp_path / "figures")
+def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path, run_script, kill_script):
+    whole = run_script("wsol_table", tmp_path / "whole", *TABLE, "--figures", tmp_path / "figures")
     assert [row["method"] for row in whole["tables"]["main"]] == ["cam", "has", "fewshot", "centre"]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         "wsol_maps.png", "wsol_curves.png", "wsol_supervision.png"}
     assert all(row["holds"] is None for row in whole["claims"])         # one seed supports none
     out = tmp_path / "killed"
-    command = [sys.executable, str(BENCHMARKS / "wsol_table.py"), *TABLE, "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while process.poll() is None and not list(out.glob("has-*.pt")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    resumed = run("wsol_table", out, *TABLE, "--resume")
+    kill_script("wsol_table", out, "has-*.pt", *TABLE)
+    resumed = run_script("wsol_table", out, *TABLE, "--resume")
     assert resumed["tables"] == whole["tables"] and resumed["claims"] == whole["claims"]
 
 
@@ -93,44 +75,45 @@ def write_metadata(root: Path, masks: bool) -> None:
 
 
 @pytest.mark.parametrize("masks", (False, True))
-def test_the_table_reads_released_metadata(tmp_path, run, masks):
+def test_the_table_reads_released_metadata(tmp_path, run_script, masks):
     write_metadata(tmp_path / "data", masks)
-    result = run("wsol_table", tmp_path / "out", *TABLE, "--data", tmp_path / "data", "--shots", 2,
-                 "--trials", 1, "--epochs", 1, "--width", 4, "--pretrain", 1, "--per-class", 4)
+    result = run_script("wsol_table", tmp_path / "out", *TABLE, "--data", tmp_path / "data",
+                        "--shots", 2, "--trials", 1, "--epochs", 1, "--width", 4, "--pretrain", 1,
+                        "--per-class", 4)
     metric = "pxap" if masks else "v2"
     assert all(0 <= row[metric] <= 100 for row in result["tables"]["main"])
     assert result["data"] == "8 training, 4 tuning, 4 test images, 2 classes"
 
 
-def test_published_networks_train_on_released_metadata(tmp_path, run):
+def test_published_networks_train_on_released_metadata(tmp_path, run_script):
     write_metadata(tmp_path / "data", False)
-    result = run("wsol_table", tmp_path / "out", *TABLE[:2], "--device", "cpu", "--data",
-                 tmp_path / "data", "--methods", "cam", "--arch", "resnet50", "--size", 32,
-                 "--shots", 2, "--trials", 1, "--epochs", 1, "--per-class", 2)
+    result = run_script("wsol_table", tmp_path / "out", *TABLE[:2], "--device", "cpu", "--data",
+                        tmp_path / "data", "--methods", "cam", "--arch", "resnet50", "--size", 32,
+                        "--shots", 2, "--trials", 1, "--epochs", 1, "--per-class", 2)
     trial = result["results"]["cam-seed0-trial0"]["trial"]
     assert set(trial) == {"lr", "large_feature_map"}
 
 
-def test_the_centre_baseline_from_metadata(tmp_path, run):
-    embedded = run("wsol_center", tmp_path / "out", "--preset", "tiny", "--figures",
-                   tmp_path / "figures")
+def test_the_centre_baseline_from_metadata(tmp_path, run_script):
+    embedded = run_script("wsol_center", tmp_path / "out", "--preset", "tiny", "--figures",
+                          tmp_path / "figures")
     assert embedded["claims"][0]["holds"] and (tmp_path / "figures/wsol_center.png").exists()
     write_metadata(tmp_path / "masks", True)
     write_metadata(tmp_path / "boxes", False)
-    several = run("wsol_center", tmp_path / "out", "--data", tmp_path / "boxes" / "metadata")
+    several = run_script("wsol_center", tmp_path / "out", "--data", tmp_path / "boxes" / "metadata")
     any_box, first, largest = several["tables"]["center"]
     assert (any_box["split"], any_box["images"]) == ("val", 8)
     assert any_box["V2"] >= max(first["V2"], largest["V2"]) > 0
-    pixels = run("wsol_center", tmp_path / "out", "--data", tmp_path / "masks" / "metadata",
-                 "--masks", tmp_path / "masks")
+    pixels = run_script("wsol_center", tmp_path / "out", "--data", tmp_path / "masks" / "metadata",
+                        "--masks", tmp_path / "masks")
     assert 0 < pixels["tables"]["center"][0]["PxAP"] < 100
     with pytest.raises(ValueError, match="no localization.txt"):
-        run("wsol_center", tmp_path / "out", "--data", tmp_path / "figures")
+        run_script("wsol_center", tmp_path / "out", "--data", tmp_path / "figures")
 
 
-def test_the_ill_posedness_step_is_exact(tmp_path, run):
-    result = run("wsol_illposed", tmp_path / "out", "--preset", "tiny", "--figures",
-                 tmp_path / "figures")
+def test_the_ill_posedness_step_is_exact(tmp_path, run_script):
+    result = run_script("wsol_illposed", tmp_path / "out", "--preset", "tiny", "--figures",
+                        tmp_path / "figures")
     step = {row["w0"]: row["exact posterior"] for row in result["tables"]["step"]}
     assert step == {0.1: pytest.approx(13 / 15), 0.6: 1.0}
     assert [row["MaxBoxAcc"] for row in result["tables"]["calibration"]] == [100.0] * 3
@@ -138,7 +121,7 @@ def test_the_ill_posedness_step_is_exact(tmp_path, run):
         "wsol_illposed.png", "wsol_illposed_thresholds.png"}
 
 
-def test_the_speed_script_compares_equal_counts(tmp_path, run):
-    result = run("speed_wsol", tmp_path / "out", "--preset", "tiny")
+def test_the_speed_script_compares_equal_counts(tmp_path, run_script):
+    result = run_script("speed_wsol", tmp_path / "out", "--preset", "tiny")
     assert [row["contours"] for row in result["tables"]["boxes"]] == ["largest", "all"]
     assert all(row["public / ours"] > 0 for row in result["tables"]["other steps"])
