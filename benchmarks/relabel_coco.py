@@ -19,12 +19,11 @@ ResNet-101 at 448 pixels; its numbers could not be read here. Layout of --data: 
 and annotations/instances_{train,val}2017.json.
 """
 
-import statistics
-
 import harness
 import torch
 from relabel_generate import (MEAN_STD, Rows, SquashTransform, annotate, build_model, fingerprint,
                               load_weights)
+from relabel_imagenet import summary
 
 from data_tools import imagenet, synthetic
 from data_tools.coco import CocoImages
@@ -172,9 +171,6 @@ def main(argv=None):
                 run.record(name, {"mAP": evaluate(run, model, test_set, size)})
     values = {m: [run.recorded(f"{m}-seed{seed}")["mAP"] for seed in run.seeds]
               for m in args.methods}
-    def summary(samples):
-        spread = statistics.stdev(samples) / len(samples) ** 0.5 if len(samples) > 1 else 0.0
-        return statistics.mean(samples), spread, f"{statistics.mean(samples):.1f} ± {spread:.1f}"
     claims = []
     for better, worse in (("machine", "image"), ("oracle", "image"), ("oracle", "machine")):
         if better in values and worse in values:

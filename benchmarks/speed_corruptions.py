@@ -101,7 +101,7 @@ def package_rows(run, photo, rounds):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, presets=("default", "tiny"), data=False)
+    parser = harness.parser(__doc__, data=False)
     parser.add_argument("--images", type=int, help="32-pixel images per corruption")
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"

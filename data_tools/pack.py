@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.imagenet import ImageFolder, choose_classes, class_folders, imagenet
+from data_tools.imagenet import ImageFolder, choose_classes, imagenet
 from data_tools.loader import BadImage, EncodedJpeg, decode, image_size, open_and, orientation
 
 VERSION = 1

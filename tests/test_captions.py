@@ -263,7 +263,7 @@ def test_vocabularies_that_are_refused(tmp_path):
 
 def test_words_are_dropped_as_published():
     generator = torch.Generator().manual_seed(0)
-    words, kept, unknown = list(range(10, 30)), [], 0
+    words, unknown = list(range(10, 30)), 0
     for _ in range(500):
         dropped = captions.drop_words(words, 0.1, generator)
         known = [w for w in dropped if w != 3]

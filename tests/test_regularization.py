@@ -277,7 +277,7 @@ def test_manifold_mixup_mixes_the_input_of_one_module():
 
 
 def test_manifold_mixup_draws_and_cleans_up():
-    net, (x, y) = small_net().eval(), batch()
+    net, (x, _) = small_net().eval(), batch()
     clean, seen = net(x), set()
     for seed in range(12):
         with R.manifold_mixup(net, ["", "3"], generator=gen(seed)) as mixed:
