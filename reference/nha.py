@@ -210,7 +210,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     pace. Finished samples leave the batch at the next check; on a GPU that is every 8 attempts,
     since the check is the only point where the host waits. Steps overshoot the end, except under
     `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
-    tab, every = METHODS[method], check_every or (8 if y.is_cuda else 1)
+    tab, every = METHODS[method], check_every or (1 if y.device.type == "cpu" else 8)
     weights = _tensors(method, (y.dtype, y.device))[3]
     samples, t, sign, end = len(y), start, span.sign(), span.abs()
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
