@@ -83,10 +83,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`(B, N, C) -> (B, N, C)`, or `(B, queries, C)`: what the first `queries` tokens read."""
-        batch, _, dim = x.shape
         if queries is None:
             q, k, v = self._split_heads(self.qkv(x), 3)
         else:
+            dim = x.shape[-1]
             w_q, w_kv = self.qkv.weight.split([dim, 2 * dim])
             b_q, b_kv = self.qkv.bias.split([dim, 2 * dim])
             (q,) = self._split_heads(F.linear(x[:, :queries], w_q, b_q), 1)
@@ -96,7 +96,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
         else:
             out = F.dropout(_softmax_attention(q, k), drop) @ v
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, -1, dim)))
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor) -> Tensor:
         """The softmax attention `(B, heads, N, N)` itself, without dropout."""
@@ -180,6 +180,18 @@ class _Classifier(nn.Module):
     num_tokens = 1
     dynamic_image_size = False
 
+    def __init__(self, image_size: int | tuple[int, int], patch_size: int, stride: int,
+                 in_chans: int, widths: Sequence[int], depth: Sequence[int], mlp_ratio: float,
+                 **rates: float) -> None:
+        super().__init__()
+        _check_sizes(patch_size=patch_size, stride=stride, in_chans=in_chans)
+        _check_rates(**rates)
+        if not min(widths) * mlp_ratio >= 1:
+            raise ValueError(f"mlp_ratio must leave hidden units, got {mlp_ratio}")
+        self.image_size, self.in_chans = _pair("image_size", image_size), in_chans
+        self.patch_size, self.stride = patch_size, stride
+        self.widths, self.depth, self.mlp_ratio = widths, tuple(depth), mlp_ratio
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `(B, K)`. Distilled: (logits, logits_dist) in train mode, else their mean."""
         tokens = self._class_tokens(x)
@@ -229,10 +241,9 @@ class _Classifier(nn.Module):
         return grids
 
     def _check_images(self, x: Tensor) -> None:
+        _check_float(images=x)
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"images must be float and normalised, got {x.dtype}")
         if x.shape[-2:] != self.image_size and not self.dynamic_image_size:
             raise ValueError(f"images are {tuple(x.shape[-2:])}, the model wants "
                              f"{self.image_size}: build it with that image_size (PiT: or with "
@@ -285,42 +296,38 @@ class PoolingTransformer(_Classifier):
                  *, init: str = "official", drop_path_rule: str = "official",
                  attention: str = "sdpa", pool: str = "conv", grad_checkpointing: bool = False,
                  dynamic_image_size: bool = False) -> None:
-        super().__init__()
         if not len(base_dims) == len(depth) == len(heads) or not len(depth):
             raise ValueError("base_dims, depth and heads need one entry per stage, at least one: "
                              f"got {tuple(base_dims)}, {tuple(depth)}, {tuple(heads)}")
-        _check_sizes(base_dims=base_dims, depth=depth, heads=heads, patch_size=patch_size,
-                     stride=stride, in_chans=in_chans)
-        _check_rates(attn_drop_rate=attn_drop_rate, drop_rate=drop_rate,
-                     drop_path_rate=drop_path_rate)
+        _check_sizes(base_dims=base_dims, depth=depth, heads=heads)
         _check_option("drop_path_rule", drop_path_rule, ("official", "timm"))
         _check_option("attention", attention, ("sdpa", "math"))
         _check_option("pool", pool, ("conv", "avg", "max", "none"))
         if pool == "none" and len(depth) > 1:
             raise ValueError(f"pool='none' is for one stage, got depth={tuple(depth)}")
-        self.widths = [dim * n for dim, n in zip(base_dims, heads)]
-        if any(following % width for width, following in itertools.pairwise(self.widths)):
+        widths = [dim * n for dim, n in zip(base_dims, heads)]
+        if any(following % width for width, following in itertools.pairwise(widths)):
             raise ValueError("the width base_dims * heads of a stage must be a multiple of the one "
-                             f"before, got {self.widths}")
-        self.image_size, self.in_chans = _pair("image_size", image_size), in_chans
-        self.patch_size, self.stride = patch_size, stride
-        self.depth, self.mlp_ratio = tuple(depth), mlp_ratio
+                             f"before, got {widths}")
+        super().__init__(image_size, patch_size, stride, in_chans, widths, depth, mlp_ratio,
+                         attn_drop_rate=attn_drop_rate, drop_rate=drop_rate,
+                         drop_path_rate=drop_path_rate)
         self.grad_checkpointing, self.dynamic_image_size = grad_checkpointing, dynamic_image_size
 
-        self.pos_embed = nn.Parameter(torch.empty(1, self.widths[0], *self.grids[0]))
-        self.cls_token = nn.Parameter(torch.empty(1, self.num_tokens, self.widths[0]))
+        self.pos_embed = nn.Parameter(torch.empty(1, widths[0], *self.grids[0]))
+        self.cls_token = nn.Parameter(torch.empty(1, self.num_tokens, widths[0]))
         self.patch_embed = nn.Sequential(OrderedDict(
-            conv=nn.Conv2d(in_chans, self.widths[0], patch_size, stride)))
+            conv=nn.Conv2d(in_chans, widths[0], patch_size, stride)))
         self.pos_drop = nn.Dropout(drop_rate)
         step = drop_path_rate / max(sum(depth) - (drop_path_rule == "timm"), 1)
         first = [sum(depth[:s]) for s in range(len(depth))]
         self.transformers = nn.ModuleList(
             Transformer(Block(width, n, mlp_ratio, drop_rate, attn_drop_rate, step * i, attention)
                         for i in range(start, start + blocks))
-            for width, n, start, blocks in zip(self.widths, heads, first, depth))
+            for width, n, start, blocks in zip(widths, heads, first, depth))
         self.pools = nn.ModuleList(HeadPooling(width, following, pool)
-                                   for width, following in itertools.pairwise(self.widths))
-        self.norm = nn.LayerNorm(self.widths[-1], eps=1e-6)
+                                   for width, following in itertools.pairwise(widths))
+        self.norm = nn.LayerNorm(widths[-1], eps=1e-6)
         self.reset_classifier(num_classes)
         init_weights(self, init)
 
@@ -399,16 +406,12 @@ class VisionTransformer(_Classifier):
                  num_classes: int = 1000, in_chans: int = 3, attn_drop_rate: float = 0.0,
                  drop_rate: float = 0.0, drop_path_rate: float = 0.0, *,
                  distilled: bool = False) -> None:
-        super().__init__()
-        _check_sizes(embed_dim=embed_dim, depth=depth, heads=heads, patch_size=patch_size,
-                     in_chans=in_chans)
-        _check_rates(attn_drop_rate=attn_drop_rate, drop_rate=drop_rate,
-                     drop_path_rate=drop_path_rate)
+        _check_sizes(embed_dim=embed_dim, depth=depth, heads=heads)
         if embed_dim % heads:
             raise ValueError(f"embed_dim must be a multiple of heads, got {embed_dim} and {heads}")
-        self.image_size, self.in_chans = _pair("image_size", image_size), in_chans
-        self.patch_size = self.stride = patch_size
-        self.depth, self.mlp_ratio, self.widths = (depth,), mlp_ratio, [embed_dim]
+        super().__init__(image_size, patch_size, patch_size, in_chans, [embed_dim], [depth],
+                         mlp_ratio, attn_drop_rate=attn_drop_rate, drop_rate=drop_rate,
+                         drop_path_rate=drop_path_rate)
         self.num_tokens = 2 if distilled else 1
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -574,6 +577,7 @@ def cosine_lr(epoch: int, lr: float, epochs: int = 300, warmup_epochs: int = 5,
 
     With `lag`, that of the epoch before, as DeiT's loop has it (epochs 0 and 1 at `warmup_lr`).
     """
+    _check_sizes(epochs=epochs)
     t = max(epoch - 1, 0) if lag else epoch
     if t < warmup_epochs:
         return warmup_lr + t * (lr - warmup_lr) / warmup_epochs
@@ -582,6 +586,7 @@ def cosine_lr(epoch: int, lr: float, epochs: int = 300, warmup_epochs: int = 5,
 
 def param_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict]:
     """Two optimiser groups; biases, norms, position maps and class tokens do not decay."""
+    _check_range(0, math.inf, weight_decay=weight_decay)
     model = _bare(model)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     groups: tuple[list, list] = ([], [])
@@ -602,6 +607,7 @@ _BICUBIC = {"resample": Image.Resampling.BICUBIC, "fillcolor": (124, 116, 104)} 
 def randaugment_argument(name: str, level: float, negative: bool = False) -> float | int | None:
     """What `level` in [0, 10] means for an operation: degrees, bits, a threshold, a factor, ..."""
     _check_option("name", name, RANDAUGMENT_OPS)
+    _check_range(0, 10, level=level)
     share = level / 10
     signed = -share if negative else share
     return {"Rotate": signed * 30, "PosterizeIncreasing": 4 - int(share * 4),
@@ -641,6 +647,9 @@ class RandAugment:
 
     def __init__(self, num_ops: int = 2, magnitude: float = 9, magnitude_std: float = 0.5,
                  prob: float = 0.5, generator: torch.Generator | None = None) -> None:
+        _check_range(0, math.inf, num_ops=num_ops, magnitude_std=magnitude_std)
+        _check_range(0, 10, magnitude=magnitude)
+        _check_range(0, 1, prob=prob)
         self.num_ops, self.magnitude, self.magnitude_std = num_ops, magnitude, magnitude_std
         self.prob, self.generator = prob, generator
 
@@ -661,6 +670,7 @@ def train_transform(image: Image.Image, size: int = 224,
                     augment: Callable[[Image.Image], Image.Image] | None = None,
                     generator: torch.Generator | None = None) -> Tensor:
     """Random resized crop (area 0.08-1, ratio 3/4-4/3, bicubic), flip, `augment`, normalise."""
+    _check_sizes(size=size)
     image, (width, height) = image.convert("RGB"), image.size
     for area, ratio, x, y in torch.rand(10, 4, generator=generator).tolist():
         area = width * height * (0.08 + 0.92 * area)
@@ -680,6 +690,9 @@ def train_transform(image: Image.Image, size: int = 224,
 
 def eval_transform(image: Image.Image, size: int = 224, crop: float = 0.9) -> Tensor:
     """Short side to int(size / crop) (bicubic), centre crop, normalise. DeiT uses crop 0.875."""
+    _check_sizes(size=size)
+    if not 0 < crop <= 1:
+        raise ValueError(f"crop must be in (0, 1], got {crop}")
     image, short = image.convert("RGB"), int(size / crop)
     scale = [int(short * side / min(image.size)) for side in image.size]
     image = image.resize(scale, Image.Resampling.BICUBIC)
@@ -702,10 +715,18 @@ class RandomErasing:
     def __init__(self, probability: float = 0.25, min_area: float = 0.02, max_area: float = 1 / 3,
                  min_aspect: float = 0.3, count: int = 1,
                  generator: torch.Generator | None = None) -> None:
+        _check_range(0, 1, probability=probability, max_area=max_area)
+        _check_range(0, max_area, min_area=min_area)
+        if not 0 < min_aspect <= 1:
+            raise ValueError(f"min_aspect must be in (0, 1], got {min_aspect}")
+        _check_sizes(count=count)
         self.probability, self.min_area, self.max_area = probability, min_area, max_area
         self.min_aspect, self.count, self.generator = min_aspect, count, generator
 
     def __call__(self, x: Tensor) -> Tensor:
+        _check_float(x=x)
+        if x.ndim not in (3, 4):
+            raise ValueError(f"x must be (C, H, W) or (B, C, H, W), got {tuple(x.shape)}")
         out = x.clone() if x.ndim == 4 else x[None].clone()
         (batch, _, height, width), device = out.shape, x.device
         erased = _draw(torch.rand, (batch, 1), self.generator, device) < self.probability
@@ -736,8 +757,8 @@ class RepeatedAugSampler:
     def __init__(self, data_source, num_replicas: int = 1, rank: int = 0, shuffle: bool = True,
                  num_repeats: int = 3) -> None:
         self.count = data_source if isinstance(data_source, int) else len(data_source)
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank must be in 0..{num_replicas - 1}, got {rank}")
+        _check_sizes(num_replicas=num_replicas, num_repeats=num_repeats)
+        _check_range(0, num_replicas - 1, rank=rank)
         self.num_replicas, self.rank, self.shuffle = num_replicas, rank, shuffle
         self.num_repeats, self.epoch = num_repeats, 0
 
@@ -758,11 +779,15 @@ class RepeatedAugSampler:
 
 def smooth_one_hot(y: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """`(B,) int64 -> (B, K)` targets: smoothing / K everywhere, 1 - smoothing more at the label."""
+    _check_range(0, 1, smoothing=smoothing)
+    if len(y) and not 0 <= y.min() <= y.max() < num_classes:
+        raise ValueError(f"y must be in 0..{num_classes - 1}, got {y.min()}..{y.max()}")
     return F.one_hot(y, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
 def mixup_batch(x: Tensor, lam: float) -> Tensor:
     """Mixup (arXiv:1710.09412) of a batch with its own reverse."""
+    _check_range(0, 1, lam=lam)
     return lam * x + (1 - lam) * x.flip(0)
 
 
@@ -773,6 +798,7 @@ def cutmix_batch(x: Tensor, lam: float, center: tuple[int, int] | None = None,
     `center` (y, x), drawn if None; clipping at the border makes the box smaller, and the second
     result is the share of the image that was kept.
     """
+    _check_range(0, 1, lam=lam)
     sides = x.shape[-2:]
     if center is None:
         uniform = _draw(torch.rand, (2,), generator).tolist()
@@ -796,9 +822,11 @@ class Mixup:
     def __init__(self, mixup_alpha: float = 0.8, cutmix_alpha: float = 1.0, prob: float = 1.0,
                  switch_prob: float = 0.5, label_smoothing: float = 0.1, num_classes: int = 1000,
                  generator: torch.Generator | None = None) -> None:
-        if mixup_alpha < 0 or cutmix_alpha < 0 or mixup_alpha + cutmix_alpha == 0:
-            raise ValueError("mixup_alpha and cutmix_alpha must be >= 0 and not both 0, "
-                             f"got {mixup_alpha} and {cutmix_alpha}")
+        _check_range(0, math.inf, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+        _check_range(0, 1, prob=prob, switch_prob=switch_prob)
+        _check_rates(label_smoothing=label_smoothing)
+        if mixup_alpha == cutmix_alpha == 0:
+            raise ValueError("one of mixup_alpha and cutmix_alpha must be positive, not both 0")
         self.mixup_alpha, self.cutmix_alpha, self.prob = mixup_alpha, cutmix_alpha, prob
         self.switch_prob = 0.0 if cutmix_alpha == 0 else 1.0 if mixup_alpha == 0 else switch_prob
         self.label_smoothing, self.num_classes = label_smoothing, num_classes
@@ -835,6 +863,9 @@ class LabelSmoothingCrossEntropy(nn.Module):
         if not isinstance(logits, Tensor):
             raise TypeError("the loss takes one tensor of logits, got a tuple: a distilled model "
                             "in train mode needs a teacher (DistillationLoss)")
+        if labels.is_floating_point() and labels.shape != logits.shape:
+            raise ValueError(f"target must be {tuple(logits.shape)} as the logits, "
+                             f"got {tuple(labels.shape)}")
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
 
@@ -856,6 +887,10 @@ class DistillationLoss(nn.Module):
                  alpha: float = 0.5, tau: float = 1.0) -> None:
         super().__init__()
         _check_option("kind", kind, ("none", "soft", "hard"))
+        _check_range(0, 1, alpha=alpha)
+        if not tau > 0 or teacher is None and kind != "none":
+            raise ValueError(f"{kind} distillation needs a teacher and tau > 0, got {tau=}, "
+                             f"{teacher=}")
         self.base_criterion, self.teacher = base_criterion, teacher
         self.kind, self.alpha, self.tau = kind, alpha, tau
 
@@ -884,6 +919,7 @@ class ModelEma:
     """`module` follows a model: w <- decay * w + (1 - decay) * new. Short runs want 0.99."""
 
     def __init__(self, model: nn.Module, decay: float = 0.99996) -> None:
+        _check_range(0, 1, decay=decay)
         self.module = copy.deepcopy(_bare(model)).eval().requires_grad_(False)
         self.decay = decay
 
@@ -912,6 +948,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     step; `send("state")` yields a snapshot of all that moves (live tensors: save it before going
     on), and `resume=snapshot` continues to the same numbers. FloatingPointError for a loss of NaN.
     """
+    _check_sizes(epochs=epochs)
     bare = _bare(model)
     device = next(model.parameters()).device if device is None else torch.device(device)
     model.to(device).train()
@@ -945,7 +982,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
             batches = enumerate(loader, skip)
         else:
             batches = itertools.islice(enumerate(loader), skip, None)
-        skip, began = 0, time.perf_counter()
+        batch, skip, began = skip - 1, 0, time.perf_counter()
         for batch, (images, labels) in batches:
             lr = 5e-4 * len(images) * world / 512 if lr is None else lr
             now = cosine_lr(epoch, lr, epochs, warmup_epochs, min_lr, warmup_lr, lag=lag)
@@ -975,6 +1012,9 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
                 yield {**{name: part.state_dict() for name, part in moving.items()},
                        "generators": {name: g.get_state() for name, g in generators.items()},
                        "step": step, "epoch": epoch, "batch": batch + 1, "lr": lr}
+        if batch < 0:
+            raise ValueError(f"the loader gave no batch in epoch {epoch}: it must not be empty, "
+                             "nor an iterator that ends with the first epoch")
 
 
 @torch.no_grad()
@@ -1016,8 +1056,10 @@ def fgsm(model: nn.Module, x: Tensor, labels: Tensor, eps: float,
          mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
     """The fast gradient sign attack (arXiv:1412.6572) on images in [0, 1]:
     clip(x + eps * sign(d CE(model((x - mean) / std), labels) / dx), 0, 1), in eval mode."""
-    x = x.detach().requires_grad_(True)
-    with _eval_mode(model), torch.enable_grad():
+    _check_float(x=x)
+    _check_range(0, math.inf, eps=eps)
+    with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+        x, labels = x.detach().clone().requires_grad_(True), labels.clone()
         loss = F.cross_entropy(model(_normalized(x, mean, std)), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)
     return (x + eps * gradient.sign()).clamp(0, 1).detach()
@@ -1025,13 +1067,14 @@ def fgsm(model: nn.Module, x: Tensor, labels: Tensor, eps: float,
 
 def attention_entropy(attn: Tensor) -> Tensor:
     """`(B, heads, N, N) -> (heads,)`: mean entropy of a query's attention in nats (<= log N)."""
-    attn = attn.double()
+    attn = _spatial(attn, 0)
     return -torch.xlogy(attn, attn).sum(-1).mean((0, 2))
 
 
 def interaction_rate(attn: Tensor, tau: float = 0.01, num_tokens: int = 1) -> Tensor:
     """Share of the spatial query-key pairs with attention above `tau`, per head."""
-    return (attn[:, :, num_tokens:, num_tokens:].double() > tau).double().mean((0, 2, 3))
+    _check_range(0, 1, tau=tau)
+    return (_spatial(attn, num_tokens) > tau).double().mean((0, 2, 3))
 
 
 def interaction_distance(attn: Tensor, grid: int | tuple[int, int] | None = None,
@@ -1040,7 +1083,7 @@ def interaction_distance(attn: Tensor, grid: int | tuple[int, int] | None = None
 
     Over spatial tokens, their attention renormalised; times stride * 2^s it is in pixels.
     """
-    spatial = attn[:, :, num_tokens:, num_tokens:].double()
+    spatial = _spatial(attn, num_tokens)
     height, width = _pair("grid", math.isqrt(spatial.shape[-1]) if grid is None else grid)
     if height * width != spatial.shape[-1]:
         raise ValueError(f"{spatial.shape[-1]} spatial tokens are no grid of {height}x{width}: "
@@ -1048,6 +1091,14 @@ def interaction_distance(attn: Tensor, grid: int | tuple[int, int] | None = None
     cells = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(spatial)
     spatial = spatial / spatial.sum(-1, keepdim=True)
     return (spatial * torch.cdist(cells, cells)).sum(-1).mean((0, 2))
+
+
+def _spatial(attn: Tensor, num_tokens: int) -> Tensor:
+    """The attention among the tokens after the first `num_tokens`, in double precision."""
+    if attn.ndim != 4 or attn.shape[2] != attn.shape[3]:
+        raise ValueError(f"attn must be (B, heads, N, N), got {tuple(attn.shape)}")
+    _check_range(0, attn.shape[3] - 1, num_tokens=num_tokens)
+    return attn[:, :, num_tokens:, num_tokens:].double()
 
 
 # Small helpers
@@ -1074,6 +1125,18 @@ def _check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if not 0 <= rate < 1:
             raise ValueError(f"{name} must be in [0, 1), got {rate}")
+
+
+def _check_range(low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def _check_float(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {getattr(x, 'dtype', type(x))}")
 
 
 def _check_option(name: str, value: str, accepted: Sequence[str]) -> None:

@@ -507,10 +507,11 @@ def test_inference_without_gradients_gives_the_same_numbers():
     close(model.requires_grad_(False)(x), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_precision_layout_and_batch_of_one():
+def test_precision_layout_and_batch_of_one_or_none():
     model, x = small().eval(), images(4, 3, 32, 32)
     wanted, near = model(x), dict(rtol=1e-4, atol=1e-5)
     close(model(x[:1]), wanted[:1], **near)
+    assert model(x[:0]).shape == (0, 10)
     close(model(x.to(memory_format=torch.channels_last)), wanted, **near)
     close(model(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)), wanted, **near)
     for dtype, tolerance in ((torch.float64, near), (torch.bfloat16, dict(rtol=0.05, atol=0.05)),
@@ -569,7 +570,7 @@ def test_docstring_example():
     (dict(init="normal"), "init.*'normal'"), (dict(attention="flash"), "attention.*'flash'"),
     (dict(pool="mean"), "pool.*'mean'"), (dict(pool="none"), "pool='none'.*one stage"),
     (dict(drop_path_rule="x"), "drop_path_rule"), (dict(depth=[1, 0, 1]), "depth.*positive"),
-    (dict(patch_size=0), "patch_size.*positive")])
+    (dict(patch_size=0), "patch_size.*positive"), (dict(mlp_ratio=0), "mlp_ratio.*0")])
 def test_bad_constructor_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         pit.PoolingTransformer(**{**CONFIG_A, **changes})
@@ -590,8 +591,9 @@ def test_bad_constructor_arguments_of_vit(changes, message):
     (torch.rand(3, 32, 32), ValueError, r"\(B, 3, H, W\).*\(3, 32, 32\)"),
     (torch.rand(1, 1, 32, 32), ValueError, r"\(1, 1, 32, 32\)"),
     (torch.rand(1, 3, 32, 36), ValueError, r"\(32, 36\).*\(32, 32\)"),
-    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "uint8")],
-    ids=["3-D", "channels", "size", "uint8"])
+    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "uint8"),
+    (np.zeros((1, 3, 32, 32), np.float32), TypeError, "images.*float tensor")],
+    ids=["3-D", "channels", "size", "uint8", "numpy"])
 def test_bad_images(model, x, error, message):
     with pytest.raises(error, match=message):
         model(x)

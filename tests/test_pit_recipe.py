@@ -292,6 +292,9 @@ def test_training_errors():
         next(pit.train(model, loader, epochs=1, teacher=nn.Identity()))
     with pytest.raises(FloatingPointError, match="nan at step 1"):
         next(pit.train(model, [(loader[0][0] * float("nan"), loader[0][1])], epochs=1))
+    for empty, epoch in (([], 0), (iter(loader), 1)):
+        with pytest.raises(ValueError, match=f"no batch in epoch {epoch}"):
+            list(pit.train(toy()[0], empty, epochs=2))
 
 
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
@@ -344,6 +347,8 @@ def test_fgsm():
     assert torch.equal(adversary, (x + 0.1 * z.grad.sign()).clamp(0, 1))
     other = pit.fgsm(model, x, y, 0.1, mean=(0, 0, 0), std=(1, 1, 1))
     assert not torch.equal(other, adversary) and torch.equal(pit.fgsm(model, x, y, 0.0), x)
+    with torch.inference_mode():
+        assert torch.equal(pit.fgsm(model, x.clone(), y.clone(), 0.1), adversary)
 
 
 def test_occlusion():
@@ -367,6 +372,30 @@ X, Y, PAIR = torch.rand(3, 3, 8, 8), torch.arange(3), (torch.rand(3, 4),) * 2
      "one tensor"),
     (lambda: pit.Mixup(num_classes=3)(X, Y), ValueError, "even batch.*3"),
     (lambda: pit.Mixup(0, 0), ValueError, "not both 0"),
+    (lambda: pit.Mixup(-1), ValueError, "mixup_alpha.*-1"),
+    (lambda: pit.Mixup(prob=1.5), ValueError, "prob.*1.5"),
+    (lambda: pit.mixup_batch(X, float("nan")), ValueError, "lam.*nan"),
+    (lambda: pit.cutmix_batch(X, 1.1), ValueError, "lam.*1.1"),
+    (lambda: pit.smooth_one_hot(Y, 2), ValueError, "y must be in 0..1, got 0..2"),
+    (lambda: pit.SoftTargetCrossEntropy()(PAIR[0], PAIR[0][:, :2]), ValueError, "target.*3, 4"),
+    (lambda: pit.DistillationLoss(nn.CrossEntropyLoss(), None), ValueError, "teacher"),
+    (lambda: pit.DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), tau=0), ValueError, "tau"),
+    (lambda: pit.DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), alpha=2), ValueError,
+     "alpha.*2"),
+    (lambda: pit.ModelEma(nn.Identity(), 1.1), ValueError, "decay.*1.1"),
+    (lambda: pit.cosine_lr(0, 1e-3, 0), ValueError, "epochs.*0"),
+    (lambda: pit.RandomErasing(min_area=0.5), ValueError, "min_area.*0.5"),
+    (lambda: pit.RandomErasing(min_aspect=0), ValueError, "min_aspect.*0"),
+    (lambda: pit.RandomErasing()(X[0, 0]), ValueError, r"\(C, H, W\).*\(8, 8\)"),
+    (lambda: pit.RandomErasing()(X.byte()), TypeError, "x.*float.*uint8"),
+    (lambda: pit.RandAugment(magnitude=11), ValueError, "magnitude.*11"),
+    (lambda: pit.randaugment_argument("Rotate", 11), ValueError, "level.*11"),
+    (lambda: pit.eval_transform(Image.new("RGB", (8, 8)), 4, 0), ValueError, "crop.*0"),
+    (lambda: pit.train_transform(Image.new("RGB", (8, 8)), 0), ValueError, "size.*0"),
+    (lambda: pit.fgsm(small(), X, Y, -0.1), ValueError, "eps.*-0.1"),
+    (lambda: pit.fgsm(small(), X.byte(), Y, 0.1), TypeError, "x.*float.*uint8"),
+    (lambda: pit.attention_entropy(X[0]), ValueError, "attn.*N, N"),
+    (lambda: pit.interaction_rate(X, num_tokens=8), ValueError, "num_tokens.*8"),
     (lambda: pit.SoftTargetCrossEntropy()(PAIR, Y), TypeError, "teacher"),
     (lambda: pit.LabelSmoothingCrossEntropy()(PAIR, Y), TypeError, "teacher"),
     (lambda: pit.LabelSmoothingCrossEntropy(1.5), ValueError, "smoothing.*1.5"),
