@@ -37,7 +37,7 @@ the rows, so constants of a sample belong into its state, with derivative 0.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -853,19 +853,32 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
                           column(4, nowhere), column(5, none), column(6, none))
 
 
+def _draw(kind: Callable, shape: Sequence[int], like: Tensor, generator) -> Tensor:
+    """kind(shape), of the type and on the device of `like`, drawn where the generator lives: a CPU
+    generator serves, with the same numbers, on every device."""
+    source = like.device if generator is None else generator.device
+    return kind(shape, generator=generator, dtype=like.dtype, device=source).to(like.device)
+
+
+def _draw_categorical(p: Tensor, generator) -> Tensor:
+    """(S,) indices from probabilities (S, m), drawn like `_draw`."""
+    source = p.device if generator is None else generator.device
+    return torch.multinomial(p.detach().to(source), 1, generator=generator)[:, 0].to(p.device)
+
+
 class _Clocks:
     """Thresholds s ~ Exp(1) of `count` clocks per sample, drawn anew after every event; with `keep`
     the clocks that did not fire keep theirs."""
 
     def __init__(self, samples: int, count: int, like: Tensor, keep: bool, generator):
-        self.options = dict(generator=generator, dtype=like.dtype, device=like.device)
         self.fired = torch.ones(samples, count, dtype=torch.bool, device=like.device)
-        self.values, self.keep = like.new_zeros(samples, count), keep
+        self.values, self.keep, self.generator = like.new_zeros(samples, count), keep, generator
 
     @torch.no_grad()
     def draw(self, rows: Tensor) -> Tensor:
-        fresh = -torch.log1p(-torch.rand(len(rows), self.values.shape[1], **self.options))
-        self.values[rows] = torch.where(self.fired[rows], fresh, self.values[rows])
+        old = self.values[rows]
+        fresh = -torch.log1p(-_draw(torch.rand, old.shape, old, self.generator))
+        self.values[rows] = torch.where(self.fired[rows], fresh, old)
         return self.values[rows]
 
     def record(self, rows: Tensor, fired: Tensor) -> None:
@@ -1180,8 +1193,8 @@ class ConditionalFlow1d(nn.Module):
 
     def sample(self, shape, c: Tensor | None = None, generator: torch.Generator | None = None, *,
                group=0) -> Tensor:
-        u = torch.randn(shape, generator=generator, dtype=self.raw.dtype, device=self.raw.device)
-        return self._from_base(u, c, group)
+        shape = (shape,) if isinstance(shape, int) else shape
+        return self._from_base(_draw(torch.randn, shape, self.raw, generator), c, group)
 
     def cdf(self, x: Tensor, c: Tensor | None = None, *, group=0) -> Tensor:
         return torch.special.ndtr(self._base(x, c, group)[0])
@@ -1224,8 +1237,7 @@ class _AffineFlow(nn.Module):
     def sample(self, shape, c: Tensor | None = None,
                generator: torch.Generator | None = None) -> Tensor:
         like, shape = next(self.parameters()), (shape,) if isinstance(shape, int) else shape
-        z = torch.randn(*shape, self.dim, generator=generator, dtype=like.dtype, device=like.device)
-        return self.inverse(z, c)[0]
+        return self.inverse(_draw(torch.randn, (*shape, self.dim), like, generator), c)[0]
 
 
 class AffineCoupling(_AffineFlow):
@@ -1368,7 +1380,7 @@ class EventModule(nn.Module):
         """Draw (time to the next event, next mode), both (N,)."""
         scaled = self._scaled(context)
         if self.estimator == "joint":
-            z2 = torch.multinomial(self.transition_probs(z, context), 1, generator=generator)[:, 0]
+            z2 = _draw_categorical(self.transition_probs(z, context), generator)
             return self.flow.sample(z.shape, scaled, generator, group=z * self.n_modes + z2), z2
         each = self._each_target(z, scaled)
         clocks = self.flow.sample((len(z), self.n_modes), generator=generator, **each)
@@ -1435,9 +1447,10 @@ def jitter_boundaries(pieces: Sequence[Piece], probability: float = 0.1, width: 
     lengths = torch.tensor([len(p.t) for p in pieces])
     t, x, mode = torch.cat([p.t for p in pieces]), torch.cat([p.x for p in pieces]), None
     cuts = lengths.cumsum(0)[:-1]
-    move = torch.randint(0, width, cuts.shape, generator=generator)
-    move = torch.where(torch.rand(cuts.shape, generator=generator) < 0.5, move, -move)
-    move = torch.where(torch.rand(cuts.shape, generator=generator) < probability, move, 0)
+    move = _draw(partial(torch.randint, 0, width), cuts.shape, cuts, generator)
+    uniform = partial(_draw, torch.rand, cuts.shape, cuts.float(), generator)
+    move = torch.where(uniform() < 0.5, move, -move)
+    move = torch.where(uniform() < probability, move, 0)
     cuts = (cuts + move).clamp(0, len(t)).cummax(0).values.tolist()
     if all(p.mode is not None for p in pieces):
         mode = torch.tensor([p.mode for p in pieces]).repeat_interleave(lengths)
@@ -1475,8 +1488,7 @@ def straight_through(logits: Tensor, *, sample: Tensor | None = None,
     up to rounding only. `sample`: the one-hot rows to use instead of a draw."""
     p = logits.softmax(-1)
     if sample is None:
-        drawn = torch.multinomial(p.detach(), 1, generator=generator)[:, 0]
-        sample = F.one_hot(drawn, p.shape[-1]).to(p)
+        sample = F.one_hot(_draw_categorical(p, generator), p.shape[-1]).to(p)
     return (sample - p).detach() + p
 
 
@@ -1508,7 +1520,7 @@ class ModeEncoder(nn.Module):
         for layer, activation in zip(self.layers, (torch.relu, torch.relu, torch.tanh)):
             h = layer(h)
             if self.dropout and self.training:      # drawn from `generator`, as nn.Dropout cannot
-                noise = torch.rand(h.shape, generator=generator, dtype=h.dtype, device=h.device)
+                noise = _draw(torch.rand, h.shape, h, generator)
                 h = h * (noise >= self.dropout) / (1 - self.dropout)
             h = activation(h)
         return self.layers[-1](h).masked_fill(~self.alive, -math.inf)
@@ -1523,8 +1535,7 @@ class ModeEncoder(nn.Module):
         if mode == "sample" and self.kind != "gumbel":
             return straight_through(logits, generator=generator)
         if mode == "sample":
-            noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype,
-                               device=logits.device)
+            noise = _draw(torch.rand, logits.shape, logits, generator)
             logits = (logits - (-noise.clamp(1e-20).log()).log()) / self.temperature
         largest = F.one_hot(logits.argmax(-1), self.n_modes).to(logits)
         return straight_through(logits, sample=largest)
