@@ -254,7 +254,7 @@ def compare(run, real, fakes, found, side, k):
                     result = metric.compute()
                     if number == 0:
                         spread = bootstrap_prdc(metric.state_dict()["real"], features, k,
-                                                num_subsets=4)[1]
+                                                num_subsets=4, device=run.device)[1]
                         result |= {f"{m} +-": spread[m] for m in ("density", "coverage")}
                     result = run.record(key, result)
                 results[label].append(result)
@@ -344,7 +344,7 @@ def main(argv=None):
                                                            resume=state), total=steps)
                 run.save("autoencoder", model.state_dict())
                 run.record("autoencoder", {"steps": steps})
-            model.load_state_dict(torch.load(trained, weights_only=True))
+            model.load_state_dict(torch.load(trained, map_location=run.device, weights_only=True))
             fakes |= {f"psi {psi}": model.sample(len(real), psi, seed=8) for psi in PSI}
         images = {"real": real} | fakes
     if isinstance(real, torch.Tensor) and real.ndim == 2:
