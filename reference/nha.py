@@ -57,6 +57,13 @@ def _check_positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be positive, not {value}")
 
 
+def _per_sample(name: str, value, samples: int, device, dtype=None) -> Tensor:
+    value = torch.as_tensor(value, device=device, dtype=dtype)
+    if value.shape not in ((), (1,), (samples,)):
+        raise ValueError(f"{name} must be one number or ({samples},), not {tuple(value.shape)}")
+    return value.expand(samples)
+
+
 # ---- ODE solvers ---------------------------------------------------------------------------------
 class Tableau(NamedTuple):
     """Runge-Kutta: k_i = f(t + c_i h, y + h sum_j a_ij k_j), y(t + h) = y + h sum_i b_i k_i.
@@ -399,6 +406,8 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx, grad):
         (f, method, options), (ys, times, *params) = ctx.more, ctx.saved_tensors
         n, samples = ys.shape[2], torch.arange(ys.shape[1], device=ys.device)
+        alive = ys.isfinite().all(-1, keepdim=True)         # rows after a failure are constants
+        ys, grad = torch.where(alive, ys, ys[0]), grad.masked_fill(~alive, 0)
         slopes = f(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
         grad_t = (slopes * grad).sum(-1).to(times.dtype)
         grad_p = [torch.zeros_like(p) for p in params]
@@ -413,7 +422,7 @@ class _Adjoint(torch.autograd.Function):
 
         a = grad[-1]
         for i in range(len(times) - 1, 0, -1):
-            s, span = torch.cat([ys[i], a], 1), times[i - 1] - times[i]
+            s, span = torch.cat([ys[i], a], 1), (times[i - 1] - times[i]) * alive[i, :, 0]
             fs = augmented(times[i].to(s.dtype), s)
             steps = _march(augmented, s, fs, times[i], span, method, **options)
             if steps.message:
@@ -640,8 +649,13 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
         t_event = t* - g(t*, y*) / (g_t + g_y f),   y_event = y* + f(y*) (t_event - t*)
     have the right values (g = 0) and, by the implicit function theorem, the right derivatives."""
     begin = start.detach()
-    f0 = _first_slope(f, start, y0)
-    needs = torch.is_grad_enabled() and any(v.requires_grad for v in (f0, y0, start))
+    f0, g0 = _first_slope(f, start, y0), guard(begin.to(y0.dtype), y0)
+    if g0.dim() not in (1, 2) or len(g0) != len(y0):
+        raise ValueError(f"guard returned shape {tuple(g0.shape)}, not ({len(y0)},) or "
+                         f"({len(y0)}, E)")
+    if direction.dim() and direction.shape != (g0[0].numel(),):
+        raise ValueError(f"direction must be one int or a list of {g0[0].numel()}, one per guard")
+    needs = torch.is_grad_enabled() and any(v.requires_grad for v in (f0, g0, y0, start))
     with torch.no_grad():
         watch = _Watch(guard, direction, begin, y0, f0, method)
     with torch.set_grad_enabled(needs):
@@ -692,8 +706,8 @@ def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, directi
     _check_problem("y0", y0, method, "odeint_event")
     _check_choice("controller", controller, ("I", "PI"))
     _check_positive(rtol=rtol, atol=atol, max_steps=max_steps, first_step=first_step)
-    start, end = (torch.as_tensor(v, dtype=torch.float64, device=y0.device).expand(len(y0))
-                  for v in (t0, t_max))
+    start, end = (_per_sample(name, v, len(y0), y0.device, torch.float64)
+                  for name, v in (("t0", t0), ("t_max", t_max)))
     if not bool((end > start).all()):
         raise ValueError("t_max must be later than t0")
     direction = torch.as_tensor(direction, device=y0.device).to(y0.dtype)
@@ -742,6 +756,9 @@ class HybridSystem:
         if not fields:
             raise ValueError("fields must hold at least one vector field")
         for event in events:
+            if event.direction not in (-1, 0, 1):
+                raise ValueError(f"direction {event.direction} of event {event.name!r} is not -1, "
+                                 "0 or 1")
             for name, z in (("source", event.source), ("target", event.target)):
                 if z is not None and not 0 <= z < len(fields):
                     raise ValueError(f"{name} {z} of event {event.name!r} is not one of "
@@ -817,9 +834,10 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
               max_events: int | None = None, terminal: Tensor | None = None) -> HybridSolution:
     """Legs from event to event, all samples at once: advance(rows, start, x, z) -> _Leg."""
     b, device = len(x0), x0.device
-    z0 = torch.as_tensor(z0, device=device).long().expand(b)
-    if not bool(((z0 >= 0) & (z0 < n_modes)).all()):
-        raise ValueError(f"z0 must be modes in 0..{n_modes - 1}")
+    z0 = _per_sample("z0", z0, b, device)
+    if z0.is_floating_point() or not bool(((z0 >= 0) & (z0 < n_modes)).all()):
+        raise ValueError(f"z0 must be modes (integers) in 0..{n_modes - 1}")
+    z0 = z0.long()
     rows, start, x, z = torch.arange(b, device=device), t[:1].expand(b), x0, z0
     outputs, events = [], []
     while len(rows) and (max_events is None or len(events) < max_events):

@@ -280,8 +280,11 @@ def test_gradient_equals_finite_differences_with_closures_and_failing_neighbours
     solution = nha.odeint(lambda t, y: y**2, y, [0.0, 0.01, 1.0], on_failure="mask", max_steps=300)
     assert solution.stats.success.tolist() == [True, False] and solution.ys[1].isfinite().all()
     assert solution.ys[2, 0].isfinite() and solution.ys[2, 1].isnan()
-    solution.ys[2, 0].sum().backward()
-    close(y.grad[0], [1 / (1 - 0.5) ** 2], 1e-5)
+    by_adjoint = nha.odeint(lambda t, y: y**2, y, [0.0, 0.01, 1.0], on_failure="mask",
+                            max_steps=300, grad="adjoint")
+    for ys in (solution.ys, by_adjoint.ys):
+        close(torch.autograd.grad(ys[2, 0].sum() + ys[1].sum(), y)[0][0],
+              [4.0 + 1 / (1 - 0.005) ** 2], 1e-5)
     # not one step is accepted
     lost = nha.odeint(SYSTEMS["vdp20"], inputs[0], [0.0, 9.0], first_step=9.0, max_steps=1,
                       on_failure="mask").ys
@@ -426,6 +429,14 @@ def test_event_errors():
     refused([
         (ValueError, "t_max", find(1.0, t_max=0.0)),
         (ValueError, "direction", find(direction=2)),
+        (ValueError, "direction", find(direction=[0, 1])),
+        (ValueError, "direction", lambda: nha.HybridSystem([drift], [nha.Event(drift,
+                                                                               direction=2)])),
+        (ValueError, "guard", find(guard=lambda t, y: y[0, 0])),
+        (ValueError, "guard", find(guard=lambda t, y: torch.stack([t, t]))),
+        (ValueError, "t0", find(double(0.0, 0.0))),
+        (ValueError, "z0", lambda: nha.odeint_hybrid(ball, torch.ones(1, 2), [0, 0], [0.0, 1.0])),
+        (ValueError, "z0", lambda: nha.odeint_hybrid(ball, torch.ones(1, 2), 0.5, [0.0, 1.0])),
         (ValueError, "adaptive", find(method="rk4")),
         (RuntimeError, "without crossing", find(y0=y0.clone().requires_grad_(), t_max=2.5,
                                                 guard=lambda t, y: (y[:, 0] - 1) ** 3,
@@ -447,6 +458,17 @@ def test_bouncing_balls_in_a_batch_follow_the_analytic_solution(i):
     close(found.event_times[0, :6], impacts, 1e-9)
     close(found.x_pre[0, :6, 1], z["ball_preimpact_velocity"][:, i], 1e-8)
     assert found.n_events[0] == 6
+
+
+def test_parameters_of_a_guard_alone_get_gradients():
+    level = torch.tensor(0.4, dtype=F64, requires_grad=True)    # y = t reaches it at t = level
+    start = torch.zeros(1, 1, dtype=F64)
+    found = nha.odeint_event(drift, start, 0.0, lambda t, y: y[:, 0] - level, t_max=2.0)
+    close(torch.autograd.grad(found.t_event.sum(), level)[0], 1.0, 1e-12)
+    # y jumps from the level to twice that: y(2) = 2 level + (2 - level)
+    step = nha.Event(lambda t, y: y[:, 0] - level, lambda t, y: 2 * y, 0, 1)
+    ys = nha.odeint_hybrid(nha.HybridSystem([drift, drift], [step]), start, 0, [0.0, 2.0]).ys
+    close(torch.autograd.grad(ys[-1].sum(), level)[0], 1.0, 1e-9)
 
 
 def test_saltation_by_finite_differences():
