@@ -514,9 +514,11 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     torchdiffeq) and interpolate at t; fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take
     one step per interval of t, or steps of at most `step_size`. `max_steps` counts attempts.
     Gradients (first order): "backprop" of the accepted steps, to y0, t and whatever f uses;
-    "adjoint" of a second ODE backwards, with the memory of the outputs only, to y0, t and `params`.
+    "adjoint" of a second ODE backwards, with the memory of the outputs only, to y0, t and `params`
+    (after a fixed-step method, solved by dopri5).
     on_failure="mask" gives NaN rows from the failure on and stats.success False, not an error.
-    Solution.dense(t), t scalar or (B,), is any state in between (dense=True, adaptive methods)."""
+    With dense=True, Solution.dense(t), t scalar or (B,), is the state at any time in between; a
+    fixed-step method steps there from the output before."""
     _check_problem("y0", y0, method)
     fixed = METHODS[method].error is None
     _check_choice("grad", grad, ("backprop", "adjoint", "none"))
@@ -527,50 +529,58 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     times, ts = _check_times(t, y0), torch.as_tensor(t)
     if not per_sample and ts.dim() == 2:
         raise ValueError("per_sample=False takes one time grid t (T,), not one per sample")
-    if fixed and (dense or grad == "adjoint"):
-        raise ValueError(f"dense output and the adjoint need an adaptive method, not {method!r}")
     field = f
-    if not vector_time and fixed and ts.dim() == 1:
+    if not vector_time and fixed and ts.dim() == 1 and not (dense or grad == "adjoint"):
         field = lambda t, y: f(t[0], y)
     elif not vector_time:
         field = lambda t, y: torch.vmap(lambda t, y: f(t, y[None])[0])(t, y)
     tracing = grad != "none" and torch.is_grad_enabled()
+    adjoint = tracing and grad == "adjoint"
     with torch.set_grad_enabled(tracing):
-        if fixed:
-            _first_slope(field, times[0], y0)
-            ys, count = _fixed(field, y0, times, method, step_size)
-            taken, ok = torch.full((len(y0),), count, device=y0.device), ys[-1].isfinite().all(-1)
-            stats = Stats(taken, 0 * taken, len(METHODS[method].c) * taken, ok)
-            return Solution(ys, ts, stats, None)
-        adjoint = tracing and grad == "adjoint"
         f0 = _first_slope(field, *((times[0].detach(), y0.detach()) if adjoint else (times[0], y0)))
     start, sample = times[0], torch.arange(len(y0), device=y0.device)
     span = (times[-1] - start).detach()
     limits = dict(rtol=rtol, atol=atol, max_steps=max_steps, controller=controller,
                   shared=not per_sample)
     needs = tracing and (y0.requires_grad or times.requires_grad or f0.requires_grad)
-    with torch.set_grad_enabled(needs and not adjoint):
-        steps = _march(field, y0, f0, start, span, method, first_step=first_step, **limits)
-        if steps.message and on_failure == "raise":
-            raise RuntimeError(f"odeint: {steps.message}")
-        later = _interpolate(steps, sample.repeat(len(times) - 1), (times[1:] - start).reshape(-1),
-                             y0, method)
-        ys = torch.cat([y0[None], later.view(-1, *y0.shape)])
+    recording = (tracing if fixed else needs) and not adjoint
+    with torch.set_grad_enabled(recording):
+        if fixed:
+            ys, count = _fixed(field, y0, times, method, step_size)
+            lost = ~ys.detach().isfinite().all(-1).cummin(0).values
+            taken, message = torch.full_like(sample, count), ""
+            if bool(lost.any()):
+                message = f"no finite state for sample {int(lost[-1].nonzero()[0, 0])}"
+                ys = ys.masked_fill(lost[..., None], math.nan)
+            stats = Stats(taken, 0 * taken, len(METHODS[method].c) * taken, ~lost[-1])
+        else:
+            steps = _march(field, y0, f0, start, span, method, first_step=first_step, **limits)
+            stats, message = steps.stats, steps.message
+            later = _interpolate(steps, sample.repeat(len(times) - 1),
+                                 (times[1:] - start).reshape(-1), y0, method)
+            ys = torch.cat([y0[None], later.view(-1, *y0.shape)])
+    if message and on_failure == "raise":
+        raise RuntimeError(f"odeint: {message}")
     if needs and adjoint:
         if params is None:
             params = f.parameters() if isinstance(f, nn.Module) else []
             params = [p for p in params if p.requires_grad]
             if f0.requires_grad and not params:
                 raise ValueError("grad='adjoint' needs params= when f is not an nn.Module")
-        ys = _Adjoint.apply(field, y0, times, method, limits, ys, *params)
+        ys = _Adjoint.apply(field, y0, times, "dopri5" if fixed else method, limits, ys, *params)
 
     def evaluate(t) -> Tensor:
-        at = torch.as_tensor(t, dtype=torch.float64, device=y0.device).expand(len(y0)) - start
+        at = _per_sample("t", t, len(y0), y0.device, torch.float64) - start
         if bool(((at * span.sign() < -1e-12) | (at.abs() > span.abs() * (1 + 1e-12))).any()):
             raise ValueError("dense(t): t lies outside the solved interval")
-        return _interpolate(steps, sample, at, y0, method)
+        if not fixed:
+            return _interpolate(steps, sample, at, y0, method)
+        last = ((times - start).abs() <= at.abs()).sum(0) - 1
+        ends = torch.stack([times[last, sample], start + at])
+        with torch.set_grad_enabled(recording and torch.is_grad_enabled()):
+            return _fixed(field, ys[last, sample], ends, method, step_size)[0][-1]
 
-    return Solution(ys, ts, steps.stats, evaluate if dense else None)
+    return Solution(ys, ts, stats, evaluate if dense else None)
 
 
 # ---- events --------------------------------------------------------------------------------------

@@ -185,7 +185,25 @@ def test_dense_output(method):
     for t in (0.0, 0.37, 2.0):
         close(solution.dense(t), y0 @ torch.matrix_exp(A * t).T, 3e-5)
     close(solution.dense(torch.tensor([0.37, 1.0]))[1], y0[1] @ torch.matrix_exp(A).T, 3e-5)
-    refused([(ValueError, "outside", lambda: solution.dense(2.5))])
+    refused([(ValueError, "outside", lambda: solution.dense(2.5)),
+             (ValueError, "t must", lambda: solution.dense(torch.zeros(3)))])
+
+
+@pytest.mark.parametrize("t", [double(2.0, 1.5, 0.0), double([0.0, 3.0], [1.0, 2.0], [2.0, 2.0])])
+def test_dense_output_and_adjoint_of_a_fixed_step_method(t):
+    y0, rate = double([1.0, 0.0], [0.0, 3.0]), torch.tensor(0.7, dtype=F64, requires_grad=True)
+    solve = lambda **options: nha.odeint(lambda t, y: torch.sin(t)[:, None] * y @ A.T * rate, y0, t,
+                                         method="rk4", step_size=0.01, rtol=1e-9, **options)
+    at = double(0.635, 2.5) if t.dim() == 2 else double(0.635, 1.7)
+    angle = torch.cos(t[0]).expand(2) - torch.cos(at)
+    exact = (torch.matrix_exp(A * rate * angle[:, None, None]) @ y0[:, :, None])[:, :, 0]
+    found = solve(dense=True).dense(at)
+    close(found, exact, 1e-8)
+    close(*(torch.autograd.grad(y.square().sum(), rate)[0] for y in (found, exact)), 1e-7)
+    assert not solve(dense=True, grad="none").dense(at).requires_grad
+    by_adjoint, by_backprop = (torch.autograd.grad(ys[1:].square().sum(), rate)[0] for ys in
+                               (solve(grad="adjoint", params=[rate]).ys, solve().ys))
+    close(by_adjoint, by_backprop, 1e-6)
 
 
 def test_checks_every_few_attempts_change_nothing():
@@ -345,7 +363,8 @@ def test_solver_errors():
         (RuntimeError, "max_steps=5", solve(t=[0.0, 100.0], max_steps=5)),
         (ValueError, "rtol", solve(rtol=0.0)),
         (ValueError, "per_sample", solve(t=double([0.0, 0.0], [1.0, 2.0]), per_sample=False)),
-        (ValueError, "adaptive", solve(method="rk4", grad="adjoint")),
+        (RuntimeError, "sample 1", solve(lambda t, y: y**3, double([0.1], [99.0]), method="rk4",
+                                         step_size=0.2)),
         (ValueError, "params", solve(lambda t, y: net(t, y), grad="adjoint"))])
     assert torch.equal(nha.odeint(f, y0, [0.0]).ys, y0[None])
 
