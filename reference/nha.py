@@ -155,17 +155,23 @@ class Solution(NamedTuple):
 
 class _Steps(NamedTuple):
     """The attempts of `_march` in N rows: attempt after attempt, one row per sample tried in it."""
-    attempt: Tensor     # (N,)
+    starts: list[int]   # first row of each of the A attempts
     sample: Tensor      # (N,)
     offset: Tensor      # (N,) float64: signed time from the sample's start to the start of the step
     h: Tensor           # (N,) float64, signed
     y: Tensor           # (N, n) state at the start of the step
     hk: Tensor          # (S, N, n) h k_i
     accepted: Tensor    # (M,) the rows that were accepted
-    ends: Tensor        # (B, A) |time| that a sample has reached after each attempt, then inf
-    row: Tensor         # (B, A) its last accepted row by then
+    ends: Tensor        # (B, A) |time| that a sample has reached after each attempt
+    row: Tensor         # (B, A) its row in each attempt
     stats: Stats
     message: str        # why samples failed, "" when none did
+
+    def find(self, sample: Tensor, distance: Tensor) -> Tensor:
+        """Rows (Q,) of the steps in which samples reach these distances, at most their last."""
+        ends = self.ends.index_select(0, sample)
+        at = torch.searchsorted(ends, torch.minimum(distance, ends[:, -1])[:, None])
+        return self.row[sample, at[:, 0]]
 
 
 def _norm(x: Tensor, shared: bool) -> Tensor:
@@ -178,14 +184,13 @@ def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, method: s
     """A step h (B,) from (t, y), fy = f(t, y): end state, slope there and all h k_i (S, B, n)."""
     tab, scale = METHODS[method], h.to(y.dtype)[:, None]
     times = (t + _tensors(method, (y.dtype, y.device))[0] * h).to(y.dtype).unbind()
-    end, hk = y, [fy * scale]
+    end, k = y, [fy]
     for time, row in zip(times[1:], tab.a[1:]):
         end = y
-        for weight, term in zip(row, hk):
-            end = torch.add(end, term, alpha=weight) if weight else end
-        fy = f(time, end)
-        hk.append(fy * scale)
-    return end, fy, torch.stack(hk)
+        for weight, slope in zip(row, k):
+            end = torch.addcmul(end, slope, scale, value=weight) if weight else end
+        k.append(f(time, end))
+    return end, k[-1], torch.stack(k) * scale
 
 
 def _dense(y: Tensor, hk: Tensor, theta: Tensor, method: str) -> Tensor:
@@ -194,9 +199,9 @@ def _dense(y: Tensor, hk: Tensor, theta: Tensor, method: str) -> Tensor:
 
 
 def _dense_weights(theta: Tensor, method: str) -> Tensor:
-    powers = torch.stack([theta, theta**2, theta**3, theta**4]).view(4, -1)
-    dense = _tensors(method, (theta.dtype, theta.device))[1]
-    return (dense @ powers).view(len(dense), *theta.shape)
+    powers = theta.expand(4, *theta.shape).cumprod(0).flatten(1)
+    weights = _tensors(method, (theta.dtype, theta.device))[1] @ powers
+    return weights.view(len(weights), *theta.shape)
 
 
 @torch.no_grad()
@@ -204,8 +209,9 @@ def _first_step(f, t, y, fy, sign, method, rtol, atol, shared) -> Tensor:
     """Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4."""
     scale = atol + rtol * y.abs()
     d0, d1 = _norm(y / scale, shared), _norm(fy / scale, shared)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    f1 = f((t + sign * h0).to(y.dtype), y + (sign * h0).to(y.dtype)[:, None] * fy)
+    h0 = torch.where(torch.minimum(d0, d1) < 1e-5, 1e-6, 0.01 * d0 / d1)
+    step = sign * h0
+    f1 = f((t + step).to(y.dtype), torch.addcmul(y, fy, step.to(y.dtype)[:, None]))
     largest = torch.maximum(d1, _norm((f1 - fy) / scale, shared) / h0)
     h1 = (0.01 / largest) ** (1 / METHODS[method].order)
     return torch.minimum(100 * h0, torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1))
@@ -218,15 +224,13 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     since the check is the only point where the host waits. Steps overshoot the end, except under
     `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
     tab, every = METHODS[method], check_every or (1 if y.device.type == "cpu" else 8)
-    weights = _tensors(method, (y.dtype, y.device))[3]
+    weights, least = _tensors(method, (y.dtype, y.device))[3], y.new_full((), atol)
     samples, t, sign, end = len(y), start, span.sign(), span.abs()
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
-    h = (torch.full_like(span, first_step) if first_step is not None else
-         _first_step(f, t, y, fy, sign, method, rtol, atol, shared))
-    before, most, tail = torch.ones_like(h), torch.full_like(h, 10.0), None
-    active, failed = end > 0, torch.zeros(samples, dtype=torch.bool, device=y.device)
-    nothing = y.new_empty(len(tab.c), 0, y.shape[1])
-    history = [(rows[:0], offset[:0], h[:0], y[:0], nothing, failed[:0], failed[:0])]
+    h = sign * (first_step or _first_step(f, t, y, fy, sign, method, rtol, atol, shared))
+    memory = [torch.ones_like(h), torch.full_like(h, 10.0)] if controller == "PI" else []
+    active, failed = end > 0, torch.zeros_like(rows, dtype=torch.bool)
+    place, reached, history, path, starts, tail = rows, offset, [], [], [0], None
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         for attempt in itertools.count():
             if attempt % every == 0 or attempt >= max_steps:
@@ -235,78 +239,86 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
                     break
                 if alive < 0.75 * len(rows):
                     keep = active.nonzero()[:, 0]
-                    rows, t, offset, y, fy, h, end, sign, active, before, most = (
+                    rows, t, offset, y, fy, h, end, active, *memory = (
                         v.index_select(0, keep) for v in
-                        (rows, t, offset, y, fy, h, end, sign, active, before, most))
+                        (rows, t, offset, y, fy, h, end, active, *memory))
+                    place = place.index_copy(0, rows, torch.arange(alive, device=y.device))
                 if (torch.is_grad_enabled() and len(rows) <= FEW and y.shape[1] <= NARROW
-                        and bool(((end - offset.abs()) / h > MANY).any())):
-                    tail = len(history), rows, t + offset, y
+                        and bool(((end - offset.abs()) / h.abs() > MANY).any())):
+                    tail = starts[-1], rows, t + offset, y
                     torch.set_grad_enabled(False)               # until the end of this block
-            step = torch.minimum(h, end - offset.abs()) if watch else h
-            signed = sign * step
-            y1, f1, hk = _attempt(f, t + offset, signed, y, fy, method)
-            with torch.no_grad():
-                error = torch.mv(hk.view(len(hk), -1).t(), weights).view_as(y)
-                scale = torch.maximum(y.abs(), y1.abs()).mul_(rtol).add_(atol)
-                ratio = _norm(error / scale, shared).nan_to_num(math.inf)
+            step = h
+            if watch:
+                left = end - offset.abs()
+                step = torch.where(h.abs() < left, h, left.copysign(h))
+            y1, f1, hk = _attempt(f, t + offset, step, y, fy, method)
+            error = torch.mv(hk.detach().view(len(hk), -1).t(), weights).view_as(y)
+            largest = torch.maximum(y.detach().abs(), y1.detach().abs())
+            tolerance = torch.add(least, largest, alpha=rtol)
+            ratio = _norm(error.div_(tolerance), shared).nan_to_num(math.inf)
             ok = (ratio <= 1) & active
-            history.append((rows, offset, signed, y, hk, ok, active))
-            if controller == "PI":
+            history.append((rows, offset, step, y, hk, ok, active))
+            if memory:
+                before, most = memory
                 factor = 0.9 * ratio ** (-0.7 / tab.order) * before ** (0.4 / tab.order)
                 factor = factor.clamp(0.2, 10).minimum(most)    # no growth after a rejection
-                before, most = torch.where(ok, ratio.clamp(min=1e-4), before), 1 + 9 * ok.double()
+                memory = [torch.where(ok, ratio.clamp(min=1e-4), before), 1 + 9 * ok.double()]
             else:
-                factor = (0.9 * ratio ** (-1 / tab.order)).clamp(0.2, 10).maximum(ratio < 1)
-            reached = offset + signed
+                factor = (0.9 * ratio ** (-1 / tab.order)).clamp(0.2, 10).maximum(ok)
+            there = offset + step
             if attempt % 8 == 7:                            # steps that no longer move the time
-                stalled = active & (t + reached == t + offset) & ~(ok & (reached.abs() >= end))
+                stalled = active & (t + there == t + offset) & ~(ok & (there.abs() >= end))
                 failed.index_put_((rows,), stalled, accumulate=True)
                 active = active & ~stalled
             if watch:
-                active = active & ~watch(rows, t.detach() + offset, signed, y, hk, ok)
-                reached = torch.where(step >= end - offset.abs(), sign * end, reached)
-                factor = torch.where(ok & (step < h) & (factor > 1), h / step, factor)
-            offset, h, took = torch.where(ok, reached, offset), step * factor, ok[:, None]
-            y, fy = torch.where(took, y1, y), torch.where(took, f1, fy)
-            active = active & (offset.abs() < end)
+                active = active & ~watch(rows, t.detach() + offset, step, y, hk, ok)
+                there = torch.where(step == h, there, end.copysign(h))
+                factor = torch.where(ok & (step != h) & (factor > 1), h / step, factor)
+            if every == 1 and bool(ok.all()):               # elsewhere asking would cost a wait
+                offset, y, fy = there, y1, f1
+            else:
+                offset, took = torch.where(ok, there, offset), ok[:, None]
+                y, fy = torch.where(took, y1, y), torch.where(took, f1, fy)
+            h, distance = step * factor, offset.abs()
+            active = active & (distance < end)
+            reached = distance if len(rows) == samples else reached.index_copy(0, rows, distance)
+            path.append((reached, place + starts[-1]))
+            starts.append(starts[-1] + len(rows))
 
-    failed[rows] |= active
-    sizes = [len(entry[0]) for entry in history]
-    number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(y.device)
+    if not history:                                         # every span is 0
+        history, path = [(rows, offset, h, y, torch.stack([y] * len(tab.c)), active, active)], [
+            (reached, place)]
+    if alive:
+        failed[rows] |= active
     rows, offset, h, y, hk, ok, tried = (torch.cat(v, int(i == 4)) for i, v in
                                          enumerate(zip(*history)))
     accepted = ok.nonzero()[:, 0]
-    at = rows[accepted], number[accepted]
-    ends, row = offset.new_zeros(samples, len(sizes) + 1), rows.new_zeros(samples, len(sizes) + 1)
-    ends[at], row[at] = (offset + h)[accepted].abs(), accepted
-    ends, row = ends.cummax(1).values, row.cummax(1).values
+    ends, row = (torch.stack(v, 1) for v in zip(*path))
     message = ""
     if bool(failed.any()):
         reason = f"max_steps={max_steps} exceeded" if alive else "the step size underflowed"
         first = int(failed.nonzero()[0, 0])
         message = (f"{reason} for {int(failed.sum())} of {samples} samples, first sample {first}, "
                    f"|t - t0| = {float(ends[first, -1]):.6g}")
-    ends[:, -1] = math.inf
     count = lambda samples_of: torch.bincount(samples_of, minlength=samples)
-    tries, steps = count(rows[tried]), count(at[0])
+    tries, steps = count(rows[tried]), count(rows[accepted])
     evaluations = 1 + (first_step is None) + (len(tab.c) - 1) * tries
-    steps = _Steps(number, rows, offset, h, y, hk, accepted, ends, row,
+    steps = _Steps(starts[:-1], rows, offset, h, y, hk, accepted, ends, row,
                    Stats(steps, tries - steps, evaluations, ~failed), message)
-    return _trace(f, steps, start, sum(sizes[: tail[0]]), *tail[1:], method) if tail else steps
+    return _trace(f, steps, start, *tail, method) if tail else steps
 
 
 def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, method: str) -> Tensor:
     """States of `sample` (Q,) at signed times `offset` (Q,) from its start; NaN after a failure."""
-    if len(steps.h) == 0:
-        return y0[sample]
     distance = offset.detach().abs()
-    at = torch.searchsorted(steps.ends[sample], distance[:, None])
-    row = steps.row[sample].gather(1, at)[:, 0]
+    row = steps.find(sample, distance)
     theta = (offset - steps.offset[row]) / steps.h[row]
-    y = _dense(steps.y[row], steps.hk[:, row], theta, method)
-    y = torch.where((distance == 0)[:, None], y0[sample], y)
-    beyond = ~steps.stats.success[sample] & (at[:, 0] == steps.ends.shape[1] - 1)
-    return y.masked_fill(beyond[:, None], math.nan)
+    y = _dense(steps.y.index_select(0, row), steps.hk.index_select(1, row), theta, method)
+    y = torch.where((distance == 0)[:, None], y0.index_select(0, sample), y)
+    if steps.message:
+        lost = ~steps.stats.success[sample] & (distance > steps.ends[sample, -1])
+        y = y.masked_fill(lost[:, None], math.nan)
+    return y
 
 
 # Gradients of a solve are those of its accepted steps; a large or wide batch records them as it
@@ -328,13 +340,14 @@ class _Unroll(torch.autograd.Function):
     def forward(ctx, k, y0, points, steps, kept, begin, samples, method):
         ctx.save_for_backward(k, points)
         ctx.more = steps, kept, begin, samples, _tensors(method, (y0.dtype, y0.device))[2]
-        return steps.y[begin:].clone(), steps.hk[:, begin:].clone()
+        return steps.y[begin:], steps.hk[:, begin:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_hk):
         (k, points), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
-        (s, _, n), m, unit = grad_hk.shape, len(kept), torch.eye(k.shape[1]).to(k)
+        (s, _, n), m = grad_hk.shape, len(kept)
+        unit = torch.eye(n, dtype=k.dtype, device=k.device)
         pull = lambda v: torch.autograd.grad(k, points, v, retain_graph=True,
                                              materialize_grads=True)[0]
         jacobian = torch.stack([pull(v) for v in unit[:, None].repeat(1, len(k), 1)], 1)
@@ -353,9 +366,9 @@ class _Unroll(torch.autograd.Function):
         gy[:, 0] += grad_y[kept - begin]
         gy[:, 1 : 1 + n] += unit
         carried, later = k.new_zeros(len(steps.row), 1, 2 * n), []
-        sizes = torch.bincount(steps.attempt[kept]).tolist()
-        both = torch.cat([gy, g[..., :n] * h], -1).split(sizes)
-        for sample, step in reversed(list(zip(steps.sample[kept].split(sizes), both))):
+        cuts = torch.searchsorted(kept, kept.new_tensor(steps.starts[1:])).tolist()
+        both = torch.cat([gy, g[..., :n] * h], -1).tensor_split(cuts)
+        for sample, step in reversed(list(zip(steps.sample[kept].tensor_split(cuts), both))):
             later.append(carried[sample])
             carried[sample] = torch.baddbmm(step[:, :1], later[-1], step[:, 1:])
         end, slope = carried[samples].split(n, -1)
@@ -376,7 +389,7 @@ def _stage_points(steps: _Steps, rows: Tensor, start: Tensor, method: str):
 def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Steps:
     """Attach the rows from `begin` on, where `samples` were in states y0 at times t, to the graph
     of y0, start, t and everything f uses."""
-    kept = steps.accepted[steps.accepted >= begin]
+    kept = steps.accepted[steps.accepted >= begin] if begin else steps.accepted
     if len(kept) == 0:
         return steps
     times, points = _stage_points(steps, kept, start, method)
@@ -386,8 +399,9 @@ def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Step
     if not k.requires_grad:                             # f depends neither on y nor on a parameter
         k = k + 0 * points
     y, hk = _Unroll.apply(k, y0, points, steps, kept, begin, samples, method)
-    return steps._replace(y=torch.cat([steps.y[:begin], y]),
-                          hk=torch.cat([steps.hk[:, :begin], hk], 1))
+    if begin:
+        y, hk = torch.cat([steps.y[:begin], y]), torch.cat([steps.hk[:, :begin], hk], 1)
+    return steps._replace(y=y, hk=hk)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -448,9 +462,10 @@ def _first_slope(f: Callable, t: Tensor, y: Tensor) -> Tensor:
     fy = f(t.to(y.dtype), y)
     if fy.shape != y.shape:
         raise ValueError(f"f returned shape {tuple(fy.shape)}, the state is {tuple(y.shape)}")
-    bad = ~fy.detach().isfinite().all(-1)
-    if bool(bad.any()):
-        raise ValueError(f"f(t0, y0) is not finite for sample {int(bad.nonzero()[0, 0])}")
+    finite = fy.detach().isfinite()
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0, 0])
+        raise ValueError(f"f(t0, y0) is not finite for sample {row}")
     return fy
 
 
@@ -472,9 +487,10 @@ def _check_times(t, y0: Tensor) -> Tensor:
     if t.dim() not in (1, 2) or t.shape[0] < 1 or (t.dim() == 2 and t.shape[1] != len(y0)):
         raise ValueError(f"t must be (T,) or (T, {len(y0)}) with T >= 1, not {tuple(t.shape)}")
     change = t.detach().diff(dim=0)
-    forward = change * (t[-1] - t[0]).detach()
-    padding = (change != 0).flip(0).cumsum(0).flip(0) == 0 if t.dim() == 2 else False
-    if not bool(((forward > 0) | padding).all() & t.isfinite().all()):
+    onward = change * change[:1] > 0
+    if t.dim() == 2:
+        onward |= (change != 0).flip(0).cumsum(0).flip(0) == 0
+    if not bool(onward.all() & t.isfinite().all()):
         raise ValueError("t must be finite and strictly increasing or strictly decreasing")
     return t if t.dim() == 2 else t[:, None].expand(-1, len(y0))
 
@@ -672,7 +688,7 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
         steps = _march(f, y0, f0, start, t_max - begin, method, watch=watch, **limits)
     if steps.message:
         raise RuntimeError(f"event search: {steps.message}")
-    last, fired = steps.row[:, -1], watch.fired
+    fired, last = watch.fired, steps.find(torch.arange(len(y0), device=y0.device), t_max - begin)
     offset, h, y, hk = steps.offset[last], steps.h[last], steps.y[last], steps.hk[:, last]
 
     def step_to(size, t):
@@ -1115,6 +1131,7 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
     slopes, the identity outside [-B, B]; tail_bound=None: [0, 1] onto itself with d (..., K + 1).
     With identity_init, zero parameters are the identity; the slope at the bounds is exactly 1."""
     bins, tails = w.shape[-1], tail_bound is not None
+    _check_positive(tail_bound=tail_bound)
     for name, least in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
         if least * bins > 1:
             raise ValueError(f"{name} {least} is too large for {bins} bins")
@@ -1180,6 +1197,8 @@ class ConditionalFlow1d(nn.Module):
                  n_groups: int = 1):
         super().__init__()
         _check_positive(n_layers=n_layers, n_bins=n_bins, n_groups=n_groups, hidden=hidden)
+        if context_dim < 0:
+            raise ValueError(f"context_dim must not be negative, got {context_dim}")
         self.context_dim, self.n_bins, self.n_groups = context_dim, n_bins, n_groups
         size = 2 + n_layers * (3 * n_bins - 1)
         self.raw = nn.Parameter(torch.zeros(n_groups, size))
@@ -1188,9 +1207,9 @@ class ConditionalFlow1d(nn.Module):
     def _rows(self, shape, c: Tensor | None, group) -> tuple[Tensor, Tensor, list]:
         group = torch.as_tensor(group, device=self.raw.device).expand(shape)
         raw, k = self.raw[group], self.n_bins
-        if (c is None) != (self.net is None):
-            got = c if c is None else tuple(c.shape)
-            raise ValueError(f"the context must have {self.context_dim} features, got {got}")
+        given = 0 if c is None else c.shape[-1]
+        if given != self.context_dim:
+            raise ValueError(f"the context must have {self.context_dim} features, got {given}")
         if c is not None:
             c = c.expand(*shape, self.context_dim)
             raw = raw + self.net(torch.cat([c, F.one_hot(group, self.n_groups).to(c)], -1))
@@ -1199,7 +1218,7 @@ class ConditionalFlow1d(nn.Module):
 
     def _base(self, x: Tensor, c, group) -> tuple[Tensor, Tensor]:
         """The normal variable of x, and log du/dx."""
-        if bool((x <= 0).any()):
+        if not bool((x > 0).all()):
             raise ValueError("times must be positive")
         shift, log_scale, layers = self._rows(x.shape, c, group)
         log_x = x.to(shift.dtype).log()
@@ -1338,8 +1357,10 @@ class EventModule(nn.Module):
         if bool(censored.all()):
             raise ValueError("no uncensored time to start from")
         m, seen = self.n_modes, ~censored
-        if context is not None:
-            self.center.copy_(context.mean(0)), self.spread.copy_(context.std(0).clamp(min=1e-6))
+        if self._scaled(z, context) is not None:
+            spread = context.std(0, correction=0)
+            self.center.copy_(context.mean(0))
+            self.spread.copy_(torch.where(spread > 1e-6, spread, 1.0))      # 1: a constant
         pair, log_tau = (z * m + z2)[seen], tau[seen].to(self.transition).log()
         total = torch.bincount(pair, minlength=m * m).to(log_tau)
         average = lambda v: torch.zeros_like(total).index_add_(0, pair, v) / total.clamp(min=1)
@@ -1359,12 +1380,20 @@ class EventModule(nn.Module):
             raise ValueError(f"tau, z, z2, censored must be (N,), not {shapes}")
         if not bool(((tau > 0) & tau.isfinite()).all()):
             raise ValueError("tau must be positive and finite")
-        z2 = torch.where(censored, 0, z2)
-        if bool(((torch.stack([z, z2]) < 0) | (torch.stack([z, z2]) >= self.n_modes)).any()):
-            raise ValueError(f"modes must lie in 0..{self.n_modes - 1}")
+        z, z2 = self._check_modes("z", z), self._check_modes("z2", torch.where(censored, 0, z2))
         return tau, z, z2, censored
 
-    def _scaled(self, context: Tensor | None) -> Tensor | None:
+    def _check_modes(self, name: str, z: Tensor) -> Tensor:
+        if z.is_floating_point() or bool(((z < 0) | (z >= self.n_modes)).any()):
+            raise ValueError(f"{name} must be modes (integers) in 0..{self.n_modes - 1}")
+        return z.long()
+
+    def _scaled(self, z: Tensor, context: Tensor | None) -> Tensor | None:
+        """The context standardised, None where there is none."""
+        expected = (len(z), self.context_dim) if self.context_dim else None
+        given = None if context is None else tuple(context.shape)
+        if given != expected:
+            raise ValueError(f"context must be {expected}, got {given}")
         return None if context is None else (context - self.center) / self.spread
 
     def _each_target(self, z: Tensor, scaled: Tensor | None) -> dict:
@@ -1383,13 +1412,14 @@ class EventModule(nn.Module):
         """p(z'|z, c) (N, m)."""
         if self.estimator != "joint":
             raise ValueError("transition_probs needs estimator 'joint'; a race has clocks instead")
-        return self._transition_logits(z, self._scaled(context)).softmax(-1)
+        z = self._check_modes("z", z)
+        return self._transition_logits(z, self._scaled(z, context)).softmax(-1)
 
     def log_prob(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
                  censored=None) -> Tensor:
         """Log-likelihood (N,) of "next event after tau, to z2"; where censored, "none by tau"."""
         tau, z, z2, censored = self._check(tau, z, z2, censored)
-        scaled, possible, m = self._scaled(context), self.possible[z], self.n_modes
+        scaled, possible, m = self._scaled(z, context), self.possible[z], self.n_modes
         survive = self.flow.log_survival(tau[:, None].expand(-1, m), **self._each_target(z, scaled))
         own = self.flow.log_prob(tau, scaled, group=z * m + z2)
         pick = lambda v: v.gather(1, z2[:, None])[:, 0]
@@ -1406,7 +1436,8 @@ class EventModule(nn.Module):
     def sample(self, z: Tensor, context: Tensor | None = None, *,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw (time to the next event, next mode), both (N,)."""
-        scaled = self._scaled(context)
+        z = self._check_modes("z", z)
+        scaled = self._scaled(z, context)
         if self.estimator == "joint":
             z2 = _draw_categorical(self.transition_probs(z, context), generator)
             return self.flow.sample(z.shape, scaled, generator, group=z * self.n_modes + z2), z2
