@@ -57,6 +57,7 @@ def test_spline_on_the_unit_interval_edges_identity_and_errors():
     refused([(ValueError, "too large", least(min_bin_width=0.3)),
              (ValueError, "too large", least(min_bin_height=0.3)),
              (ValueError, "K - 1", lambda: spline(x, w, h, w, tail_bound=3.0)),
+             (ValueError, "tail_bound", lambda: spline(x, w, h, d, tail_bound=-3.0)),
              (ValueError, "0, 1", lambda: spline(x, w, h, torch.zeros(33, 6, dtype=F64)))])
 
 
@@ -73,7 +74,10 @@ def test_conditional_flow_is_a_density_with_its_own_inverse():
     plain, x = nha.ConditionalFlow1d(), torch.tensor([1.0, 2.0])
     close(plain.log_prob(x), torch.distributions.LogNormal(0.0, 1.0).log_prob(x), 1e-5)
     refused([(ValueError, "positive", lambda: plain.log_prob(torch.tensor([0.0]))),
+             (ValueError, "positive", lambda: plain.log_prob(torch.tensor([math.nan]))),
              (ValueError, "context", lambda: plain.log_prob(torch.ones(1), torch.ones(1, 2))),
+             (ValueError, "context", lambda: flow.log_prob(x, c[0, :, :1])),
+             (ValueError, "context_dim", lambda: nha.ConditionalFlow1d(-1)),
              (ValueError, "n_bins", lambda: nha.ConditionalFlow1d(n_bins=0))])
 
 
@@ -140,9 +144,27 @@ def test_event_module_counts_and_checks():
         (ValueError, "estimator", lambda: nha.EventModule(2, estimator="both")),
         (ValueError, "n_modes", lambda: nha.EventModule(0)),
         (ValueError, "tau", lambda: module.log_prob(-one, zero, zero)),
-        (ValueError, "modes", lambda: module.log_prob(one, zero + 3, zero)),
+        (ValueError, "z must be modes", lambda: module.log_prob(one, zero + 3, zero)),
+        (ValueError, "z2 must be modes", lambda: module.log_prob(one, zero, zero - 1)),
+        (ValueError, "z must be modes", lambda: module.sample(zero - 1)),
+        (ValueError, "z must be modes", lambda: module.transition_probs(zero + 0.5)),
         (ValueError, "uncensored", lambda: module.initialize(one, zero, zero,
                                                              censored=torch.tensor([True])))])
+    close(module.log_prob(one, zero.int(), zero.int() + 1), module.log_prob(one, zero, zero + 1), 0)
+
+
+@both_estimators
+def test_event_module_checks_its_context(estimator):
+    module, plain = (nha.EventModule(2, dim, estimator) for dim in (2, 0))
+    zero, tau, context = torch.zeros(2).long(), torch.ones(2), torch.ones(2, 2)
+    call = lambda m, c: [(ValueError, "context", lambda: m.log_prob(tau, zero, zero, context=c)),
+                         (ValueError, "context", lambda: m.initialize(tau, zero, zero, context=c)),
+                         (ValueError, "context", lambda: m.sample(zero, c))]
+    refused(call(module, None) + call(module, context[:1]) + call(module, context[:, :1])
+            + call(plain, context))
+    module.initialize(tau[:1], zero[:1], zero[:1], context=context[:1])     # a constant context
+    close(module.log_prob(tau, zero, zero, context=context + 0.5),
+          module.log_prob(tau, zero, zero, context=context), 1e-5)
 
 
 @both_estimators
