@@ -40,7 +40,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ from torch import Tensor, nn
 OUTPUTS = ("logit", "log_prob", "prob")
 QUADRATURES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle",
                "riemann_trapezoid")
+KINDS = ("even", "log")                                       # of thresholds
 PASS = 64                                                     # images in a forward pass by default
 
 
@@ -77,18 +78,22 @@ def _score(result: Any, output: str) -> Tensor:
     return getattr(result, name)()
 
 
-def _check(images: Tensor, targets: Any, output: str) -> tuple[Tensor, bool]:
-    """Targets as (B, n) int64, and whether there was only one per image."""
-    _check_choice("output", output, OUTPUTS)
+def _check_images(images: Tensor) -> None:
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"images must be floating-point (B, C, H, W), "
                          f"not {images.dtype} {tuple(images.shape)}")
+
+
+def _check(images: Tensor, targets: Any, output: str) -> tuple[Tensor, bool]:
+    """Targets as (B, n) int64, and whether there was only one per image."""
+    _check_choice("output", output, OUTPUTS)
+    _check_images(images)
     targets = torch.as_tensor(targets, device=images.device)
     if targets.dtype.is_floating_point or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers, not {targets.dtype}")
     if targets.ndim == 0:
         targets = targets.expand(len(images))
-    if targets.ndim > 2 or len(targets) != len(images):
+    if targets.ndim > 2 or len(targets) != len(images) or 0 in targets.shape[1:]:
         raise ValueError(f"targets must be an int, ({len(images)},) or ({len(images)}, n), "
                          f"not {tuple(targets.shape)}")
     return targets.long().reshape(len(images), *targets.shape[1:] or (1,)), targets.ndim == 1
@@ -98,7 +103,7 @@ def _at(scores: Tensor, targets: Tensor) -> Tensor:
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < scores.shape[1]:
         raise ValueError(f"targets must be in 0..{scores.shape[1] - 1}, "
                          f"not {int(targets.min())}..{int(targets.max())}")
-    return scores.gather(1, targets)
+    return scores.gather(1, targets.clone())                  # autograd keeps no inference tensor
 
 
 @contextmanager
@@ -113,6 +118,8 @@ def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         seen[:] = [result.detach()]
         return change(seen[0])
 
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be a module of the model, not {type(layer).__name__}")
     handle = layer.register_forward_hook(hook)
     try:
         yield seen
@@ -122,20 +129,7 @@ def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         handle.remove()
 
 
-@contextmanager
-def _in_place_of(layer: nn.Module, result: Tensor) -> Iterator[None]:
-    """`layer` returns `result` and computes nothing."""
-    own = layer.__dict__.get("forward")
-    layer.forward = lambda *_, **__: result
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
-
-
+@torch.inference_mode(False)                                  # also when the caller is in that mode
 def _activations_and_gradients(model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor,
                                output: str) -> tuple[Tensor, Tensor]:
     """A (B, K, h, w) and G (B, n, K, h, w): one forward, one backward per column of targets.
@@ -216,19 +210,21 @@ def hires_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
     return _finish((g * a.unsqueeze(1)).sum(2), single, relu)
 
 
-def _per_channel(a: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs of image and channel, `chunk` at a time."""
+def _chunks(live: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Image and channel indices of `live` (B, K), `chunk` at a time."""
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
-    images, channels = (torch.arange(n, device=a.device) for n in a.shape[:2])
-    for part in torch.cartesian_prod(images, channels).split(chunk):
+    for part in live.nonzero().split(chunk):
         yield part.unbind(1)
 
 
 @torch.no_grad()
 def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
               relu: bool = False, output: str = "logit", chunk: int = 32) -> Tensor:
-    """Score-CAM: K + 1 forward passes per image, `chunk` at a time, shared by all its targets."""
+    """Score-CAM: at most K + 2 forward passes per image, `chunk` at a time, for all its targets.
+
+    The mask of a constant channel (dead after a ReLU, say) is 0: these share one black image.
+    """
     targets, single = _check(images, targets, output)
     with _output_of(layer, Tensor.clone) as seen:
         _at(_score(model(images), output), targets)
@@ -236,38 +232,88 @@ def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
     masks = F.interpolate(a, images.shape[2:], mode="bilinear", align_corners=True)
     low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
     masks = (masks - low) / (high - low + 1e-8)
-    scores = torch.cat([
-        _score(model(images[b] * masks[b, k].unsqueeze(1)), output).gather(1, targets[b])
-        for b, k in _per_channel(a, chunk)])
-    weights = scores.view(len(images), a.shape[1], -1).softmax(1)
-    return _weighted(weights.transpose(1, 2), a, single, relu)
+    black = _score(model(torch.zeros_like(images)), output).gather(1, targets)
+    scores = black.unsqueeze(1).repeat(1, a.shape[1], 1)                          # (B, K, n)
+    for b, k in _chunks((high != low)[:, :, 0, 0], chunk):
+        masked = images[b] * masks[b, k].unsqueeze(1)
+        scores[b, k] = _score(model(masked), output).gather(1, targets[b])
+    return _weighted(scores.softmax(1).transpose(1, 2), a, single, relu)
+
+
+@contextmanager
+def _forwards(changed: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Modules compute changed[module] in place of their own forward."""
+    own = {module: vars(module).get("forward") for module in changed}
+    try:
+        for module, forward in changed.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in own.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _replay(module: nn.Module, results: list[Tensor | None], rows: Tensor) -> Callable:
+    """A forward that gives the `rows` of its earlier results, in turn, and computes later ones."""
+    own, earlier = module.forward, iter(results)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        result = next(earlier, None)
+        return own(*args, **kwargs) if result is None else result[rows]
+
+    return forward
+
+
+def _beside(model: nn.Module, layer: nn.Module) -> set[nn.Module]:
+    """The outermost modules of `model` that neither hold the layer nor are part of it."""
+    path = {module for module in model.modules() if layer in module.modules()}
+    outer = {child for parent in path - {layer} for child in parent.children()} - path
+    inner = {part for module in (*outer, layer) for part in module.modules() if part is not module}
+    return outer - inner
 
 
 @torch.no_grad()
 def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
                  relu: bool = False, output: str = "logit", chunk: int = 32) -> Tensor:
-    """Ablation-CAM: relative drop of the score without one channel of A; K + 1 forward passes."""
+    """Ablation-CAM: relative drop of the score without one channel of A.
+
+    K passes per image, `chunk` at a time, through what lies above the layer: modules that were done
+    before it give their first results again. Channels that are 0 everywhere are left out.
+    """
     targets, single = _check(images, targets, output)
-    with _output_of(layer, Tensor.clone) as seen:
-        whole = _at(_score(model(images), output), targets).unsqueeze(1)
-    a, scores = seen[0], []
-    for b, k in _per_channel(a, chunk):
+    below = {module: [] for module in _beside(model, layer)}
+
+    def keep(module: nn.Module, inputs: Any, result: Any) -> None:
+        if not seen:
+            whole = isinstance(result, Tensor) and result.shape[:1] == images.shape[:1]
+            below[module].append(result.clone() if whole else None)
+
+    with _output_of(layer, Tensor.clone) as seen, ExitStack() as hooks:
+        for module in below:
+            hooks.callback(module.register_forward_hook(keep).remove)
+        score = _at(_score(model(images), output), targets)
+    a = seen[0]
+    drops = torch.zeros_like(score).unsqueeze(1).repeat(1, a.shape[1], 1)         # (B, K, n)
+    for b, k in _chunks((a != 0).any(3).any(2), chunk):
         without = a[b]
         without[torch.arange(len(b), device=a.device), k] = 0
-        with _in_place_of(layer, without):
-            scores.append(_score(model(images[b]), output).gather(1, targets[b]))
-    drops = (whole - torch.cat(scores).view(len(images), a.shape[1], -1)) / whole
+        replays = {module: _replay(module, results, b) for module, results in below.items()}
+        with _forwards({**replays, layer: lambda *_, **__: without}):
+            without_k = _score(model(images[b]), output).gather(1, targets[b])
+        drops[b, k] = (score[b] - without_k) / score[b]
     return _weighted(drops.transpose(1, 2), a, single, relu)
 
 
 # ---------------------------------------------------------------- the gradient family
 
+@torch.inference_mode(False)                                  # gradients on, in whatever mode
 def _input_gradients(model: nn.Module, images: Tensor, targets: Tensor, output: str) -> Tensor:
     """d score / d image, like images; `targets` (B, 1)."""
-    with torch.enable_grad():
-        images = images.detach().requires_grad_()
-        scores = _at(_score(model(images), output), targets)
-        return torch.autograd.grad(scores.sum(), images)[0]
+    images = (images.clone() if images.is_inference() else images.detach()).requires_grad_()
+    scores = _at(_score(model(images), output), targets)
+    return torch.autograd.grad(scores.sum(), images)[0]
 
 
 def _one_target(images: Tensor, targets: Any, output: str) -> Tensor:
@@ -331,7 +377,11 @@ def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
         points, weights = np.arange(steps + 1) / steps, np.full(steps + 1, 1 / steps)
     else:
         points, weights = _quadrature(method, steps)
-    base = torch.zeros_like(images) if baseline is None else baseline.expand_as(images)
+    try:
+        base = torch.zeros_like(images) if baseline is None else baseline.expand_as(images)
+    except RuntimeError:
+        raise ValueError(f"baseline must expand to the images' {tuple(images.shape)}, "
+                         f"not {tuple(baseline.shape)}") from None
     points, weights = (torch.as_tensor(values).to(images).view(-1, 1, 1, 1, 1)
                        for values in (points, weights))
     total = 0
@@ -407,6 +457,9 @@ def var_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 5
 def resize_map(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     """`(..., h, w)` to `(..., H, W)`, bilinear, corners not aligned. Keeps values, not sums."""
     size = (size, size) if isinstance(size, int) else tuple(size)
+    if maps.ndim < 2 or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"maps must be (..., h, w) and size one or two positive numbers, "
+                         f"not {tuple(maps.shape)} and {size}")
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     resized = F.interpolate(flat, size, mode="bilinear", align_corners=False)
     return resized.view(*maps.shape[:-2], *size)
@@ -419,6 +472,8 @@ def normalize_map(maps: Tensor, mode: str) -> Tensor:
     not finite become 0 (not for "none"), as do maps without a positive value under "max".
     """
     _check_choice("mode", mode, ("none", "max", "minmax", "clip"))
+    if maps.ndim < 2:
+        raise ValueError(f"maps must be (..., H, W), not {tuple(maps.shape)}")
     if mode == "none":
         return maps
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
@@ -432,7 +487,7 @@ def normalize_map(maps: Tensor, mode: str) -> Tensor:
 
 def thresholds(kind: str, interval: float = 0.001) -> np.ndarray:
     """Ascending float64: "even" 0, d, 2 d, ... below 1, or "log" from above 10^-7 to 1."""
-    _check_choice("kind", kind, ("even", "log"))
+    _check_choice("kind", kind, KINDS)
     if not 0 < interval < 1:
         raise ValueError(f"interval must be in (0, 1), not {interval}")
     if kind == "even":
@@ -457,12 +512,14 @@ class PixelAP:
     def __init__(self, thresholds: str | Sequence[float] | None = "even", interval: float = 0.001,
                  count_underflow: bool = False) -> None:
         if isinstance(thresholds, str):
+            _check_choice("thresholds", thresholds, KINDS)
             thresholds = _thresholds(thresholds, interval)
         self.edges = None
         if thresholds is not None:
-            edges = np.append(np.asarray(thresholds, dtype=np.float64), [1.0, 2.0, 3.0])
-            if not (np.diff(edges) >= 0).all():
-                raise ValueError("thresholds must be ascending and at most 1")
+            values = np.asarray(thresholds, dtype=np.float64)
+            edges = np.append(values, [1.0, 2.0, 3.0])
+            if values.ndim != 1 or not (np.diff(edges) >= 0).all():
+                raise ValueError(f"thresholds must be 1-D, ascending and at most 1, not {values}")
             self.edges = torch.from_numpy(edges)
             self.histogram = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
         self.count_underflow, self.below = count_underflow, torch.zeros((), dtype=torch.int64)
@@ -519,8 +576,9 @@ def erase_masks(maps: Tensor, fractions: Sequence[float], order: str = "most") -
 
     Of equal values the one with the lower flat index goes first.
     """
-    if maps.ndim != 3:
-        raise ValueError(f"maps must be (B, H, W), not {tuple(maps.shape)}")
+    if maps.ndim != 3 or maps.isnan().any():
+        raise ValueError(f"maps must be (B, H, W) without NaN, "
+                         f"not {tuple(maps.shape) if maps.ndim != 3 else 'with NaN'}")
     _check_choice("order", order, ("most", "least"))
     if not all(0 <= k <= 1 for k in fractions):
         raise ValueError(f"fractions must be in [0, 1], not {list(fractions)}")
@@ -528,12 +586,14 @@ def erase_masks(maps: Tensor, fractions: Sequence[float], order: str = "most") -
     count = sequence.shape[1]
     place = torch.arange(count, device=maps.device).expand_as(sequence)
     rank = torch.empty_like(sequence).scatter_(1, sequence, place).view_as(maps)   # for all k
-    return torch.stack([rank >= int(k * count) for k in fractions])
+    erased = torch.tensor([int(k * count) for k in fractions], device=maps.device)
+    return rank >= erased.view(-1, 1, 1, 1)
 
 
 def fill_baseline(images: Tensor, fill: str) -> Tensor:
     """What erased pixels show: "zero", "mean" (of the channel) or "blur" (31 x 31, sigma 15)."""
     _check_choice("fill", fill, ("zero", "mean", "blur"))
+    _check_images(images)
     if fill == "zero":
         return torch.zeros_like(images)
     if fill == "mean":
@@ -550,10 +610,12 @@ def fill_baseline(images: Tensor, fill: str) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: Callable) -> Iterator[None]:
     """eval() on the whole model, and every part back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    parts = model.modules() if isinstance(model, nn.Module) else ()               # else: a function
+    modes = [(module, module.training) for module in parts]
+    if modes:
+        model.eval()
     try:
         yield
     finally:
@@ -562,7 +624,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def remove_and_classify(model: nn.Module, loader: Iterable,
+def remove_and_classify(model: Callable, loader: Iterable,
                         map_fn: Callable[[Tensor, Tensor], Tensor], fractions: Sequence[float],
                         fill: str = "zero", generator: torch.Generator | None = None,
                         random_masks: Tensor | None = None, order: str = "most") -> dict[str, Any]:

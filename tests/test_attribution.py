@@ -166,6 +166,82 @@ def test_a_layer_before_an_in_place_relu_and_frozen_parameters(case):
     assert (at.hires_cam(InPlace(), net.conv2, images, labels) < 0).any()  # A from before the ReLU
 
 
+class Shared(nn.Module):
+    """One ReLU in place in many parts, and a path round the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.a = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), self.relu)
+        self.b = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), self.relu)
+        self.side, self.top = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 3, 1)
+        for n, p in enumerate(self.parameters()):
+            nn.init.normal_(p, generator=seeded(n))
+
+    def forward(self, x):
+        y = self.relu(self.a(x) - 0.1)
+        features = torch.cat([self.b(y), y * self.relu(self.side(x))], 1)
+        return self.relu(self.top(features)).mean((2, 3))
+
+
+def test_ablation_runs_only_what_lies_above_the_layer():
+    net = Shared().double()
+    images = torch.randn(2, 3, 6, 6, generator=seeded(), dtype=torch.float64)
+    for layer in (net.a, net.a[0], net.b, net.b[0], net.top):
+        seen, calls, k = [], [], None
+
+        def without(module, inputs, result):
+            seen[:] = [result.clone()]
+            if k is not None:
+                result[:, k] = 0
+
+        with torch.no_grad():
+            handle = layer.register_forward_hook(without)
+            whole = net(images)[:, 1]
+            a, expected = seen[0], 0
+            for k in range(a.shape[1]):
+                drop = (whole - net(images)[:, 1]) / whole
+                expected = expected + drop[:, None, None] * a[:, k]
+            handle.remove()
+        handle = net.a[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        assert torch.allclose(at.ablation_cam(net, layer, images, 1, chunk=3), expected)
+        handle.remove()
+        assert len(calls) == 1 or layer is net.a[0]
+        assert not any("forward" in vars(m) or m._forward_hooks for m in net.modules())
+
+
+def test_dead_channels_cost_no_pass(case):
+    g, net, images, labels = case
+    with torch.no_grad():
+        for parameter in net.conv2.parameters():
+            parameter[::2] = 0
+    passes = []
+    net.relu.register_forward_pre_hook(lambda _, x: passes.append(len(x[0])))
+    for function, extra in ((at.ablation_cam, 1), (at.score_cam, 2)):
+        passes.clear()
+        maps = function(net, net.relu, images, labels)
+        assert sum(passes) <= (net.conv2.out_channels // 2 + extra) * len(images)
+    a = net.relu(net.conv2(net.conv1(images).relu()))
+    masks = nn.functional.interpolate(a, images.shape[2:], mode="bilinear", align_corners=True)
+    masks = at.normalize_map(masks, "minmax").unsqueeze(2)
+    scores = torch.stack([net(images * masks[:, k]) for k in range(a.shape[1])], 1)
+    weights = scores.softmax(1)[torch.arange(len(a)), :, labels]
+    assert torch.allclose(maps, torch.einsum("bk,bkhw->bhw", weights, a), rtol=1e-3, atol=1e-5)
+
+
+def test_inside_inference_mode(case):
+    g, net, images, labels = case
+    for function in (at.grad_cam, at.grad_cam_pp, at.score_cam, at.ablation_cam):
+        expected = function(net, net.relu, images, labels)
+        with torch.inference_mode():
+            assert torch.equal(function(net, net.relu, images, labels), expected)
+            assert torch.equal(function(net, net.relu, images + 0, labels + 0), expected)
+    for function in (at.input_gradient, at.integrated_gradients):
+        expected = function(net, images, labels)
+        with torch.inference_mode():
+            assert torch.equal(function(net, images + 0, labels + 0), expected)
+
+
 @pytest.mark.parametrize("name", ["pxap_even.npz", "pxap_even_coarse_edges.npz", "pxap_log.npz"])
 def test_pixel_ap_of_the_released_code(name):
     g = load(name)
@@ -240,6 +316,7 @@ def test_erasing_orders_ties_and_fills():
     assert at.erase_masks(maps, [0.5])[0, 0].tolist() == [[False, False], [True, True]]
     assert at.erase_masks(maps, [0.5], "least")[0, 0].tolist() == [[False, True], [False, True]]
     assert not at.fill_baseline(torch.ones(1, 3, 4, 4), "zero").any()
+    assert at.erase_masks(maps, []).shape == (0, 1, 2, 2)
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
@@ -292,7 +369,8 @@ def test_least_attributed_pixels_first():
         return result["accuracy_erased"].item()
 
     assert erased("most") == 0 and erased("least") == 1
-    unchanged = at.remove_and_classify(model, loader, lambda x, y: x[:, 0], [1.0], fill="mean",
+    function = lambda x: model(x)  # noqa: E731
+    unchanged = at.remove_and_classify(function, loader, lambda x, y: x[:, 0], [1.0], fill="mean",
                                        generator=seeded())
     assert unchanged["accuracy_erased"] == 1
 
@@ -306,6 +384,13 @@ def test_bad_input(case):
         (lambda: at.grad_cam(net, net.relu, images, labels.float()), TypeError, "integers"),
         (lambda: at.grad_cam(net, net.relu, images[0], 1), ValueError, "images must be"),
         (lambda: at.grad_cam(net, nn.ReLU(), images, 1), ValueError, "layer was not used"),
+        (lambda: at.grad_cam(net, "relu", images, 1), TypeError, "layer must be a module"),
+        (lambda: at.grad_cam(net, net.relu, images, labels[:, None][:, :0]), ValueError, "targets"),
+        (lambda: at.integrated_gradients(net, images, 1, baseline=torch.zeros(1, 2)), ValueError,
+         "baseline"),
+        (lambda: at.normalize_map(torch.zeros(3), "max"), ValueError, "maps must be"),
+        (lambda: at.resize_map(zeros, 0), ValueError, "size"),
+        (lambda: at.resize_map(zeros[0], 2), ValueError, "maps must be"),
         (lambda: at.grad_cam(net, net.relu, images, 1, output="score"), ValueError,
          "output must be"),
         (lambda: at.input_gradient(net, images, labels[:, None].repeat(1, 2)), ValueError,
@@ -325,12 +410,16 @@ def test_bad_input(case):
         (lambda: at.thresholds("linear"), ValueError, "kind"),
         (lambda: at.thresholds("even", 2), ValueError, "interval"),
         (lambda: PixelAP([0.5, 0.1]), ValueError, "ascending"),
+        (lambda: PixelAP(np.zeros((2, 2))), ValueError, "1-D"),
+        (lambda: PixelAP("linear"), ValueError, "thresholds must be one of"),
         (lambda: PixelAP().update(torch.zeros(2, 3), torch.zeros(3, 2)), ValueError, "one shape"),
         (lambda: PixelAP().update(zeros + 1.5, zeros), ValueError, r"\[0, 1\]"),
         (lambda: PixelAP().update(zeros + np.nan, zeros), ValueError, "NaN"),
         (lambda: PixelAP().update(zeros.long(), zeros), TypeError, "floating"),
         (lambda: at.erase_masks(torch.zeros(2, 3, 3), [1.5]), ValueError, "fractions"),
         (lambda: at.erase_masks(torch.zeros(3, 3), [0.5]), ValueError, "maps"),
+        (lambda: at.erase_masks(torch.full((1, 3, 3), np.nan), [0.5]), ValueError, "NaN"),
+        (lambda: at.fill_baseline(torch.zeros(3, 8, 8), "mean"), ValueError, "images must be"),
         (lambda: at.erase_masks(torch.zeros(2, 3, 3), [0.5], "best"), ValueError, "order"),
         (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "blur"), ValueError, "16 pixels"),
         (lambda: at.fill_baseline(torch.zeros(1, 3, 8, 8), "noise"), ValueError, "fill"),
