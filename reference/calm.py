@@ -145,6 +145,7 @@ class CALMOutput:
             log_a = torch.where(alive, torch.where(alive, a, 1.0).log(), -math.inf)
         else:
             log_a = self._u if self.prior_activation == "exp" else _log_softplus(self._u)
+        log_a = log_a - log_a.detach().amax(1, keepdim=True)  # -1e4 + 0.1 has few digits left
         norm = log_a.logsumexp(1, keepdim=True)
         return log_a - (norm.detach() if self.detach_normalizer else norm)
 
@@ -187,7 +188,8 @@ class CALMOutput:
 
     def probs(self) -> Tensor:
         """p(y | x), (B, C)."""
-        return torch.einsum("bcl,bl->bc", self._f.softmax(1), self._log_h().exp())
+        with torch.autocast(self._f.device.type, enabled=False):                  # not in bfloat16
+            return torch.einsum("bcl,bl->bc", self._f.softmax(1), self._log_h().exp())
 
     def posterior(self, classes: Any) -> Tensor:
         """p(z | x, y): (B, H, W) for an int or (B,), (B, n, H, W) for (B, n); sums to 1 over z."""
@@ -310,6 +312,8 @@ def calm_loss(output: CALMOutput | CAMOutput, labels: Tensor, method: str = "em"
     """
     _check_choice("method", method, METHODS)
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if not isinstance(output, (CALMOutput, CAMOutput)):
+        raise TypeError(f"output must be a CALMOutput or CAMOutput, not {type(output).__name__}")
     if (method == "cam") != isinstance(output, CAMOutput):
         raise ValueError(f"method {method!r} does not go with {type(output).__name__}")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
@@ -330,8 +334,10 @@ def calm_loss(output: CALMOutput | CAMOutput, labels: Tensor, method: str = "em"
     else:
         log_joint = output.log_joint(labels).flatten(1)
         if posterior is not None:
-            if posterior.shape != (expected := (batch, *output.logits.shape[2:])):
-                raise ValueError(f"posterior must be {expected}, not {tuple(posterior.shape)}")
+            expected = batch, *output.logits.shape[2:]
+            if posterior.shape != expected or (posterior < 0).any():
+                raise ValueError(f"posterior must be {expected} and not negative, "
+                                 f"not {tuple(posterior.shape)}")
             q = posterior.detach().flatten(1)
         elif output.epsilons and temperature == 1:
             q = output.posterior(labels).detach().flatten(1)
@@ -356,6 +362,8 @@ def attribution_map(output: CALMOutput | CAMOutput, classes: Any, kind: str = "j
     the output does not have, classes out of range, a map that is not finite.
     """
     _check_choice("kind", kind, ("joint", "posterior", "prior", "cam"))
+    if classes is None and kind != "prior":
+        raise TypeError(f"classes must be given for kind {kind!r}")
     if kind == "cam":
         index, single = _class_index(classes, output.logits)
         index = index[:, :, None, None].expand(-1, -1, *output.logits.shape[2:])
@@ -425,6 +433,8 @@ def param_groups(model: CALM, lr: float, head_ratio: float = 10.0) -> list[dict]
     The released code finds these by parts of names, which also puts the stem's batch norm into the
     faster group and layer4's first convolutions into the slower one; here layer4 is one group.
     """
+    if not lr >= 0 or not head_ratio >= 0:
+        raise ValueError(f"lr and head_ratio must not be negative, not {lr} and {head_ratio}")
     base = [p for name, p in model.backbone.named_parameters() if name.split(".")[0] != "layer4"]
     chosen = {id(p) for p in base}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -449,6 +459,9 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
     if not 0 <= ema < 1 or ((ema or hard) and method != "em"):
         raise ValueError(f"ema must be in [0, 1) and, like hard, goes with method 'em'; "
                          f"got ema={ema}, hard={hard}, method={method!r}")
+    if epochs < 0 or lr_decay_epochs < 1:
+        raise ValueError(f"epochs must be at least 0 and lr_decay_epochs at least 1, "
+                         f"not {epochs} and {lr_decay_epochs}")
     if amp_dtype not in (None, torch.bfloat16):
         raise ValueError(f"amp_dtype must be None or torch.bfloat16, not {amp_dtype}")
     bare = getattr(model, "module", model)                    # inside DistributedDataParallel
@@ -472,6 +485,7 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
         if seekable:
             loader.set_epoch(epoch, skip)
         model.train()
+        batch = skip - 1                                      # none yet
         for batch, (images, labels, *_) in enumerate(loader, skip if seekable else 0):
             if batch < skip:
                 continue
@@ -496,6 +510,8 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
                 yield {"model": bare.state_dict(), "optimizer": optimizer.state_dict(),
                        "teacher": teacher.state_dict() if teacher is not None else {},
                        "epoch": epoch, "batch": batch + 1, "step": step}
+        if batch < 0:
+            raise ValueError(f"loader gave no batch in epoch {epoch}: it must start anew each time")
         skip = 0
 
 
@@ -567,9 +583,9 @@ def part_label_map(points: Tensor, point_ids: Tensor, size: int = 224) -> Tensor
 
     Rows are y, columns x. ValueError without points: such an image is skipped.
     """
-    if not len(points) or len(points) != len(point_ids):
-        raise ValueError(f"points must not be empty and point_ids as many, "
-                         f"not {len(points)} and {len(point_ids)}")
+    if not len(points) or len(points) != len(point_ids) or size < 1:
+        raise ValueError(f"points must not be empty, point_ids as many and size positive, "
+                         f"not {len(points)}, {len(point_ids)} and {size}")
     line = torch.arange(size, device=points.device)
     dx, dy = (line - points[:, :1]).square(), (line - points[:, 1:]).square()
     distance = dx.unsqueeze(1) + dy.unsqueeze(2)

@@ -246,6 +246,8 @@ def test_constants_do_not_change_maps_and_extremes_stay_finite():
     assert loss.isfinite()
     assert torch.autograd.grad(loss, low)[0].isfinite().all()
     assert extreme.prior()[0, 1, 1] == 1
+    deep = CALMOutput(torch.zeros(1, 2, 3, 3), -1e4 - torch.rand(1, 1, 3, 3, generator=seeded()))
+    assert abs(deep.prior().sum() - 1) < 1e-5
     for head in (CALMHead.official(2, 3), CALMHead(2, 3, "relu")):
         dead = head(torch.zeros(2, 2, 4, 4))
         dead.attention.data.sub_(1)
@@ -330,7 +332,9 @@ def test_heads_take_any_layout_and_autocast():
     assert torch.allclose(turned, expected.transpose(2, 3), atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         output, pooled = head(features), CAMHead(4, 3)(features).pooled()
-    assert output.joint().dtype == pooled.dtype == torch.float32
+        probs = output.probs()
+    assert output.joint().dtype == pooled.dtype == probs.dtype == torch.float32
+    assert torch.allclose(probs, output.joint().sum((2, 3)), atol=1e-6)
     assert (output.joint() - expected).abs().max() < 0.01
     single = CALMHead(4, 1)(features)
     assert torch.allclose(single.joint(0), single.prior())
@@ -449,6 +453,8 @@ def test_bad_input():
         (lambda: calm_loss(output, labels, reduction="max"), ValueError, "reduction"),
         (lambda: calm_loss(output, labels, temperature=0), ValueError, "temperature"),
         (lambda: calm_loss(output, labels, posterior=torch.zeros(3, 4)), ValueError, "posterior"),
+        (lambda: calm_loss(output, labels, posterior=output.prior() - 1), ValueError, "negative"),
+        (lambda: calm_loss(output.logits, labels), TypeError, "output must be"),
         (lambda: calm_loss(CALMOutput(bad.logits, bad.attention), labels), ValueError,
          "not finite"),
         (lambda: CALMHead(4, 3)(torch.zeros(2, 5, 3, 3)), ValueError, r"\(B, 4, H, W\)"),
@@ -459,6 +465,7 @@ def test_bad_input():
         (lambda: calm.attribution_map(output, 5), ValueError, "0..4"),
         (lambda: calm.attribution_map(output, 1, "gradient"), ValueError, "kind"),
         (lambda: calm.attribution_map(cam, 1), ValueError, "CALM head"),
+        (lambda: calm.attribution_map(output, None), TypeError, "classes must be given"),
         (lambda: calm.attribution_map(output, labels.float()), TypeError, "integers"),
         (lambda: calm.counterfactual_map(output, 0, 1, mode="both"), ValueError, "mode"),
         (lambda: calm.superclass_map(output, [[0], [], [1]]), ValueError, "non-empty"),
@@ -470,6 +477,10 @@ def test_bad_input():
          "not finite"),
         (lambda: next(calm.train(net(), [], 1, method="ml", hard=True)), ValueError, "hard"),
         (lambda: next(calm.train(net(), [], 1, ema=1.0)), ValueError, "ema"),
+        (lambda: next(calm.train(net(), [], -1)), ValueError, "epochs"),
+        (lambda: next(calm.train(net(), [], 1, lr_decay_epochs=0)), ValueError, "lr_decay_epochs"),
+        (lambda: list(calm.train(net(), iter(batches()), 2)), ValueError, "no batch in epoch 1"),
+        (lambda: calm.param_groups(net(), -0.1), ValueError, "lr"),
         (lambda: next(calm.train(net(), [], 1, amp_dtype=torch.float16)), ValueError, "amp_dtype"),
         (lambda: calm.merge_cub_parts(np.zeros((3, 3)), 10, 10), ValueError, "15, 3"),
         (lambda: calm.merge_cub_parts(np.zeros((15, 3)), 0, 10), ValueError, "positive"),
@@ -481,6 +492,8 @@ def test_bad_input():
         (lambda: calm.wordnet_superclasses(WORDNET, ["robin"], -1), ValueError, "depth"),
         (lambda: calm.part_label_map(torch.zeros(0, 2).long(), torch.zeros(0).long()), ValueError,
          "empty"),
+        (lambda: calm.part_label_map(torch.ones(1, 2).long(), torch.ones(1).long(), 0), ValueError,
+         "size positive"),
         (lambda: calm.differing_part_groups([1], [1, 2], ["a"]), ValueError, "one length")]:
         with pytest.raises(error, match=words):
             call()
