@@ -225,7 +225,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
     tab, every = METHODS[method], check_every or (1 if y.device.type == "cpu" else 8)
     weights, least = _tensors(method, (y.dtype, y.device))[3], y.new_full((), atol)
-    samples, t, sign, end = len(y), start, span.sign(), span.abs()
+    samples, t, sign, end = len(y), start, torch.ones_like(span).copysign(span), span.abs()
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
     h = sign * (first_step or _first_step(f, t, y, fy, sign, method, rtol, atol, shared))
     memory = [torch.ones_like(h), torch.full_like(h, 10.0)] if controller == "PI" else []
@@ -452,9 +452,8 @@ class _Adjoint(torch.autograd.Function):
                     pull = (points[..., n:] * weight).reshape(-1, n)
                     found = torch.autograd.grad(k, params, pull, allow_unused=True)
                 grad_p = [g if d is None else g - d for g, d in zip(grad_p, found)]
-            if i == 1:
-                grad_t[0] = -(a * slopes[0]).sum(-1)
             a = a + grad[i - 1]
+        grad_t[0] = ((grad[0] - a) * slopes[0]).sum(-1)
         return None, a, grad_t, None, None, None, *grad_p
 
 
@@ -1475,6 +1474,9 @@ def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
     if t.dim() != 1 or x.dim() != 2 or not len(t) == len(x) == len(t if mode is None else mode):
         raise ValueError(f"t (T,), x (T, n) and mode (T,) must agree, got {tuple(t.shape)}, "
                          f"{tuple(x.shape)}, {None if mode is None else tuple(mode.shape)}")
+    if bool((t.diff() < 0).any()):
+        raise ValueError("t must not decrease")
+    _check_positive(jump_threshold=jump_threshold, changepoint=changepoint)
     if mode is None and jump_threshold is None and changepoint is None:
         raise ValueError("give mode, jump_threshold or changepoint")
     start = torch.zeros(len(t), dtype=torch.bool, device=x.device)
@@ -1548,6 +1550,8 @@ def straight_through(logits: Tensor, *, sample: Tensor | None = None,
     p = logits.softmax(-1)
     if sample is None:
         sample = F.one_hot(_draw_categorical(p, generator), p.shape[-1]).to(p)
+    elif sample.shape != p.shape:
+        raise ValueError(f"sample must be {tuple(p.shape)} like logits, not {tuple(sample.shape)}")
     return (sample - p).detach() + p
 
 
@@ -1647,6 +1651,7 @@ class _Phi2(torch.autograd.Function):
         return torch.where(small, value, quotient)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0]
 
@@ -1678,6 +1683,8 @@ class NHA(nn.Module):
     def __init__(self, encoder: ModeEncoder, decoder: ModeDecoder,
                  event_module: EventModule | None = None, jump: Callable | None = None):
         super().__init__()
+        if isinstance(decoder, ModeDecoder) and len(decoder.bias) != encoder.n_modes:
+            raise ValueError(f"decoder has {len(decoder.bias)} modes, encoder {encoder.n_modes}")
         self.encoder, self.decoder = encoder, decoder
         self.event_module, self.jump = event_module, jump
         # The encoder's modes -> the decoder's, which `prune` reduces.
@@ -1695,6 +1702,9 @@ class NHA(nn.Module):
             x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi2(a tau) (a u0 + b),
             phi2(z) = (e^z - 1 - z) / z^2."""
         _check_choice("solver", solver, ("rk4", "exact"))
+        if t.dim() != 2 or not len(t) == len(x0) == len(q):
+            raise ValueError(f"x0 (S, n), q (S, m), t (S, L) must agree, not {tuple(x0.shape)}, "
+                             f"{tuple(q.shape)}, {tuple(t.shape)}")
         tau = (t - t[:, :1]).to(x0.dtype)
         if solver == "exact":
             row = torch.arange(len(x0), device=x0.device).repeat_interleave(tau.shape[1])
@@ -1728,6 +1738,7 @@ class NHA(nn.Module):
         n_points). The event module's context is the state at the start of the piece."""
         if self.event_module is None:
             raise ValueError("generate needs an event_module")
+        _check_positive(t_end=t_end, n_points=n_points)
         m, n_in = len(self.decoder.bias), len(range(x0.shape[1])[self.decoder.inputs])
         solver = "exact" if self.decoder.hidden is None and n_in == 1 else "rk4"
         t = torch.linspace(0, t_end, n_points, dtype=torch.float64, device=x0.device)
@@ -1778,11 +1789,13 @@ class NHA(nn.Module):
 
 
 # ---- losses, measures, training ------------------------------------------------------------------
-def _per_piece(error: Tensor, mask: Tensor) -> Tensor:
+def _per_piece(error: Callable, xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Sum over state dimensions, mean over a piece's times, mean over pieces."""
-    if error.shape[:-1] != mask.shape:
-        raise ValueError(f"mask must be {tuple(error.shape[:-1])}, not {tuple(mask.shape)}")
-    return (error.masked_fill(~mask[..., None], 0.0).flatten(1).sum(1) / mask.sum(1)).mean()
+    if xhat.shape != x.shape or x.shape[:-1] != mask.shape:
+        raise ValueError(f"xhat, x (S, L, n) and mask (S, L) must agree, not {tuple(xhat.shape)}, "
+                         f"{tuple(x.shape)}, {tuple(mask.shape)}")
+    errors = error(xhat, x).masked_fill(~mask[..., None], 0.0)
+    return (errors.flatten(1).sum(1) / mask.sum(1)).mean()
 
 
 def _relative(xhat: Tensor, x: Tensor) -> Tensor:
@@ -1791,12 +1804,12 @@ def _relative(xhat: Tensor, x: Tensor) -> Tensor:
 
 def reconstruction_loss(xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Squared error: sum over state dimensions, mean over a piece's times, mean over pieces."""
-    return _per_piece((xhat - x).square(), mask)
+    return _per_piece(partial(F.mse_loss, reduction="none"), xhat, x, mask)
 
 
 def smape(xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Percentage error 100 |xhat - x| / (|xhat| + |x| + 0.01) / 2, averaged like the loss."""
-    return _per_piece(_relative(xhat, x), mask)
+    return _per_piece(_relative, xhat, x, mask)
 
 
 def v_measure(true, pred, beta: float = 1.0) -> tuple[float, float, float]:

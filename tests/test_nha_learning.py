@@ -218,6 +218,9 @@ def test_segmentation_without_labels_jitter_and_errors():
     short = [nha.Piece(t[:1], x[:1], 0, False)]
     refused([(ValueError, "mode, jump_threshold", lambda: nha.segment(t, x)),
              (ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
+             (ValueError, "jump_threshold", lambda: nha.segment(t, x, jump_threshold=0)),
+             (ValueError, "changepoint", lambda: nha.segment(t, x, changepoint=-1.0)),
+             (ValueError, "t must not", lambda: nha.segment(t.flip(0), x, changepoint=1.0)),
              (ValueError, "pieces", lambda: nha.pack_pieces([])),
              (ValueError, "pieces", lambda: nha.pack_pieces(short))])
 
@@ -275,6 +278,7 @@ def test_sparsemax_and_straight_through():
     close(nha.sparsemax(z["sparsemax_in"].T, dim=0).T, z["sparsemax_out"], 1e-12)
     logits = torch.tensor([[0.0, math.log(3.0)]]).expand(4000, 2)
     assert abs(float(nha.straight_through(logits, generator=gen())[:, 1].mean()) - 0.75) < 0.03
+    refused([(ValueError, "sample", lambda: nha.straight_through(logits, sample=logits[:1]))])
 
 
 @pytest.mark.parametrize("kind", ["ste", "softmax", "sparsemax", "gumbel"])
@@ -316,7 +320,19 @@ def test_decoder_counts_starts_constant_and_the_exact_flow_is_rk4s_limit():
     assert torch.autograd.gradcheck(nha._Phi2.apply, (at,), eps=1e-5, atol=1e-7)
     bent = nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 3, hidden=8))
     refused([(ValueError, "solver", lambda: model.decode(x0, q, t, solver="euler")),
-             (ValueError, "affine", lambda: bent.decode(x0, q, t, solver="exact"))])
+             (ValueError, "affine", lambda: bent.decode(x0, q, t, solver="exact")),
+             (ValueError, "agree", lambda: model.decode(x0, q, t[:1])),
+             (ValueError, "agree", lambda: model.decode(x0, q[:3], t, solver="exact")),
+             (ValueError, "modes", lambda: nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 4))),
+             (RuntimeError, "used in", lambda: torch.autograd.grad(torch.autograd.grad(
+                 nha._Phi2.apply(at).square().sum(), at, create_graph=True)[0].sum(), at))])
+
+
+def test_losses_refuse_other_shapes():
+    x, mask = torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.bool)
+    for loss in (nha.reconstruction_loss, nha.smape):
+        refused([(ValueError, "agree", lambda: loss(x, x.expand(-1, -1, 2), mask)),
+                 (ValueError, "agree", lambda: loss(x, x, mask[:1]))])
 
 
 def test_v_measure():
@@ -404,7 +420,8 @@ def test_generation_with_the_true_modules_matches_the_system():
         share = [(s.modes == mode).double().mean() for s in (made, truth)]
         assert abs(float(share[0] - share[1])) < 0.05
     assert made.ys.isfinite().all() and (made.event_times.diff(dim=1).nan_to_num(1.0) > 0).all()
-    refused([(ValueError, "event_module",
+    refused([(ValueError, "t_end", lambda: model.generate(torch.zeros(1, 2), 0, 0.0)),
+             (ValueError, "event_module",
               lambda: new_model().generate(torch.zeros(1, 2), 0, 1.0))])
 
 
