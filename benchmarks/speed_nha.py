@@ -78,7 +78,8 @@ def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator,
         initial = torchode.InitialValueProblem(y0=y0, t_eval=t.expand(batch, -1))
         ways["torchode"] = lambda: grads(solver.solve(initial).ys)
     problem = f"B = {batch}, T = {end}, {points} outputs" + (", one stiff" if stiff else "")
-    times = timing.interleaved(run, ways, repeats, problem)
+    timed = functools.partial(timing.interleaved, run, rounds=repeats, at_least=0.05)
+    times = timed(ways, label=problem)
     faster = {ours: {name: timing.ratio(times, name, ours) for name in ways}
               for ours in ("ours", SHARED)}
 
@@ -93,8 +94,8 @@ def solve(run, case: tuple[int, int, int, bool], f: Field, g: torch.Generator,
 
     needed = {name: nha.odeint(f, y0, t, per_sample=own, grad="none", **tol).stats.n_f
               for name, own in (("floor", True), ("floor, shared step", False))}
-    floors = timing.interleaved(run, {name: functools.partial(evaluations, n)
-                                      for name, n in needed.items()}, repeats, "floor")
+    floors = timed({name: functools.partial(evaluations, n) for name, n in needed.items()},
+                   label="floor")
     least = {name: min(values) for name, values in floors.items()}
     row = {f"{name} ms": round(1e3 * v, 2) for name, v in (timing.medians(times) | least).items()}
     return {"problem": problem, **row}, faster

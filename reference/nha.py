@@ -508,7 +508,7 @@ def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tup
     for t, t1 in itertools.pairwise(times):
         parts = 1
         if step_size is not None:
-            parts = max(1, math.ceil(float((t1 - t).abs().max()) / step_size - 1e-9))
+            parts = max(1, math.ceil(float((t1 - t).detach().abs().max()) / step_size - 1e-9))
         h = (t1 - t) / parts
         for part in range(parts):
             y = _fixed_step(f, t + part * h, h, y, method)

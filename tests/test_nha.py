@@ -310,6 +310,19 @@ def test_gradient_equals_finite_differences_with_closures_and_failing_neighbours
     close(torch.autograd.grad(lost[0].sum(), inputs[0])[0], torch.ones(3, 2), 0)
 
 
+@pytest.mark.parametrize("grad", ["backprop", "adjoint"])
+def test_gradients_of_a_sample_that_stays_and_of_one_time(grad):
+    w, y0 = torch.eye(2, dtype=F64).requires_grad_(), torch.ones(5, 2, dtype=F64).requires_grad_()
+    f = lambda t, y: torch.tanh(y @ w)
+    t = double([0.0] * 5, [1.0] * 4 + [0.0]).requires_grad_()       # the last one has no interval
+    for times in (t, t[:1]):
+        ys = nha.odeint(f, y0, times, grad=grad, params=[w]).ys
+        grads = torch.autograd.grad(ys.sum(), [y0, t, w], materialize_grads=True)
+        assert all(g.isfinite().all() for g in grads)
+        close(grads[0][4], torch.full((2,), len(times)), 0)
+    assert not grads[1].any()
+
+
 def test_nothing_tracks_gradients_unless_asked():
     _, f = neural_field()
     y0 = torch.ones(2, 2, dtype=F64)
