@@ -46,14 +46,16 @@ METHODS = ("cam", "has", "acol", "spg", "adl", "cutmix")
 SPG_THRESHOLDS = ((0.7, 0.01), (0.5, 0.05), (0.7, 0.1))  # (high, low) for the masks of B2, B1 and C
 
 
-def _check_unit(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+def _check_unit(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be an integer tensor, got {labels.dtype}")
+    kind = str(labels.dtype if isinstance(labels, Tensor) else type(labels))
+    if not kind.startswith(("torch.int", "torch.uint")):
+        raise TypeError(f"labels must be an integer tensor, got {kind}")
     if labels.shape != (batch,):
         raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
     # On a GPU the comparison would stall the queue at every step; the gather kernel asserts there.
@@ -77,7 +79,7 @@ def has(image: Tensor, grid_size: int, drop_rate: float,
         raise ValueError(f"image must be (B, C, H, W), got shape {tuple(image.shape)}")
     if grid_size < 0 or int(grid_size) != grid_size:
         raise ValueError(f"grid_size must be a whole number of pixels >= 0, got {grid_size}")
-    _check_unit("drop_rate", drop_rate)
+    _check_unit(drop_rate=drop_rate)
     if grid_size == 0:
         return image
     (batch, _, height, width), grid = image.shape, int(grid_size)
@@ -103,7 +105,7 @@ def rand_bbox(size: Sequence[int], lam: float, cx: int | None = None, cy: int | 
               generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
     """The CutMix box (x1, y1, x2, y2), exclusive ends, of relative area 1 - `lam` before clipping,
     for images of `size` (B, C, size2, size3): x on axis 2, y on axis 3. Default: random centre."""
-    _check_unit("lam", lam)
+    _check_unit(lam=lam)
     ratio = math.sqrt(1.0 - lam)
     cx = _randint(size[2], generator) if cx is None else int(cx)
     cy = _randint(size[3], generator) if cy is None else int(cy)
@@ -152,8 +154,7 @@ class ADL(nn.Module):
     def __init__(self, adl_drop_rate: float = 0.75, adl_drop_threshold: float = 0.9,
                  generator: torch.Generator | None = None):
         super().__init__()
-        _check_unit("adl_drop_rate", adl_drop_rate)
-        _check_unit("adl_drop_threshold", adl_drop_threshold)
+        _check_unit(adl_drop_rate=adl_drop_rate, adl_drop_threshold=adl_drop_threshold)
         self.adl_drop_rate, self.adl_drop_threshold = adl_drop_rate, adl_drop_threshold
         self.generator = generator
 
@@ -187,7 +188,7 @@ def acol_attention(feat_map: Tensor, labels: Tensor) -> Tensor:
 
 def erase_attention(feature: Tensor, attention: Tensor, threshold: float) -> Tensor:
     """`feature` (B, C, H, W) with 0 where `attention` (B, 1, H, W) >= `threshold`."""
-    _check_unit("threshold", threshold)
+    _check_unit(threshold=threshold)
     return feature * ~(attention >= threshold)
 
 
@@ -215,8 +216,7 @@ def spg_attention(feat_map: Tensor, labels: Tensor, logits_b1: Tensor, logits_b2
 def spg_mask(attention: Tensor, high: float, low: float) -> Tensor:
     """Labels from a map (B, 1, h, w): 1 above `high`, 0 below `low` (which wins), 255 (ignore)
     between. An image with fewer than 30 pixels above `high` takes those above 0.7 of its peak."""
-    _check_unit("high", high)
-    _check_unit("low", low)
+    _check_unit(high=high, low=low)
     foreground = attention > high
     few = foreground.sum((1, 2, 3), keepdim=True) < 30
     peak = attention.amax((1, 2, 3), keepdim=True)
@@ -227,8 +227,9 @@ def spg_mask(attention: Tensor, high: float, low: float) -> Tensor:
 
 def _masked_bce(logits: Tensor, mask: Tensor) -> Tensor:
     """Mean BCE over the pixels of the batch whose mask is not 255; 0 if there are none."""
-    logits, valid = _upsample(logits, mask.shape[2:]).float(), mask != 255
-    loss = F.binary_cross_entropy_with_logits(logits, mask.float().clamp(max=1), reduction="none")
+    dtype, valid = torch.promote_types(logits.dtype, torch.float32), mask != 255
+    logits, mask = _upsample(logits, mask.shape[2:]).to(dtype), mask.to(dtype).clamp(max=1)
+    loss = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
@@ -256,7 +257,7 @@ class Localizer(nn.Module):
     (ACoL), or a 1x1 convolution `SPG_A_4` / `SPG_A4` (SPG, and Inception's CAM).
 
     forward(x (B, 3, H, W), labels (B,) or None) -> dict of training outputs, with "logits" (B, K);
-    with `return_cam=True` the map of the label, (B, h, w), unnormalised."""
+    with `return_cam=True` the map of the label, (B, h, w), unnormalised, without a graph."""
 
     arch = ""
 
@@ -296,9 +297,10 @@ class Localizer(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None = None, return_cam: bool = False):
         if return_cam and labels is None:
             raise ValueError("return_cam=True needs labels: the map is that of a class")
-        out = self.outputs(x, labels)
         if return_cam:
-            return self.label_map(out, labels)
+            with torch.no_grad():
+                return self.label_map(self.outputs(x, labels), labels)
+        out = self.outputs(x, labels)
         return {key: out[key] for key in out if key not in ("feature", "class_maps")}
 
     @torch.inference_mode()
@@ -353,7 +355,7 @@ class ACoLHead(_Head):
     def __init__(self, features: nn.Module | None, channels: int, num_classes: int,
                  drop_threshold: float = 0.7, width: int = 1024):
         super().__init__(features)
-        _check_unit("drop_threshold", drop_threshold)
+        _check_unit(drop_threshold=drop_threshold)
         self.drop_threshold = drop_threshold
         _add_acol(self, channels, num_classes, width)
 
@@ -615,11 +617,12 @@ def build_network(arch: str, method: str, num_classes: int = 1000, large_feature
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be >= 1, got {num_classes}")
-    _check_unit("acol_drop_threshold", acol_drop_threshold)
-    ADL(adl_drop_rate, adl_drop_threshold)  # bad values are an error whatever the method
+    _check_unit(acol_drop_threshold=acol_drop_threshold)
+    adl = partial(ADL, adl_drop_rate, adl_drop_threshold)
+    adl()  # bad values are an error whatever the method
     method = "cam" if method in ("has", "cutmix") else method
     network = {"vgg16": VGG16, "resnet50": ResNet50, "inception_v3": InceptionV3}[arch](
-        method, num_classes, large_feature_map, lambda: ADL(adl_drop_rate, adl_drop_threshold))
+        method, num_classes, large_feature_map, adl)
     network.drop_threshold = acol_drop_threshold
     initialize = nn.init.xavier_uniform_
     if (arch, method) in (("vgg16", "cam"), ("vgg16", "adl"), ("resnet50", "acol")):
@@ -681,19 +684,22 @@ def few_shot_targets(size: int, boxes=None, masks=None) -> Tensor:
     """A float32 target (size, size), 1 on objects: the union of the filled `boxes` [k, 4] (x0, y0,
     x1, y1 inclusive, already scaled to `size`), or of the instance `masks`, a list of 2-d arrays
     (foreground > 0.5) of any size."""
-    if (boxes is None) == (masks is None):
-        raise ValueError("give either boxes or masks")
+    if size < 1 or (boxes is None) == (masks is None):
+        raise ValueError(f"size must be >= 1 (got {size}), and either boxes or masks given")
     target = torch.zeros(size, size)
-    for x0, y0, x1, y1 in [] if boxes is None else np.asarray(boxes).reshape(-1, 4).tolist():
-        if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-            raise ValueError(f"boxes need 0 <= x0 <= x1 and 0 <= y0 <= y1, got {(x0, y0, x1, y1)}")
-        target[int(y0):int(y1) + 1, int(x0):int(x1) + 1] = 1
+    for box in [] if boxes is None else np.asarray(boxes).tolist():
+        if np.shape(box) != (4,) or not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]):
+            raise ValueError(f"boxes need x0, y0, x1, y1, 0 <= x0 <= x1, 0 <= y0 <= y1, got {box}")
+        x0, y0, x1, y1 = map(int, box)
+        target[y0:y1 + 1, x0:x1 + 1] = 1
     single = isinstance(masks, (np.ndarray, Tensor)) and masks.ndim == 2
-    for mask in [] if masks is None else [masks] if single else masks:
+    for mask in map(np.asarray, [] if masks is None else [masks] if single else masks):
+        if mask.ndim != 2 or mask.size == 0:
+            raise ValueError(f"masks must be non-empty 2-d arrays, got shape {mask.shape}")
         # the evaluation's nearest neighbour: floor(dst * scale), the scale rounded like OpenCV's
         rows, columns = (np.minimum((np.arange(size) * (1.0 / (size / n))).astype(int), n - 1)
-                         for n in np.shape(mask))
-        target[torch.from_numpy(np.asarray(mask)[rows][:, columns] > 0.5)] = 1
+                         for n in mask.shape)
+        target[torch.from_numpy(mask[rows][:, columns] > 0.5)] = 1
     return target
 
 
@@ -716,13 +722,13 @@ def center_gaussian(size: int | tuple[int, int], sigma: float = 1.0) -> np.ndarr
 def _mean_gradient(model: Callable, inputs: Iterable[Tensor], y: Tensor) -> Tensor:
     """Mean over the inputs, each (B, C, H, W), of d logit_y / d input."""
     total = 0.0
-    for count, x in enumerate(inputs, 1):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+        for count, x in enumerate(inputs, 1):
+            x = x.detach().clone().requires_grad_()
             logits = model(x)
             logits = logits["logits"] if isinstance(logits, dict) else logits
             _check_labels(y, *logits.shape)
-            total = total + torch.autograd.grad(_of_label(logits, y).sum(), x)[0]
+            total = total + torch.autograd.grad(_of_label(logits, y.clone()).sum(), x)[0]
     return total / count
 
 
@@ -830,7 +836,8 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
     (B, H, W)); further entries are ignored. `cfg` overrides `CONFIG`; the keys in `NETWORK_KEYS`,
     which belong to `build_network`, may be in it. `amp` computes in bfloat16. Published: batches of
     32; epochs / decay_frequency 10 / 3, on CUB 50 / 15; weight decay 5e-4, for ResNet 1e-4.
-    `send("state")` returns a snapshot; `resume=snapshot` goes on from it to the same numbers."""
+    `send("state")` returns a snapshot, a copy; `resume=snapshot` goes on from it to the same
+    numbers."""
     if unknown := set(cfg or {}) - set(CONFIG) - set(NETWORK_KEYS):
         raise ValueError(f"cfg has unknown keys {sorted(unknown)}; accepted are {sorted(CONFIG)}")
     cfg = CONFIG | (cfg or {})
@@ -877,9 +884,10 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
                    "lr": cfg["lr"] * decay}
             step += 1
             if (yield row) == "state":
-                yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       "step": step, "epoch": epoch, "batch": batch + 1,
-                       **{name: generator.get_state() for name, generator in generators.items()}}
+                states = {name: generator.get_state() for name, generator in generators.items()}
+                yield copy.deepcopy({
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "step": step, "epoch": epoch, "batch": batch + 1, **states})
         skip = 0
 
 

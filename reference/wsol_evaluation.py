@@ -60,7 +60,7 @@ def _maps(name: str, maps: Array, dims: Sequence[int],
     if not any(kind in str(maps.dtype) for kind in kinds):
         raise TypeError(f"{name} must hold {' or '.join(kinds)} values, got {maps.dtype}")
     if isinstance(maps, np.ndarray):
-        maps = torch.from_numpy(maps.astype(np.float64, order="C", copy=False))
+        maps = torch.from_numpy(maps.astype(np.float64, order="C", copy=not maps.flags.writeable))
     return maps.detach().to(torch.float64)
 
 
@@ -223,6 +223,7 @@ class _Tree:
         first, top = map(_where, _runs(values, 2))
         level = _levels(values, top)
         a, b, touch = map(np.concatenate, zip(*_contacts(values, first, not holes)))
+        # nodes: a run becomes part of a higher one that it touches at its own top
         into = np.arange(len(first))
         rank = level * len(level) + into                      # of equal tops the later is higher
         for low, high in ((a, b), (b, a)):
@@ -231,20 +232,24 @@ class _Tree:
         while not np.array_equal(further := into[into], into):
             into = further
         roots = np.flatnonzero(into == np.arange(len(into)))
-        node = np.searchsorted(roots, into)
-        self.run_node, self.run_length = node, np.diff(first, append=values.numel())
         self.peak, self.owner = level[roots], top[roots] // (height * width)
-        a, b = node[a], node[b]
+        self.run_node = node = np.searchsorted(roots, into)
+        self.run_length = np.diff(first, append=values.numel())
+        node_of = lambda pixel: node[np.searchsorted(first, pixel, "right") - 1]   # noqa: E731
+        # edges, and the tree
+        a, b, size = node[a], node[b], np.ones(len(roots), dtype=np.int64)
         apart = (a != b) & (touch > 0)
-        # the last pixels of the maps lie in the frames, which stay roots as the largest
-        frames = node[np.searchsorted(first, np.arange(1, batch + 1) * height * width) - 1]
-        size = np.ones(len(roots), dtype=np.int64)
-        size[frames] += holes * len(roots)
+        if holes:                                             # the last pixel of a map is frame
+            frames = node_of(np.arange(1, batch + 1) * (height * width) - 1)
+            size[frames] += len(roots)                        # as the largest they stay roots
         self.parent, self.weight = _spanning_forest(a[apart], b[apart], touch[apart], size.tolist())
-        self.weight[frames[:batch * holes]] = _GREYS - 1      # no level of its own
+        if holes:
+            self.weight[frames] = _GREYS - 1                  # and have no level of their own
+        # tops of the runs along rows, and along columns
         column_top = _where(_runs(values, 1)[1])
-        column_node = node[np.searchsorted(first, column_top, side="right") - 1]
-        self.tops = (node, top, level), (column_node, column_top, _levels(values, column_top))
+        self.tops = ((node, top, level),
+                     (node_of(column_top), column_top, _levels(values, column_top)))
+        # rows
         count = self.peak - self.weight
         self.node = np.repeat(np.arange(len(count)), count)
         self.base = np.cumsum(count) - count + self.peak
@@ -553,8 +558,9 @@ class BoxEvaluator(_Evaluator):
                  allow_repeat: bool = False) -> None:
         super().__init__(gt_boxes, cam_threshold_list, interval, resize_length, allow_repeat)
         self.iou_threshold_list = ious = tuple(iou_threshold_list)
-        if not ious or not all(0 < iou <= 100 for iou in ious):
-            raise ValueError(f"iou_threshold_list must hold percentages in (0, 100], got {ious}")
+        if not ious or len(set(ious)) < len(ious) or not all(0 < iou <= 100 for iou in ious):
+            raise ValueError("iou_threshold_list must hold distinct percentages in (0, 100], "
+                             f"got {ious}")
         self.multi_contour_eval = bool(multi_contour_eval)
         self.gt_boxes: dict[str, np.ndarray] = {}    # in pixels of the map
         for image_id, boxes in gt_boxes.items():
@@ -657,6 +663,8 @@ def get_mask(instance_masks: Sequence[np.ndarray], ignore_mask: np.ndarray | Non
     Each mask is resized as by OpenCV's INTER_NEAREST: no half pixel, its rounding of the scale."""
     if len(instance_masks) == 0:
         raise ValueError("instance_masks must hold at least one mask")
+    if size < 1:
+        raise ValueError(f"size must be positive, got {size}")
 
     def inside(mask: np.ndarray) -> np.ndarray:
         mask = np.asarray(mask)

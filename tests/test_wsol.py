@@ -156,6 +156,19 @@ def test_spg_equals_the_published_loss_and_gradients(name):
                                    atol=1e-7)
 
 
+def test_spg_loss_in_double_precision():
+    attention, fused = torch.rand(2, 2, 1, 8, 8, generator=generator(), dtype=torch.float64)
+
+    def loss(logits, b1, b2, c):
+        out = {"logits": logits, "logits_b1": b1, "logits_b2": b2, "logits_c": c,
+               "attention": attention, "fused_attention": fused}
+        return wsol.spg_loss(out, torch.tensor([0, 2]), ((.6, .2), (.55, .45), (.5, .4)))
+
+    inputs = [randn(*shape, seed=seed, dtype=torch.float64).requires_grad_()
+              for seed, shape in enumerate([(2, 3)] + [(2, 1, 4, 4)] * 3)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
 def test_spg_without_a_confident_pixel_is_plain_cross_entropy():
     maps = {f"logits_{key}": torch.zeros(2, 1, 5, 5, requires_grad=True)
             for key in ("b1", "b2", "c")}
@@ -337,10 +350,10 @@ def test_heads_give_logits_and_maps(name):
     assert out["logits"].shape == (3, 4) and maps.shape == (3, 5, 6)
     logits, predicted = head.predict(x, labels)
     assert torch.equal(logits, out["logits"]) and torch.equal(predicted, maps)
-    assert predicted.is_inference()
+    assert predicted.is_inference() and out["logits"].requires_grad and not maps.requires_grad
     assert head(x)["logits"].shape == (3, 4)
     one = head.predict(x[1:2], labels[1:2])[1]
-    torch.testing.assert_close(one, maps[1:2].detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, maps[1:2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ("cam", "acol", "spg"))
@@ -412,8 +425,12 @@ def test_integrated_gradients_sum_to_the_change_of_the_logit(baseline):
 
 def test_gradients_work_where_gradients_are_off():
     x, y = randn(1, 3, 6, 7), torch.tensor([0])
-    with torch.no_grad():
-        assert wsol.vanilla_gradient(nonlinear, x, y).abs().sum() > 0
+    expected = wsol.vanilla_gradient(nonlinear, x, y)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(wsol.vanilla_gradient(nonlinear, x.clone(), y.clone()), expected)
+            assert wsol.integrated_gradients(nonlinear, x.clone(), y.clone(), 2).any()
+            assert wsol.smooth_grad(nonlinear, x.clone(), y.clone(), 2).any()
     assert not x.requires_grad
 
 
@@ -516,8 +533,9 @@ def test_training_resumes_to_the_same_numbers(method):
     assert len(rows) == 12 and all(np.isfinite(row["loss"]) for row in rows)
     steps = wsol.train(tiny_network(method), loader, cfg)
     first = [next(steps) for _ in range(8)]
-    file = io.BytesIO()
-    torch.save(steps.send("state"), file)
+    state, file = steps.send("state"), io.BytesIO()
+    assert first + list(steps) == rows  # going on must not touch the snapshot
+    torch.save(state, file)
     file.seek(0)
     snapshot = torch.load(file, weights_only=True)
     assert first + list(wsol.train(tiny_network(method), loader, cfg, resume=snapshot)) == rows
@@ -573,6 +591,9 @@ BAD_VALUES = {
     "targets: both": ("boxes or masks",
                       lambda: wsol.few_shot_targets(4, [[0, 0, 1, 1]], [np.ones((4, 4))])),
     "targets: box": ("boxes", lambda: wsol.few_shot_targets(4, [[2, 0, 1, 1]])),
+    "targets: three numbers": ("boxes", lambda: wsol.few_shot_targets(4, [[0, 0, 1]])),
+    "targets: mask": ("masks", lambda: wsol.few_shot_targets(4, masks=[np.ones(4)])),
+    "targets: size": ("size", lambda: wsol.few_shot_targets(0, [[0, 0, 1, 1]])),
     "centre: sigma": ("sigma", lambda: wsol.center_gaussian(4, 0.0)),
     "gradient: reduce": ("reduce", lambda: wsol.vanilla_gradient(nonlinear, X, Y, "sum")),
     "ig: steps": ("steps", lambda: wsol.integrated_gradients(nonlinear, X, Y, 0)),
@@ -592,6 +613,8 @@ def test_bad_arguments_are_named(name):
 
 def test_labels_must_be_integers():
     for call in (lambda: wsol.acol_attention(MAPS, Y.float()),
+                 lambda: wsol.acol_attention(MAPS, Y > 0),
+                 lambda: wsol.acol_attention(MAPS, [0, 1]),
                  lambda: wsol.vanilla_gradient(nonlinear, X, Y.float())):
         with pytest.raises(TypeError, match="labels"):
             call()

@@ -147,6 +147,7 @@ def test_a_batch_gives_the_boxes_of_its_maps():
                 level: sorted(boxes) for (owner, level), boxes in batch.items() if owner == image}
 
 
+@pytest.mark.filterwarnings("error:.*not writable")
 def test_array_kinds():
     rng = np.random.default_rng(3)
     maps = rng.random((2, 10, 12))
@@ -156,7 +157,9 @@ def test_array_kinds():
         found = wsol.scoremap_boxes(same)
         assert all(isinstance(part, type(same)) for part in found)
         assert all(np.array_equal(np.asarray(a), b) for a, b in zip(found, expected))
-    half = torch.from_numpy(maps).half()
+    maps.flags.writeable = False                          # as those of a mapped file
+    assert np.array_equal(wsol.scoremap_boxes(maps)[2], expected[2])
+    half = torch.from_numpy(maps.copy()).half()
     assert all(torch.equal(a, b) for a, b in
                zip(wsol.scoremap_boxes(half), wsol.scoremap_boxes(half.double())))
     levels, owner, boxes = wsol.scoremap_boxes(np.zeros((0, 5, 5)))
@@ -369,6 +372,7 @@ def test_box_evaluator_errors():
             ({"iou_threshold_list": (0, 50)}, "iou_threshold_list"),
             ({"iou_threshold_list": (101,)}, "iou_threshold_list"),
             ({"iou_threshold_list": ()}, "iou_threshold_list"),
+            ({"iou_threshold_list": (50, 50)}, "distinct"),
             ({"cam_threshold_list": []}, "cam_threshold_list"),
             ({"cam_threshold_list": [1.5]}, "cam_threshold_list"),
             ({"interval": 0}, "interval"), ({"resize_length": 0}, "resize_length")):
@@ -463,6 +467,8 @@ def test_mask_errors():
         wsol.get_mask([])
     with pytest.raises(ValueError, match="2-d"):
         wsol.get_mask([np.zeros((2, 2, 3))])
+    with pytest.raises(ValueError, match="size"):
+        wsol.get_mask([np.zeros((2, 2))], size=0)
     zeros = np.zeros((4, 4))
     for masks, options, message in (
             ({"a": zeros[:3]}, {}, "4 x 4"), ({"a": zeros + 2}, {}, "0, 1 and 255"),
