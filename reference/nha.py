@@ -217,6 +217,25 @@ def _first_step(f, t, y, fy, sign, method, rtol, atol, shared) -> Tensor:
     return torch.minimum(100 * h0, torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1))
 
 
+def _error_ratio(y, y1, hk, method, rtol, least, shared) -> Tensor:
+    """Norm (B,) of the error estimate over the tolerance, inf where it is NaN."""
+    weights = _tensors(method, (y.dtype, y.device))[3]
+    error = torch.mv(hk.detach().view(len(hk), -1).t(), weights).view_as(y)
+    largest = torch.maximum(y.detach().abs(), y1.detach().abs())
+    tolerance = torch.add(least, largest, alpha=rtol)
+    return _norm(error.div_(tolerance), shared).nan_to_num(math.inf)
+
+
+def _growth(ratio: Tensor, ok: Tensor, order: int, memory: list) -> tuple[Tensor, list]:
+    """Factor (B,) of the step size. The PI controller's memory holds the ratio of the last accepted
+    step, and the most growth: none after a rejection."""
+    if not memory:
+        return (0.9 * ratio ** (-1 / order)).clamp(0.2, 10).maximum(ok), memory
+    before, most = memory
+    factor = (0.9 * ratio ** (-0.7 / order) * before ** (0.4 / order)).clamp(0.2, 10).minimum(most)
+    return factor, [torch.where(ok, ratio.clamp(min=1e-4), before), 1 + 9 * ok.double()]
+
+
 def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps=10_000,
            first_step=None, controller="I", watch=None, check_every=None) -> _Steps:
     """Adaptive steps from `start` (B,) over the signed time `span` (B,), every sample at its own
@@ -224,13 +243,14 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     since the check is the only point where the host waits. Steps overshoot the end, except under
     `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
     tab, every = METHODS[method], check_every or (1 if y.device.type == "cpu" else 8)
-    weights, least = _tensors(method, (y.dtype, y.device))[3], y.new_full((), atol)
     samples, t, sign, end = len(y), start, torch.ones_like(span).copysign(span), span.abs()
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
     h = sign * (first_step or _first_step(f, t, y, fy, sign, method, rtol, atol, shared))
     memory = [torch.ones_like(h), torch.full_like(h, 10.0)] if controller == "PI" else []
     active, failed = end > 0, torch.zeros_like(rows, dtype=torch.bool)
-    place, reached, history, path, starts, tail = rows, offset, [], [], [0], None
+    least, tail = y.new_full((), atol), None
+    # Over all samples: the row within the batch, the distance; both after every attempt: `path`.
+    place, reached, path, history, starts = rows, offset, [], [], [0]
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         for attempt in itertools.count():
             if attempt % every == 0 or attempt >= max_steps:
@@ -252,19 +272,10 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
                 left = end - offset.abs()
                 step = torch.where(h.abs() < left, h, left.copysign(h))
             y1, f1, hk = _attempt(f, t + offset, step, y, fy, method)
-            error = torch.mv(hk.detach().view(len(hk), -1).t(), weights).view_as(y)
-            largest = torch.maximum(y.detach().abs(), y1.detach().abs())
-            tolerance = torch.add(least, largest, alpha=rtol)
-            ratio = _norm(error.div_(tolerance), shared).nan_to_num(math.inf)
+            ratio = _error_ratio(y, y1, hk, method, rtol, least, shared)
             ok = (ratio <= 1) & active
             history.append((rows, offset, step, y, hk, ok, active))
-            if memory:
-                before, most = memory
-                factor = 0.9 * ratio ** (-0.7 / tab.order) * before ** (0.4 / tab.order)
-                factor = factor.clamp(0.2, 10).minimum(most)    # no growth after a rejection
-                memory = [torch.where(ok, ratio.clamp(min=1e-4), before), 1 + 9 * ok.double()]
-            else:
-                factor = (0.9 * ratio ** (-1 / tab.order)).clamp(0.2, 10).maximum(ok)
+            factor, memory = _growth(ratio, ok, tab.order, memory)
             there = offset + step
             if attempt % 8 == 7:                            # steps that no longer move the time
                 stalled = active & (t + there == t + offset) & ~(ok & (there.abs() >= end))
@@ -286,8 +297,8 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
             starts.append(starts[-1] + len(rows))
 
     if not history:                                         # every span is 0
-        history, path = [(rows, offset, h, y, torch.stack([y] * len(tab.c)), active, active)], [
-            (reached, place)]
+        history = [(rows, offset, h, y, torch.stack([y] * len(tab.c)), active, active)]
+        path = [(reached, place)]
     if alive:
         failed[rows] |= active
     rows, offset, h, y, hk, ok, tried = (torch.cat(v, int(i == 4)) for i, v in
