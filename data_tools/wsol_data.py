@@ -38,8 +38,10 @@ last two columns and internal numbers for images.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator
 from xml.etree import ElementTree
@@ -147,7 +149,7 @@ def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path |
     for row in (lines := _Lines(folder / "class_labels.txt", (2,), known)):
         if row[0] in labels:
             lines.fail(f"image {row[0]!r} has two labels")
-        if not row[1].isdigit():
+        if not row[1].isdecimal():
             lines.fail(f"label must be an integer >= 0, got {row[1]!r}")
         labels[row[0]] = int(row[1])
     if missing := [i for i in image_ids if i not in labels]:
@@ -187,19 +189,20 @@ def _read_localization(split: Split, path: Path, mask_root: str | Path | None,
     boxes: dict[str, list] = {}
     for row in (lines := _Lines(path, (3, 5), set(split.image_ids))):
         image_id = row[0]
-        if len(row) == 3 if boxes else len(row) == 5 and bool(split.masks):
+        if len(row) == 3 and boxes or len(row) == 5 and split.masks:
             lines.fail("boxes and masks in one file")
         if len(row) == 3:
-            if image_id in split.masks and row[2]:
-                lines.fail(f"only the first line of image {image_id!r} may name an ignore mask")
-            for mask in filter(None, row[1:]):
-                if mask_root is not None and not (Path(mask_root) / mask).is_file():
-                    lines.fail(f"no mask {Path(mask_root) / mask}")
-            if not row[1]:
+            _, mask, ignore = row
+            if not mask:
                 lines.fail("the name of the mask is empty")
-            split.masks.setdefault(image_id, []).append(row[1])
-            if row[2]:
-                split.ignore[image_id] = row[2]
+            if ignore and image_id in split.masks:
+                lines.fail(f"only the first line of image {image_id!r} may name an ignore mask")
+            for name in filter(None, (mask, ignore)):
+                if mask_root is not None and not (Path(mask_root) / name).is_file():
+                    lines.fail(f"no mask {Path(mask_root) / name}")
+            split.masks.setdefault(image_id, []).append(mask)
+            if ignore:
+                split.ignore[image_id] = ignore
             continue
         x0, y0, x1, y1 = lines.integers(row[1:], "box")
         if x1 < x0 or y1 < y0:
@@ -219,11 +222,12 @@ def _read_localization(split: Split, path: Path, mask_root: str | Path | None,
 
 
 def write_split(folder: str | Path, split: Split) -> None:
-    """Write the files that `read_split` reads; images with commas in their names are refused."""
+    """Write the files that `read_split` reads; names with commas are refused."""
     folder = Path(folder)
-    if bad := [i for i in split.image_ids if "," in i or i != i.strip() or "\n" in i]:
-        raise ValueError(f"image ids must not hold commas or surrounding blanks, got {bad[0]!r}")
-    folder.mkdir(parents=True, exist_ok=True)
+    names = [*split.image_ids, *split.ignore.values(), *chain(*split.masks.values())]
+    if bad := [name for name in names if "," in name or name != name.strip() or "\n" in name]:
+        raise ValueError("names of images and masks must not hold commas or surrounding blanks, "
+                         f"got {bad[0]!r}")
     rows = [(i, *box) for i in split.image_ids
             for box in np.asarray(split.boxes.get(i, ())).tolist()]
     rows += [(i, mask, split.ignore.get(i, "") if k == 0 else "")
@@ -233,8 +237,14 @@ def write_split(folder: str | Path, split: Split) -> None:
                         ("image_sizes", [(i, *split.sizes[i]) for i in split.image_ids
                                          if i in split.sizes]),
                         ("localization", rows)):
-        text = "".join(",".join(map(str, row)) + "\n" for row in lines)
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        _write_lines(folder / f"{name}.txt", (",".join(map(str, row)) for row in lines))
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------- images
@@ -339,6 +349,8 @@ def cub_splits(root: str | Path) -> dict[str, Split]:
 
     names, labels = column("images.txt", 2), column("image_class_labels.txt", 2)
     boxes, part = column("bounding_boxes.txt", 5), column("train_test_split.txt", 2)
+    if not names.keys() == labels.keys() == boxes.keys() == part.keys():
+        raise ValueError(f"{root}: the four text files do not number the same images")
     splits = {"train": Split([], {}), "test": Split([], {})}
     for number, (name,) in names.items():
         split = splits["train" if part[number][0] == "1" else "test"]
@@ -440,7 +452,7 @@ def openimages_splits(root: str | Path) -> dict[str, Split]:
 def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[str]]:
     """(split, class names) from a CSV of your own: lines `path,class,x0,y0,x1,y1` or
     `path,class,mask`, several per image."""
-    images, names, rows = Path(images), {}, []
+    images, names, sizes, rows = Path(images), {}, {}, []
     for row in (lines := _Lines(Path(annotations), (3, 6))):
         if not (images / row[0]).is_file():
             lines.fail(f"no image {images / row[0]}")
@@ -450,17 +462,18 @@ def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[
             lines.fail("boxes and masks in one file")
         if len(row) == 3 and not (images / row[2]).is_file():
             lines.fail(f"no mask {images / row[2]}")
+        if row[0] not in sizes:
+            sizes[row[0]] = _image_size(images / row[0])
         rows.append(row if len(row) == 3 else [*row[:2], *lines.integers(row[2:], "box")])
         if len(row) == 6:
             x0, y0, x1, y1 = rows[-1][2:]
-            width, height = _image_size(images / row[0])
+            width, height = sizes[row[0]]
             if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
                 lines.fail(f"box {x0},{y0},{x1},{y1} does not fit the image of {width} x {height}")
     if not rows:
         raise ValueError(f"{annotations}: holds no annotation")
     classes = sorted(set(names.values()))
-    split = Split(list(names), {i: classes.index(name) for i, name in names.items()},
-                  {i: _image_size(images / i) for i in names})
+    split = Split(list(names), {i: classes.index(name) for i, name in names.items()}, sizes)
     for image_id, _, *rest in rows:
         if len(rest) == 1:
             split.masks.setdefault(image_id, []).append(rest[0])
@@ -505,8 +518,7 @@ def main(argv: list[str] | None = None) -> int:
                       "masks": sum(map(len, split.masks.values()))}
             print(f"{args.metadata / name}:", ", ".join(f"{n} {key}" for key, n in counts.items()))
         if args.command == "own":
-            (args.metadata / "classes.txt").write_text("".join(f"{name}\n" for name in classes),
-                                                       encoding="utf-8")
+            _write_lines(args.metadata / "classes.txt", classes)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

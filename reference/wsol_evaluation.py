@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
@@ -894,10 +895,9 @@ def random_search(evaluate: Callable[[dict], float], space: Mapping[str, tuple],
     diverged) is null and comes last."""
     path, records = Path(path), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):                 # cut off by an interruption
-        lines.pop()
-        path.write_text("".join(lines))
+    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if rest:                                                   # cut off by an interruption
+        os.truncate(path, path.stat().st_size - len(rest))
     for number in range(trials):
         config = sample_trial(space, np.random.default_rng([seed, number]))
         record = json.loads(json.dumps({"trial": number, "seed": seed, "config": config}))

@@ -138,6 +138,9 @@ def test_more_errors_of_metadata(tree):
         data.read_split(folder)
     with pytest.raises(ValueError, match="commas"):
         data.write_split(tree / "x", data.Split(["a,b.jpg"], {"a,b.jpg": 0}))
+    with pytest.raises(ValueError, match="a,m.png"):
+        data.write_split(tree / "x", data.Split(["a"], {"a": 0}, masks={"a": ["a,m.png"]}))
+    assert not (tree / "x").exists()
 
 
 def test_openimages(tree, tmp_path):
@@ -180,6 +183,9 @@ def test_cub(tmp_path):
     assert splits["train"].image_ids == names[:1] and not splits["train"].boxes
     assert splits["test"].labels == {names[1]: 0, names[2]: 1}
     assert splits["test"].boxes[names[1]].tolist() == [[5, 6, 49, 40]]          # cut at the image
+    boxes.write_text("1 1.0 2.0 30.0 20.0\n")
+    with pytest.raises(ValueError, match="the same images"):
+        data.cub_splits(tmp_path)
 
 
 def test_ilsvrc_with_v2(tmp_path, capsys):
