@@ -51,7 +51,6 @@ from torch import Tensor, nn
 OUTPUTS = ("logit", "log_prob", "prob")
 QUADRATURES = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle",
                "riemann_trapezoid")
-KINDS = ("even", "log")                                       # of thresholds
 PASS = 64                                                     # images in a forward pass by default
 
 
@@ -130,9 +129,9 @@ def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
 
 
 @torch.inference_mode(False)                                  # also when the caller is in that mode
-def _activations_and_gradients(model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor,
-                               output: str) -> tuple[Tensor, Tensor]:
-    """A (B, K, h, w) and G (B, n, K, h, w): one forward, one backward per column of targets.
+def _activations_and_gradients(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any,
+                               output: str) -> tuple[Tensor, Tensor, bool]:
+    """A (B, K, h, w), G (B, n, K, h, w), one target?: one forward, one backward per column.
 
     Up to the layer nothing is recorded for the backward pass. The network goes on with a copy of A:
     a ReLU in place behind the layer must not change it.
@@ -141,16 +140,16 @@ def _activations_and_gradients(model: nn.Module, layer: nn.Module, images: Tenso
         torch.set_grad_enabled(True)
         return a.requires_grad_().clone()
 
+    targets, single = _check(images, targets, output)
     with torch.no_grad(), _output_of(layer, recorded) as seen:
         columns = _at(_score(model(images), output), targets).sum(0).unbind()
     gradients = [torch.autograd.grad(column, seen[0], retain_graph=n + 1 < len(columns))[0]
                  for n, column in enumerate(columns)]
-    return seen[0].detach(), torch.stack(gradients, 1)
+    return seen[0].detach(), torch.stack(gradients, 1), single
 
 
 def _finish(maps: Tensor, single: bool, relu: bool) -> Tensor:
-    maps = maps.clamp(min=0) if relu else maps
-    return maps[:, 0] if single else maps
+    return (maps.clamp(min=0) if relu else maps)[:, 0 if single else slice(None)]
 
 
 def _weighted(weights: Tensor, a: Tensor, single: bool, relu: bool) -> Tensor:
@@ -168,16 +167,14 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *
     map without bias, divided by h * w. relu: clamp the map at 0. ValueError: targets outside the
     classes, a layer that is not used or does not return (B, K, h, w), images that are not 4-D.
     """
-    targets, single = _check(images, targets, output)
-    a, g = _activations_and_gradients(model, layer, images, targets, output)
+    a, g, single = _activations_and_gradients(model, layer, images, targets, output)
     return _weighted(g.mean((3, 4)), a, single, relu)
 
 
 def grad_cam_pp(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
                 relu: bool = False, output: str = "logit", eps: float | None = None) -> Tensor:
     """Grad-CAM++. eps, against division by zero: None for 1e-6 of the image's largest G^2."""
-    targets, single = _check(images, targets, output)
-    a, g = _activations_and_gradients(model, layer, images, targets, output)
+    a, g, single = _activations_and_gradients(model, layer, images, targets, output)
     squared = g.square()
     guard = 1e-6 * squared.amax((2, 3, 4), keepdim=True) if eps is None else eps
     alpha = squared / (2 * squared + a.sum((2, 3))[:, None, :, None, None] * g**3 + guard)
@@ -188,8 +185,7 @@ def grad_cam_pp(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any
 def xgrad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
               relu: bool = False, output: str = "logit") -> Tensor:
     """XGrad-CAM: gradients weighted with the activations; arguments as for `grad_cam`."""
-    targets, single = _check(images, targets, output)
-    a, g = _activations_and_gradients(model, layer, images, targets, output)
+    a, g, single = _activations_and_gradients(model, layer, images, targets, output)
     weights = (g * a.unsqueeze(1)).sum((3, 4)) / (a.sum((2, 3)) + 1e-7).unsqueeze(1)
     return _weighted(weights, a, single, relu)
 
@@ -197,16 +193,14 @@ def xgrad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
 def layer_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
               relu: bool = False, output: str = "logit") -> Tensor:
     """LayerCAM: every location weighted with its own positive gradient."""
-    targets, single = _check(images, targets, output)
-    a, g = _activations_and_gradients(model, layer, images, targets, output)
+    a, g, single = _activations_and_gradients(model, layer, images, targets, output)
     return _finish((g.clamp(min=0) * a.unsqueeze(1)).sum(2), single, relu)
 
 
 def hires_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
               relu: bool = False, output: str = "logit") -> Tensor:
     """HiResCAM: every location weighted with its own gradient."""
-    targets, single = _check(images, targets, output)
-    a, g = _activations_and_gradients(model, layer, images, targets, output)
+    a, g, single = _activations_and_gradients(model, layer, images, targets, output)
     return _finish((g * a.unsqueeze(1)).sum(2), single, relu)
 
 
@@ -235,8 +229,8 @@ def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
     black = _score(model(torch.zeros_like(images)), output).gather(1, targets)
     scores = black.unsqueeze(1).repeat(1, a.shape[1], 1)                          # (B, K, n)
     for b, k in _chunks((high != low)[:, :, 0, 0], chunk):
-        masked = images[b] * masks[b, k].unsqueeze(1)
-        scores[b, k] = _score(model(masked), output).gather(1, targets[b])
+        masked = model(images[b] * masks[b, k].unsqueeze(1))
+        scores[b, k] = _score(masked, output).gather(1, targets[b])
     return _weighted(scores.softmax(1).transpose(1, 2), a, single, relu)
 
 
@@ -292,7 +286,7 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
 
     with _output_of(layer, Tensor.clone) as seen, ExitStack() as hooks:
         for module in below:
-            hooks.callback(module.register_forward_hook(keep).remove)
+            hooks.enter_context(module.register_forward_hook(keep))
         score = _at(_score(model(images), output), targets)
     a = seen[0]
     drops = torch.zeros_like(score).unsqueeze(1).repeat(1, a.shape[1], 1)         # (B, K, n)
@@ -323,18 +317,19 @@ def _one_target(images: Tensor, targets: Any, output: str) -> Tensor:
     return targets
 
 
-def _passes(count: int, images: Tensor, chunk: int | None) -> list[range]:
-    """Ranges of `chunk` out of `count` copies of the batch (default: about PASS images a pass)."""
+def _passes(count: int, images: Tensor, chunk: int | None) -> list[slice]:
+    """Slices of `chunk` out of `count` copies of the batch (default: about PASS images a pass)."""
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
     chunk = chunk or max(1, PASS // max(1, len(images)))
-    return [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 
 def _copies_gradients(model: nn.Module, copies: Tensor, targets: Tensor, output: str) -> Tensor:
-    """Gradients (n, B, 3, H, W) of a stack of changed batches (n, B, 3, H, W)."""
+    """Gradients of a stack of changed batches (n, B, 3, H, W), in float32 or better to be added."""
     repeated = targets.repeat(len(copies), 1)
-    return _input_gradients(model, copies.flatten(0, 1), repeated, output).view_as(copies)
+    gradients = _input_gradients(model, copies.flatten(0, 1), repeated, output).view_as(copies)
+    return gradients.to(torch.promote_types(copies.dtype, torch.float32))
 
 
 def input_gradient(model: nn.Module, images: Tensor, targets: Any, *, output: str = "logit",
@@ -373,10 +368,8 @@ def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
     _check_choice("variant", variant, ("standard", "calm"))
     if steps < 1 or (method == "riemann_trapezoid" and steps < 2):
         raise ValueError(f"steps must be at least 1 (2 for the trapezoid), not {steps}")
-    if variant == "calm":
-        points, weights = np.arange(steps + 1) / steps, np.full(steps + 1, 1 / steps)
-    else:
-        points, weights = _quadrature(method, steps)
+    points, weights = _quadrature(method, steps) if variant == "standard" else (
+        np.arange(steps + 1) / steps, np.full(steps + 1, 1 / steps))
     try:
         base = torch.zeros_like(images) if baseline is None else baseline.expand_as(images)
     except RuntimeError:
@@ -385,14 +378,13 @@ def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
     points, weights = (torch.as_tensor(values).to(images).view(-1, 1, 1, 1, 1)
                        for values in (points, weights))
     total = 0
-    for part in _passes(len(points), images, chunk):
-        rows = slice(part.start, part.stop)
+    for rows in _passes(len(points), images, chunk):
         copies = base + points[rows] * (images - base)
         gradient = _copies_gradients(model, copies, targets, output)
         if variant == "calm":
             gradient = gradient.abs().amax(2, keepdim=True)
         total = total + (weights[rows] * gradient).sum(0)
-    return total[:, 0] if variant == "calm" else (images - base) * total
+    return (total[:, 0] if variant == "calm" else (images - base) * total).to(images.dtype)
 
 
 def _noisy_moments(model: nn.Module, images: Tensor, targets: Any, samples: int = 50,
@@ -407,15 +399,13 @@ def _noisy_moments(model: nn.Module, images: Tensor, targets: Any, samples: int 
     if noise is not None and noise.shape != (samples, *images.shape):
         raise ValueError(f"noise must be {(samples, *images.shape)}, not {tuple(noise.shape)}")
     source = images.device if generator is None else generator.device
-
-    def draw(_: int) -> Tensor:                               # one by one: the same for any chunk
-        return torch.randn(images.shape, generator=generator, dtype=images.dtype, device=source)
-
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     sigma = (high - low) / sigma_divisor
     mean = square = 0
-    for part in _passes(samples, images, chunk):
-        unit = torch.stack([*map(draw, part)]) if noise is None else noise[part.start:part.stop]
+    for rows in _passes(samples, images, chunk):
+        unit = noise[rows] if noise is not None else torch.stack([                # any chunk: alike
+            torch.randn(images.shape, generator=generator, dtype=images.dtype, device=source)
+            for _ in range(rows.start, rows.stop)])
         copies = images + sigma * unit.to(images.device)
         maps = _copies_gradients(model, copies, targets, output).abs().amax(2)
         mean, square = mean + maps.sum(0) / samples, square + maps.square().sum(0) / samples
@@ -431,7 +421,7 @@ def smooth_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int 
     unit normal, drawn if None. chunk: copies per forward pass (default: about 64 images a pass).
     """
     return _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output, chunk,
-                          generator)[0]
+                          generator)[0].to(images.dtype)
 
 
 def smooth_grad_squared(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50,
@@ -440,7 +430,7 @@ def smooth_grad_squared(model: nn.Module, images: Tensor, targets: Any, *, sampl
                         generator: torch.Generator | None = None) -> Tensor:
     """The mean of the squared maps; arguments as for `smooth_grad`."""
     return _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output, chunk,
-                          generator)[1]
+                          generator)[1].to(images.dtype)
 
 
 def var_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 50,
@@ -449,7 +439,7 @@ def var_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 5
     """VarGrad: the variance of the maps over the copies; arguments as for `smooth_grad`."""
     mean, square = _noisy_moments(model, images, targets, samples, sigma_divisor, noise, output,
                                   chunk, generator)
-    return (square - mean.square()).clamp(min=0)
+    return (square - mean.square()).clamp(min=0).to(images.dtype)
 
 
 # ---------------------------------------------------------------- showing maps
@@ -487,7 +477,7 @@ def normalize_map(maps: Tensor, mode: str) -> Tensor:
 
 def thresholds(kind: str, interval: float = 0.001) -> np.ndarray:
     """Ascending float64: "even" 0, d, 2 d, ... below 1, or "log" from above 10^-7 to 1."""
-    _check_choice("kind", kind, KINDS)
+    _check_choice("kind", kind, ("even", "log"))
     if not 0 < interval < 1:
         raise ValueError(f"interval must be in (0, 1), not {interval}")
     if kind == "even":
@@ -506,13 +496,13 @@ class PixelAP:
     thresholds: "even", "log", ascending values, or None for the exact one (a step per distinct
     value). Mask values: 1 positive, 0 negative, all others ignored. Values below the lowest
     threshold are in no bin, as published, and with them their positives are not counted either;
-    count_underflow=True counts these in the recall. Counts stay on the maps' device.
+    count_underflow=True counts these in the recall.
     """
 
     def __init__(self, thresholds: str | Sequence[float] | None = "even", interval: float = 0.001,
                  count_underflow: bool = False) -> None:
         if isinstance(thresholds, str):
-            _check_choice("thresholds", thresholds, KINDS)
+            _check_choice("thresholds", thresholds, ("even", "log"))
             thresholds = _thresholds(thresholds, interval)
         self.edges = None
         if thresholds is not None:
@@ -522,7 +512,7 @@ class PixelAP:
                 raise ValueError(f"thresholds must be 1-D, ascending and at most 1, not {values}")
             self.edges = torch.from_numpy(edges)
             self.histogram = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
-        self.count_underflow, self.below = count_underflow, torch.zeros((), dtype=torch.int64)
+        self.count_underflow, self.below = count_underflow, 0  # positives below all thresholds
         self.values: list[Tensor] = []
 
     def update(self, maps: Any, masks: Any) -> None:
@@ -542,19 +532,16 @@ class PixelAP:
             if self.edges is None:
                 self.values.append(torch.stack([values, torch.full_like(values, positive)]))
                 continue
-            if self.edges.device != maps.device:
-                self.edges, self.histogram, self.below = (
-                    t.to(maps.device) for t in (self.edges, self.histogram, self.below))
-            place = torch.searchsorted(self.edges, values, right=True)            # 0: below all
-            counts = torch.bincount(place, minlength=len(self.edges) + 1)
+            place = torch.searchsorted(self.edges.to(maps.device), values, right=True)
+            counts = torch.bincount(place, minlength=len(self.edges) + 1).cpu()   # first: below all
             self.histogram[positive] += counts[1:-1]
-            self.below += positive * counts[0]
+            self.below += positive * int(counts[0])
 
     def compute(self) -> dict[str, Any]:
         """{"ap" in percent, "precision", "recall"}: from the highest bin down; 0 / 0 is NaN."""
         histogram, below = self._exact() if self.edges is None else (self.histogram, self.below)
         false, true = histogram.flip(1).cumsum(1).cpu()
-        positives = histogram[1].sum().cpu() + (int(below) if self.count_underflow else 0)
+        positives = histogram[1].sum().cpu() + (below if self.count_underflow else 0)
         precision, recall = true / (true + false), true / positives
         gain = torch.diff(recall, prepend=recall.new_zeros(1))
         ap = 100 * float((precision * gain)[true + false > 0].sum()) if positives else math.nan
@@ -674,10 +661,9 @@ def remove_and_classify(model: Callable, loader: Iterable,
     if (counts[1] == 0).any():
         warnings.warn("no randomly erased image is recognised at some fraction: its ratio is NaN",
                       stacklevel=3)
-    ratio = torch.where(counts[1] > 0, counts[0] / counts[1], math.nan)
     return {"fractions": list(fractions), "accuracy": whole / total,
             "accuracy_erased": counts[0] / total, "accuracy_random": counts[1] / total,
-            "ratio": ratio}
+            "ratio": torch.where(counts[1] > 0, counts[0] / counts[1], math.nan)}
 
 
 # ---------------------------------------------------------------- demonstration
@@ -696,8 +682,8 @@ def _demonstrate() -> None:
     cams = (grad_cam, grad_cam_pp, xgrad_cam, layer_cam, hires_cam, score_cam, ablation_cam)
     maps = {f.__name__: f(model, model[1], images, labels, relu=True) for f in cams}
     maps["input_gradient"] = input_gradient(model, images, labels)
-    for function in (smooth_grad, var_grad):
-        maps[function.__name__] = function(model, images, labels, generator=generator)
+    maps |= {f.__name__: f(model, images, labels, generator=generator)
+             for f in (smooth_grad, var_grad)}
     maps["integrated, positive"] = integrated_gradients(model, images, labels).clamp(min=0).sum(1)
     print("share of each map on the spot (2 % of the image), and AP of its pixels after min-max:")
     for name, values in maps.items():

@@ -229,6 +229,18 @@ def test_dead_channels_cost_no_pass(case):
     assert torch.allclose(maps, torch.einsum("bk,bkhw->bhw", weights, a), rtol=1e-3, atol=1e-5)
 
 
+def test_half_precision_adds_up_in_float32():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for n, parameter in enumerate(net.parameters()):
+        nn.init.normal_(parameter, generator=seeded(n))
+    images = torch.randn(2, 3, 16, 16, generator=seeded()).bfloat16()
+    noise = torch.randn(300, 2, 3, 16, 16, generator=seeded(1)).bfloat16()
+    half = at.var_grad(net.bfloat16(), images, 1, samples=300, noise=noise)
+    expected = at.var_grad(net.float(), images.float(), 1, samples=300, noise=noise.float())
+    assert half.dtype == torch.bfloat16
+    assert (half - expected).abs().max() < 0.05 * expected.max()
+
+
 def test_inside_inference_mode(case):
     g, net, images, labels = case
     for function in (at.grad_cam, at.grad_cam_pp, at.score_cam, at.ablation_cam):
