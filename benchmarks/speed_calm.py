@@ -1,6 +1,6 @@
 """Cost of CALM's loss, of a map, and of the baselines beside pytorch-grad-cam, torchcam and captum.
 
-    python benchmarks/speed_calm.py                           # one thread, then all: 2 minutes
+    python benchmarks/speed_calm.py                           # one thread, then all: 3 minutes
     python benchmarks/speed_calm.py --device cuda --arch resnet50 --side 224 --batch 32
 
 Three tables, and on a GPU a fourth:
@@ -179,7 +179,8 @@ def baseline_tables(run: harness.Run, model: nn.Module, images: Tensor,
         """One package at a time: what another left on the heap would spare it its page faults."""
         ours, rows, mine = "this project", {"this project": {}}, []
         others = {package: f for (baseline, package), f in peers.items() if baseline == name}
-        repeats = min(4, run.args.repeats) if name == "Score-CAM" else 2 * run.args.repeats
+        costly = name in ("Score-CAM", "Ablation-CAM")        # the packages': a pass per channel
+        repeats = min(4, run.args.repeats) if costly else 3 * run.args.repeats
 
         def row(package: str, seconds: list[float], ratio: float, gap: float) -> dict:
             return {"map": name, "package": package, "ms": 1000 * statistics.median(seconds),
