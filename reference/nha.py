@@ -64,6 +64,12 @@ def _per_sample(name: str, value, samples: int, device, dtype=None) -> Tensor:
     return value.expand(samples)
 
 
+def _check_modes(name: str, z: Tensor, n_modes: int) -> Tensor:
+    if z.is_floating_point() or bool(((z < 0) | (z >= n_modes)).any()):
+        raise ValueError(f"{name} must be modes (integers) in 0..{n_modes - 1}")
+    return z.long()
+
+
 # ---- ODE solvers ---------------------------------------------------------------------------------
 class Tableau(NamedTuple):
     """Runge-Kutta: k_i = f(t + c_i h, y + h sum_j a_ij k_j), y(t + h) = y + h sum_i b_i k_i.
@@ -870,10 +876,7 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
               max_events: int | None = None, terminal: Tensor | None = None) -> HybridSolution:
     """Legs from event to event, all samples at once: advance(rows, start, x, z) -> _Leg."""
     b, device = len(x0), x0.device
-    z0 = _per_sample("z0", z0, b, device)
-    if z0.is_floating_point() or not bool(((z0 >= 0) & (z0 < n_modes)).all()):
-        raise ValueError(f"z0 must be modes (integers) in 0..{n_modes - 1}")
-    z0 = z0.long()
+    z0 = _check_modes("z0", _per_sample("z0", z0, b, device), n_modes)
     rows, start, x, z = torch.arange(b, device=device), t[:1].expand(b), x0, z0
     outputs, events = [], []
     while len(rows) and (max_events is None or len(events) < max_events):
@@ -1390,13 +1393,8 @@ class EventModule(nn.Module):
             raise ValueError(f"tau, z, z2, censored must be (N,), not {shapes}")
         if not bool(((tau > 0) & tau.isfinite()).all()):
             raise ValueError("tau must be positive and finite")
-        z, z2 = self._check_modes("z", z), self._check_modes("z2", torch.where(censored, 0, z2))
-        return tau, z, z2, censored
-
-    def _check_modes(self, name: str, z: Tensor) -> Tensor:
-        if z.is_floating_point() or bool(((z < 0) | (z >= self.n_modes)).any()):
-            raise ValueError(f"{name} must be modes (integers) in 0..{self.n_modes - 1}")
-        return z.long()
+        z2 = _check_modes("z2", torch.where(censored, 0, z2), self.n_modes)
+        return tau, _check_modes("z", z, self.n_modes), z2, censored
 
     def _scaled(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """The context standardised, None where there is none."""
@@ -1422,7 +1420,7 @@ class EventModule(nn.Module):
         """p(z'|z, c) (N, m)."""
         if self.estimator != "joint":
             raise ValueError("transition_probs needs estimator 'joint'; a race has clocks instead")
-        z = self._check_modes("z", z)
+        z = _check_modes("z", z, self.n_modes)
         return self._transition_logits(z, self._scaled(z, context)).softmax(-1)
 
     def log_prob(self, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
@@ -1446,7 +1444,7 @@ class EventModule(nn.Module):
     def sample(self, z: Tensor, context: Tensor | None = None, *,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw (time to the next event, next mode), both (N,)."""
-        z = self._check_modes("z", z)
+        z = _check_modes("z", z, self.n_modes)
         scaled = self._scaled(z, context)
         if self.estimator == "joint":
             z2 = _draw_categorical(self.transition_probs(z, context), generator)
