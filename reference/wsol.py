@@ -834,10 +834,10 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
 
     `loader` yields (images (B, 3, H, W), labels (B,)), for the method "fewshot" (images, targets
     (B, H, W)); further entries are ignored. `cfg` overrides `CONFIG`; the keys in `NETWORK_KEYS`,
-    which belong to `build_network`, may be in it. `amp` computes in bfloat16. Published: batches of
-    32; epochs / decay_frequency 10 / 3, on CUB 50 / 15; weight decay 5e-4, for ResNet 1e-4.
-    `send("state")` returns a snapshot, a copy; `resume=snapshot` goes on from it to the same
-    numbers."""
+    which belong to `build_network`, may be in it. `amp` computes in bfloat16. Each process of a
+    distributed run draws its own random numbers. `send("state")` returns a snapshot, a copy;
+    `resume=snapshot` goes on from it to the same numbers. Published: batches of 32; epochs /
+    decay_frequency 10 / 3, on CUB 50 / 15; weight decay 5e-4, for ResNet 1e-4."""
     if unknown := set(cfg or {}) - set(CONFIG) - set(NETWORK_KEYS):
         raise ValueError(f"cfg has unknown keys {sorted(unknown)}; accepted are {sorted(CONFIG)}")
     cfg = CONFIG | (cfg or {})
@@ -848,8 +848,10 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
 
 def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | None):
     device = next(model.parameters()).device
-    generators = {"host": torch.Generator().manual_seed(cfg["seed"]),
-                  "device": torch.Generator(device).manual_seed(cfg["seed"])}
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    seed = cfg["seed"] + 1_000_003 * (torch.distributed.get_rank() if several else 0)
+    generators = {"host": torch.Generator().manual_seed(seed),
+                  "device": torch.Generator(device).manual_seed(seed)}
     for module in model.modules():
         if isinstance(module, (ADL, _Dropout)):
             module.generator = generators["host" if isinstance(module, ADL) else "device"]

@@ -444,10 +444,9 @@ def calculate_multiple_iou(box_a: np.ndarray, box_b: np.ndarray) -> np.ndarray:
 def resize_bbox(box: Sequence[float], image_size: Sequence[int],
                 resize_size: Sequence[int]) -> tuple[int, int, int, int]:
     """Scale (x0, y0, x1, y1) from image_size = (width, height) to resize_size, each truncated."""
-    x0, y0, x1, y1 = _valid_boxes([box], "box", RuntimeError)[0].astype(float)
-    (width, height), (new_width, new_height) = image_size, resize_size
-    return (int(x0 * new_width / width), int(y0 * new_height / height),
-            int(x1 * new_width / width), int(y1 * new_height / height))
+    corners = _valid_boxes([box], "box", RuntimeError)[0].astype(float).tolist()
+    return tuple(int(x * new / old) for x, new, old in
+                 zip(corners, (*resize_size, *resize_size), (*image_size, *image_size)))
 
 
 class _Evaluator:
@@ -574,8 +573,8 @@ class BoxEvaluator(_Evaluator):
                 raise ValueError(f"image_sizes of {image_id!r} must be positive, "
                                  f"got {(width, height)}")
             boxes = _valid_boxes(boxes, f"gt_boxes of {image_id!r}", ValueError)
-            sides = np.array([width, height, width, height])
-            self.gt_boxes[image_id] = (boxes * float(resize_length) / sides).astype(np.int64)
+            scaled = boxes * float(resize_length) / np.array([width, height] * 2)
+            self.gt_boxes[image_id] = scaled.astype(np.int64)
         self.num_correct = {iou: np.zeros(len(self.cam_threshold_list), np.int64) for iou in ious}
 
     def _counts(self) -> list[np.ndarray]:

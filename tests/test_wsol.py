@@ -541,6 +541,18 @@ def test_training_resumes_to_the_same_numbers(method):
     assert first + list(wsol.train(tiny_network(method), loader, cfg, resume=snapshot)) == rows
 
 
+def test_processes_draw_their_own_numbers(monkeypatch):
+    loader = [(randn(2, 3, 8, 8), torch.tensor([0, 2]))]
+
+    def loss(method, rank):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        network = tiny_network("has")
+        return [row["loss"] for row in wsol.train(network, loader, {"method": method, "epochs": 1})]
+
+    assert loss("cam", 0) == loss("cam", 1) and loss("has", 0) != loss("has", 1)
+
+
 def test_cutmix_of_size_zero_is_plain_training():
     loader = [(randn(2, 3, 8, 8), torch.tensor([0, 2]))]
     rows = [list(wsol.train(tiny_network("cutmix"), loader, {"epochs": 2, **cfg}))
