@@ -214,9 +214,11 @@ class CAMOutput:
         return self.logits.mean((2, 3), dtype=torch.float32 if half else None)
 
     def log_probs(self) -> Tensor:
+        """log p(y | x), (B, C)."""
         return self.pooled().log_softmax(1)
 
     def probs(self) -> Tensor:
+        """p(y | x), (B, C)."""
         return self.pooled().softmax(1)
 
 
@@ -366,8 +368,7 @@ def attribution_map(output: CALMOutput | CAMOutput, classes: Any, kind: str = "j
         raise TypeError(f"classes must be given for kind {kind!r}")
     if kind == "cam":
         index, single = _class_index(classes, output.logits)
-        index = index[:, :, None, None].expand(-1, -1, *output.logits.shape[2:])
-        maps = output.logits.gather(1, index)
+        maps = output.logits.take_along_dim(index[:, :, None, None], 1)
         maps = maps[:, 0] if single else maps
     elif isinstance(output, CAMOutput):
         raise ValueError(f"kind {kind!r} needs the output of a CALM head; CAM has only 'cam'")
@@ -478,7 +479,7 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
             teacher.load_state_dict(resume["teacher"])
         first, skip, step = resume["epoch"], resume["batch"], resume["step"]
     for epoch in range(first, epochs):
-        factor = lr_decay ** sum((e + 1) % lr_decay_epochs == 0 for e in range(epoch + 1))
+        factor = lr_decay ** ((epoch + 1) // lr_decay_epochs)
         for group, base in zip(optimizer.param_groups, (lr, lr * head_ratio)):
             group["lr"] = base * factor
         seekable = hasattr(loader, "set_epoch")
@@ -679,13 +680,10 @@ def _demonstrate() -> None:
     for head, method in ((CAMHead(32, 4), "cam"), (CALMHead(32, 4), "em")):
         convolution = nn.Conv2d(3, 32, 7, padding=3, bias=False)
         backbone = nn.Sequential(convolution, nn.BatchNorm2d(32), nn.ReLU())
-        with torch.no_grad():
-            for weight in (convolution.weight, *(p for p in head.parameters() if p.ndim > 1)):
-                scale = weight[0].numel() ** -0.5
-                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+        for weight in (convolution.weight, *(p for p in head.parameters() if p.ndim > 1)):
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
         model = CALM(backbone, head)
-        for _ in train(model, batches, 4, method=method, lr=0.05, head_ratio=2):
-            pass
+        list(train(model, batches, 4, method=method, lr=0.05, head_ratio=2))
         with torch.no_grad():
             output = model.eval()(test)
         accuracy = (output.probs().argmax(1) == test_labels).float().mean()
