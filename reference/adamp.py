@@ -46,6 +46,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from numbers import Real
 from statistics import fmean
 
 import torch
@@ -55,11 +56,18 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 BLOCK = 1 << 19       # elements of a block on the CPU: what a step touches of it stays in the cache
+HALF = (torch.float16, torch.bfloat16)
 
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision as float32 (eps would underflow); everything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF else x
+
+
+def _is_number(value, top: float = math.inf) -> bool:
+    """A number or a tensor of one number, in [0, top]."""
+    return ((isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1)
+            and bool(0 <= value <= top))
 
 
 # ---------------------------------------------------------------- the test and the projection
@@ -143,9 +151,9 @@ class _ProjectedOptimizer(Optimizer):
 
     def _check(self, group: dict) -> None:
         for name in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
-            value, top = group[name], 1 if name == "wd_ratio" else math.inf
-            if not (isinstance(value, (int, float, Tensor)) and 0 <= value <= top):
-                raise ValueError(f"{name} must be a number in [0, {top}], got {value!r}")
+            top = 1 if name == "wd_ratio" else math.inf
+            if not _is_number(group[name], top):
+                raise ValueError(f"{name} must be a number in [0, {top}], got {group[name]!r}")
         if (known := group["scale_invariant"]) not in (None, True, False):
             raise ValueError(f"scale_invariant must be None, True or False, got {known!r}")
         for p in group["params"]:
@@ -166,10 +174,14 @@ class _ProjectedOptimizer(Optimizer):
         saved = (i for group in state_dict["param_groups"] for i in group["params"])
         ours = (p for group in self.param_groups for p in group["params"])
         for index, p in zip(saved, ours):
-            if p.dtype in (torch.float16, torch.bfloat16) and index in state_dict["state"]:
+            if p.dtype in HALF and index in state_dict["state"]:
                 self.state[p] = {key: value.to(p.device, torch.float32, copy=True)
                                  if isinstance(value, Tensor) else value
                                  for key, value in state_dict["state"][index].items()}
+
+    def _new_state(self, p: Tensor, group: dict) -> dict:
+        dtype = torch.float32 if p.dtype in HALF else p.dtype
+        return {key: torch.zeros_like(p, dtype=dtype) for key in self._moments}
 
     @property
     def stats(self) -> dict[str, int]:
@@ -380,7 +392,8 @@ class _ProjectedOptimizer(Optimizer):
 
         Then w = (1 - k) w - s u + c w with k = lr decay and c = <w, s u> / (|w| + eps)^2, in blocks
         of rows that stay in the cache; `room` holds -s u of a block. For a hit of the layer view
-        the tensor is one row and one block: the extra memory is at most the largest tensor.
+        the tensor is one row and one block: the extra memory is at most the largest tensor (twice
+        that for AdamP with nesterov, which copies m).
         """
         w, g, *_ = tensors                               # and the moments: (rows, n)
         eps, delta, decay, length = group["eps"], group["delta"], self._decay(group), w.shape[1]
@@ -392,13 +405,15 @@ class _ProjectedOptimizer(Optimizer):
                 return "channel"                         # no |w| |g| is smaller: mostly enough
             return _first_view(dot, norm_w, vector_norm(g, dim=1), length, delta, eps)
 
-        view = self._view(group, test)
+        view, height = self._view(group, test), max(1, room.numel() // length)
         if view is None:
-            return self._kernel(group, clock, decay, *([x] for x in tensors))
+            for block in _blocks(tensors, height):
+                self._kernel(group, clock, decay, *([x] for x in block))
+            return
         if view == "layer":
             tensors, norm_w = [x.view(1, -1) for x in tensors], norm_w.norm()[None]
         keep = w.new_tensor(1 - float(group["lr"]) * decay * group["wd_ratio"])
-        squares, height = (norm_w + eps).square_(), max(1, room.numel() // length)
+        squares = (norm_w + eps).square_()
         for w, *rest, square in _blocks([*tensors, squares], height):
             if w.numel() > room.numel():
                 room.untyped_storage().resize_(0)        # so that both are never there together
@@ -454,7 +469,7 @@ class AdamP(_ProjectedOptimizer):
         wd_ratio: factor of the weight decay on projected weights, in [0, 1].
         nesterov: look-ahead update (beta1 m + (1 - beta1) g) / denominator; not torch's NAdam.
         foreach, fused: which path; None chooses, False never, True where it serves. fused serves
-            float32 and float64 on the CPU without nesterov, else the step falls back to foreach.
+            float32 and float64 on the CPU, else the step falls back to foreach.
         maximize: ascend.
         capturable: step count and bias correction on the device, for CUDA graphs and torch.compile;
             always the branch-free path.
@@ -479,14 +494,14 @@ class AdamP(_ProjectedOptimizer):
 
     def _check(self, group: dict) -> None:
         super()._check(group)
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+        betas = group["betas"]
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2
+                and all(_is_number(beta) and beta < 1 for beta in betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
 
     def _new_state(self, p: Tensor, group: dict) -> dict:
         step = torch.zeros((), device=p.device) if group["capturable"] else 0
-        dtype = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
-        return {"step": step, "exp_avg": torch.zeros_like(p, dtype=dtype),
-                "exp_avg_sq": torch.zeros_like(p, dtype=dtype)}
+        return {"step": step} | super()._new_state(p, group)
 
     def _direction(self, group: dict, state: dict, g: Tensor, lr: float) -> tuple[Tensor, float]:
         """The update u and its step size, lr with the bias correction of m."""
@@ -534,11 +549,15 @@ class AdamP(_ProjectedOptimizer):
         return list(u), lr / correction1, group["weight_decay"] * correction1
 
     def _has_kernel(self, group: dict) -> bool:
-        return not group["nesterov"] and hasattr(torch, "_fused_adamw_")
+        return hasattr(torch, "_fused_adamw_")
 
     def _kernel(self, group: dict, step: Tensor, decay: float, w: list, g: list, m: list, v: list):
-        """torch's AdamW step, in place."""
+        """torch's AdamW step, in place; its own average of m and g serves as the look-ahead."""
         beta1, beta2 = group["betas"]
+        if group["nesterov"]:
+            torch._foreach_mul_(m, beta1)
+            torch._foreach_add_(m, g, alpha=(1 - beta1) * (-1 if group["maximize"] else 1))
+            m = [x.clone() for x in m]
         torch._fused_adamw_(w, g, m, v, [], [step] * len(w), lr=float(group["lr"]), beta1=beta1,
                             beta2=beta2, weight_decay=decay, eps=group["eps"], amsgrad=False,
                             maximize=group["maximize"])
@@ -577,19 +596,17 @@ class SGDP(_ProjectedOptimizer):
 
     def _check(self, group: dict) -> None:
         super()._check(group)
-        momentum = group["momentum"]
-        if not momentum >= 0:
-            raise ValueError(f"momentum must not be negative, got {momentum}")
+        momentum, dampening = group["momentum"], group["dampening"]
+        if not _is_number(momentum):
+            raise ValueError(f"momentum must be a number of 0 or more, got {momentum!r}")
+        if not isinstance(dampening, Real):
+            raise ValueError(f"dampening must be a number, got {dampening!r}")
         if momentum >= 1 and group["weight_decay"] > 0:
             raise ValueError("momentum must be below 1 with weight_decay, which is divided by "
                              f"1 - momentum; got {momentum}")
-        if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
+        if group["nesterov"] and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs momentum > 0 and dampening 0, got momentum "
-                             f"{momentum}, dampening {group['dampening']}")
-
-    def _new_state(self, p: Tensor, group: dict) -> dict:
-        dtype = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
-        return {"momentum": torch.zeros_like(p, dtype=dtype)}
+                             f"{momentum}, dampening {dampening}")
 
     def _decay(self, group: dict) -> float:
         return group["weight_decay"] / (1 - group["momentum"]) if group["weight_decay"] > 0 else 0.0

@@ -151,7 +151,11 @@ def test_sgdp_paths_agree(path, project_buffer, options):
 
 
 @pytest.mark.parametrize("make, path", [(AdamP, {"fused": True}),
-                                        (SGDP, {"lr": 0.1, "momentum": 0.9})])
+                                        (AdamP, {"fused": True, "nesterov": True}),
+                                        (AdamP, {"fused": True, "nesterov": True,
+                                                 "maximize": True}),
+                                        (SGDP, {"lr": 0.1, "momentum": 0.9}),
+                                        (SGDP, {"lr": 0.1, "momentum": 0.9, "nesterov": True})])
 @pytest.mark.parametrize("view", ["channel", "layer"])
 def test_blocks_smaller_than_the_tensor(monkeypatch, make, path, view):
     monkeypatch.setattr(adamp, "BLOCK", 30)
@@ -171,17 +175,19 @@ def test_blocks_smaller_than_the_tensor(monkeypatch, make, path, view):
     assert_same(results[:1], results[1:], rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("make, options", [(AdamP, {"lr": 0.0}),
-                                           (SGDP, {"lr": 0.0, "momentum": 0.9})])
+@pytest.mark.parametrize("make, options, most", [(AdamP, {"lr": 0.0}, 1),
+                                                 (AdamP, {"lr": 0.0, "nesterov": True}, 2),
+                                                 (SGDP, {"lr": 0.0, "momentum": 0.9}, 1)])
 @pytest.mark.parametrize("view", ["channel", "layer", None])
-def test_extra_memory_is_at_most_the_largest_tensor(make, options, view):
+def test_extra_memory_is_at_most_the_largest_tensor(make, options, most, view):
     w = nn.Parameter(torch.randn(512, 1200, generator=rng()))
     g = torch.randn(512, 1200, generator=rng(1)) + (w.detach() if view is None else 0)
     w.grad = {"channel": lambda: orthogonal(w.detach(), g), None: lambda: g,
               "layer": lambda: orthogonal(w.detach()[None], g[None])[0]}[view]()
     optimizer = make([w], **options)
     optimizer.step()
-    assert timing.peak_bytes(optimizer.step, torch.device("cpu")) <= 4 * w.numel() + 100_000
+    limit = most * 4 * w.numel() + 100_000
+    assert timing.peak_bytes(optimizer.step, torch.device("cpu")) <= limit
     assert optimizer.stats["projected"] == (view is not None) == optimizer.stats.get(view, 0)
 
 
@@ -195,8 +201,7 @@ def test_unusual_memory_layouts():
         odd = nn.Parameter(base.T.contiguous().T)                 # transposed storage
         strided = nn.Parameter(torch.stack([base, base], -1)[..., 0])
         optimizer = make([plain, odd, strided], **path)
-        for p in (plain, odd, strided):
-            # its layout is not the parameter's
+        for p in (plain, odd, strided):          # the gradient's layout is not the parameter's
             p.grad = grad.clone()
         optimizer.step()
         assert_same([odd, strided], [plain, plain], rtol=1e-12, atol=1e-14)
@@ -237,9 +242,8 @@ def test_norm_after_projected_steps_grows_by_pythagoras():
         w.grad = orthogonal(before, torch.randn(5, 8, generator=rng(step), dtype=torch.float64))
         optimizer.step()
         move = w.detach() - before
-        torch.testing.assert_close((w.detach() ** 2).sum(1), (before ** 2).sum(1)
-                                   + (move ** 2).sum(1),
-                                   rtol=1e-12, atol=0)
+        torch.testing.assert_close((w.detach() ** 2).sum(1),
+                                   (before ** 2).sum(1) + (move ** 2).sum(1), rtol=1e-12, atol=0)
         plane = torch.stack([before[0], optimizer.state[w]["momentum"][0], w.detach()[0]])
         # Proposition 3.1: the same great circle
         assert torch.linalg.svdvals(plane)[-1] < 1e-12
@@ -275,8 +279,7 @@ def test_threshold_uses_the_row_length_and_is_strict():
     g = torch.tensor([[cosine, 0.8], [1.0, 0.0]], dtype=torch.float64)
     border = cosine * math.sqrt(2)
     for delta, expected in ((border + 1e-9, "channel"), (border - 1e-9, None)):
-        g_layer = g.clone()
-        # spoils the layer view
+        g_layer = g.clone()                      # the second row spoils the layer view
         g_layer[1] = torch.tensor([0.0, 10.0]) if expected is None else g[1]
         assert adamp.scale_invariance(w, g_layer, delta) == expected
     assert adamp.scale_invariance(w, w.flip(1), 0.0) is None                 # 0 < 0 is false
@@ -481,7 +484,9 @@ def test_nan_gradients_give_nan_weights():
 @pytest.mark.parametrize("options, words", [
     ({"lr": -1}, "lr.*-1"), ({"lr": float("nan")}, "lr.*nan"), ({"eps": -1e-8}, "eps.*-1e-08"),
     ({"betas": (1.0, 0.9)}, r"betas.*1\.0"), ({"betas": (0.9, -0.1)}, r"betas.*-0\.1"),
-    ({"betas": (0.9,)}, "betas.*two"), ({"delta": -1}, "delta.*-1"),
+    ({"betas": (0.9,)}, "betas.*two"), ({"betas": 0.9}, r"betas.*two.*0\.9"),
+    ({"betas": (0.9, "x")}, "betas.*'x'"), ({"lr": torch.ones(2)}, "lr.*tensor"),
+    ({"eps": None}, "eps.*None"), ({"delta": -1}, "delta.*-1"),
     ({"weight_decay": -0.1}, r"weight_decay.*-0\.1"),
     ({"wd_ratio": 1.5}, r"wd_ratio.*1\.5"), ({"wd_ratio": -0.5}, r"wd_ratio.*-0\.5")], ids=str)
 def test_adamp_arguments_out_of_range(options, words):
@@ -496,7 +501,8 @@ def test_adamp_arguments_out_of_range(options, words):
 @pytest.mark.parametrize("options, words", [
     ({"lr": -1}, "lr.*-1"), ({"eps": -1}, "eps.*-1"), ({"delta": -1}, "delta.*-1"),
     ({"wd_ratio": 2}, "wd_ratio.*2"), ({"weight_decay": -1}, "weight_decay.*-1"),
-    ({"momentum": -0.1}, r"momentum.*-0\.1"), ({"nesterov": True}, "nesterov.*momentum 0"),
+    ({"momentum": -0.1}, r"momentum.*-0\.1"), ({"momentum": "x"}, "momentum.*'x'"),
+    ({"dampening": None}, "dampening.*None"), ({"nesterov": True}, "nesterov.*momentum 0"),
     ({"momentum": 1, "weight_decay": 0.1}, "momentum.*below 1.*got 1"),
     ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"nesterov.*dampening 0\.1")], ids=str)
 def test_sgdp_arguments_out_of_range(options, words):
@@ -540,8 +546,8 @@ def tiny_problem():
 def test_training_resumes_to_the_same_numbers(make, tmp_path):
     model, loader = tiny_problem()
     whole = list(adamp.train(model, loader, make(model.parameters()), epochs=3, measure_every=2))
-    assert [v["step"] for v in whole] == list(
-        range(15)) and ("weight_norm" in whole[2]) > ("weight_norm" in whole[1])
+    assert [v["step"] for v in whole] == list(range(15))
+    assert "weight_norm" in whole[2] and "weight_norm" not in whole[1]
     other, loader = tiny_problem()
     steps = adamp.train(other, loader, make(other.parameters()), epochs=3, measure_every=2)
     first = [next(steps) for _ in range(7)]
@@ -580,8 +586,8 @@ def script(name, out, *arguments):
 
 def test_the_toys_reproduce_the_theory(tmp_path):
     results = script("adamp_toy", tmp_path, "--seeds", 1, "--figures", tmp_path / "figures")
-    assert all(claim["holds"] is not False
-               for claim in results["claims"]) and len(list((tmp_path / "figures").iterdir())) == 4
+    assert all(claim["holds"] is not False for claim in results["claims"])
+    assert len(list((tmp_path / "figures").iterdir())) == 4
     row = results["tables"]["plane"][0]
     assert (round(row["momentum: norm"], 3), row["momentum: steps"]) == (4.331, 94)
     assert (round(row["SGDP: norm"], 3), row["SGDP: steps"]) == (1.209, 22)
