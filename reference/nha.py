@@ -173,11 +173,12 @@ class _Steps(NamedTuple):
     stats: Stats
     message: str        # why samples failed, "" when none did
 
-    def find(self, sample: Tensor, distance: Tensor) -> Tensor:
-        """Rows (Q,) of the steps in which samples reach these distances, at most their last."""
-        ends = self.ends.index_select(0, sample)
-        at = torch.searchsorted(ends, torch.minimum(distance, ends[:, -1])[:, None])
-        return self.row[sample, at[:, 0]]
+    def find(self, distance: Tensor, sample=slice(None)) -> Tensor:
+        """Rows (B, K) of the steps in which samples reach distances (B, K), at most their last;
+        of distances (Q, K) for the samples `sample` (Q,)."""
+        ends = self.ends[sample]
+        at = torch.searchsorted(ends, torch.minimum(distance, ends[:, -1:]))
+        return self.row[sample].gather(1, at)
 
 
 def _norm(x: Tensor, shared: bool) -> Tensor:
@@ -325,16 +326,18 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     return _trace(f, steps, start, *tail, method) if tail else steps
 
 
-def _interpolate(steps: _Steps, sample: Tensor, offset: Tensor, y0: Tensor, method: str) -> Tensor:
-    """States of `sample` (Q,) at signed times `offset` (Q,) from its start; NaN after a failure."""
-    distance = offset.detach().abs()
-    row = steps.find(sample, distance)
-    theta = (offset - steps.offset[row]) / steps.h[row]
+def _interpolate(steps: _Steps, offset: Tensor, y0: Tensor, method: str, sample=slice(None)):
+    """States (B, K, n) at signed times `offset` (B, K) from the start, NaN after a failure; with
+    `sample` (Q,), those of these samples at times (Q, K)."""
+    distance = offset.detach().abs().contiguous()
+    row = steps.find(distance, sample).flatten()
+    theta = (offset.flatten() - steps.offset[row]) / steps.h[row]
     y = _dense(steps.y.index_select(0, row), steps.hk.index_select(1, row), theta, method)
-    y = torch.where((distance == 0)[:, None], y0.index_select(0, sample), y)
+    y = y.view(*offset.shape, y.shape[1])
+    y = torch.where((distance == 0)[..., None], y0[sample][:, None], y)
     if steps.message:
-        lost = ~steps.stats.success[sample] & (distance > steps.ends[sample, -1])
-        y = y.masked_fill(lost[:, None], math.nan)
+        lost = ~steps.stats.success[sample][:, None] & (distance > steps.ends[sample][:, -1:])
+        y = y.masked_fill(lost[..., None], math.nan)
     return y
 
 
@@ -436,7 +439,7 @@ class _Adjoint(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (f, method, options), (ys, times, *params) = ctx.more, ctx.saved_tensors
-        n, samples = ys.shape[2], torch.arange(ys.shape[1], device=ys.device)
+        n = ys.shape[2]
         alive = ys.isfinite().all(-1, keepdim=True)         # rows after a failure are constants
         ys, grad = torch.where(alive, ys, ys[0]), grad.masked_fill(~alive, 0)
         slopes = f(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
@@ -458,7 +461,7 @@ class _Adjoint(torch.autograd.Function):
             steps = _march(augmented, s, fs, times[i], span, method, **options)
             if steps.message:
                 raise RuntimeError(f"adjoint: {steps.message}; grad='backprop' solves only once")
-            a = _interpolate(steps, samples, span, s, method)[:, n:]
+            a = _interpolate(steps, span[:, None], s, method)[:, 0, n:]
             if params:
                 rows, h = steps.accepted, steps.h[steps.accepted]
                 t, points = _stage_points(steps, rows, times[i], method)
@@ -588,9 +591,8 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
         else:
             steps = _march(field, y0, f0, start, span, method, first_step=first_step, **limits)
             stats, message = steps.stats, steps.message
-            later = _interpolate(steps, sample.repeat(len(times) - 1),
-                                 (times[1:] - start).reshape(-1), y0, method)
-            ys = torch.cat([y0[None], later.view(-1, *y0.shape)])
+            later = _interpolate(steps, (times[1:] - start).T, y0, method)
+            ys = torch.cat([y0[None], later.transpose(0, 1)])
     if message and on_failure == "raise":
         raise RuntimeError(f"odeint: {message}")
     if needs and adjoint:
@@ -606,7 +608,7 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
         if bool(((at * span.sign() < -1e-12) | (at.abs() > span.abs() * (1 + 1e-12))).any()):
             raise ValueError("dense(t): t lies outside the solved interval")
         if not fixed:
-            return _interpolate(steps, sample, at, y0, method)
+            return _interpolate(steps, at[:, None], y0, method)[:, 0]
         last = ((times - start).abs() <= at.abs()).sum(0) - 1
         ends = torch.stack([times[last, sample], start + at])
         with torch.set_grad_enabled(recording and torch.is_grad_enabled()):
@@ -704,7 +706,7 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
         steps = _march(f, y0, f0, start, t_max - begin, method, watch=watch, **limits)
     if steps.message:
         raise RuntimeError(f"event search: {steps.message}")
-    fired, last = watch.fired, steps.find(torch.arange(len(y0), device=y0.device), t_max - begin)
+    fired, last = watch.fired, steps.find((t_max - begin)[:, None])[:, 0]
     offset, h, y, hk = steps.offset[last], steps.h[last], steps.y[last], steps.hk[:, last]
 
     def step_to(size, t):
@@ -990,7 +992,8 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
                                                    direction, method, 0.0, rtol=rtol, atol=atol)
         clocks.record(rows, which[:, None] == torch.tensor(ids, device=device))
         x_post, z_post = system.jump(which, stop.to(x.dtype), y[:, :n], z)
-        state = lambda row, k: _interpolate(steps, row, t[k] - start[row], s, method)[:, :n]
+        state = lambda row, k: _interpolate(steps, (t[k] - start[row])[:, None], s, method,
+                                            row)[:, 0, :n]
         return _Leg(torch.where(fired, stop, math.inf), which, y[:, :n], x_post, z_post, state)
 
     terminal = torch.tensor([e.terminal for e in events], device=device)
