@@ -58,10 +58,10 @@ def _check_choice(accepted: Iterable[str], **argument: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
 
 
-def _check_at_least(least: float, **arguments: float) -> None:
+def _check_count(**arguments: int) -> None:
     for name, value in arguments.items():
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value != int(value) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value}")
 
 
 def _check_shape(*shape: int, **arrays: Tensor | None) -> None:
@@ -71,10 +71,11 @@ def _check_shape(*shape: int, **arrays: Tensor | None) -> None:
 
 
 def _check_items(ndim: int, **tensors: Tensor) -> None:
-    """Non-empty (N, D) or (N, J, D) tensors with the same D."""
+    """Non-empty floating-point (N, D) or (N, J, D) tensors with the same D."""
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
         if x.ndim != ndim or 0 in x.shape:
             kind = "(N, J, D) samples" if ndim == 3 else "(N, D)"
             raise ValueError(f"{name} must be non-empty {kind}, got {(*x.shape,)}")
@@ -346,7 +347,7 @@ def sample_gaussian(mu: Tensor, logsigma: Tensor, num_samples: int,
     """
     _check_items(2, mu=mu)
     _check_shape(*mu.shape, logsigma=logsigma)
-    _check_at_least(1, num_samples=num_samples)
+    _check_count(num_samples=num_samples)
     mu, logsigma, (count, dim) = _wide(mu), _wide(logsigma), mu.shape
     if eps is None:
         drawn = -(-num_samples // 2) if antithetic else num_samples
@@ -379,6 +380,13 @@ def _log_mean_sigmoid(logits: Tensor) -> Tensor:
     return torch.logsumexp(F.logsigmoid(logits), dim=(1, 3)) - math.log(count)
 
 
+def _log_probability(logits: Tensor) -> Tensor:
+    """`_log_mean_sigmoid` that also tells probabilities apart which round to 1."""
+    miss = (-logits).sigmoid().mean((1, 3))
+    likely = torch.log1p(-miss.clamp(max=0.5))
+    return torch.where(miss < 0.5, likely, _log_mean_sigmoid(logits))
+
+
 def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> Tensor:
     """(Ni, Nc) bool for the diagonal and for hard labels, floats in [0, 1] for soft ones."""
     count, other = len(images), len(captions)
@@ -403,7 +411,9 @@ class _PairLoss(nn.Module):
 
     def __init__(self, shift: float, negative_scale: float, **weights: float):
         super().__init__()
-        _check_at_least(0, **weights)
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ValueError(f"{name} must be at least 0, got {weight}")
         self.shift, self.negative_scale = (nn.Parameter(torch.full((1,), float(x)))
                                            for x in (shift, negative_scale))
         vars(self).update(weights)
@@ -441,7 +451,7 @@ class MCSoftContrastiveLoss(_PairLoss):
                          vib_beta=vib_beta, deterministic_weight=deterministic_weight)
         _check_choice(("sum", "mean", "none"), reduction=reduction)
         _check_choice(("official", "std"), kl_convention=kl_convention)
-        _check_at_least(1, block=1 if block is None else block)
+        _check_count(num_samples=num_samples, block=1 if block is None else block)
         self.num_samples, self.block = num_samples, block
         self.reduction, self.kl_convention = reduction, kl_convention
 
@@ -510,7 +520,7 @@ class MCSoftContrastiveLoss(_PairLoss):
 
     def log_match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) log match probability: ranks without saturating."""
-        return _log_mean_sigmoid(self._logits(q, g))
+        return _log_probability(self._logits(q, g))
 
     def match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) match probability, differentiable."""
@@ -522,12 +532,11 @@ def _uniformity(x: Tensor, rows: Tensor | None, generator: torch.Generator | Non
     if rows is None and len(x) > 128:                         # the published rule: with replacement
         device = x.device if generator is None else generator.device
         rows = torch.randint(len(x), (128,), generator=generator, device=device)
-    if rows is not None:
-        x = x[torch.as_tensor(rows, device=x.device)]
-    if len(x) < 2:
-        raise ValueError(f"the uniformity term needs at least 2 rows, got {len(x)}")
-    upper = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
-    squared = _squared(x, x)[upper]                         # no root: no NaN gradient at duplicates
+    rows = torch.arange(len(x)) if rows is None else torch.as_tensor(rows)
+    if rows.dtype != torch.int64 or len(rows) < 2 or rows.min() < 0 or rows.max() >= len(x):
+        raise ValueError(f"uniform_rows must be at least 2 rows (int64) of 0..{len(x) - 1}, "
+                         f"got {rows.dtype} {rows[:5].tolist()}")
+    squared = F.pdist(x[rows.to(x.device)]).square()          # gradient 0 at duplicates
     return torch.logsumexp(-2 * squared, 0) - math.log(len(squared))
 
 
@@ -676,7 +685,7 @@ def _tile(method: str, q: Sequence[Tensor], g: Sequence[Tensor], ab: tuple[float
         return q[0].sum(1) @ g[0].sum(1).T
     if method in SAMPLED:
         s = _logits(*q, *g, *ab)
-        return _log_mean_sigmoid(s) if method.startswith("log") else s.sigmoid_().mean((1, 3))
+        return _log_probability(s) if method.startswith("log") else s.sigmoid_().mean((1, 3))
     m1, m2 = q[0], g[0]
     if method == "mean":
         return m1 @ m2.T
@@ -741,7 +750,7 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
     if block is None:                                         # tiles of a few MB
         elementwise = method in ("min", "max", "elk", "bhattacharyya")
         block = 32 if elementwise else max(1, 448 // q.shape[1]) if method in SAMPLED else 1024
-    _check_at_least(1, block=block)
+    _check_count(block=block)
     for row, column in itertools.product(range(0, len(q), block), range(0, len(g), 4 * block)):
         rows, columns = slice(row, row + block), slice(column, column + 4 * block)
         left, right = ([x[part].to(device, dtype) for x in side]
@@ -757,7 +766,8 @@ ROWS = 64                                 # queries ranked at once: bounds memor
 
 
 def _similarity(sim) -> Tensor:
-    sim = _wide(torch.as_tensor(sim).detach())
+    sim = torch.as_tensor(sim).detach()
+    sim = _wide(sim) if sim.is_floating_point() else sim.double()
     if sim.ndim != 2 or 0 in sim.shape:
         raise ValueError(f"sim must be non-empty (queries, gallery), got {(*sim.shape,)}")
     if not all(torch.isfinite(part).all() for part in sim.split(ROWS)):
@@ -769,6 +779,8 @@ def _judged(sim, positives) -> tuple[Tensor, Tensor]:
     sim = _similarity(sim)
     positives = torch.as_tensor(positives, device=sim.device)
     _check_shape(*sim.shape, positives=positives)
+    if positives.dtype != torch.bool and ((positives != 0) & (positives != 1)).any():
+        raise ValueError("positives must be 0 or 1")
     return sim, positives.bool()
 
 
@@ -828,7 +840,7 @@ def recall_at_k(sim, positives, k: int) -> float:
 
     Equal similarities rank by gallery index, here and in all metrics.
     """
-    _check_at_least(1, k=k)
+    _check_count(k=k)
     return float((_best_ranks(*_judged(sim, positives)) < k).mean())
 
 
@@ -898,14 +910,19 @@ def plausible_match_codes(instances: dict | list,
 
     instances: the JSON dict or its "annotations"; an image without any instance is not annotated.
     """
-    row = {int(image): index for index, image in enumerate(image_ids)}
-    codes = np.zeros((len(row), 90), dtype=np.uint8)
-    for item in instances["annotations"] if isinstance(instances, dict) else instances:
-        if item["image_id"] in row:
+    if isinstance(instances, dict):
+        if "annotations" not in instances:
+            raise ValueError(f"instances must have 'annotations', got keys {list(instances)}")
+        instances = instances["annotations"]
+    images, row = np.unique(np.asarray(image_ids), return_inverse=True)
+    place = {image: index for index, image in enumerate(images.tolist())}
+    codes = np.zeros((len(images), 90), dtype=np.uint8)
+    for item in instances:
+        if item["image_id"] in place:
             if not 1 <= item["category_id"] <= 90:
                 raise ValueError(f"category_id must be in 1..90, got {item['category_id']}")
-            codes[row[item["image_id"]], item["category_id"] - 1] = 1
-    return codes, codes.any(1)
+            codes[place[item["image_id"]], item["category_id"] - 1] = 1
+    return codes[row], codes.any(1)[row]
 
 
 def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
@@ -946,9 +963,11 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
         for way, scores, queries, gallery, q_codes, g_codes in (
                 ("i2t", sim, images, captions, codes, codes[owner]),
                 ("t2i", sim.T, captions, images, codes[owner], codes)):
-            values = torch.cat([
-                _plausible_precision(scores, chunk, gallery, q_codes[chunk], g_codes[gallery],
-                                     zetas, drop_last) for chunk in queries.split(ROWS)], dim=2)
+            # filled in place: small results kept between large buffers would pin the heap
+            values, g_codes = sim.new_empty(2, len(zetas), len(queries)).double(), g_codes[gallery]
+            for chunk, into in zip(queries.split(ROWS), values.split(ROWS, dim=2)):
+                into[:] = _plausible_precision(scores, chunk, gallery, q_codes[chunk], g_codes,
+                                               zetas, drop_last)
             part[f"{way}_rprecision"], part[f"{way}_r1"] = values.cpu().numpy()
         parts.append(part)
     result = {f"{way}_{short}": 100 * float(np.mean([p[f"{way}_{name}"].mean() for p in parts]))
@@ -1009,6 +1028,8 @@ def uncertainty_bins(u, metric, n_bins: int = 10) -> dict[str, np.ndarray | floa
     if u.ndim != 1 or u.shape != metric.shape or not 2 <= n_bins <= len(u):
         raise ValueError(f"u and metric must be equal (N,) with N >= n_bins >= 2, got {u.shape}, "
                          f"{metric.shape}, {n_bins}")
+    if not (np.isfinite(u).all() and np.isfinite(metric).all()):
+        raise ValueError("u and metric must be finite")
     order = np.argsort(u, kind="stable")[:len(u) // n_bins * n_bins].reshape(n_bins, -1)
     bins = metric[order].mean(1)
     correlation = np.corrcoef(np.arange(n_bins), bins)[0, 1] if bins.std() > 0 else 0.0
@@ -1069,7 +1090,8 @@ _BREAKS = r"""`{1,2} | \.{2,} | -- | [«“‘„»”’] | [][(){}<>;@\#$%&?!*
     | [:,] (?!\d)                                             # 10:30 and 1,000 stay whole
     | \. (?= (?: [])}>'»”’\s] | (?<!\s)" )* $ )              # the period that ends the caption
     | (?<!\w) ' (?! (?:re|ve|ll|[mtsdn])\b ) (?=\w """        # an apostrophe that opens a quotation
-_QUOTES = r"""(?P<opening> (?<![^ (\[{<`«“‘„]) " | (?<=[ (\[{<`«“‘„]) '' )
+_QUOTES = r"""(?P<opening> (?<![^ (\[{<`«“‘„]) " | (?<=[ (\[{<`«“‘„]) ''
+        | (?<=\A") (?: " | '' ) )
     | (?P<closing> " | '' )"""
 _TOKENS = {
     legacy: re.compile(rf"""{_QUOTES} | {breaks}

@@ -241,7 +241,8 @@ def test_tokenizer():
     ("a [red] {x} <y>", "a [ red ] { x } < y >"), ("the u.s. flag", "the u.s. flag"),
     ("they'll can't we've", "they 'll ca n't we 've"), ("a–b--c", "a – b -- c"),
     ("wanna go gimme more'n", "wan na go gim me more 'n"), ("50% off*", "50 % off *"),
-    ("“x”", "“ x ”"), ("``` x", "`` ` x"), ('so\t"x"', "so '' x ''")])
+    ("“x”", "“ x ”"), ('""a dog""', "`` `` a dog '' ''"), ("``` x", "`` ` x"),
+    ('so\t"x"', "so '' x ''")])
 def test_tokenizer_rules(text, tokens):
     assert pcme.tokenize(text) == tokens.split()
     assert pcme.tokenize("'no 'x", legacy_quotes=True) == ["'no", "'", "x"]
@@ -307,6 +308,13 @@ def test_extreme_logits_stay_finite():
         loss.backward()
         assert loss.isfinite() and x.grad.isfinite().all()
         assert criterion.log_match_prob(z, z).isfinite().all()
+
+
+def test_log_probabilities_tell_apart_what_rounds_to_one():
+    q, g = torch.zeros(1, 2, 4), torch.tensor([0, 0.001, 0.01])[:, None, None].expand(3, 2, 4)
+    scores = pcme.pairwise_similarity(q, g, "log_matching_prob", shift=25.0)[0]
+    assert scores[0] > scores[1] > scores[2]
+    close(MC(25.0).log_match_prob(q, g)[0], scores, 1e-6, 0)
 
 
 def test_uniformity_falls_as_points_spread_and_has_gradients_at_duplicates():
@@ -395,6 +403,13 @@ def test_ties_keep_the_gallery_order():
         assert pcme.r_precision(sim, positives) == float(place == 0)
 
 
+def test_integer_scores_are_ranked():
+    sim, positives = torch.tensor([[1, 3, 2], [2, 2, 1]]), [[0, 1, 0], [0, 1, 0]]
+    for dtype in (torch.int64, torch.uint8, torch.float16):
+        assert pcme.recall_at_k(sim.to(dtype), positives, 1) == 0.5
+        assert pcme.map_at_r(sim.to(dtype), positives) == 0.5
+
+
 def test_scores_that_carry_gradients_can_be_judged():
     sim = torch.randn(4, 8, generator=rng(), requires_grad=True)
     owner = torch.arange(8) // 2
@@ -442,6 +457,8 @@ def test_plausible_match_codes():
     assert codes.shape == (2, 90) and codes.dtype == np.uint8
     assert codes[0].nonzero()[0].tolist() == [0, 89]
     assert annotated.tolist() == [True, False]
+    codes, annotated = pcme.plausible_match_codes(items, [9, 7, 7])
+    assert codes.sum(1).tolist() == [0, 2, 2] and annotated.tolist() == [False, True, True]
 
 
 def test_uncertainty_and_bins():
@@ -480,6 +497,8 @@ LOSS = MC()
     (lambda: MC(reduction="max"), "reduction"),
     (lambda: MC(kl_convention="x"), "kl_conv"),
     (lambda: MC(uniform_lambda=1.0)(z(2, 2, 4), z(2, 2, 4), uniform_rows=[1]), "2 rows"),
+    (lambda: MC(uniform_lambda=1.0)(z(2, 2, 4), z(2, 2, 4), uniform_rows=[1, 8]), "uniform_rows"),
+    (lambda: MC(num_samples=0), "num_samples"),
     (lambda: MC(vib_beta=1.0, kl_convention="std")(
         z(2, 2, 4), z(2, 2, 4), z(2, 4), z(2, 4), caption_mu=z(3, 4)), "caption_mu"),
     (lambda: MC(block=0), "block"),
@@ -495,6 +514,9 @@ LOSS = MC()
     (lambda: pcme.recall_at_k(torch.tensor([[math.nan, 1.0]]), [[True, False]], 1), "NaN"),
     (lambda: pcme.r_precision(z(2, 3), np.eye(2, 3) * [[1], [0]]), r"no positive.*\[1\]"),
     (lambda: pcme.recall_at_k(z(2, 3), torch.ones(3, 2), 1), "positives"),
+    (lambda: pcme.r_precision(z(2, 3), torch.full((2, 3), 0.5)), "positives must be 0 or 1"),
+    (lambda: pcme.recall_at_k(z(2, 3), torch.ones(2, 3), 1.5), "k must be an integer"),
+    (lambda: pcme.plausible_match_codes({"images": []}, [1]), "annotations"),
     (lambda: pcme.cub_metrics(z(2, 3), [0, 1], [0, 1]), "g_labels"),
     (lambda: pcme.coco_recalls(z(3, 6), [0, 1, 2], [0, 0, 1, 1, 2, 2], 2), "folds"),
     (lambda: pcme.coco_recalls(z(3, 6), [0, 1], [0] * 6), "image_ids"),
@@ -504,6 +526,7 @@ LOSS = MC()
     (lambda: pcme.pmrp(z(2, 4), 2 * np.eye(2), [0, 0, 1, 1]), "0 or 1"),
     (lambda: pcme.uncertainty(z(2, 3), "max"), "kind"),
     (lambda: pcme.uncertainty_bins([1.0], [1.0]), "n_bins"),
+    (lambda: pcme.uncertainty_bins([1.0, math.nan], [1.0, 0.0], 2), "finite"),
     (lambda: pcme.ClosedFormSampledDistanceLoss(vib_beta=-1), "vib_beta"),
     (lambda: list(pcme.train(tiny_model(), LOSS, [], epochs=(1, 2))), "epochs")])
 def test_bad_arguments_are_named(call, message):
@@ -522,6 +545,8 @@ def test_lengths_are_checked():
         pcme.tokenize(3)
     with pytest.raises(TypeError, match="caption_samples"):
         LOSS(z(2, 2, 2), np.zeros((2, 2, 2)))
+    with pytest.raises(TypeError, match="image_samples"):
+        LOSS(torch.ones(2, 2, 2, dtype=torch.int64), z(2, 2, 2))
 
 
 # ---------------------------------------------------------------- models and training
