@@ -136,6 +136,7 @@ METHODS = {
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)                        # a solve with gradients may use them next
 def _tensors(method: str, like: tuple[torch.dtype, torch.device]) -> tuple[Tensor, ...]:
     """c (S, 1) and dense (S, 4) in float64; a (S, S) and error (S,) in the state's dtype."""
     tab, (dtype, device) = METHODS[method], like
@@ -424,10 +425,13 @@ def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Step
     return steps._replace(y=y, hk=hk)
 
 
+GAUSS = ((0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5), (5 / 18, 8 / 18, 5 / 18))    # nodes, weights
+
+
 class _Adjoint(torch.autograd.Function):
     """da/dt = -a^T df/dy backwards with y, restarted from the stored y at every output. Step sizes
     are controlled by (y, a) only ("seminorm"), so the parameters' integral of a^T df/dtheta is a
-    quadrature over the finished steps, and takes one batched vector product."""
+    quadrature on the dense output of the finished steps, and takes one batched vector product."""
 
     @staticmethod
     def forward(ctx, f, y0, times, method, options, solved, *params):
@@ -463,13 +467,15 @@ class _Adjoint(torch.autograd.Function):
                 raise RuntimeError(f"adjoint: {steps.message}; grad='backprop' solves only once")
             a = _interpolate(steps, span[:, None], s, method)[:, 0, n:]
             if params:
-                rows, h = steps.accepted, steps.h[steps.accepted]
-                t, points = _stage_points(steps, rows, times[i], method)
-                theta = ((span[steps.sample[rows]] - steps.offset[rows]) / h).clamp(max=1)
-                weight = (_dense_weights(theta, method) * h)[..., None].to(s.dtype)
+                rows = steps.accepted
+                sample, offset, h = steps.sample[rows], steps.offset[rows], steps.h[rows]
+                part = ((span[sample] - offset) / h).clamp(max=1)
+                nodes, weights = part.new_tensor(GAUSS)[..., None] * part
+                t = (times[i][sample] + offset + nodes * h).flatten().to(s.dtype)
+                points = _dense(steps.y[rows], steps.hk[:, None, rows], nodes, method)
                 with torch.enable_grad():
-                    k = f(t.reshape(-1).to(s.dtype), points[..., :n].reshape(-1, n))
-                    pull = (points[..., n:] * weight).reshape(-1, n)
+                    k = f(t, points[..., :n].reshape(-1, n))
+                    pull = (points[..., n:] * (weights * h).to(s.dtype)[..., None]).reshape(-1, n)
                     found = torch.autograd.grad(k, params, pull, allow_unused=True)
                 grad_p = [g if d is None else g - d for g, d in zip(grad_p, found)]
             a = a + grad[i - 1]
@@ -481,6 +487,8 @@ def _first_slope(f: Callable, t: Tensor, y: Tensor) -> Tensor:
     fy = f(t.to(y.dtype), y)
     if fy.shape != y.shape:
         raise ValueError(f"f returned shape {tuple(fy.shape)}, the state is {tuple(y.shape)}")
+    if torch.promote_types(fy.dtype, y.dtype) != y.dtype:
+        raise TypeError(f"f returned {fy.dtype}, the state is {y.dtype}")
     finite = fy.detach().isfinite()
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0, 0])

@@ -323,6 +323,17 @@ def test_gradients_of_a_sample_that_stays_and_of_one_time(grad):
     assert not grads[1].any()
 
 
+def test_inference_mode_leaves_nothing_behind():
+    nha._tensors.cache_clear()
+    y, t = double([1.0]).requires_grad_(), double(0.0, 0.5, 1.0).requires_grad_()
+    solve = lambda: nha.odeint(lambda t, y: -y, y, t, rtol=1e-9, atol=1e-11).ys
+    with torch.inference_mode():
+        found = solve()
+    close(solve(), found, 0)
+    close(torch.autograd.grad(solve()[-1].sum(), [y, t])[1], [math.exp(-1.0), 0.0, -math.exp(-1.0)],
+          1e-6)
+
+
 def test_nothing_tracks_gradients_unless_asked():
     _, f = neural_field()
     y0 = torch.ones(2, 2, dtype=F64)
@@ -372,6 +383,7 @@ def test_solver_errors():
         (TypeError, "y0", solve(y0=torch.ones(2, 2, dtype=torch.long))),
         (ValueError, "y0", solve(y0=torch.ones(2))),
         (ValueError, r"\(2, 1\).*\(2, 2\)", solve(lambda t, y: y[:, :1])),
+        (TypeError, "f returned", solve(lambda t, y: y.double(), y0.float())),
         (ValueError, "sample 1", solve(lambda t, y: bad_slope)),
         (RuntimeError, "max_steps=5", solve(t=[0.0, 100.0], max_steps=5)),
         (ValueError, "rtol", solve(rtol=0.0)),
