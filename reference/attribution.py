@@ -281,8 +281,8 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
 
     def keep(module: nn.Module, inputs: Any, result: Any) -> None:
         if not seen:
-            whole = isinstance(result, Tensor) and result.shape[:1] == images.shape[:1]
-            below[module].append(result.clone() if whole else None)
+            known = isinstance(result, Tensor) and result.ndim == 4 and len(result) == len(images)
+            below[module].append(result.clone() if known else None)
 
     with _output_of(layer, Tensor.clone) as seen, ExitStack() as hooks:
         for module in below:
@@ -538,14 +538,14 @@ class PixelAP:
             self.below += positive * int(counts[0])
 
     def compute(self) -> dict[str, Any]:
-        """{"ap" in percent, "precision", "recall"}: from the highest bin down; 0 / 0 is NaN."""
+        """{"ap" in percent, "precision", "recall" (bins,) from the highest down; 0 / 0 is NaN}."""
         histogram, below = self._exact() if self.edges is None else (self.histogram, self.below)
         false, true = histogram.flip(1).cumsum(1).cpu()
         positives = histogram[1].sum().cpu() + (below if self.count_underflow else 0)
         precision, recall = true / (true + false), true / positives
         gain = torch.diff(recall, prepend=recall.new_zeros(1))
         ap = 100 * float((precision * gain)[true + false > 0].sum()) if positives else math.nan
-        return {"ap": ap, "precision": precision.numpy(), "recall": recall.numpy()}
+        return {"ap": ap, "precision": precision, "recall": recall}
 
     def _exact(self) -> tuple[Tensor, int]:
         """Counts (2, number of distinct values); nothing is below."""
