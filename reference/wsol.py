@@ -77,7 +77,7 @@ def has(image: Tensor, grid_size: int, drop_rate: float,
     `drop_rate`: where uniform `draws` (B, ceil(H/g), ceil(W/g)) are <= `drop_rate`."""
     if image.ndim != 4:
         raise ValueError(f"image must be (B, C, H, W), got shape {tuple(image.shape)}")
-    if grid_size < 0 or int(grid_size) != grid_size:
+    if not grid_size >= 0 or grid_size % 1:
         raise ValueError(f"grid_size must be a whole number of pixels >= 0, got {grid_size}")
     _check_unit(drop_rate=drop_rate)
     if grid_size == 0:
@@ -261,7 +261,8 @@ class Localizer(nn.Module):
 
     arch = ""
 
-    def outputs(self, x: Tensor, labels: Tensor | None) -> dict:
+    def outputs(self, x: Tensor, labels: Tensor | None, guide: bool = True) -> dict:
+        """All that losses and maps need; `guide=False` leaves out what SPG's losses alone do."""
         *guides, last = self.taps(x)
         if hasattr(self, "fc"):
             return {"logits": self.fc(last.mean((2, 3))), "feature": last}
@@ -274,7 +275,7 @@ class Localizer(nn.Module):
                     "feat_map_a": map_a, "feat_map_b": map_b}
         class_maps = (self.SPG_A_4 if hasattr(self, "SPG_A_4") else self.SPG_A4)(last)
         out = {"logits": class_maps.mean((2, 3)), "class_maps": class_maps}
-        if hasattr(self, "SPG_C"):
+        if guide and hasattr(self, "SPG_C"):
             out["logits_b1"] = self.SPG_B_shared(self.SPG_B_1a(guides[0]))
             out["logits_b2"] = self.SPG_B_shared(self.SPG_B_2a(guides[1]))
             out["logits_c"] = self.SPG_C(last)
@@ -299,14 +300,14 @@ class Localizer(nn.Module):
             raise ValueError("return_cam=True needs labels: the map is that of a class")
         if return_cam:
             with torch.no_grad():
-                return self.label_map(self.outputs(x, labels), labels)
+                return self.label_map(self.outputs(x, labels, guide=False), labels)
         out = self.outputs(x, labels)
         return {key: out[key] for key in out if key not in ("feature", "class_maps")}
 
     @torch.inference_mode()
     def predict(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(logits (B, K), map of the label (B, h, w)): one forward, no graph. Call in eval mode."""
-        out = self.outputs(x, labels)
+        out = self.outputs(x, labels, guide=False)
         return out["logits"], self.label_map(out, labels)
 
 

@@ -770,13 +770,18 @@ class MaskEvaluator(_Evaluator):
 
 # ---- Evaluation of files ----
 
-def _table(path: Path, fields: int) -> Iterator[list[str]]:
+def _table(path: Path, fields: int, numbers: bool = False) -> Iterator[list]:
+    """Rows [image id, ...] of a metadata file; numbers: what follows the id is whole numbers."""
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip():
-            row = line.strip().split(",")
-            if len(row) != fields:
+            image_id, *rest = line.strip().split(",")
+            try:
+                rest = [int(float(value)) for value in rest] if numbers else rest
+            except (OverflowError, ValueError):
+                raise ValueError(f"{path}:{number}: numbers expected, got {line!r}") from None
+            if len(rest) != fields - 1:
                 raise ValueError(f"{path}:{number}: {fields} fields expected, got {line!r}")
-            yield row
+            yield [image_id, *rest]
 
 
 def _read_grey(path: Path) -> np.ndarray:
@@ -788,8 +793,12 @@ def _read_grey(path: Path) -> np.ndarray:
 def _load_scoremap(root: Path, image_id: str) -> np.ndarray:
     for path in (root / f"{image_id}.npy", (root / image_id).with_suffix(".npy")):
         if path.is_file():
-            scoremap = np.load(path, allow_pickle=False)
-            check_scoremap_validity(scoremap)
+            try:
+                scoremap = np.load(path, allow_pickle=False)
+                check_scoremap_validity(scoremap)
+            except (EOFError, TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{path}: {error}") from error
             return scoremap
     raise FileNotFoundError(f"no score map {image_id}.npy below {root}")
 
@@ -824,9 +833,9 @@ def evaluate_wsol(scoremap_root: str | Path, metadata_root: str | Path,
         if not multi_iou_eval and 50 not in iou_threshold_list:
             raise ValueError("multi_iou_eval=False needs 50 in iou_threshold_list, "
                              f"got {list(iou_threshold_list)}")
-        for image_id, *box in _table(folder / "localization.txt", 5):
-            found.setdefault(image_id, []).append([int(float(value)) for value in box])
-        sizes = {i: (int(w), int(h)) for i, w, h in _table(folder / "image_sizes.txt", 3)}
+        for image_id, *box in _table(folder / "localization.txt", 5, numbers=True):
+            found.setdefault(image_id, []).append(box)
+        sizes = {i: size for i, *size in _table(folder / "image_sizes.txt", 3, numbers=True)}
         evaluator = BoxEvaluator(found, sizes, None, cam_curve_interval, iou_threshold_list,
                                  multi_contour_eval)
     ids = [row[0] for row in _table(folder / "image_ids.txt", 1)]

@@ -359,9 +359,10 @@ def test_heads_give_logits_and_maps(name):
 @pytest.mark.parametrize("name", ("cam", "acol", "spg"))
 def test_logits_and_maps_come_from_one_forward(name):
     head, calls = heads()[name].eval(), []
-    head.features.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for part in (head.features, *([head.SPG_B_shared, head.SPG_C] if name == "spg" else [])):
+        part.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     head.predict(randn(2, 3, 10, 12), torch.tensor([0, 3]))
-    assert calls == [False]
+    assert calls == [False]             # the trunk; SPG's branches teach, they have no say
 
 
 def test_cam_is_the_logit_before_pooling():
@@ -574,6 +575,7 @@ build = wsol.build_network
 BAD_VALUES = {
     "has: grid": ("grid_size", lambda: wsol.has(X, -1, 0.5)),
     "has: fraction of a pixel": ("grid_size", lambda: wsol.has(X, 2.5, 0.5)),
+    "has: no number": ("grid_size", lambda: wsol.has(X, float("nan"), 0.5)),
     "has: rate": ("drop_rate", lambda: wsol.has(X, 4, 1.5)),
     "has: one image": ("image", lambda: wsol.has(X[0], 4, 0.5)),
     "has: draws": ("draws", lambda: wsol.has(X, 4, 0.5, draws=torch.zeros(2, 3, 3))),

@@ -512,9 +512,14 @@ def test_evaluate_wsol_reads_files(tmp_path):
     assert wsol.evaluate_wsol(*call, multi_iou_eval=False) == evaluator.compute()[1]
     with pytest.raises(ValueError, match="dataset_name"):
         wsol.evaluate_wsol(tmp_path, tmp_path, None, "COCO", "test")
-    (folder / "localization.txt").write_text("class/0.jpg,1,2,3\n")
-    with pytest.raises(ValueError, match=r"localization.txt:1: 5 fields"):
-        wsol.evaluate_wsol(*call)
+    for broken, error in ((maps[0] * 2, ValueError), (np.float32(maps[0]), TypeError)):
+        np.save(tmp_path / "maps" / "class/0.npy", broken)
+        with pytest.raises(error, match="class/0.npy: "):
+            wsol.evaluate_wsol(*call)
+    for line, message in (("class/0.jpg,1,2,3", "5 fields"), ("class/0.jpg,1,2,3,x", "numbers")):
+        (folder / "localization.txt").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=f"localization.txt:1: {message}"):
+            wsol.evaluate_wsol(*call)
 
 
 def test_evaluate_wsol_reads_masks(tmp_path):
