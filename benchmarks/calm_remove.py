@@ -43,7 +43,7 @@ PAPER = {name: dict(zip(MAPS, rows)) for name, rows in {
                  (.55, .27, .27, .44, .47))}.items()}
 
 
-def curves(run: harness.Run, task: calm_nets.Task, method: str, seed: int) -> None:
+def record_curves(run: harness.Run, task: calm_nets.Task, method: str, seed: int) -> None:
     """Record the curves of all maps that a method's network gives."""
     def own(model, images, labels):
         return calm.attribution_map(model(images), labels, calm_nets.class_maps(method)[0])
@@ -74,54 +74,63 @@ def main(argv: list[str] | None = None) -> None:
     task = calm_nets.folder(run) if run.args.data else calm_nets.glyphs(run)
     for seed in run.seeds:
         for method in run.args.methods:
-            curves(run, task, method, seed)
+            record_curves(run, task, method, seed)
     finish(run)
 
 
+def recorded(run: harness.Run, name: str, order: str, key: str) -> list:
+    """A figure of a map's curves by seed; empty where a seed is missing."""
+    rows = [run.recorded(f"{name}-{order}-seed{seed}") for seed in run.seeds]
+    return [row[key] for row in rows] if None not in rows else []
+
+
+def mean(samples: list) -> float | None:
+    return statistics.mean(samples) if None not in samples else None
+
+
 def finish(run: harness.Run) -> None:
-    def values(name: str, order: str, key: str) -> list:
-        rows = [run.recorded(f"{name}-{order}-seed{seed}") for seed in run.seeds]
-        return [row[key] for row in rows] if None not in rows else []
-
-    def mean(samples: list) -> float | None:
-        return statistics.mean(samples) if None not in samples else None
-
-    names = [name for name in dict.fromkeys([*MAPS, *run.args.methods])
-             if values(name, "most", "ratio")]
-    paper = PAPER.get(run.args.paper, {})
-    tables, ratios = {"R_k": [], "least first": []}, {}
+    tables, paper = {"R_k": [], "least first": []}, PAPER.get(run.args.paper, {})
+    curves: dict[str, list] = {}                              # R_k, most attributed first
     for title, order in (("R_k", "most"), ("least first", "least")):
-        for name in names:
-            if not (seeds := values(name, order, "ratio")):
+        for name in dict.fromkeys([*MAPS, *run.args.methods]):
+            if not (seeds := recorded(run, name, order, "ratio")):
                 continue
-            row = {"map": name, "accuracy": 100 * mean(values(name, order, "accuracy"))}
-            columns = [mean(list(column)) for column in zip(*seeds)]
-            row |= {f"R_{round(100 * k)}": value for k, value in zip(FRACTIONS, columns)}
+            ratios = [mean(list(column)) for column in zip(*seeds)]
+            row = {"map": name, "accuracy": 100 * mean(recorded(run, name, order, "accuracy"))}
+            row |= {f"R_{round(100 * k)}": value for k, value in zip(FRACTIONS, ratios)}
             if order == "most":
-                ratios[name] = columns
+                curves[name] = ratios
                 if paper:
                     row["paper"] = " ".join(f"{v:g}" for v in paper.get(name, ())) or None
             tables[title].append(row)
+    if run.figures and run.is_main:
+        draw(run, curves)
+    run.finish(claims_of(run, curves, paper), tables)
+
+
+def claims_of(run: harness.Run, curves: dict[str, list], paper: dict) -> list[dict]:
     claims = []
-    for name in [n for n in names if n.startswith("calm")]:
+    for name in [n for n in curves if n.startswith("calm")]:
         asserted = run.args.data is None and run.args.preset == "default" and name in MAPS
-        first = [row[0] for row in values(name, "most", "ratio")]
+        first = [row[0] for row in recorded(run, name, "most", "ratio")]
         claims.append({"claim": f"R_10 of {name} below 0.5", "paper": paper.get(name, (None,))[0],
                        "this run": " ".join("-" if v is None else f"{v:.2f}" for v in first),
                        "holds": None not in first and max(first) < 0.5 if asserted else None})
-        if "CAM" in names and None not in (ratios[name][0], ratios["CAM"][0]):
+        if "CAM" in curves and None not in (curves[name][0], curves["CAM"][0]):
             claims.append({"claim": f"R_10 of {name} minus CAM's",
                            "paper": paper[name][0] - paper["CAM"][0] if name in paper else None,
-                           "this run": ratios[name][0] - ratios["CAM"][0], "holds": None})
-    if run.figures and run.is_main:
-        x = [0, *(100 * k for k in FRACTIONS), 100]
-        lines = {name: (x, [1, *(float("nan") if v is None else v for v in row), 1])
-                 for name, row in ratios.items()}
-        path = run.figures / f"calm_remove_{'folder' if run.args.data else 'glyphs'}.png"
-        figures.line_chart(path, lines, markers=True, xlabel="erased pixels (%)",
-                           title="Accuracy without the most attributed pixels",
-                           ylabel="relative to random erasing")
-    run.finish(claims, tables)
+                           "this run": curves[name][0] - curves["CAM"][0], "holds": None})
+    return claims
+
+
+def draw(run: harness.Run, curves: dict[str, list]) -> None:
+    x = [0, *(100 * k for k in FRACTIONS), 100]
+    lines = {name: (x, [1, *(float("nan") if v is None else v for v in row), 1])
+             for name, row in curves.items()}
+    path = run.figures / f"calm_remove_{'folder' if run.args.data else 'glyphs'}.png"
+    figures.line_chart(path, lines, markers=True, xlabel="erased pixels (%)",
+                       title="Accuracy without the most attributed pixels",
+                       ylabel="relative to random erasing")
 
 
 if __name__ == "__main__":
