@@ -203,13 +203,9 @@ def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, method: s
 
 def _dense(y: Tensor, hk: Tensor, theta: Tensor, method: str) -> Tensor:
     """States (..., n) at fractions theta (...) of steps from y (..., n) with hk (S, ..., n)."""
-    return y + (_dense_weights(theta, method).to(y.dtype)[..., None] * hk).sum(0)
-
-
-def _dense_weights(theta: Tensor, method: str) -> Tensor:
     powers = theta.expand(4, *theta.shape).cumprod(0).flatten(1)
-    weights = _tensors(method, (theta.dtype, theta.device))[1] @ powers
-    return weights.view(len(weights), *theta.shape)
+    weights = (_tensors(method, (theta.dtype, theta.device))[1] @ powers).to(y.dtype)
+    return y + (weights.view(len(weights), *theta.shape, 1) * hk).sum(0)
 
 
 @torch.no_grad()
@@ -399,24 +395,18 @@ class _Unroll(torch.autograd.Function):
         return torch.cat([slope[:, 0], grad_k]), grad_y0, *(None,) * 6
 
 
-def _stage_points(steps: _Steps, rows: Tensor, start: Tensor, method: str):
-    """Times (S, R) and states (S, R, n) at which the stages of these steps evaluate f."""
-    y, hk, h = steps.y[rows], steps.hk[:, rows], steps.h[rows]
-    c, _, a, _ = _tensors(method, (y.dtype, y.device))
-    times = start[steps.sample[rows]] + steps.offset[rows] + c * h
-    return times, y + (a @ hk.reshape(len(a), -1)).view_as(hk)
-
-
 def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Steps:
     """Attach the rows from `begin` on, where `samples` were in states y0 at times t, to the graph
     of y0, start, t and everything f uses."""
     kept = steps.accepted[steps.accepted >= begin] if begin else steps.accepted
     if len(kept) == 0:
         return steps
-    times, points = _stage_points(steps, kept, start, method)
-    times = torch.cat([t, times[1:].reshape(-1)])
-    points = torch.cat([y0, points[1:].flatten(0, 1)]).detach().requires_grad_()
-    k = f(times.to(y0.dtype), points)
+    c, _, a, _ = _tensors(method, (y0.dtype, y0.device))
+    hk = steps.hk.index_select(1, kept)
+    times = start[steps.sample[kept]] + steps.offset[kept] + c[1:] * steps.h[kept]  # of the stages
+    points = steps.y[kept] + (a[1:] @ hk.flatten(1)).view_as(hk[1:])
+    points = torch.cat([y0, points.flatten(0, 1)]).detach().requires_grad_()
+    k = f(torch.cat([t, times.flatten()]).to(y0.dtype), points)
     if not k.requires_grad:                             # f depends neither on y nor on a parameter
         k = k + 0 * points
     y, hk = _Unroll.apply(k, y0, points, steps, kept, begin, samples, method)
