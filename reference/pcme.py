@@ -4,9 +4,8 @@ Chun, Oh, Sampaio de Rezende, Kalantidis, Larlus, "Probabilistic Embeddings for 
 Retrieval", CVPR 2021, arXiv:2101.05068. Successor: PCME++ (arXiv:2305.18171), here
 `ClosedFormSampledDistanceLoss`.
 
-Images and captions match many to many: an image fits many captions, a vague caption fits many
-images. PCME maps each item to a Gaussian N(mu, diag sigma^2), |mu| = 1, in one D-dimensional space.
-Two items match with probability
+An image fits many captions, and a vague caption fits many images. PCME maps each item to a Gaussian
+N(mu, diag sigma^2), |mu| = 1, in one D-dimensional space. Two items match with probability
 
     p = E sigmoid(2 (b - a |z - z'|)),  z ~ N(mu, sigma^2),  z' ~ N(mu', sigma'^2),  a, b learned,
 
@@ -14,8 +13,8 @@ estimated from all J^2 pairs of J samples each (the factor 2 is that of the publ
 loss is the negative log-likelihood of match / no match over all pairs of a batch. sigma needs no
 label: it grows for vague captions and occluded images, and predicts where retrieval fails.
 
-What to copy: any two towers that give (mu, log sigma) + `sample_gaussian` + `MCSoftContrastiveLoss`
-+ `pairwise_similarity`; or only the metrics.
+What to copy: `sample_gaussian`, `MCSoftContrastiveLoss` and `pairwise_similarity`, for any two
+towers that give (mu, log sigma); or only the metrics.
 
     >>> head_i, head_t = GaussianHead(512, 64), GaussianHead(300, 64)      # on any pair of towers
     >>> criterion = MCSoftContrastiveLoss(init_shift=5, init_negative_scale=5, vib_beta=1e-4)
@@ -26,10 +25,9 @@ What to copy: any two towers that give (mu, log sigma) + `sample_gaussian` + `MC
     >>> pairwise_similarity(image[0], text[0], "csd", image[1], text[1]).shape
     torch.Size([8, 8])
 
-`logsigma` is the log STANDARD DEVIATION everywhere except in the KL term, where the published code
-reads the same number as a log variance (`kl_convention`), and in PCME++, whose heads give log
-variances. Losses are SUMS over pairs: a learning rate or clipping threshold found at one batch size
-does not carry over to another.
+`logsigma` is the log STANDARD DEVIATION, but for the KL term, where the published code reads the
+same number as a log variance (`kl_convention`), and for PCME++, whose heads give log variances.
+Losses are SUMS over pairs: a learning rate found at one batch size does not suit another.
 
 Reproduces: on COCO the paper reports the best plausible-match R-Precision (1K: 45.0 / 46.0), with
 R@1 68.8 / 54.6.
@@ -74,8 +72,8 @@ def _check_items(ndim: int, **tensors: Tensor) -> None:
     """Non-empty floating-point (N, D) or (N, J, D) tensors with the same D."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+            raise TypeError(f"{name} must be a floating-point tensor, got {type(x).__name__} "
+                            f"{getattr(x, 'dtype', '')}")
         if x.ndim != ndim or 0 in x.shape:
             kind = "(N, J, D) samples" if ndim == 3 else "(N, D)"
             raise ValueError(f"{name} must be non-empty {kind}, got {(*x.shape,)}")
@@ -630,12 +628,9 @@ def _cosines(images: Tensor, captions: Tensor) -> Tensor:
 
 def _info_nce(logits: Tensor, matched: Tensor) -> Tensor:
     """Cross-entropy with the matches of a row as equal targets, mean over rows and directions."""
-    loss = 0.0
-    for way, target in ((logits, matched), (logits.T, matched.T)):
-        target = target.to(way.dtype)
-        target = target / target.sum(1, keepdim=True).clamp(min=1e-12)
-        loss = loss - (target * way.log_softmax(1)).sum(1).mean() / 2
-    return loss
+    target = matched.to(logits.dtype)
+    return sum(F.cross_entropy(way, F.normalize(share, p=1, dim=1)) / 2
+               for way, share in ((logits, target), (logits.T, target.T)))
 
 
 # ---------------------------------------------------------------- similarities, larger = closer
@@ -910,19 +905,18 @@ def plausible_match_codes(instances: dict | list,
 
     instances: the JSON dict or its "annotations"; an image without any instance is not annotated.
     """
-    if isinstance(instances, dict):
-        if "annotations" not in instances:
-            raise ValueError(f"instances must have 'annotations', got keys {list(instances)}")
-        instances = instances["annotations"]
-    images, row = np.unique(np.asarray(image_ids), return_inverse=True)
-    place = {image: index for index, image in enumerate(images.tolist())}
-    codes = np.zeros((len(images), 90), dtype=np.uint8)
-    for item in instances:
-        if item["image_id"] in place:
+    items = instances.get("annotations") if isinstance(instances, dict) else instances
+    if items is None:
+        raise ValueError(f"instances must have 'annotations', got {list(instances)}")
+    image_ids = [int(image) for image in image_ids]
+    held = {image: np.zeros(90, dtype=np.uint8) for image in image_ids}
+    for item in items:
+        if item["image_id"] in held:
             if not 1 <= item["category_id"] <= 90:
                 raise ValueError(f"category_id must be in 1..90, got {item['category_id']}")
-            codes[place[item["image_id"]], item["category_id"] - 1] = 1
-    return codes[row], codes.any(1)[row]
+            held[item["image_id"]][item["category_id"] - 1] = 1
+    codes = np.stack([held[image] for image in image_ids])
+    return codes, codes.any(1)
 
 
 def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
@@ -1028,7 +1022,7 @@ def uncertainty_bins(u, metric, n_bins: int = 10) -> dict[str, np.ndarray | floa
     if u.ndim != 1 or u.shape != metric.shape or not 2 <= n_bins <= len(u):
         raise ValueError(f"u and metric must be equal (N,) with N >= n_bins >= 2, got {u.shape}, "
                          f"{metric.shape}, {n_bins}")
-    if not (np.isfinite(u).all() and np.isfinite(metric).all()):
+    if not np.isfinite([u, metric]).all():
         raise ValueError("u and metric must be finite")
     order = np.argsort(u, kind="stable")[:len(u) // n_bins * n_bins].reshape(n_bins, -1)
     bins = metric[order].mean(1)
@@ -1165,16 +1159,15 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     plan = [(phase, epoch) for phase, count in enumerate(counts) for epoch in range(count)]
-    first = skip = step = 0
+    position = {"phase": 0, "epoch": 0, "batch": 0, "step": 0}
     if resume:
         model.load_state_dict(resume["model"])
         criterion.load_state_dict(resume["criterion"])
         generator.set_state(resume["generator"])
         position = resume["position"]
-        first = plan.index((position["phase"], position["epoch"]))
-        skip, step = position["batch"], position["step"]
+    first, step = plan.index((position["phase"], position["epoch"])), position["step"]
     for number, (phase, epoch) in enumerate(plan[first:], first):
-        settings = phases[phase]
+        settings, skip = phases[phase], position["batch"] if number == first else 0
         if epoch == 0 or number == first:
             frozen = tuple(settings.get("frozen", ()))
             for name, parameter in model.named_parameters():
@@ -1192,7 +1185,7 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
         for module in model.modules():
             if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        for index, batch in _batches(loader, number, skip if number == first else 0):
+        for index, batch in _batches(loader, number, skip):
             batch = [None if part is None else part.to(device) for part in batch]
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 out = model(*batch[:3], num_samples=0)
