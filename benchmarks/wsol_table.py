@@ -270,63 +270,80 @@ class Claims:
                           else None})
 
 
-def finish(run: harness.Run, task: Task, seeds: list[dict], sweeps: list, curves: list,
-           tables: dict, axes: dict) -> None:
-    """The tables and claims from the rows {method: row} of each seed."""
-    metric = task.metric
-    key = run.args.dataset or ("ILSVRC" if run.args.data else "total")
-    published = dict(zip((*wsol.METHODS, *BASELINES), PAPER[key]))
+def of(seeds: list[dict], method: str, key: str) -> np.ndarray:
+    """A figure of a method, one per seed."""
+    return np.array([rows[method][key] for rows in seeds], dtype=float)
 
-    def of(method: str, key: str = metric) -> np.ndarray:
-        return np.array([rows[method][key] for rows in seeds], dtype=float)
 
+def main_rows(seeds: list[dict], metric: str, published: dict) -> list[dict]:
     columns = [key for key in ("v2", "v1", "accuracy") if key in seeds[0]["cam"] and key != metric]
-    main_table = []
+    table = []
     for method in seeds[0]:
         trials = [score for rows in seeds for score in rows[method].get("trials", [])]
-        main_table.append({
-            "method": method, metric: round(of(method).mean(), 1),
-            "to CAM": round((of(method) - of("cam")).mean(), 1) + 0.0,             # no -0
-            **{key: None if seeds[0][method].get(key) is None else round(of(method, key).mean(), 1)
-               for key in columns},
+        values = of(seeds, method, metric)
+        table.append({
+            "method": method, metric: round(values.mean(), 1),
+            "to CAM": round((values - of(seeds, "cam", metric)).mean(), 1) + 0.0,       # no -0
+            **{key: None if seeds[0][method].get(key) is None
+               else round(of(seeds, method, key).mean(), 1) for key in columns},
             "trials on tuning images": f"{min(trials):.1f} .. {max(trials):.1f}" if trials
             else None,
             "paper": published[method]})
-    claims = Claims((of("cam", "high") - of("cam", "low")).mean() / 2 / math.sqrt(len(seeds)))
-    later = [method for method in seeds[0] if method not in ("cam", *BASELINES)]
+    return table
+
+
+def compare_methods(claims: Claims, seeds: list[dict], metric: str, published: dict) -> None:
+    values = {method: of(seeds, method, metric) for method in seeds[0]}
+    later = [method for method in values if method not in ("cam", *BASELINES)]
     if later:
-        best = max(later, key=lambda method: of(method).mean())
+        best = max(later, key=lambda method: values[method].mean())
         claims.add(f"best later method ({best}) minus CAM: not clearly above",
-                   of(best) - of("cam"), max(published[m] for m in later) - published["cam"],
-                   at_most=True)
-    claims.add("few-shot minus CAM", of("fewshot") - of("cam"),
+                   values[best] - values["cam"],
+                   max(published[m] for m in later) - published["cam"], at_most=True)
+    claims.add("few-shot minus CAM", values["fewshot"] - values["cam"],
                published["fewshot"] - published["cam"])
-    best = max(["cam", *later], key=lambda method: of(method).mean())
-    claims.add(f"few-shot minus the best method ({best})", of("fewshot") - of(best),
+    best = max(["cam", *later], key=lambda method: values[method].mean())
+    claims.add(f"few-shot minus the best method ({best})", values["fewshot"] - values[best],
                published["fewshot"] - max(published[m] for m in ("cam", *later)))
-    claims.add("CAM minus centre", of("cam") - of("centre"),
+    claims.add("CAM minus centre", values["cam"] - values["centre"],
                published["cam"] - published["centre"])
+
+
+def sweep_tables(run: harness.Run, claims: Claims, sweeps: list[dict], curves: list, axes: dict,
+                 cam: float) -> dict:
+    """Tables, claims and the figure of the two experiments on scenes; `cam`: CAM's mean PxAP."""
+    mean = {method: np.mean([sweep[method] for sweep in sweeps], 0) for method in sweeps[0]}
+    falls = {method: [sweep[method][0] - sweep[method][-1] for sweep in sweeps] for method in mean}
+    rhos, shots, values = axes["rho"], axes["shots"], np.array(curves)
+    claims.add(f"CAM falls from rho {rhos[0]:g} to {rhos[-1]:g}", falls["cam"])
+    claims.add("few-shot does not fall", falls["fewshot"], at_most=True)
+    claims.add(f"few-shot rises from {shots[0]} to {shots[-1]} masks per class",
+               values[:, -1] - values[:, 0])
+    if run.figures and run.is_main:
+        lines = {"few-shot": (shots, values.mean(0)), "CAM": (shots, [cam] * len(shots))}
+        figures.line_chart(run.figures / "wsol_supervision.png", lines, markers=True, logx=True,
+                           title="PxAP against masks per class", xlabel="masks per class",
+                           ylabel="PxAP")
+    return {"background tells the class": [
+                {"rho": rho, **{f"{m} PxAP": round(value, 1) for m, value in zip(mean, column)}}
+                for rho, column in zip(rhos, zip(*mean.values()))],
+            "supervision": [{"masks per class": count, "few-shot PxAP": round(float(value), 1)}
+                            for count, value in zip(shots, values.mean(0))]}
+
+
+def finish(run: harness.Run, task: Task, seeds: list[dict], sweeps: list, curves: list,
+           tables: dict, axes: dict) -> None:
+    """The tables and claims from the rows {method: row} of each seed."""
+    key = run.args.dataset or ("ILSVRC" if run.args.data else "total")
+    published = dict(zip((*wsol.METHODS, *BASELINES), PAPER[key]))
+    width = (of(seeds, "cam", "high") - of(seeds, "cam", "low")).mean() / math.sqrt(len(seeds))
+    claims = Claims(width / 2)
+    compare_methods(claims, seeds, task.metric, published)
+    tables = {"main": main_rows(seeds, task.metric, published), **tables}
     if sweeps:
-        mean = {method: np.mean([sweep[method] for sweep in sweeps], 0) for method in sweeps[0]}
-        tables["background tells the class"] = [
-            {"rho": rho, **{f"{m} PxAP": round(values[i], 1) for m, values in mean.items()}}
-            for i, rho in enumerate(axes["rho"])]
-        claims.add(f"CAM falls from rho {axes['rho'][0]:g} to {axes['rho'][-1]:g}",
-                   [sweep["cam"][0] - sweep["cam"][-1] for sweep in sweeps])
-        claims.add("few-shot does not fall",
-                   [sweep["fewshot"][0] - sweep["fewshot"][-1] for sweep in sweeps], at_most=True)
-        shots, values = axes["shots"], np.array(curves)
-        tables["supervision"] = [{"masks per class": count, "few-shot PxAP": round(float(value), 1)}
-                                 for count, value in zip(shots, values.mean(0))]
-        claims.add(f"few-shot rises from {shots[0]} to {shots[-1]} masks per class",
-                   values[:, -1] - values[:, 0])
-        if run.figures and run.is_main:
-            figures.line_chart(run.figures / "wsol_supervision.png",
-                               {"few-shot": (shots, values.mean(0)),
-                                "CAM": (shots, [of("cam").mean()] * len(shots))},
-                               markers=True, logx=True, title="PxAP against masks per class",
-                               xlabel="masks per class", ylabel="PxAP")
-    run.finish(rows=claims.rows, tables={"main": main_table, **tables},
+        cam = of(seeds, "cam", task.metric).mean()
+        tables |= sweep_tables(run, claims, sweeps, curves, axes, cam)
+    run.finish(rows=claims.rows, tables=tables,
                data=f"{len(task.train)} training, {len(task.val)} tuning, {len(task.test)} test "
                     f"images, {task.classes} classes")
 
