@@ -409,12 +409,12 @@ class _PairLoss(nn.Module):
 
     def __init__(self, shift: float, negative_scale: float, **weights: float):
         super().__init__()
+        self.shift, self.negative_scale = (nn.Parameter(torch.full((1,), float(x)))
+                                           for x in (shift, negative_scale))
         for name, weight in weights.items():
             if not weight >= 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}")
-        self.shift, self.negative_scale = (nn.Parameter(torch.full((1,), float(x)))
-                                           for x in (shift, negative_scale))
-        vars(self).update(weights)
+            setattr(self, name, weight)
 
     def _reported(self, loss: Tensor, **parts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         parts |= {"loss": loss, "shift": self.shift[0], "negative_scale": self.negative_scale[0]}
@@ -492,14 +492,14 @@ class MCSoftContrastiveLoss(_PairLoss):
                 (("loss", total), ("pos_loss", positive), ("neg_loss", total - positive))}
         return self._reported(loss, **ways, uniform_loss=uniform, vib_loss=vib)
 
-    def _logits(self, q: Tensor, g: Tensor) -> Tensor:
+    def _pair_logits(self, q: Tensor, g: Tensor) -> Tensor:
         _check_items(3, q=q, g=g)
         q = _wide(q)
         return _logits(q, _wide(g), self.shift.to(q.dtype), self.negative_scale.to(q.dtype))
 
     def _nll(self, images: Tensor, captions: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
         """(Ni, Nc) negative log-likelihoods, and the share of each that is due to matching."""
-        s = self._logits(images, captions)
+        s = self._pair_logits(images, captions)
         if matched.dtype == torch.bool:                      # one log-likelihood per pair is enough
             sign = torch.where(matched, 1.0, -1.0).to(s.dtype)[:, None, :, None]
             nll = -_log_mean_sigmoid(sign * s)
@@ -518,11 +518,11 @@ class MCSoftContrastiveLoss(_PairLoss):
 
     def log_match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) log match probability: ranks without saturating."""
-        return _log_probability(self._logits(q, g))
+        return _log_probability(self._pair_logits(q, g))
 
     def match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) match probability, differentiable."""
-        return self._logits(q, g).sigmoid().mean((1, 3))
+        return self._pair_logits(q, g).sigmoid().mean((1, 3))
 
 
 def _uniformity(x: Tensor, rows: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -947,22 +947,23 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
     if not len(zetas) or any(zeta < 0 or zeta != int(zeta) for zeta in zetas):
         raise ValueError(f"zetas must be integers >= 0, got {zetas!r}")
     parts = []
-    for rows in _folds(count, folds or 1):
+    for rows in _folds(count, 1 if folds is None else folds):
         inside = torch.zeros(count, dtype=torch.bool, device=sim.device)
         inside[rows] = keep[rows].bool()
         images, captions = inside.nonzero().flatten(), inside[owner].nonzero().flatten()
         if not len(captions):
             raise ValueError(f"annotated leaves no caption of images {rows.start}..{rows.stop - 1}")
-        part = {}
+        image_codes, caption_codes, part = codes[images], codes[owner[captions]], {}
         for way, scores, queries, gallery, q_codes, g_codes in (
-                ("i2t", sim, images, captions, codes, codes[owner]),
-                ("t2i", sim.T, captions, images, codes[owner], codes)):
+                ("i2t", sim, images, captions, image_codes, caption_codes),
+                ("t2i", sim.T, captions, images, caption_codes, image_codes)):
             # filled in place: small results kept between large buffers would pin the heap
-            values, g_codes = sim.new_empty(2, len(zetas), len(queries)).double(), g_codes[gallery]
-            for chunk, into in zip(queries.split(ROWS), values.split(ROWS, dim=2)):
-                into[:] = _plausible_precision(scores, chunk, gallery, q_codes[chunk], g_codes,
-                                               zetas, drop_last)
-            part[f"{way}_rprecision"], part[f"{way}_r1"] = values.cpu().numpy()
+            values = torch.empty(2, len(zetas), len(queries), dtype=torch.float64)
+            for query, code, into in zip(queries.split(ROWS), q_codes.split(ROWS),
+                                         values.split(ROWS, dim=2)):
+                into[:] = _plausible_precision(scores, query, gallery, code, g_codes, zetas,
+                                               drop_last)
+            part[f"{way}_rprecision"], part[f"{way}_r1"] = values.numpy()
         parts.append(part)
     result = {f"{way}_{short}": 100 * float(np.mean([p[f"{way}_{name}"].mean() for p in parts]))
               for way in ("i2t", "t2i") for short, name in (("pmrp", "rprecision"), ("pmr1", "r1"))}
