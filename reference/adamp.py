@@ -44,7 +44,6 @@ weights, as everywhere in torch.optim. With GradScaler, gradients are unscaled f
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from numbers import Real
 from statistics import fmean
@@ -52,7 +51,6 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 BLOCK = 1 << 19       # elements of a block on the CPU: what a step touches of it stays in the cache
@@ -66,8 +64,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _is_number(value, top: float = math.inf) -> bool:
     """A number or a tensor of one number, in [0, top]."""
-    return ((isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1)
-            and bool(0 <= value <= top))
+    single = isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1
+    return single and bool(0 <= value <= top)
 
 
 # ---------------------------------------------------------------- the test and the projection
@@ -150,18 +148,18 @@ class _ProjectedOptimizer(Optimizer):
             raise
 
     def _check(self, group: dict) -> None:
-        for name in ("lr", "eps", "weight_decay", "delta", "wd_ratio"):
-            top = 1 if name == "wd_ratio" else math.inf
-            if not _is_number(group[name], top):
-                raise ValueError(f"{name} must be a number in [0, {top}], got {group[name]!r}")
+        for name in ("lr", "eps", "weight_decay", "delta", "wd_ratio", "momentum"):
+            value, top = group.get(name, 0), 1 if name == "wd_ratio" else math.inf
+            if not _is_number(value, top):
+                raise ValueError(f"{name} must be a number in [0, {top}], got {value!r}")
         if (known := group["scale_invariant"]) not in (None, True, False):
             raise ValueError(f"scale_invariant must be None, True or False, got {known!r}")
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {p.dtype}")
             if getattr(p, "_is_flat_param", False):
-                raise ValueError("params must keep their shape, got a flat sharded parameter "
-                                 "(FSDP): its channels are lost; use DDP, or FSDP 2's fully_shard")
+                raise ValueError("params must keep their channels, got a flat sharded parameter "
+                                 "(FSDP); use DDP, or FSDP 2's fully_shard")
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__({"_views": []} | state)
@@ -187,12 +185,10 @@ class _ProjectedOptimizer(Optimizer):
     def stats(self) -> dict[str, int]:
         """Of the last step: tensors `tested` (ndim > 1, with a gradient) and hits per view;
         `projected` is their sum. Read back from the device only here."""
-        channel = layer = 0
-        for view in self._views:                 # a pair of hits on the branch-free path
-            if not isinstance(view, Tensor):
-                view = torch.tensor([view == "channel", view == "layer"])
-            channel, layer = channel + int(view[0]), layer + int(view[1])
-        return {"tested": len(self._views), "channel": channel, "layer": layer,
+        hits = [view.tolist() if isinstance(view, Tensor) else (view == "channel", view == "layer")
+                for view in self._views]         # tensors come from the branch-free path
+        channel, layer = sum(hit[0] for hit in hits), sum(hit[1] for hit in hits)
+        return {"tested": len(hits), "channel": channel, "layer": layer,
                 "projected": channel + layer}
 
     @torch.no_grad()
@@ -229,7 +225,7 @@ class _ProjectedOptimizer(Optimizer):
         return self._readable_step if foreach is False and not fused else self._foreach_step
 
     def _readable_step(self, group: dict, params: list[Tensor]) -> None:
-        lr = float(group["lr"])
+        lr, eps = float(group["lr"]), group["eps"]
         for p in params:
             w, g = _wide(p.data), _wide(p.grad)
             if group["maximize"]:
@@ -237,9 +233,8 @@ class _ProjectedOptimizer(Optimizer):
             u, size = self._direction(group, self.state[p], g, lr)
             decay = lr * self._decay(group)
             if w.ndim > 1:
-                test = partial(scale_invariance, w, g, group["delta"], group["eps"])
-                if view := self._view(group, test):
-                    u = tangent(w, u, view, group["eps"])
+                if view := self._view(group, lambda: scale_invariance(w, g, group["delta"], eps)):
+                    u = tangent(w, u, view, eps)
                     decay *= group["wd_ratio"]
                     if self._stores_projection(group):
                         self.state[p]["momentum"].copy_(u)
@@ -364,7 +359,7 @@ class _ProjectedOptimizer(Optimizer):
     def _fused_step(self, group: dict, params: list[Tensor]) -> None:
         """Matrices one by one, vectors together; the foreach path where memory layouts differ."""
         room = params[0].new_empty(min(BLOCK, max(p.numel() for p in params)))
-        vectors, others = {}, []
+        vectors, others = defaultdict(list), []
         for p in params:
             state = self.state[p]
             rows = _same_rows(p.data, p.grad, *[state[key] for key in self._moments])
@@ -373,17 +368,13 @@ class _ProjectedOptimizer(Optimizer):
                 continue
             if "step" in state:
                 state["step"] = int(state["step"]) + 1
-            step = state.get("step", 0)
-            if step not in vectors:
-                vectors[step] = torch.tensor(float(step)), []
-            clock, alike = vectors[step]
+            step = float(state.get("step", 0))
             if p.ndim > 1:
-                self._fused_matrix(group, rows, clock, room)
+                self._fused_matrix(group, rows, torch.tensor(step), room)
             else:
-                alike.append(rows)
-        for clock, alike in vectors.values():
-            if alike:
-                self._kernel(group, clock, self._decay(group), *map(list, zip(*alike)))
+                vectors[step].append(rows)
+        for step, alike in vectors.items():
+            self._kernel(group, torch.tensor(step), self._decay(group), *map(list, zip(*alike)))
         if others:
             self._foreach_step(group, others)
 
@@ -524,27 +515,25 @@ class AdamP(_ProjectedOptimizer):
                     state["step"] = torch.full((), float(state["step"]), device=p.device)
             torch._foreach_add_([s["step"] for s in states], 1)
             step = torch.stack([s["step"] for s in states]).double()       # (T,)
-            correction1, root2 = 1 - beta1 ** step, (1 - beta2 ** step).sqrt()
-            lr, root2 = group["lr"], list(root2.unbind())
+            lr = group["lr"]
         else:
             step = int(states[0]["step"]) + 1        # one count for the whole bucket
             for state in states:
                 state["step"] = step
-            correction1, root2 = 1 - beta1 ** step, math.sqrt(1 - beta2 ** step)
             lr = float(group["lr"])
+        correction1, root2 = 1 - beta1 ** step, (1 - beta2 ** step) ** 0.5
 
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, grads, alpha=1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         u = torch._foreach_sqrt(v)
-        torch._foreach_div_(u, root2)
+        torch._foreach_div_(u, _each(root2, len(u)))
         torch._foreach_add_(u, group["eps"])
         torch._foreach_reciprocal_(u)
         if group["nesterov"]:
-            ahead = torch._foreach_mul(m, beta1)
-            torch._foreach_add_(ahead, grads, alpha=1 - beta1)
-            m = ahead
+            m = torch._foreach_mul(m, beta1)
+            torch._foreach_add_(m, grads, alpha=1 - beta1)
         torch._foreach_mul_(u, m)
         return list(u), lr / correction1, group["weight_decay"] * correction1
 
@@ -597,8 +586,6 @@ class SGDP(_ProjectedOptimizer):
     def _check(self, group: dict) -> None:
         super()._check(group)
         momentum, dampening = group["momentum"], group["dampening"]
-        if not _is_number(momentum):
-            raise ValueError(f"momentum must be a number of 0 or more, got {momentum!r}")
         if not isinstance(dampening, Real):
             raise ValueError(f"dampening must be a number, got {dampening!r}")
         if momentum >= 1 and group["weight_decay"] > 0:
@@ -640,7 +627,7 @@ class SGDP(_ProjectedOptimizer):
 # ---------------------------------------------------------------- training, watched
 
 def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int = 1, *,
-          loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+          loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
           schedule: Callable[[float], float] | None = None, measure_every: int = 10,
           autocast: torch.dtype | None = None, resume: dict | None = None) -> Iterator[dict]:
     """A training loop that watches what the paper is about. Yields one dict of floats per step.
@@ -670,8 +657,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
     total = epochs * len(loader)
     for epoch in range(start_epoch, epochs):
         skip = start_batch if epoch == start_epoch else 0
-        places = hasattr(loader, "set_epoch")            # such a loader begins at `skip` by itself
-        if places:
+        if places := hasattr(loader, "set_epoch"):       # such a loader begins at `skip` by itself
             loader.set_epoch(epoch, skip)
         for batch, (x, target) in enumerate(islice(loader, 0 if places else skip, None), skip):
             step = epoch * len(loader) + batch
@@ -690,8 +676,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
             if measure and watched:
                 values["weight_norm"] = fmean(p.norm().item() for p in watched)
                 values["effective_step"] = fmean(map(effective_step, before, watched))
-                if isinstance(optimizer, _ProjectedOptimizer):
-                    stats = optimizer.stats
+                if stats := getattr(optimizer, "stats", None):
                     values["projected"] = stats["projected"] / max(stats["tested"], 1)
             if (yield values) == "state":
                 yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -703,13 +688,11 @@ if __name__ == "__main__":
     print(f"{'optimiser':<24} {'final |w|':>9} {'steps to 1 - cos < 1e-4':>24}")
     for momentum, make in ((0.0, torch.optim.SGD), (0.9, torch.optim.SGD), (0.9, SGDP),
                            (0.99, torch.optim.SGD), (0.99, SGDP)):
-        angle = torch.tensor(math.radians(150), dtype=torch.float64)
-        w = nn.Parameter(torch.stack([angle.cos(), angle.sin()])[None])
+        w = nn.Parameter(torch.tensor([[-0.75 ** 0.5, 0.5]], dtype=torch.float64))
         optimizer, reached = make([w], lr=0.1, momentum=momentum), None
         for step in range(1, 1001):
             optimizer.zero_grad()
-            loss = -w[0, 0] / w.norm()
-            loss.backward()
+            (-w[0, 0] / w.norm()).backward()
             optimizer.step()
             if reached is None and 1 - w[0, 0] / w.norm() < 1e-4:
                 reached = step
