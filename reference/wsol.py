@@ -26,6 +26,7 @@ few-shot, centre and gradient baselines, and the training recipe (`train`).
     logits, maps = network.eval().predict(images, labels)   # one forward: (B, K) and (B, h, w)
 
 Maps are raw: to evaluate, first resize them to the input (bicubic), then min-max normalise.
+Bad arguments are ValueErrors that name the argument; labels that are no integers, a TypeError.
 `python wsol.py` trains CAM and the few-shot baseline on toy scenes and prints how they localize.
 """
 
@@ -391,6 +392,8 @@ _VGG_PLANS = {
 
 
 class VGG16(Localizer):
+    """`_VGG_PLANS` without batch normalisation; of SPG, conv4 and 5 are `SPG_A_1` and `SPG_A_2`."""
+
     arch, channels = "vgg16", 1024
 
     def __init__(self, method: str, num_classes: int, large: bool, adl: Callable[[], ADL]):
@@ -681,7 +684,8 @@ class FewShotHead(nn.Module):
         return self(x).sigmoid().squeeze(1)
 
 
-def few_shot_targets(size: int, boxes=None, masks=None) -> Tensor:
+def few_shot_targets(size: int, boxes: Sequence | None = None,
+                     masks: Sequence | None = None) -> Tensor:
     """A float32 target (size, size), 1 on objects: the union of the filled `boxes` [k, 4] (x0, y0,
     x1, y1 inclusive, already scaled to `size`), or of the instance `masks`, a list of 2-d arrays
     (foreground > 0.5) of any size."""

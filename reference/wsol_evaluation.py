@@ -20,7 +20,9 @@ of all levels from one merge tree, and the time does not depend on the number of
 done per pixel is torch and runs where the maps are (CPU or GPU); the trees, a few kilobytes per
 map, are numpy.
 
-Copy this file; it needs torch, numpy and (for files of masks) Pillow.
+Copy this file; it needs torch, numpy and (for files of masks) Pillow. Bad arguments are ValueErrors
+that name the argument, wrong types TypeErrors, an unknown image id a KeyError, and a result before
+there is anything to count a RuntimeError.
 
 >>> maps = np.random.default_rng(0).random((4, 7, 7))
 >>> maps = normalize_scoremap(resize_scoremap(maps, 224))
