@@ -170,7 +170,7 @@ class _Steps(NamedTuple):
     hk: Tensor          # (S, N, n) h k_i
     accepted: Tensor    # (M,) the rows that were accepted
     ends: Tensor        # (B, A) |time| that a sample has reached after each attempt
-    row: Tensor         # (B, A) its row in each attempt
+    row: Tensor         # (B, A) its row in each attempt that it took part in
     stats: Stats
     message: str        # why samples failed, "" when none did
 
@@ -268,6 +268,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
                         (rows, t, offset, y, fy, h, end, active, *memory))
                     place = place.index_copy(0, rows, torch.arange(alive, device=y.device))
                 if (torch.is_grad_enabled() and len(rows) <= FEW and y.shape[1] <= NARROW
+                        and y.itemsize >= 4                 # torch solves no system in half
                         and bool(((end - offset.abs()) / h.abs() > MANY).any())):
                     tail = starts[-1], rows, t + offset, y
                     torch.set_grad_enabled(False)               # until the end of this block
@@ -367,7 +368,7 @@ class _Unroll(torch.autograd.Function):
         unit = torch.eye(n, dtype=k.dtype, device=k.device)
         pull = lambda v: torch.autograd.grad(k, points, v, retain_graph=True,
                                              materialize_grads=True)[0]
-        jacobian = torch.stack([pull(v) for v in unit[:, None].repeat(1, len(k), 1)], 1)
+        jacobian = torch.stack([pull(v.expand_as(k)) for v in unit], 1)
         first, h = jacobian[: len(samples)], steps.h[kept].to(k.dtype)[:, None, None]
         later = jacobian[len(samples) :].view(s - 1, m, n, n).transpose(0, 1) * h[..., None]
         jacobian = F.pad(later, (0, 0, 0, 0, 1, 0)).view(m, s, n, 1, n)

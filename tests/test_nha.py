@@ -147,6 +147,16 @@ def test_shared_and_per_sample_agree_on_one_sample_and_float32_keeps_its_dtype()
     assert own.ys.dtype == torch.float32 and torch.equal(own.ys, shared.ys)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    y0 = torch.ones(2, 1, dtype=dtype).requires_grad_()
+    ys = nha.odeint(lambda t, y: -y, y0, [0.0, 0.5, 1.0], rtol=1e-2, atol=1e-2).ys
+    grad, = torch.autograd.grad(ys[-1].sum(), y0)
+    assert ys.dtype == grad.dtype == dtype
+    close(ys[-1], torch.full((2, 1), math.exp(-1)), 3e-2)
+    close(grad, torch.full((2, 1), math.exp(-1)), 3e-2)
+
+
 @pytest.mark.parametrize("name", ["linear", "nonautonomous"])
 def test_reversed_time(name):
     z, f = load(f"ode_{name}"), SYSTEMS[name]
