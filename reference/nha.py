@@ -1263,7 +1263,9 @@ class ConditionalFlow1d(nn.Module):
 
     def log_survival(self, x: Tensor, c: Tensor | None = None, *, group=0) -> Tensor:
         """log P(time > x), exact far into the tail."""
-        return torch.special.log_ndtr(-self._base(x, c, group)[0])
+        u = self._base(x, c, group)[0]
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))    # torch has no log_ndtr in half
+        return torch.special.log_ndtr(-wide).to(u.dtype)
 
     def icdf(self, p: Tensor, c: Tensor | None = None, *, group=0) -> Tensor:
         if not bool(((p >= 0) & (p <= 1)).all()):

@@ -73,6 +73,8 @@ def test_conditional_flow_is_a_density_with_its_own_inverse():
     assert (uniform - torch.linspace(0, 1, 4000)).abs().max() < 0.03
     plain, x = nha.ConditionalFlow1d(), torch.tensor([1.0, 2.0])
     close(plain.log_prob(x), torch.distributions.LogNormal(0.0, 1.0).log_prob(x), 1e-5)
+    half = nha.ConditionalFlow1d().half().log_survival(x.half())
+    close(half, (1 - torch.distributions.LogNormal(0.0, 1.0).cdf(x)).log(), 2e-3)
     refused([(ValueError, "positive", lambda: plain.log_prob(torch.tensor([0.0]))),
              (ValueError, "positive", lambda: plain.log_prob(torch.tensor([math.nan]))),
              (ValueError, "context", lambda: plain.log_prob(torch.ones(1), torch.ones(1, 2))),
