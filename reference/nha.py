@@ -437,9 +437,7 @@ class _Adjoint(torch.autograd.Function):
         n = ys.shape[2]
         alive = ys.isfinite().all(-1, keepdim=True)         # rows after a failure are constants
         ys, grad = torch.where(alive, ys, ys[0]), grad.masked_fill(~alive, 0)
-        slopes = f(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
-        grad_t = (slopes * grad).sum(-1).to(times.dtype)
-        grad_p = [torch.zeros_like(p) for p in params]
+        grad_t, grad_p = None, [torch.zeros_like(p) for p in params]
 
         def augmented(t, s):
             with torch.enable_grad():
@@ -470,7 +468,10 @@ class _Adjoint(torch.autograd.Function):
                     found = torch.autograd.grad(k, params, pull, allow_unused=True)
                 grad_p = [g if d is None else g - d for g, d in zip(grad_p, found)]
             a = a + grad[i - 1]
-        grad_t[0] = ((grad[0] - a) * slopes[0]).sum(-1)
+        if ctx.needs_input_grad[2]:
+            slopes = f(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
+            later = torch.cat([grad[:1] - a, grad[1:]])
+            grad_t = (slopes * later).sum(-1).to(times.dtype)
         return None, a, grad_t, None, None, None, *grad_p
 
 
