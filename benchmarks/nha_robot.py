@@ -54,17 +54,20 @@ class Pilot(nn.Module):
                           atol=1e-3).ys[..., :3]
 
 
-def scene(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scene(n: int, generator: torch.Generator,
+          device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Start states (n, 3), the targets of each robot's map (n, 5, 2) and the index of the
     nearest."""
     u = torch.rand(n, 3, generator=generator)
     x = torch.stack([5 * u[:, 0] - 2.5, 2 * u[:, 1] - 1, 2 * math.pi * u[:, 2]], 1)
     targets = MAPS[torch.randint(0, 2, (n,), generator=generator)]
-    return x, targets, (targets - x[:, None, :2]).norm(dim=-1).argmin(1)
+    nearest = (targets - x[:, None, :2]).norm(dim=-1).argmin(1)
+    return x.to(device), targets.to(device), nearest.to(device)
 
 
 def train(model: Pilot, settings: dict, generator: torch.Generator, resume: dict | None = None):
     steps, batch, driven = settings["steps"], settings["batch"], settings["driven"]
+    device = next(model.parameters()).device
     control = torch.optim.Adam(model.policy.parameters(), lr=3e-3)
     plan = torch.optim.Adam(model.planner.parameters(), lr=3e-3)
     first = 0
@@ -76,9 +79,10 @@ def train(model: Pilot, settings: dict, generator: torch.Generator, resume: dict
         lr = 3e-3 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         control.param_groups[0]["lr"] = plan.param_groups[0]["lr"] = lr
         for _ in range(PLANS_PER_STEP):
-            x, targets, nearest = scene(batch, generator)
+            x, targets, nearest = scene(batch, generator, device)
             log_p = model.plan(x, targets).log_softmax(-1)
-            choice = torch.multinomial(log_p.detach().exp(), 1, generator=generator)[:, 0]
+            p = log_p.detach().exp().cpu()
+            choice = torch.multinomial(p, 1, generator=generator)[:, 0].to(device)
             reward = (choice == nearest).float()
             loss = -((reward - reward.mean()) * log_p.gather(1, choice[:, None])[:, 0]).mean()
             plan.zero_grad(set_to_none=True)
@@ -98,7 +102,8 @@ def train(model: Pilot, settings: dict, generator: torch.Generator, resume: dict
 
 @torch.no_grad()
 def evaluate(model: Pilot, n: int) -> dict:
-    x, targets, nearest = scene(n, torch.Generator().manual_seed(999))
+    device = next(model.parameters()).device
+    x, targets, nearest = scene(n, torch.Generator().manual_seed(999), device)
     choice = model.plan(x, targets).argmax(-1)
     target = targets[torch.arange(n), choice]
     off = model.drive(x, target)[-1, :, :2] - target
@@ -138,7 +143,7 @@ def main(argv=None):
     settings, table, models = PRESETS[run.args.preset], [], []
     for seed in run.seeds[:1] if run.args.preset == "tiny" else run.seeds:
         name, g = f"seed{seed}", torch.Generator().manual_seed(seed)
-        model = Pilot(g)
+        model = Pilot(g).to(run.device)
         if (row := run.recorded(name)) is None:
             before = evaluate(model, settings["test"])
             run.drive(name, train(model, settings, g, run.resumed(name)), total=settings["steps"])
@@ -147,11 +152,12 @@ def main(argv=None):
                      "mse at step 0": before["control mse"]}
             row = run.record(name, evaluate(model, settings["test"]) | start)
         else:
-            model.load_state_dict(torch.load(run.out / f"{name}.pt", weights_only=True))
+            model.load_state_dict(torch.load(run.out / f"{name}.pt", map_location="cpu",
+                                             weights_only=True))
         models.append(model)
         table.append({"seed": seed, **row})
     if run.figures:
-        draw(models[0], run.figures / "nha_robot.png")
+        draw(models[0].cpu(), run.figures / "nha_robot.png")
     full = run.args.preset != "tiny"
     accuracy, mse = min(r["target accuracy"] for r in table), max(r["control mse"] for r in table)
     run.finish(rows=[

@@ -160,23 +160,24 @@ def main(argv=None):
     parser = harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3, data=False)
     run = harness.start(parser, argv)
     settings, table, models = PRESETS[run.args.preset], [], {}
-    test = arcs(settings["pool"] // 4, torch.Generator().manual_seed(999))
+    test = arcs(settings["pool"] // 4, torch.Generator().manual_seed(999)).to(run.device)
     for seed in run.seeds[:1] if run.args.preset == "tiny" else run.seeds:
-        pool = arcs(settings["pool"], torch.Generator().manual_seed(1000 + seed))
+        pool = arcs(settings["pool"], torch.Generator().manual_seed(1000 + seed)).to(run.device)
         for kind in ("categorical", "softmax"):
             name = f"{kind}-seed{seed}"
-            model = GatedFields(kind, torch.Generator().manual_seed(seed))
+            model = GatedFields(kind, torch.Generator().manual_seed(seed)).to(run.device)
             if (row := run.recorded(name)) is None:
                 run.drive(name, train(model, pool, settings["steps"], settings["decay"],
                                       run.resumed(name)), total=settings["steps"])
                 run.save(name, model.state_dict())
                 row = run.record(name, evaluate(model, test))
             else:
-                model.load_state_dict(torch.load(run.out / f"{name}.pt", weights_only=True))
+                model.load_state_dict(torch.load(run.out / f"{name}.pt", map_location="cpu",
+                                                 weights_only=True))
             models[kind, seed] = model
             table.append({"gate": kind, "seed": seed, **row})
     if run.figures:
-        draw({kind: models[kind, run.seeds[0]] for kind in ("categorical", "softmax")},
+        draw({kind: models[kind, run.seeds[0]].cpu() for kind in ("categorical", "softmax")},
              run.figures / "nha_switching.png")
     of = lambda kind, key: [r[key] for r in table if r["gate"] == kind]
     rows, full = [], run.args.preset != "tiny"
