@@ -49,6 +49,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ METRICS = ("precision", "recall", "density", "coverage")
 CHOICES = {"ties": ("strict", "inclusive"), "precision": ("screened", "float64", "float32"),
            "rounding": ("none", "float32")}
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE = (*NARROW, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 # ---------------------------------------------------------------- a set of points, block by block
@@ -88,7 +90,8 @@ class _Points:
 
     def block(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Centred and scaled rows; the difference is rounded once, also that of narrow types."""
-        work = dtype if self.x.dtype in NARROW else torch.float64
+        narrow = self.x.dtype in NARROW and 2.0**-100 < self.scale < 2.0**100
+        work = dtype if narrow else torch.float64             # that has the scale among its numbers
         rows = torch.mul(self.x[part].to(work), self.scale)
         return rows.sub_(self.center.to(work)).to(dtype)
 
@@ -109,8 +112,10 @@ def _exact_distances(a: _Points, i: Tensor, b: _Points, j: Tensor, rows: int) ->
     if a.group is not None:
         todo = todo[a.group[i] != b.group[j]]                 # equal points: 0 without looking
     for part in todo.split(rows):
-        difference = a.x[i[part]].to(torch.float64).sub_(b.x[j[part]])
-        out[part] = difference.mul_(a.scale).square_().sum(1)
+        square = a.x[i[part]].to(torch.float64).mul_(a.scale)
+        square.sub_(b.x[j[part]], alpha=a.scale).square_()
+        # longer sums would depend on the numbers of threads and of pairs
+        out[part] = sum(piece.sum(1) for piece in square.split(2**14, 1))
     return out
 
 
@@ -181,8 +186,8 @@ class _Screen:
         out = self.buffer[:len(left) * len(right)].view(len(left), len(right))
         rows, columns = (((1 - self.relative) * p.norms[s] - self.absolute).to(self.dtype)
                          for p, s in ((a, part_a), (b, part_b)))
-        torch.addmm(columns, left, right.T, alpha=-2, out=out)
-        return out.add_(rows.unsqueeze(1))
+        torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)        # the norms: last, once
+        return out.add_(columns).add_(rows.unsqueeze(1))
 
     def gap(self, a: _Points, i: Tensor, b: _Points, j: Tensor) -> Tensor:
         """Upper minus lower bound of the pairs (i, j)."""
@@ -493,8 +498,13 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
         mine = yield from _squared_radii(points, ks, screen, share(len(points)), stage)
         return mine if group is None else _gather(mine.T.contiguous(), group).T
 
+    reuse = real_radii is not None and 2.0**-100 < scale / real_radii[1] < 2.0**100
+    if group is not None:                                     # one process may have added rows
+        flag = torch.tensor(int(reuse), device=real.device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+        reuse = bool(flag)
     with _true_float32(real.device):
-        if real_radii is not None:
+        if reuse:
             real_r2 = real_radii[0].to(real.device) * (scale / real_radii[1]) ** 2
         else:
             real_r2 = yield from radii(x, "real radii")
@@ -525,7 +535,7 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
         def roots(r2: Tensor) -> Tensor:
             r = _float32_root(r2) if options["rounding"] == "float32" else r2.sqrt()
             return r.cpu() / scale
-        clipped = [(c / k).clamp(max=1).double().mean().item() for k, c in zip(ks, per_fake)]
+        clipped = [c.clamp(max=k).sum().item() / (k * m) for k, c in zip(ks, per_fake)]
         result |= {"real_radii": roots(real_r2), "count_per_fake": per_fake,
                    "count_per_real": per_real, "density_clipped": clipped}
         if with_recall:
@@ -544,7 +554,7 @@ def compute_nearest_neighbour_distances(input_features: Any, nearest_k: int) -> 
         raise ValueError(f"nearest_k must be one positive integer here, not {nearest_k!r}")
     z = _features(input_features, "input_features", None)
     squared, scale = _radii_alone(z, nearest_k)
-    radii = squared[0].sqrt() / scale
+    radii = squared[0].sqrt().to(z.device) / scale
     return radii if isinstance(input_features, Tensor) else radii.numpy()
 
 
@@ -563,7 +573,9 @@ def compute_pairwise_distance(data_x: Any, data_y: Any = None) -> Any:
     y = x if data_y is None else _features(data_y, "data_y", x.device)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"data_x has {x.shape[1]} features per row, data_y {y.shape[1]}")
-    out = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    _, scale = _center_and_scale(x, y, 1024)
+    out = torch.cdist(x.double() * scale, y.double() * scale,
+                      compute_mode="donot_use_mm_for_euclid_dist") / scale
     return out if isinstance(data_x, Tensor) else out.numpy()
 
 
@@ -622,8 +634,8 @@ class PRDC:
     """
 
     def __init__(self, nearest_k: int | Sequence[int] = 5, **options: Any):
-        _check_k(nearest_k)
         self.nearest_k, self.options = nearest_k, _check_options(options)
+        self._radii_of = [*_check_k(nearest_k), self.options["precision"] == "float32"]
         self.reset()
 
     def update(self, features: Any, real: bool) -> None:
@@ -665,16 +677,16 @@ class PRDC:
         return sum(map(len, self._fake))
 
     def state_dict(self) -> dict:
-        """Tensors, a number and None; torch.load(..., weights_only=True) reads it back."""
+        """Tensors, numbers and None; torch.load(..., weights_only=True) reads it back."""
         chunks = {"real": self._real, "fake": self._fake}
         empty = next((c[:0] for c in (*self._real, *self._fake)), torch.zeros(0, 0))
         return {name: torch.cat(rows) if rows else empty for name, rows in chunks.items()} | {
-            "radii": self._radii}
+            "radii": self._radii, "radii_of": self._radii_of}
 
     def load_state_dict(self, d: dict) -> None:
-        """Take over what `state_dict` returned, for the same nearest_k."""
+        """Take over what `state_dict` returned; radii for another nearest_k are computed anew."""
         self._real, self._fake = ([d[name]] if len(d[name]) else [] for name in ("real", "fake"))
-        self._radii = d["radii"]
+        self._radii = d["radii"] if d["radii_of"] == self._radii_of else None
 
     def cache_real(self, path: str | Path) -> None:
         """Load the reals and their radii from `path` (.npz) if it exists; else write them there."""
@@ -689,16 +701,17 @@ class PRDC:
                 raise ValueError(f"{path} was not written by cache_real: {error}") from error
             if missing := [k for k in ks if k not in known]:
                 raise ValueError(f"{path} holds radii for nearest_k {known}, not for {missing}")
-            self._real = [_features(rows, "real_features", self.options["device"])]
+            rows = _features(rows, "real_features", self.options["device"])
+            self._real = [rows] if len(rows) else []
             self._radii = squared[[known.index(k) for k in ks]], scale
             return
-        if not self.num_real:
+        if self.options["group"] is None and not self.num_real:
             raise ValueError("cache_real() of a new file needs real rows: "
                              "update(features, real=True) first")
-        real = torch.cat(self._real)
-        if self._radii is None:
-            self._radii = _radii_alone(real, ks, precision=self.options["precision"],
-                                       memory_budget=self.options["memory_budget"])
+        real = self.state_dict()["real"]
+        if self._radii is None or self.options["precision"] == "float32":     # exact in the file
+            self._radii = _radii_alone(real, ks, memory_budget=self.options["memory_budget"],
+                                       group=self.options["group"])
         rows = real.cpu().float() if real.dtype == torch.bfloat16 else real.cpu()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -775,16 +788,23 @@ def _check_options(options: dict) -> dict:
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(accepted)}, not {value!r}")
     budget = options["memory_budget"]
-    if budget is not None and not budget > 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, not {budget}")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Real)
+                               or not budget >= 1):
+        raise ValueError(f"memory_budget must be a positive number of bytes, not {budget!r}")
     return options
 
 
 def _features(value: Any, name: str, device: Any) -> Tensor:
+    """A detached tensor (rows, features) of one of the NATIVE types."""
     if not isinstance(value, Tensor):
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be an array of rows of one length: {error}") from error
         if value.dtype.kind not in "fiub":
             raise ValueError(f"{name} must be real numbers, not {value.dtype}")
+        if value.dtype.kind == "b" or not value.dtype.isnative or value.dtype.itemsize > 8:
+            value = value.astype(np.float64)
         usable = value.flags.writeable and min(value.strides, default=0) >= 0
         value = torch.from_numpy(value if usable else value.copy())
     if value.is_complex():
@@ -792,13 +812,14 @@ def _features(value: Any, name: str, device: Any) -> Tensor:
     if value.ndim != 2:
         raise ValueError(f"{name} must be (rows, features), not {tuple(value.shape)}; "
                          "use .flatten(1) on maps")
-    return value.detach().to(value.device if device is None else device)
+    value = value.detach().to(value.device if device is None else device)
+    return value if value.dtype in NATIVE else value.to(torch.float64)
 
 
 def _check_sets(real: Tensor, fake: Tensor, kmax: int, with_recall: bool) -> None:
     (n, width), (m, other) = real.shape, fake.shape
     for wrong, text in (
-            (not n, "real_features has no rows"), (not m, "fake_features has no rows"),
+            (not n, "real_features has 0 rows"), (not m, "fake_features has 0 rows"),
             (width != other, f"real_features have {width} columns, fake_features {other}"),
             (not width, "features have no columns"),
             (n <= kmax, f"nearest_k = {kmax} needs more than {kmax} real rows, there are {n}"),

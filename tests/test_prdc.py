@@ -110,6 +110,12 @@ def cases():
         "tiny": (a.double() * 1e-12, b.double() * 1e-12), "tiny float32": (a * 1e-20, b * 1e-20),
         "huge": (a * 1e30, b * 1e30),
         "vanishing squares": (a.double() * 1e-200, b.double() * 1e-200),
+        "subnormal float32": (a * 1e-40, b * 1e-40),
+        "float32 beside larger float64": (torch.cat([a.double(), a[:20].double() * 1e6]) * 1e37,
+                                          b * 1e37),
+        "differences above the largest number": (a.sign().double() * 1.7e308,
+                                                 b.sign().double() * 1.7e308),
+        "booleans": (a > 0, b > 0.5),
         "tight groups far apart": (tight, tight[torch.randperm(160, generator=seeded(6))] + 1e-5),
         "one column": (a[:, :1], b[:, :1]), "half precision": (a.half(), b.half()),
         "wide": (normal(60, 700, seed=7), normal(50, 700, seed=8) * 0.97),
@@ -123,7 +129,8 @@ def cases():
 def test_exact_on_difficult_data(name, ties):
     real, fake = cases()[name]
     # brute force on numbers whose squares exist
-    scale = 1e-200 if name == "vanishing squares" else 1.0
+    scale = {"vanishing squares": 1e-200,
+             "differences above the largest number": 2.0**1000}.get(name, 1.0)
     for k in (1, 4, 9):
         expected = brute_force(real.double() / scale, fake.double() / scale, k, ties)
         expected["real_radii"] *= scale
@@ -335,6 +342,43 @@ def test_batches_reset_cache_and_state(tmp_path):
         metric.update(torch.zeros(2, 3), False)
 
 
+def test_kept_radii_serve_only_where_they_are_right(tmp_path):
+    real, fake = normal(80, 4) + 1e4, normal(70, 4, seed=1) + 1e4
+    rough = PRDC(5, precision="float32")
+    rough.update(real, True)
+    rough.update(fake, False)
+    rough.compute()
+    rough.cache_real(tmp_path / "real.npz")
+    for k in (5, 3):
+        metric = PRDC(k, details=True)
+        metric.load_state_dict(rough.state_dict())
+        expected = compute_prdc(real, fake, k, details=True)
+        assert torch.equal(metric.compute()["real_radii"], expected["real_radii"])
+    metric = PRDC(5, details=True)
+    metric.cache_real(tmp_path / "real.npz")
+    metric.update(fake, False)
+    expected = compute_prdc(real, fake, 5, details=True)
+    assert torch.equal(metric.compute()["real_radii"], expected["real_radii"])
+    small, fake = real.double() * 1e-200, fake.double()       # a common scale hides these radii
+    metric = PRDC(5)
+    metric.update(small, True)
+    for size in (1.0, 1e-200):
+        metric.update(fake * size, False)
+        result = metric.compute()
+        metric.reset(keep_real=True)
+    assert result == compute_prdc(small, fake * 1e-200, 5)
+
+
+def test_sums_do_not_depend_on_blocks_and_threads():
+    real, fake = normal(12, 40_000), normal(11, 40_000, seed=1)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found += [compute_prdc(real, fake, 3, details=True, memory_budget=budget)["real_radii"]
+                  for budget in (1, 2**21, None)]
+    assert all(torch.equal(radii, found[0]) for radii in found)
+
+
 def test_inputs_are_left_alone_and_may_be_of_any_kind():
     real, fake = normal(60, 3, dtype=torch.float64), normal(50, 3, seed=1, dtype=torch.float64)
     kept = real.clone(), fake.clone()
@@ -348,6 +392,8 @@ def test_inputs_are_left_alone_and_may_be_of_any_kind():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compute_prdc(kept[0].float(), kept[1].float(), 4) == compute_prdc(kept[0].float(),
                                                                                  kept[1].float(), 4)
+    for kind in (">f8", np.longdouble):
+        assert compute_prdc(kept[0].numpy().astype(kind), kept[1], 4) == expected
     read_only = kept[0].numpy()
     read_only.flags.writeable = False
     assert compute_prdc(read_only, kept[1], 4) == expected
@@ -365,7 +411,7 @@ def test_metrics_chosen_and_official_names():
     assert f == {"f_score": pytest.approx(2 * p * r / (p + r))}
     details = compute_prdc(real, fake, 4, metrics=["density"], details=True)
     assert "fake_radii" not in details and details["density_clipped"] == pytest.approx(
-        (details["count_per_fake"] / 4).clamp(max=1).mean().item())
+        (details["count_per_fake"].double() / 4).clamp(max=1).mean().item(), abs=1e-15)
     radii = prdc.compute_nearest_neighbour_distances(real.numpy(), 4)
     assert isinstance(radii, np.ndarray) and radii.dtype == np.float64
     assert torch.equal(torch.from_numpy(radii), details["real_radii"])
@@ -373,6 +419,7 @@ def test_metrics_chosen_and_official_names():
     assert isinstance(distances, torch.Tensor) and not distances.diagonal(
         ).any() and torch.equal(distances, distances.T)
     assert torch.allclose(distances.sort(1).values[:, 4], details["real_radii"])
+    assert torch.allclose(prdc.compute_pairwise_distance(real.double() * 1e200) / 1e200, distances)
 
 
 def test_subsets_and_progress():
@@ -417,6 +464,13 @@ for name, value in alone.items():
 metric = PRDC(5, group=dist.group.WORLD)
 metric.update(real[mine], True); metric.update(fake[part], False)
 assert metric.compute() == compute_prdc(real, fake, 5)
+metric.cache_real(f"{sys.argv[2]}/{rank}.npz")
+fresh = PRDC(5, group=dist.group.WORLD)
+fresh.cache_real(f"{sys.argv[2]}/{rank}.npz"); fresh.update(fake[part], False)
+assert fresh.compute() == compute_prdc(real, fake, 5)
+if rank == 1:
+    fresh.update(fake[:9], True)                # the other process still has its radii
+assert fresh.compute() == compute_prdc(torch.cat([real, fake[:9].double()]), fake, 5)
 print("equal")
 dist.destroy_process_group()
 '''
@@ -425,8 +479,8 @@ dist.destroy_process_group()
 def test_processes_share_the_work_and_agree(tmp_path):
     (tmp_path / "shared.py").write_text(DISTRIBUTED)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           "--rdzv_backend=c10d",
-                           "--rdzv_endpoint=localhost:0", str(tmp_path / "shared.py"), str(ROOT)],
+                           "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+                           str(tmp_path / "shared.py"), str(ROOT), str(tmp_path)],
                           capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
@@ -463,8 +517,8 @@ def test_errors_name_the_numbers():
     bad[2:4, 1] = float("nan")
     for arguments, options, words in [
         ((good, torch.zeros(8, 4), 2), {}, "3 columns.*4"),
-        ((good[:0], good, 2), {}, "real_features has no rows"),
-        ((good, good[:0], 2), {}, "fake_features has no rows"),
+        ((good[:0], good, 2), {}, "real_features has 0 rows"),
+        ((good, good[:0], 2), {}, "fake_features has 0 rows"),
         ((good, good, 0), {}, "positive integer"), ((good, good, 2.0), {}, "positive integer"),
         ((good, good, True), {}, "positive integer"), ((good, good, []), {}, "must not be empty"),
         ((good, good, [3, -1]), {}, "positive integer"),
@@ -480,6 +534,8 @@ def test_errors_name_the_numbers():
         ((good, good, 2), {"precision": "half"}, "precision must be"),
         ((good, good, 2), {"rounding": "up"}, "rounding must be"),
         ((good, good, 2), {"memory_budget": 0}, "memory_budget"),
+        ((good, good, 2), {"memory_budget": "1 GiB"}, "memory_budget"),
+        ((good, [[1, 2, 3], [4]], 2), {}, "fake_features must be an array"),
         ((good[:, :0], good[:, :0], 2), {}, "no columns"),
     ]:
         with pytest.raises(ValueError, match=words):
