@@ -373,16 +373,11 @@ def _logits(q: Tensor, g: Tensor, shift: Tensor | float, scale: Tensor | float) 
 
 
 def _log_mean_sigmoid(logits: Tensor) -> Tensor:
-    """log of the mean over the sample pairs (axes 1 and 3), never forming the probability."""
+    """log of the mean over the sample pairs (axes 1 and 3), with all digits near 0 and near 1."""
     count = logits.shape[1] * logits.shape[3]
-    return torch.logsumexp(F.logsigmoid(logits), dim=(1, 3)) - math.log(count)
-
-
-def _log_probability(logits: Tensor) -> Tensor:
-    """`_log_mean_sigmoid` that also tells probabilities apart which round to 1."""
     miss = (-logits).sigmoid().mean((1, 3))
-    likely = torch.log1p(-miss.clamp(max=0.5))
-    return torch.where(miss < 0.5, likely, _log_mean_sigmoid(logits))
+    unlikely = torch.logsumexp(F.logsigmoid(logits), dim=(1, 3)) - math.log(count)
+    return torch.where(miss < 0.5, torch.log1p(-miss.clamp(max=0.5)), unlikely)
 
 
 def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> Tensor:
@@ -518,7 +513,7 @@ class MCSoftContrastiveLoss(_PairLoss):
 
     def log_match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) log match probability: ranks without saturating."""
-        return _log_probability(self._pair_logits(q, g))
+        return _log_mean_sigmoid(self._pair_logits(q, g))
 
     def match_prob(self, q: Tensor, g: Tensor) -> Tensor:
         """(Nq, J, D), (Ng, J', D) -> (Nq, Ng) match probability, differentiable."""
@@ -680,7 +675,7 @@ def _tile(method: str, q: Sequence[Tensor], g: Sequence[Tensor], ab: tuple[float
         return q[0].sum(1) @ g[0].sum(1).T
     if method in SAMPLED:
         s = _logits(*q, *g, *ab)
-        return _log_probability(s) if method.startswith("log") else s.sigmoid_().mean((1, 3))
+        return _log_mean_sigmoid(s) if method.startswith("log") else s.sigmoid_().mean((1, 3))
     m1, m2 = q[0], g[0]
     if method == "mean":
         return m1 @ m2.T
