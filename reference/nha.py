@@ -1724,8 +1724,8 @@ class NHA(nn.Module):
             row = torch.arange(len(x0), device=x0.device).repeat_interleave(tau.shape[1])
             return self._exact(x0, q, tau.flatten(), row).view(*tau.shape, x0.shape[1])
         ys, f = [x0], lambda t, x: self.decoder(t, x, q)
-        for step in tau.diff(dim=1).unbind(1):
-            ys.append(_fixed_step(f, t[:, 0], step, ys[-1], "rk4"))
+        for start, step in zip(t.unbind(1), tau.diff(dim=1).unbind(1)):
+            ys.append(_fixed_step(f, start, step, ys[-1], "rk4"))
         return torch.stack(ys, 1)
 
     def _exact(self, x0: Tensor, q: Tensor, tau: Tensor, row: Tensor) -> Tensor:
@@ -1788,7 +1788,7 @@ class NHA(nn.Module):
 
         kept, column = [], torch.full((m,), -1, device=labels.device)
         for j in usage.argsort(descending=True, stable=True).tolist():
-            if usage[j] < eps or usage[j] == 0:
+            if kept and (usage[j] < eps or usage[j] == 0):          # the most used one stays
                 break
             same = [place for place, k in enumerate(kept) if difference(j, k) < delta]
             column[j] = same[0] if same else len(kept)

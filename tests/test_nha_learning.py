@@ -385,6 +385,13 @@ def test_training_recovers_tcp_modes_resumes_and_prunes():
         new_model(3, seed), packed, epochs=6, generator=gen(seed), resume=state))
 
 
+def test_decoding_follows_the_time_of_the_field():
+    decoder = lambda t, x, q: torch.cos(t)[:, None] * x             # any callable (t, x, q) -> dx
+    model, t = nha.NHA(nha.ModeEncoder(5, 1), decoder), torch.linspace(1, 3, 41, dtype=F64)[None]
+    xhat = model.decode(torch.ones(1, 1, dtype=F64), torch.ones(1, 1, dtype=F64), t)
+    close(xhat[0, :, 0], torch.exp(torch.sin(t[0]) - math.sin(1.0)), 1e-7)
+
+
 def test_prune_merges_copies_and_drops_unused_modes():
     model, (packed, truth) = new_model(4, 3, dropout=None).eval(), tcp_pieces(1, 1)
     set_fields(model, *[(0.3465, 0, 1, 0)] * 4)
@@ -393,6 +400,7 @@ def test_prune_merges_copies_and_drops_unused_modes():
     after, q = model.reconstruct(packed)
     close(after, before, 1e-6)
     close(q, torch.ones(len(truth), 1), 1e-6)
+    assert len(new_model(4, 3).eval().prune(packed, eps=1.1)) == 1     # the most used one stays
 
 
 def test_event_training_resumes():
