@@ -1,5 +1,4 @@
-"""SGD, SGDP, AdamW and AdamP with and without weight decay: accuracy, weight norms, effective
-steps.
+"""SGD, SGDP, AdamW, AdamP with and without weight decay: accuracy, norms, effective steps.
 
     python benchmarks/adamp_imagenet.py                    # embedded textures, 3 seeds, 5 minutes
     python benchmarks/adamp_imagenet.py --attack linf      # adversarial training, 5 minutes
@@ -44,16 +43,13 @@ METHODS = tuple(f"{name}{suffix}" for name in ("sgd", "sgdp", "adamw", "adamp")
 
 class Preset(NamedTuple):
     arch: str
-    # channels of the first stage of the small networks
-    width: int
+    width: int                           # channels of the first stage of the small networks
     side: int
     epochs: int
     batch: int
-    # learning rate and weight decay of SGD and SGDP
-    sgd: tuple[float, float]
-    adam: tuple[float, float]                                 # ... of AdamW and AdamP
-    # steps from one measurement to the next
-    every: int
+    sgd: tuple[float, float]             # learning rate and weight decay of SGD and SGDP
+    adam: tuple[float, float]            # ... of AdamW and AdamP
+    every: int                           # steps from one measurement to the next
 
 
 PRESETS = {
@@ -65,8 +61,7 @@ PRESETS = {
 
 
 def textures(count, seed, size=16, classes=10, noise=4.0):
-    """Gratings of random phase at `classes` orientations, with noise: float32 (N, 3, S, S), labels
-    (N,)."""
+    """Noisy gratings at `classes` orientations: float32 (N, 3, S, S), labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
     angle = (labels * (math.pi / classes)).view(-1, 1, 1)
@@ -77,8 +72,7 @@ def textures(count, seed, size=16, classes=10, noise=4.0):
 
 
 def build_model(name, classes, seed, width):
-    """A published ResNet, or one block per stage with a 3x3 stem ("stem3") or the 7x7 stem and
-    pooling ("stem7")."""
+    """A published ResNet, or one block per stage after a 3x3 ("stem3") or 7x7 stem ("stem7")."""
     options = {"generator": torch.Generator().manual_seed(seed)}
     if not name.startswith("stem"):
         return getattr(resnet, name)(classes, **options)
@@ -118,20 +112,18 @@ def data(run, side, batch):
     options = {"workers": run.args.workers, "device": run.device,
                "normalize": (imagenet.IMAGENET_MEAN, imagenet.IMAGENET_STD)}
     if side == 32:
-        train, val, transform, plain = in_memory(
-            train), in_memory(val), imagenet.PadCropTransform(), None
+        train, val = in_memory(train), in_memory(val)
+        transform, plain = imagenet.PadCropTransform(), None
     else:
         transform, plain = imagenet.TrainTransform(side), imagenet.EvalTransform(side)
     return (lambda seed: imagenet.Loader(train, batch // run.world_size, transform=transform,
-                                         shuffle=True, seed=seed,
-                                         drop_last=True, rank=run.rank, world_size=run.world_size,
-                                         **options),
+                                         shuffle=True, seed=seed, drop_last=True, rank=run.rank,
+                                         world_size=run.world_size, **options),
             imagenet.Loader(val, 256, transform=plain, **options), classes)
 
 
 class Attacked:
-    """A loader whose images are moved by `steps` of PGD against the model as it is when they are
-    asked for.
+    """A loader whose images are moved by `steps` of PGD against the model as it is by then.
 
     Steps of 2.5 size / steps along the gradient of the loss (its sign for l_inf, its direction for
     l_2), each followed by the projection on the ball. Sizes are those of ATTACKS, in the units of
@@ -193,9 +185,8 @@ class Watched:
     def __next__(self):
         values = next(self.steps)
         if "weight_norm" in values:
-            row = [values[k] for k in ("step", "weight_norm",
-                                       "effective_step")] + [values.get("projected", 0.0)]
-            self.series.append(row)
+            self.series.append([values.get(key, 0.0) for key in
+                                ("step", "weight_norm", "effective_step", "projected")])
         return values
 
     def send(self, request):
@@ -233,9 +224,8 @@ def main(argv=None):
                 loader, state = train_loader(seed), run.resumed(name)
                 if run.args.attack:
                     loader = Attacked(loader, model, run.args.attack, steps=3)
-                steps = adamp.train(model, loader, optimizer, epochs, measure_every=preset.every,
-                                    autocast=run.amp_dtype,
-                                    resume=state)
+                steps = adamp.train(model, loader, optimizer, epochs, resume=state,
+                                    measure_every=preset.every, autocast=run.amp_dtype)
                 watched = Watched(steps, state["series"] if state else [])
                 run.drive(name, watched, total=epochs * len(loader))
                 series = watched.series
@@ -244,20 +234,19 @@ def main(argv=None):
                        "effective step, mid-run": series[len(series) // 2][2],
                        "projected": statistics.mean(s[3] for s in series), "series": series}
                 if run.args.attack:
-                    row["attacked"] = top1(model,
-                                           Attacked(val_loader, model, run.args.attack, steps=10))
+                    attacked = Attacked(val_loader, model, run.args.attack, steps=10)
+                    row["attacked"] = top1(model, attacked)
                 row = run.record(name, row)
             results[method].append(row)
     finish(run, results, run.args.attack or arch)
 
 
 def decided(gains):
-    """True or False where the mean of at least three seeds is two standard errors from 0, else
-    None."""
+    """Is the mean of three seeds or more above 0? None within two standard errors of it."""
     if len(gains) < 3:
         return None
-    margin = 2 * statistics.stdev(gains) / math.sqrt(len(gains))
-    return None if abs(statistics.mean(gains)) < margin else statistics.mean(gains) > 0
+    mean, margin = statistics.mean(gains), 2 * statistics.stdev(gains) / math.sqrt(len(gains))
+    return None if abs(mean) < margin else mean > 0
 
 
 def finish(run, results, task):
@@ -265,7 +254,9 @@ def finish(run, results, task):
     def values(method, key):
         return [row[key] for row in results[method]]
 
-    spread = (lambda x: statistics.stdev(x)) if len(run.seeds) > 1 else (lambda x: 0.0)
+    def spread(x):
+        return statistics.stdev(x) if len(x) > 1 else 0.0
+
     table = []
     for method in results:
         row = {"optimiser": method.removesuffix("-nodecay"),

@@ -1,5 +1,4 @@
-"""The theory behind AdamP on problems without data: norm growth, two toys with pictures, the
-scale-invariance test.
+"""AdamP's theory on problems without data: norm growth, two toys, the scale-invariance test.
 
     python benchmarks/adamp_toy.py --figures figures           # about half a minute
 
@@ -26,8 +25,7 @@ from torch import nn
 
 from reference.adamp import SGDP, scale_invariance
 
-# name -> optimiser of (parameters, lr, momentum)
-METHODS = {
+METHODS = {                                   # name -> optimiser of (parameters, lr, momentum)
     "GD": lambda p, lr, momentum: torch.optim.SGD(p, lr),
     "momentum": lambda p, lr, momentum: torch.optim.SGD(p, lr, momentum=momentum),
     "SGDP": lambda p, lr, momentum: SGDP(p, lr, momentum=momentum),
@@ -53,8 +51,7 @@ def descend(loss_fn, start, optimizer, steps):
 # ---------------------------------------------------------------- 1. the lemmas
 
 def lemmas(seeds, steps, betas=(0.0, 0.9, 0.95, 0.99), size=20, lr=0.02):
-    """One row per momentum: the largest relative errors of the lemmas, and the growth per squared
-    update length."""
+    """One row per momentum: the lemmas' largest relative errors, growth per squared update."""
     rows = []
     for beta in betas:
         worst, cosine, growth = 0.0, 0.0, []
@@ -79,8 +76,8 @@ def lemmas(seeds, steps, betas=(0.0, 0.9, 0.95, 0.99), size=20, lr=0.02):
             growth.append(((path[-1].square().sum() - path[0].square().sum())
                            / (lr ** 2 * squares.sum())).item())
         rows.append({"momentum": beta, "lemma": "2.1" if beta == 0 else "2.2",
-                     "largest relative error": worst,
-                     "largest |cos(w, g)|": cosine, "limit 1 + 2b/(1-b)": 1 + 2 * beta / (1 - beta),
+                     "largest relative error": worst, "largest |cos(w, g)|": cosine,
+                     "limit 1 + 2b/(1-b)": 1 + 2 * beta / (1 - beta),
                      "growth of |w|^2 / lr^2 sum |p|^2": sum(growth) / len(growth)})
     return rows
 
@@ -92,8 +89,7 @@ def negative_cosine(w):
 
 
 def plane(rates, momenta, steps):
-    """Rows of final norms and first steps with 1 - cos < 1e-4; the paths by (rate, momentum,
-    method)."""
+    """Rows of final norms and first steps with 1 - cos < 1e-4; paths by (lr, momentum, method)."""
     angle = math.radians(150)
     start = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
     rows, paths = [], {}
@@ -113,11 +109,10 @@ def plane(rates, momenta, steps):
 # ---------------------------------------------------------------- 3. the sphere
 
 def angles(w):
-    """psi and phi of (..., 3) points: longitude and latitude in units of 45 degrees, phi moved by
-    1."""
-    r = w.norm(dim=-1)
-    return 4 / math.pi * torch.atan2(w[..., 1],
-                                     w[..., 0]), 1 + 4 / math.pi * torch.asin(w[..., 2] / r)
+    """psi and phi of (..., 3) points: longitude, and latitude plus 1, in units of 45 degrees."""
+    x, y, z = w.unbind(-1)
+    scale = 4 / math.pi
+    return scale * torch.atan2(y, x), 1 + scale * torch.asin(z / w.norm(dim=-1))
 
 
 def rosenbrock(w):
@@ -131,8 +126,10 @@ def sphere(rates, lengths, momentum=0.9):
     start = torch.tensor([math.cos(latitude) * math.cos(longitude),
                           math.cos(latitude) * math.sin(longitude),
                           math.sin(latitude)], dtype=torch.float64)
-    # noqa: E731  never projects
-    decayed = lambda p, lr, m: SGDP(p, lr, momentum=m, weight_decay=10, delta=0)
+
+    def decayed(p, lr, m):                                    # delta 0: never projects
+        return SGDP(p, lr, momentum=m, weight_decay=10, delta=0)
+
     rows, paths = [], {}
     for lr in rates:
         for name, make in {**METHODS, "momentum, decay": decayed}.items():
@@ -149,8 +146,7 @@ def sphere(rates, lengths, momentum=0.9):
 # ---------------------------------------------------------------- 4. the test
 
 def detection(draws, deltas=(0.01, 0.03, 0.1, 0.3, 1.0)):
-    """Share of gradients that pass per view: of a convolution before batch norm, and of a random 10
-    x 64 matrix."""
+    """Shares of gradients that pass: of a convolution before batch norm, of random matrices."""
     generator = torch.Generator().manual_seed(0)
     conv, norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
     pairs = {"before batch norm": [], "random 10 x 64": []}
@@ -181,23 +177,23 @@ def main(argv=None):
     run = harness.start(harness.parser(__doc__, seeds=3, data=False), argv)
     tiny = run.args.preset == "tiny"
     lemma_rows = lemmas(run.seeds, 100 if tiny else 2000)
-    plane_rows, plane_paths = plane((0.05,) if tiny else (0.05, 0.1), (0.9, 0.99) if tiny
-                                    else (0.9, 0.95, 0.99),
-                                    400 if tiny else 1000)
-    sphere_rows, sphere_paths = sphere((1e-4,) if tiny else (5e-5, 1e-4), (50,) if tiny
-                                       else (200, 1000))
+    if tiny:
+        plane_rows, plane_paths = plane((0.05,), (0.9, 0.99), steps=400)
+        sphere_rows, sphere_paths = sphere((1e-4,), lengths=(50,))
+    else:
+        plane_rows, plane_paths = plane((0.05, 0.1), (0.9, 0.95, 0.99), steps=1000)
+        sphere_rows, sphere_paths = sphere((5e-5, 1e-4), lengths=(200, 1000))
     test_rows = detection(200 if tiny else 5000)
 
     claims = [{"claim": f"lemma {row['lemma']}, momentum {row['momentum']}: largest relative error",
                "paper": 0.0, "this run": row["largest relative error"],
                "holds": row["largest relative error"] < 1e-12} for row in lemma_rows]
     if not tiny:
-        claims += [{"claim": f"norm growth per squared update, momentum {row['momentum']}",
-                    "paper": row["limit 1 + 2b/(1-b)"],
-                    "this run": row["growth of |w|^2 / lr^2 sum |p|^2"],
-                    "holds": 0.8 < row["growth of |w|^2 / lr^2 sum |p|^2"]
-                    / row["limit 1 + 2b/(1-b)"] < 1.001}
-                   for row in lemma_rows[1:]]
+        for row in lemma_rows[1:]:
+            growth, limit = row["growth of |w|^2 / lr^2 sum |p|^2"], row["limit 1 + 2b/(1-b)"]
+            claims.append({"claim": f"norm growth per squared update, momentum {row['momentum']}",
+                           "paper": limit, "this run": growth,
+                           "holds": 0.8 < growth / limit < 1.001})
     for row in plane_rows:
         where = f"plane, lr {row['lr']}, momentum {row['momentum']}"
         paper = {0.9: 2.93, 0.99: 27.87}.get(row["momentum"])
@@ -207,24 +203,21 @@ def main(argv=None):
         claims.append({"claim": f"{where}: steps of SGDP / of momentum", "paper": None,
                        "this run": row["SGDP: steps"] / row["momentum: steps"],
                        "holds": row["SGDP: steps"] < 0.5 * row["momentum: steps"]})
-    # of the longest run
-    last = {row["optimiser"]: row for row in sphere_rows if row["lr"] == 1e-4}
+    last = {row["optimiser"]: row for row in sphere_rows if row["lr"] == 1e-4}  # longest runs
     for name, paper in (("momentum", 3.1), ("SGDP", 1.1)):
         claims.append({"claim": f"sphere, lr 1e-4: radius of {name}", "paper": paper,
                        "this run": last[name]["radius"],
                        "holds": (last[name]["radius"] > 3) == (name == "momentum")})
+    surge = last["momentum, decay"]["largest radius"]
     claims.append({"claim": "sphere: decay's largest radius (the first surge is not stopped)",
-                   "paper": 2.5,
-                   "this run": last["momentum, decay"]["largest radius"],
-                   "holds": last["momentum, decay"]["largest radius"] > 2
-                   * last["SGDP"]["largest radius"]})
+                   "paper": 2.5, "this run": surge,
+                   "holds": surge > 2 * last["SGDP"]["largest radius"]})
+    ratio = last["SGDP"]["h"] / last["momentum"]["h"]
     claims.append({"claim": "sphere: h of SGDP / h of momentum", "paper": None,
-                   "this run": last["SGDP"]["h"] / last["momentum"]["h"],
-                   "holds": None if tiny else last["SGDP"]["h"] < 0.5 * last["momentum"]["h"]})
-    at = next(row for row in test_rows if row["delta"] == 0.1)
+                   "this run": ratio, "holds": None if tiny else ratio < 0.5})
+    share = next(row for row in test_rows if row["delta"] == 0.1)["before batch norm: channel"]
     claims.append({"claim": "weights before batch norm recognised", "paper": 1.0,
-                   "this run": at["before batch norm: channel"],
-                   "holds": at["before batch norm: channel"] == 1})
+                   "this run": share, "holds": share == 1})
     if run.figures is not None and run.is_main:
         draw(run.figures, plane_paths, sphere_paths)
     run.finish(rows=claims, tables={"lemmas": lemma_rows, "plane": plane_rows,

@@ -1,5 +1,4 @@
-"""Time, traffic and extra memory of one step on ResNet-50's parameters, beside torch's AdamW and
-SGD and the public packages.
+"""One step on ResNet-50's parameters beside torch and the public packages: time, traffic, memory.
 
     python benchmarks/speed_adamp.py --threads 1       # about a minute
     python benchmarks/speed_adamp.py                   # all threads
@@ -18,9 +17,10 @@ of their own, and "GB in operations" counts what all calls of a step read and wr
 or in the cache. (torch declares the gradient of its fused kernels as written; it counts twice.)
 Beyond AdamW's 7 streams AdamP reads w and g for <w, g>, w for |w| and a part of g to bound |g|;
 then per block it clears room for the update (1), lets the kernel fill it, multiplies it with w (2)
-and adds it (3): 6 streams that stay in the cache. Expected on one thread: AdamP 3 times fused AdamW
-and 3.5 times faster than the official package or more, whose time depends on where its temporaries
-come to lie; SGDP 3.5 to 4 times fused SGD and twice as fast as the official package.
+and adds it (3): 6 streams that stay in the cache (with nesterov it also steps and copies m once
+more). Expected on one thread: AdamP 3 times fused AdamW, with nesterov 4 times, and 3.5 times
+faster than the official package or more, whose time depends on where its temporaries come to lie;
+SGDP 3.5 to 4 times fused SGD and twice as fast as the official package.
 """
 
 import harness
@@ -93,8 +93,7 @@ def optimizers(family):
 
 
 def parameters(model, device):
-    """Copies of the model's parameters; every row of a gradient is orthogonal to its row of
-    weights."""
+    """Copies of the model's parameters; each row of a gradient is orthogonal to its weights."""
     generator = torch.Generator().manual_seed(0)
     copies = []
     for p in model.parameters():
