@@ -1485,10 +1485,11 @@ def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
                      slope by more than changepoint * (median increment of the 11 around); first of
                      a run of such i
     Pieces with fewer than 2 samples are dropped; the last piece is censored."""
+    mode = mode if mode is None else torch.as_tensor(mode, device=x.device)
     if t.dim() != 1 or x.dim() != 2 or not len(t) == len(x) == len(t if mode is None else mode):
         raise ValueError(f"t (T,), x (T, n) and mode (T,) must agree, got {tuple(t.shape)}, "
                          f"{tuple(x.shape)}, {None if mode is None else tuple(mode.shape)}")
-    if bool((t.diff() < 0).any()):
+    if not bool((t.diff() >= 0).all()):
         raise ValueError("t must not decrease")
     _check_positive(jump_threshold=jump_threshold, changepoint=changepoint)
     if mode is None and jump_threshold is None and changepoint is None:
@@ -1536,6 +1537,8 @@ def pack_pieces(pieces: Sequence[Piece], n_features_steps: int = 5) -> PaddedPie
     """Pad pieces to one batch; features: the first states of each in time order, 0 if too short."""
     if not pieces or max(len(p.t) for p in pieces) < 2:
         raise ValueError("pieces must hold at least one piece with 2 samples")
+    if len({p.x.shape[1:] for p in pieces}) > 1 or any(len(p.t) != len(p.x) for p in pieces):
+        raise ValueError("pieces must have t (L,) and x (L, n) of one n")
     _check_positive(n_features_steps=n_features_steps)
     pad = lambda sequences: nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     t, x = pad([p.t for p in pieces]), pad([p.x for p in pieces])
@@ -1553,7 +1556,7 @@ def sparsemax(z: Tensor, dim: int = -1) -> Tensor:
     z = z - z.detach().amax(-1, keepdim=True)
     ordered = z.sort(-1, descending=True).values
     total, k = ordered.cumsum(-1), torch.arange(1, z.shape[-1] + 1, device=z.device)
-    size = (1 + k * ordered > total).sum(-1, keepdim=True)              # of the support
+    size = (1 + k * ordered > total).sum(-1, keepdim=True).clamp(min=1)     # of the support
     return torch.relu(z - (total.gather(-1, size - 1) - 1) / size).movedim(-1, dim)
 
 
@@ -1752,6 +1755,7 @@ class NHA(nn.Module):
         n_points). The event module's context is the state at the start of the piece."""
         if self.event_module is None:
             raise ValueError("generate needs an event_module")
+        _check_problem("x0", x0, "rk4")
         _check_positive(t_end=t_end, n_points=n_points)
         m, n_in = len(self.decoder.bias), len(range(x0.shape[1])[self.decoder.inputs])
         solver = "exact" if self.decoder.hidden is None and n_in == 1 else "rk4"

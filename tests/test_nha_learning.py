@@ -217,6 +217,7 @@ def test_segmentation_without_labels_jitter_and_errors():
     assert torch.equal(torch.cat([p.t for p in moved]), t)
     lengths = [[len(p.t) for p in some] for some in (pieces, same, moved)]
     assert lengths[0] == lengths[1] != lengths[2]
+    assert len(nha.segment(t, x, mode=[0] * 150 + [1] * 151)) == 2
     short = [nha.Piece(t[:1], x[:1], 0, False)]
     refused([(ValueError, "mode, jump_threshold", lambda: nha.segment(t, x)),
              (ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
@@ -224,6 +225,9 @@ def test_segmentation_without_labels_jitter_and_errors():
              (ValueError, "changepoint", lambda: nha.segment(t, x, changepoint=-1.0)),
              (ValueError, "t must not", lambda: nha.segment(t.flip(0), x, changepoint=1.0)),
              (ValueError, "pieces", lambda: nha.pack_pieces([])),
+             (ValueError, "one n", lambda: nha.pack_pieces(pieces + [nha.Piece(t, x.expand(-1, 2), 0,
+                                                                               True)])),
+             (ValueError, "one n", lambda: nha.pack_pieces([nha.Piece(t, x[1:], 0, True)])),
              (ValueError, "pieces", lambda: nha.pack_pieces(short))])
 
 
@@ -281,6 +285,7 @@ def test_sparsemax_and_straight_through():
     logits = torch.tensor([[0.0, math.log(3.0)]]).expand(4000, 2)
     assert abs(float(nha.straight_through(logits, generator=gen())[:, 1].mean()) - 0.75) < 0.03
     refused([(ValueError, "sample", lambda: nha.straight_through(logits, sample=logits[:1]))])
+    assert nha.sparsemax(torch.tensor([[math.nan, 1.0]])).isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["ste", "softmax", "sparsemax", "gumbel"])
@@ -431,6 +436,7 @@ def test_generation_with_the_true_modules_matches_the_system():
         assert abs(float(share[0] - share[1])) < 0.05
     assert made.ys.isfinite().all() and (made.event_times.diff(dim=1).nan_to_num(1.0) > 0).all()
     refused([(ValueError, "t_end", lambda: model.generate(torch.zeros(1, 2), 0, 0.0)),
+             (ValueError, "x0", lambda: model.generate(torch.zeros(0, 2), 0, 1.0)),
              (ValueError, "event_module",
               lambda: new_model().generate(torch.zeros(1, 2), 0, 1.0))])
 
