@@ -218,15 +218,14 @@ def test_segmentation_without_labels_jitter_and_errors():
     lengths = [[len(p.t) for p in some] for some in (pieces, same, moved)]
     assert lengths[0] == lengths[1] != lengths[2]
     assert len(nha.segment(t, x, mode=[0] * 150 + [1] * 151)) == 2
-    short = [nha.Piece(t[:1], x[:1], 0, False)]
+    short, wide = [nha.Piece(t[:1], x[:1], 0, False)], [nha.Piece(t, x.expand(-1, 2), 0, True)]
     refused([(ValueError, "mode, jump_threshold", lambda: nha.segment(t, x)),
              (ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
              (ValueError, "jump_threshold", lambda: nha.segment(t, x, jump_threshold=0)),
              (ValueError, "changepoint", lambda: nha.segment(t, x, changepoint=-1.0)),
              (ValueError, "t must not", lambda: nha.segment(t.flip(0), x, changepoint=1.0)),
              (ValueError, "pieces", lambda: nha.pack_pieces([])),
-             (ValueError, "one n", lambda: nha.pack_pieces(pieces + [nha.Piece(t, x.expand(-1, 2), 0,
-                                                                               True)])),
+             (ValueError, "one n", lambda: nha.pack_pieces(pieces + wide)),
              (ValueError, "one n", lambda: nha.pack_pieces([nha.Piece(t, x[1:], 0, True)])),
              (ValueError, "pieces", lambda: nha.pack_pieces(short))])
 
