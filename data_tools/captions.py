@@ -443,8 +443,8 @@ def drop_words(words: Sequence[int], probability: float, generator: torch.Genera
     """The published caption drop: words become <unk> with probability p, then int(len * p) go."""
     draws = torch.rand(len(words), generator=generator)
     words = [word if draw > probability else UNKNOWN for word, draw in zip(words, draws.tolist())]
-    gone = torch.randperm(len(words), generator=generator)[:int(len(words) * probability)].tolist()
-    return [word for place, word in enumerate(words) if place not in set(gone)]
+    gone = torch.randperm(len(words), generator=generator)[:int(len(words) * probability)]
+    return np.delete(words, gone.numpy()).tolist()
 
 
 def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,

@@ -58,14 +58,20 @@ def _check_choice(accepted: Iterable[str], **argument: str) -> None:
 
 def _check_count(**arguments: int) -> None:
     for name, value in arguments.items():
-        if value != int(value) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _check_shape(*shape: int, **arrays: Tensor | None) -> None:
     for name, x in arrays.items():
         if x is None or tuple(x.shape) != shape:
             raise ValueError(f"{name} must be {shape}, got {None if x is None else (*x.shape,)}")
+
+
+def _check_binary(**arrays: Tensor) -> None:
+    for name, x in arrays.items():
+        if x.dtype != torch.bool and ((x != 0) & (x != 1)).any():
+            raise ValueError(f"{name} must be 0 or 1")
 
 
 def _check_items(ndim: int, **tensors: Tensor) -> None:
@@ -769,8 +775,7 @@ def _judged(sim, positives) -> tuple[Tensor, Tensor]:
     sim = _similarity(sim)
     positives = torch.as_tensor(positives, device=sim.device)
     _check_shape(*sim.shape, positives=positives)
-    if positives.dtype != torch.bool and ((positives != 0) & (positives != 1)).any():
-        raise ValueError("positives must be 0 or 1")
+    _check_binary(positives=positives)
     return sim, positives.bool()
 
 
@@ -935,8 +940,9 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
     annotated = np.ones(count, dtype=bool) if annotated is None else annotated
     keep, owner = _labels(sim, annotated=annotated, caption_image_index=caption_image_index)
     codes = torch.as_tensor(codes, device=sim.device).float()
-    if codes.ndim != 2 or len(codes) != count or ((codes != 0) & (codes != 1)).any():
-        raise ValueError(f"codes must be ({count}, K) of 0 or 1, got {(*codes.shape,)}")
+    if codes.ndim != 2 or len(codes) != count:
+        raise ValueError(f"codes must be ({count}, K), got {(*codes.shape,)}")
+    _check_binary(codes=codes, annotated=keep)
     if owner.is_floating_point() or owner.min() < 0 or owner.max() >= count:
         raise ValueError(f"caption_image_index must be integers in 0..{count - 1}")
     if not len(zetas) or any(zeta < 0 or zeta != int(zeta) for zeta in zetas):
