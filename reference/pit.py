@@ -155,8 +155,10 @@ class Transformer(nn.Module):
 
 def _checkpointed(block: Block, x: Tensor, queries: int | None = None) -> Tensor:
     """Runs the block again in the backward pass, with the same stochastic-depth masks."""
-    generator = block.drop_path1.generator      # torch replays only its default generator
-    before = None if generator is None else generator.get_state()
+    generator = block.drop_path1.generator
+    if generator is None:                       # torch replays its default generator by itself
+        return checkpoint(block, x, queries, use_reentrant=False)
+    before = generator.get_state()
 
     @contextmanager
     def replay():
@@ -168,8 +170,7 @@ def _checkpointed(block: Block, x: Tensor, queries: int | None = None) -> Tensor
             generator.set_state(now)
 
     return checkpoint(block, x, queries, use_reentrant=False,
-                      context_fn=lambda: (nullcontext(),
-                                          nullcontext() if generator is None else replay()))
+                      context_fn=lambda: (nullcontext(), replay()))
 
 
 # What PiT and ViT share: class tokens in, logits out; replacing heads; loading checkpoints
@@ -320,11 +321,11 @@ class PoolingTransformer(_Classifier):
             conv=nn.Conv2d(in_chans, widths[0], patch_size, stride)))
         self.pos_drop = nn.Dropout(drop_rate)
         step = drop_path_rate / max(sum(depth) - (drop_path_rule == "timm"), 1)
-        first = [sum(depth[:s]) for s in range(len(depth))]
+        i = itertools.count()                                   # blocks, through all the stages
         self.transformers = nn.ModuleList(
-            Transformer(Block(width, n, mlp_ratio, drop_rate, attn_drop_rate, step * i, attention)
-                        for i in range(start, start + blocks))
-            for width, n, start, blocks in zip(widths, heads, first, depth))
+            Transformer(Block(width, n, mlp_ratio, drop_rate, attn_drop_rate, step * next(i),
+                              attention) for _ in range(blocks))
+            for width, n, blocks in zip(widths, heads, depth))
         self.pools = nn.ModuleList(HeadPooling(width, following, pool)
                                    for width, following in itertools.pairwise(widths))
         self.norm = nn.LayerNorm(widths[-1], eps=1e-6)
@@ -537,12 +538,12 @@ def load_pit_checkpoint(path: str) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a torch.save file of tensors alone") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict")
-    return convert_timm_state_dict(_unwrap(content))
+    return convert_timm_state_dict(_unwrap(content, path))
 
 
-def _unwrap(sd: dict) -> dict:
+def _unwrap(sd: dict, source: str = "the checkpoint") -> dict:
+    if not isinstance(sd, dict):
+        raise ValueError(f"{source} holds a {type(sd).__name__}, expected a state_dict")
     for wrapper in ("model", "state_dict", "model_ema"):
         if isinstance(sd.get(wrapper), dict):
             sd = sd[wrapper]
@@ -841,6 +842,7 @@ class Mixup:
             return x, target
         cutmix = switch < self.switch_prob
         alpha = self.cutmix_alpha if cutmix else self.mixup_alpha
+        # numpy's, as torch's Beta takes no generator
         lam = float(np.random.default_rng(int(seed * 2**24)).beta(alpha, alpha))
         if cutmix:
             x, lam = cutmix_batch(x, lam, generator=self.generator)
@@ -1054,8 +1056,10 @@ def occlude_center(x: Tensor, size: int = 112) -> Tensor:
 
 def fgsm(model: nn.Module, x: Tensor, labels: Tensor, eps: float,
          mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
-    """The fast gradient sign attack (arXiv:1412.6572) on images in [0, 1]:
-    clip(x + eps * sign(d CE(model((x - mean) / std), labels) / dx), 0, 1), in eval mode."""
+    """The fast gradient sign attack (arXiv:1412.6572) on images `x` in [0, 1], in eval mode.
+
+    clip(x + eps * sign(d CE(model((x - mean) / std), labels) / dx), 0, 1)
+    """
     _check_float(x=x)
     _check_range(0, math.inf, eps=eps)
     with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
@@ -1117,7 +1121,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _check_sizes(**sizes: int | Sequence[int]) -> None:
     for name, size in sizes.items():
-        if min([size] if isinstance(size, int) else size) < 1:
+        if np.min(size) < 1:
             raise ValueError(f"{name} must be positive, got {size}")
 
 
@@ -1145,7 +1149,7 @@ def _check_option(name: str, value: str, accepted: Sequence[str]) -> None:
 
 
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = (size, size) if np.ndim(size) == 0 else tuple(size)
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"{name} must be a positive int or (H, W), got {size}")
     return pair

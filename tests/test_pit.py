@@ -599,6 +599,12 @@ def test_bad_images(model, x, error, message):
         model(x)
 
 
+def test_numpy_integers_are_sizes():
+    model = small(image_size=np.int64(32), depth=np.array([1, 2, 1]))
+    model.set_image_size(np.int64(40))
+    assert model.image_size == (40, 40)
+
+
 def test_image_smaller_than_a_patch():
     with pytest.raises(ValueError, match="smaller than a patch"):
         small(dynamic_image_size=True)(torch.rand(1, 3, 32, 5))
@@ -608,7 +614,8 @@ def test_image_smaller_than_a_patch():
     (lambda: pit.DropPath(1.0), "drop_prob"),
     (lambda: pit.interaction_distance(torch.rand(1, 2, 9, 9), grid=3), "3x3"),
     (lambda: small().reset_classifier(-2), "num_classes.*-2"),
-    (lambda: small().set_image_size(4), "smaller than a patch")])
+    (lambda: small().set_image_size(4), "smaller than a patch"),
+    (lambda: small().load_state_dict([]), "checkpoint holds a list")])
 def test_other_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
