@@ -232,8 +232,10 @@ def fit(run: harness.Run, config: dict, name: str, seed: int) -> dict:
     if drop_path is None:
         drop_path = 0.1 if args.recipe in ("deit", "distill") else 0.0
     model = build(config, name, num_classes, seed, drop_path)
-    run.log(f"{key}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{pit.count_macs(model)['total'] / 1e6:,.2f} MMACs, {len(loader)} steps per epoch")
+    parameters = sum(p.numel() for p in model.parameters())
+    macs = pit.count_macs(model)["total"]
+    run.log(f"{key}: {parameters:,} parameters, {macs / 1e6:,.2f} MMACs, "
+            f"{len(loader)} steps per epoch")
     generator = torch.Generator(run.device).manual_seed(1000 * seed + run.rank)
     steps = pit.train(
         run.wrap(model), loader, epochs=config["epochs"], lr=config["lr"],
@@ -245,8 +247,7 @@ def fit(run: harness.Run, config: dict, name: str, seed: int) -> dict:
     last = run.drive(key, steps, total=config["epochs"] * len(loader))
     row = measure(run, model, val, config["size"], args.eps)
     row.update(model=name, seed=seed, classes=num_classes, train_loss=last.get("loss", math.nan),
-               macs=pit.count_macs(model)["total"],
-               parameters=sum(p.numel() for p in model.parameters()))
+               macs=macs, parameters=parameters)
     run.save(key, {"model": model.state_dict()})
     run.log(f"{key}: top-1 {row['top1']:.2f} % of {row['count']:.0f} images")
     return run.record(key, row)
