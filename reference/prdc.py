@@ -21,17 +21,19 @@ Precision and recall have no such value.
     metric = PRDC(nearest_k=5)                                          # or batch by batch
     metric.update(features, real=True); metric.update(features, real=False); metric.compute()
 
-Every decision "distance < radius" is that of float64 differences, while nearly all the work is a
-float32 matrix product. With centred points, d^2 = |x|^2 + |y|^2 - 2 x.y. Rounding with unit
-u = 2^-24 changes a dot product of D terms by at most D u |x| |y| in any order of summation, and the
-inputs, norms and sums by a few u more; with 2 |x| |y| <= |x|^2 + |y|^2 the computed value is within
+Every decision "distance < radius" is that of float64 differences, summed in one fixed order, while
+nearly all the work is a float32 matrix product. With centred points, d^2 = |x|^2 + |y|^2 - 2 x.y.
+With unit u = 2^-24 a dot product of D terms is wrong by at most 1.01 D u |x| |y| in any order of
+summation; rounding the points, the norms and the two sums adds less than 16 u (|x|^2 + |y|^2), and
+the float64 norms and differences err by 3 D 2^-53 of it. As 2 |x| |y| <= |x|^2 + |y|^2, the
+computed value is within
 
     e = c u (|x|^2 + |y|^2),     c = 1.01 (D + 16) + 3 D 2^-29,      of the float64 value.
 
-So a pair whose computed d^2 is further than e from the squared radius is decided; the rest (at
-D = 2048 a few in ten thousand) are computed again from the differences in float64. Radii are found
-the same way: all pairs that can be the k-th neighbour by these bounds are kept, and the k-th
-smallest of their exact distances is the radius. Blocks bound the memory and counts are integers:
+A pair whose computed d^2 is further than e from the squared radius is decided; the rest (at D =
+2048 a few in ten thousand) are computed again from the differences. Radii are found the same way:
+all pairs that can be the k-th neighbour by these bounds are kept, and the k-th smallest of their
+exact distances is the radius. Blocks bound the memory and counts are integers:
 results depend neither on the block size nor on the order of rows nor on the number of processes.
 The code follows the text: points, bounds (`_Screen`), pass 1 radii, pass 2 counts.
 
@@ -48,7 +50,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -186,24 +187,17 @@ class _Screen:
         out = self.buffer[:len(left) * len(right)].view(len(left), len(right))
         rows, columns = (((1 - self.relative) * p.norms[s] - self.absolute).to(self.dtype)
                          for p, s in ((a, part_a), (b, part_b)))
-        torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)        # the norms: last, once
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")         # no TF32, no bfloat16
+        try:                                                  # the norms come last, each added once
+            torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)
+        finally:
+            torch.set_float32_matmul_precision(before)
         return out.add_(columns).add_(rows.unsqueeze(1))
 
     def gap(self, a: _Points, i: Tensor, b: _Points, j: Tensor) -> Tensor:
         """Upper minus lower bound of the pairs (i, j)."""
         return 2 * self.relative * (a.norms[i] + b.norms[j]) + 4 * self.absolute
-
-
-@contextmanager
-def _true_float32(device: torch.device):
-    """Matrix products as exact as their type: no TF32, no bfloat16, no autocast."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------- pass 1: radii
@@ -312,11 +306,9 @@ def _rank_in_groups(group: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """An order that sorts by group, then value, and each sorted entry's rank in its group."""
     order = value.argsort()
     order = order[group[order].argsort(stable=True)]
-    place = torch.arange(len(order), device=group.device)
-    sorted_group = group[order]
-    starts = torch.ones_like(sorted_group, dtype=torch.bool)
-    starts[1:] = sorted_group[1:] != sorted_group[:-1]
-    return order, place - torch.where(starts, place, 0).cummax(0).values
+    sizes = group.bincount()
+    starts = sizes.cumsum(0) - sizes
+    return order, torch.arange(len(order), device=group.device) - starts[group[order]]
 
 
 def _kth(group: Tensor, value: Tensor, ks: list[int], count: int) -> Tensor:
@@ -348,14 +340,15 @@ def _counts(real: _Points, fake: _Points, real_r2: Tensor, fake_r2: Tensor | Non
     middle = real_r2.sqrt().sort(1).values[:, [(len(real) - 1) // 2, len(real) // 2]].mean(1)
     kept = (real_r2.sqrt() <= middle.unsqueeze(1)) & (real_r2 > 0) & with_realism
 
-    def reach(r2: Tensor) -> Tensor:
-        """Lower bounds up to this may be inside the largest ball of each point."""
-        return torch.where(r2 > 0, r2 * (1 + slack), -math.inf if strict else 0.0).amax(0)
-
-    def inside(lower: Tensor, mask: Tensor, a: slice, b: slice, r2: Tensor,
+    def inside(lower: Tensor, a: slice, b: slice, r2: Tensor,
                by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs of `mask`, numbered within the block, and (K, pairs): is it inside the ball?"""
-        i, j = mask.nonzero(as_tuple=True)
+        """Pairs (i, j) numbered within the block, and (K, pairs): is the pair inside the ball?
+
+        All pairs that may be inside the largest ball of their row (or column).
+        """
+        reach = r2[:, a if by_row else b]
+        reach = torch.where(reach > 0, reach * (1 + slack), -math.inf if strict else 0.0).amax(0)
+        i, j = (lower <= reach.to(lower.dtype).unsqueeze(1 if by_row else 0)).nonzero(as_tuple=True)
         low = lower[i, j].to(torch.float64)
         high = low + screen.gap(real, i + a.start, fake, j + b.start)
         radius = r2[:, i + a.start] if by_row else r2[:, j + b.start]
@@ -384,14 +377,12 @@ def _counts(real: _Points, fake: _Points, real_r2: Tensor, fake_r2: Tensor | Non
             d2 = _exact_distances(real, i, fake, j, screen.pairs)
         best.scatter_reduce_(0, j, d2 / r2[i], "amin")
 
-    real_reach, fake_reach = reach(real_r2), None if fake_r2 is None else reach(fake_r2)
     parts, columns = screen.parts(rows.stop, rows.start), screen.parts(len(fake))
     for number, (a, b) in enumerate(((a, b) for a in parts for b in columns), 1):
         if b is columns[0]:
             left = real.block(a, screen.dtype)
         lower = screen.lower(real, a, left, fake, b)
-        mask = lower <= real_reach[a].to(screen.dtype).unsqueeze(1)
-        i, j, hit = inside(lower, mask, a, b, real_r2, by_row=True)
+        i, j, hit = inside(lower, a, b, real_r2, by_row=True)
         for kind in range(kinds):
             per_fake[kind] += torch.bincount(j[hit[kind]] + b.start, minlength=len(fake))
             per_real[kind] += torch.bincount(i[hit[kind]] + a.start - rows.start,
@@ -399,8 +390,7 @@ def _counts(real: _Points, fake: _Points, real_r2: Tensor, fake_r2: Tensor | Non
             if len(row := kept[kind, a].nonzero().squeeze(1)):
                 approach(lower, a, b, row, real_r2[kind], nearest[kind])
         if fake_r2 is not None:
-            mask = lower <= fake_reach[b].to(screen.dtype)
-            i, j, hit = inside(lower, mask, a, b, fake_r2, by_row=False)
+            i, j, hit = inside(lower, a, b, fake_r2, by_row=False)
             for kind in range(kinds):
                 recalled[kind, i[hit[kind]] + a.start - rows.start] = True
         yield {"stage": "counting", "done": number, "total": len(parts) * len(columns)}
@@ -503,55 +493,63 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
         flag = torch.tensor(int(reuse), device=real.device)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
         reuse = bool(flag)
-    with _true_float32(real.device):
-        if reuse:
-            real_r2 = real_radii[0].to(real.device) * (scale / real_radii[1]) ** 2
-        else:
-            real_r2 = yield from radii(x, "real radii")
-        fake_r2 = (yield from radii(y, "fake radii")) if with_recall else None
-        counts = yield from _counts(x, y, real_r2, fake_r2, screen, share(len(x)),
-                                    options["ties"] == "strict", options["rounding"] == "float32",
-                                    options["realism"])
+    if reuse:
+        real_r2 = real_radii[0].to(real.device) * (scale / real_radii[1]) ** 2
+    else:
+        real_r2 = yield from radii(x, "real radii")
+    fake_r2 = (yield from radii(y, "fake radii")) if with_recall else None
+    counts = yield from _counts(x, y, real_r2, fake_r2, screen, share(len(x)),
+                                options["ties"] == "strict", options["rounding"] == "float32",
+                                options["realism"])
     if group is not None:
         dist.all_reduce(counts["per_fake"], group=group)
         for name in ("per_real", "recalled"):
-            counts[name] = _gather(counts[name].T.to(torch.int64).contiguous(), group).T.long()
+            own = counts[name]
+            counts[name] = _gather(own.T.to(torch.int64).contiguous(), group).T.to(own.dtype)
         dist.all_reduce(counts["realism"], dist.ReduceOp.MAX, group=group)
     if options["ties"] == "strict" and not real_r2.any():
         warnings.warn("every real ball has radius 0 (constant or heavily duplicated features): no "
                       'point is inside an open ball; ties="inclusive" counts equal points',
                       stacklevel=2)
 
-    per_fake, per_real = counts["per_fake"].cpu(), counts["per_real"].cpu()
-    recalled = counts["recalled"].cpu().bool()
-    every = {"precision": [(c > 0).sum().item() / m for c in per_fake],
-             "recall": [c.sum().item() / n for c in recalled],
-             "density": [c.sum().item() / (k * m) for k, c in zip(ks, per_fake)],
-             "coverage": [(c > 0).sum().item() / n for c in per_real]}
-    every["f_score"] = [2 * p * r / (p + r) if p + r else 0.0
-                        for p, r in zip(every["precision"], every["recall"])]
-    result: dict[str, Any] = {name: value for name, value in every.items() if name in metrics}
-    if options["details"]:
-        def roots(r2: Tensor) -> Tensor:
-            r = _float32_root(r2) if options["rounding"] == "float32" else r2.sqrt()
-            return r.cpu() / scale
-        clipped = [c.clamp(max=k).sum().item() / (k * m) for k, c in zip(ks, per_fake)]
-        result |= {"real_radii": roots(real_r2), "count_per_fake": per_fake,
-                   "count_per_real": per_real, "density_clipped": clipped}
-        if with_recall:
-            result |= {"fake_radii": roots(fake_r2), "real_in_fake_manifold": recalled}
-    if options["realism"]:
-        result["realism"] = counts["realism"].cpu()
+    result = _result(counts, real_r2, fake_r2, scale, ks, options)
     if not _is_several(nearest_k):
         result = {name: value[0] for name, value in result.items()}
     yield {"stage": "done", "done": 1, "total": 1, "result": result,
            "real_radii": (real_r2.cpu(), scale)}
 
 
+def _result(counts: dict[str, Tensor], real_r2: Tensor, fake_r2: Tensor | None, scale: float,
+            ks: list[int], options: dict) -> dict[str, Any]:
+    """The metrics and details asked for, each with a leading axis of the several k."""
+    per_fake, per_real, recalled = (counts[name].cpu()
+                                    for name in ("per_fake", "per_real", "recalled"))
+    n, m = per_real.shape[1], per_fake.shape[1]
+    every = {"precision": [(c > 0).sum().item() / m for c in per_fake],
+             "recall": [c.sum().item() / n for c in recalled],
+             "density": [c.sum().item() / (k * m) for k, c in zip(ks, per_fake)],
+             "coverage": [(c > 0).sum().item() / n for c in per_real]}
+    every["f_score"] = [2 * p * r / (p + r) if p + r else 0.0
+                        for p, r in zip(every["precision"], every["recall"])]
+    result: dict[str, Any] = {name: value for name, value in every.items()
+                              if name in options["metrics"]}
+    if options["details"]:
+        root = _float32_root if options["rounding"] == "float32" else torch.sqrt
+        result |= {"real_radii": root(real_r2).cpu() / scale,
+                   "count_per_fake": per_fake, "count_per_real": per_real,
+                   "density_clipped": [c.clamp(max=k).sum().item() / (k * m)
+                                       for k, c in zip(ks, per_fake)]}
+        if fake_r2 is not None:
+            result |= {"fake_radii": root(fake_r2).cpu() / scale,
+                       "real_in_fake_manifold": recalled}
+    if options["realism"]:
+        result["realism"] = counts["realism"].cpu()
+    return result
+
+
 def compute_nearest_neighbour_distances(input_features: Any, nearest_k: int) -> Any:
     """Distance (N,) float64 to the k-th nearest other row (official name). numpy in, numpy out."""
-    if _is_several(nearest_k):
-        raise ValueError(f"nearest_k must be one positive integer here, not {nearest_k!r}")
+    _check_k(nearest_k, one=True)
     z = _features(input_features, "input_features", None)
     squared, scale = _radii_alone(z, nearest_k)
     radii = squared[0].sqrt().to(z.device) / scale
@@ -731,8 +729,7 @@ def bootstrap_prdc(real_features: Any, fake_features: Any, nearest_k: int = 5, *
     Subsets are drawn without replacement (with it, duplicates would make radii of 0), by default of
     half the smaller set: an error bar for that size, which is larger than that of the whole.
     """
-    if _is_several(nearest_k):
-        raise ValueError(f"nearest_k must be one positive integer here, not {nearest_k!r}")
+    _check_k(nearest_k, one=True)
     if num_subsets < 2:
         raise ValueError(f"num_subsets must be at least 2, not {num_subsets}")
     real = _features(real_features, "real_features", None)
@@ -757,20 +754,21 @@ def bootstrap_prdc(real_features: Any, fake_features: Any, nearest_k: int = 5, *
 # ---------------------------------------------------------------- arguments
 
 def _is_several(nearest_k: Any) -> bool:
-    array = isinstance(nearest_k, (np.ndarray, Tensor))
-    return nearest_k.ndim > 0 if array else (isinstance(nearest_k, Sequence)
-                                             and not isinstance(nearest_k, str))
+    if isinstance(nearest_k, (np.ndarray, Tensor)):
+        return nearest_k.ndim > 0
+    return isinstance(nearest_k, Sequence) and not isinstance(nearest_k, str)
 
 
-def _check_k(nearest_k: Any) -> list[int]:
+def _check_k(nearest_k: Any, one: bool = False) -> list[int]:
+    several = _is_several(nearest_k)
     values = nearest_k.tolist() if hasattr(nearest_k, "tolist") else nearest_k
-    ks = list(values) if _is_several(nearest_k) else [values]
+    ks = list(values) if several else [values]
     if not ks:
         raise ValueError("nearest_k must not be empty")
-    for k in ks:
-        if isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise ValueError("nearest_k must be a positive integer or a sequence of them, not "
-                             f"{nearest_k!r}")
+    if one and several or not all(isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+                                  and k > 0 for k in ks):
+        wanted = "one positive integer here" if one else "a positive integer or a sequence of them"
+        raise ValueError(f"nearest_k must be {wanted}, not {nearest_k!r}")
     return [int(k) for k in ks]
 
 
@@ -838,10 +836,10 @@ def _gather(rows: Tensor, group: Any) -> Tensor:
 
     A process without rows may have any width and type.
     """
-    own = [*rows.shape, rows.dtype not in NARROW and len(rows) > 0]
-    shapes = [torch.zeros(3, dtype=torch.int64, device=rows.device)
-              for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shapes, torch.tensor(own, dtype=torch.int64, device=rows.device), group=group)
+    own = torch.tensor([*rows.shape, rows.dtype not in NARROW and len(rows) > 0],
+                       device=rows.device)
+    shapes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shapes, own, group=group)
     counts, widths, wide = zip(*(shape.tolist() for shape in shapes))
     filled = {width for width, count in zip(widths, counts) if count} or set(widths)
     if len(filled) > 1:

@@ -431,7 +431,12 @@ def test_subsets_and_progress():
     assert again == (mean, std) != other
     whole = prdc.bootstrap_prdc(real[:200], fake, 3, num_subsets=2, subset_size=200)[1]
     assert all(value == pytest.approx(0, abs=1e-15) for value in whole.values())
-    steps = list(prdc.iter_prdc(real, fake, 3, memory_budget=1))
+    torch.set_float32_matmul_precision("high")                # the caller's between two steps
+    steps = []
+    for step in prdc.iter_prdc(real, fake, 3, memory_budget=1):
+        steps.append(step)
+        assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
     assert {s["stage"] for s in steps} == {"real radii", "fake radii", "counting", "done"}
     assert all(1 <= s["done"] <= s["total"]
                for s in steps) and steps[-1]["result"] == compute_prdc(real, fake, 3)
