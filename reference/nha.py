@@ -383,14 +383,15 @@ class _Unroll(torch.autograd.Function):
         gy = g @ jacobian.view(m, s * n, n)
         gy[:, 0] += grad_y[kept - begin]
         gy[:, 1 : 1 + n] += unit
-        carried, later = k.new_zeros(len(steps.row), 1, 2 * n), []
+        # Backwards through the steps: each receives the cotangents of its end state and the slope.
+        carried, received = k.new_zeros(len(steps.row), 1, 2 * n), []
         cuts = torch.searchsorted(kept, kept.new_tensor(steps.starts[1:])).tolist()
         both = torch.cat([gy, g[..., :n] * h], -1).tensor_split(cuts)
         for sample, step in reversed(list(zip(steps.sample[kept].tensor_split(cuts), both))):
-            later.append(carried[sample])
-            carried[sample] = torch.baddbmm(step[:, :1], later[-1], step[:, 1:])
+            received.append(carried[sample])
+            carried[sample] = torch.baddbmm(step[:, :1], received[-1], step[:, 1:])
         end, slope = carried[samples].split(n, -1)
-        grad_k = torch.baddbmm(g[:, :1], torch.cat(later[::-1]), g[:, 1:]) * h
+        grad_k = torch.baddbmm(g[:, :1], torch.cat(received[::-1]), g[:, 1:]) * h
         grad_k = grad_k.view(m, s, n)[:, 1:].transpose(0, 1).reshape(-1, n)
         grad_y0 = (end + slope @ first)[:, 0]
         return torch.cat([slope[:, 0], grad_k]), grad_y0, *(None,) * 6
