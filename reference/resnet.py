@@ -122,6 +122,7 @@ class ResNet(nn.Module):
         for name, value in (("layer3_stride", layer3_stride), ("layer4_stride", layer4_stride)):
             if value not in (1, 2):
                 raise ValueError(f"{name} must be 1 or 2, got {value}")
+        before = torch.get_rng_state()         # torch's layers draw weights when they are made
         if small_stem:
             self.conv1 = conv3x3(in_chans, width)
             self.maxpool = nn.Identity()
@@ -138,6 +139,8 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.reset_parameters(zero_init_residual, generator)
+        if generator is not None:
+            torch.set_rng_state(before)
 
     def _stage(self, block, channels: int, count: int, stride: int) -> nn.Sequential:
         in_channels, out_channels = self.num_features, channels * block.expansion

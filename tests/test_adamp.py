@@ -1,5 +1,4 @@
-"""AdamP and SGDP: recorded trajectories, agreement of the paths, identities, arguments, state,
-scripts."""
+"""AdamP and SGDP: recorded trajectories, paths, identities, arguments, state, scripts."""
 
 import copy
 import doctest
@@ -22,8 +21,7 @@ from reference.adamp import SGDP, AdamP
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "adamp"
 ADAMP_PATHS = {"readable": {"foreach": False, "fused": False}, "foreach": {"foreach": True},
-               "fused": {"fused": True},
-               "capturable": {"capturable": True}, "default": {}}
+               "fused": {"fused": True}, "capturable": {"capturable": True}, "default": {}}
 SGDP_PATHS = {"readable": {"foreach": False}, "foreach": {"foreach": True}, "default": {}}
 SHAPES = [(6, 3, 3, 3), (7, 12), (1, 10), (5, 1, 1, 1), (4, 3, 5), (6,), ()]
 
@@ -39,8 +37,7 @@ def orthogonal(w, g):
 
 
 def replay(make, steps=10, dtype=torch.float64, shapes=SHAPES, seed=0, layout=None, **options):
-    """Weights after `steps` gradients, half of the matrices' orthogonal to a common trajectory of
-    weights."""
+    """Weights after `steps` gradients, every second one of a matrix orthogonal to its weight."""
     generator = rng(seed)
     params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype))
               for s in shapes]
@@ -245,8 +242,7 @@ def test_norm_after_projected_steps_grows_by_pythagoras():
         torch.testing.assert_close((w.detach() ** 2).sum(1),
                                    (before ** 2).sum(1) + (move ** 2).sum(1), rtol=1e-12, atol=0)
         plane = torch.stack([before[0], optimizer.state[w]["momentum"][0], w.detach()[0]])
-        # Proposition 3.1: the same great circle
-        assert torch.linalg.svdvals(plane)[-1] < 1e-12
+        assert torch.linalg.svdvals(plane)[-1] < 1e-12        # Proposition 3.1: one great circle
 
 
 def test_gradient_of_a_scale_invariant_function_passes_the_test():
@@ -625,8 +621,9 @@ def test_the_language_model_learns_and_is_projected(tmp_path):
 
 def test_speed_script(tmp_path):
     results = script("speed_adamp", tmp_path)
-    assert {row["optimiser"] for row in results["tables"]["AdamP"]} >= {"AdamW fused", "AdamP",
-                                                                        "AdamP foreach"}
+    names = {row["optimiser"] for row in results["tables"]["AdamP"]}
+    assert names >= {"AdamW fused", "AdamP", "AdamP foreach"}
+
 
 # ---------------------------------------------------------------- GPU
 

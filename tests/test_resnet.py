@@ -114,7 +114,9 @@ def test_residual_block_against_the_definition():
 
 
 def test_initial_weights_follow_the_rule_and_the_generator():
+    before = torch.get_rng_state()
     one, two = (small(width=64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
     for a, b in zip(one.parameters(), two.parameters()):
         assert torch.equal(a, b)
     assert not torch.equal(one.conv1.weight, small(width=64).conv1.weight)
