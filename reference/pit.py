@@ -242,7 +242,7 @@ class _Classifier(nn.Module):
         return grids
 
     def _check_images(self, x: Tensor) -> None:
-        _check_float(images=x)
+        _check_float("images", x)
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
         if x.shape[-2:] != self.image_size and not self.dynamic_image_size:
@@ -725,7 +725,7 @@ class RandomErasing:
         self.min_aspect, self.count, self.generator = min_aspect, count, generator
 
     def __call__(self, x: Tensor) -> Tensor:
-        _check_float(x=x)
+        _check_float("x", x)
         if x.ndim not in (3, 4):
             raise ValueError(f"x must be (C, H, W) or (B, C, H, W), got {tuple(x.shape)}")
         out = x.clone() if x.ndim == 4 else x[None].clone()
@@ -984,7 +984,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
             batches = enumerate(loader, skip)
         else:
             batches = itertools.islice(enumerate(loader), skip, None)
-        batch, skip, began = skip - 1, 0, time.perf_counter()
+        batch, skip, began = skip - 1, 0, time.perf_counter()   # batch: the last one done
         for batch, (images, labels) in batches:
             lr = 5e-4 * len(images) * world / 512 if lr is None else lr
             now = cosine_lr(epoch, lr, epochs, warmup_epochs, min_lr, warmup_lr, lag=lag)
@@ -1060,7 +1060,7 @@ def fgsm(model: nn.Module, x: Tensor, labels: Tensor, eps: float,
 
     clip(x + eps * sign(d CE(model((x - mean) / std), labels) / dx), 0, 1)
     """
-    _check_float(x=x)
+    _check_float("x", x)
     _check_range(0, math.inf, eps=eps)
     with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         x, labels = x.detach().clone().requires_grad_(True), labels.clone()
@@ -1137,10 +1137,9 @@ def _check_range(low: float, high: float, **values: float) -> None:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
-def _check_float(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} must be a float tensor, got {getattr(x, 'dtype', type(x))}")
+def _check_float(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor, got {getattr(x, 'dtype', type(x))}")
 
 
 def _check_option(name: str, value: str, accepted: Sequence[str]) -> None:
