@@ -62,21 +62,22 @@ class VGG(nn.Module):
                                    ("width", width, 1), ("hidden", hidden, 1), ("side", side, 32)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        layers, channels = [], 3
-        for entry in STACKS[depth]:
-            if entry == "M":
-                layers.append(nn.MaxPool2d(2, 2))
-                continue
-            layers.append(nn.Conv2d(channels, entry * width, 3, padding=1))
-            channels = entry * width
-            layers += [nn.BatchNorm2d(channels)] if batch_norm else []
-            layers.append(nn.ReLU(inplace=True))
-        self.features = nn.Sequential(*layers)
-        self.avgpool = nn.AdaptiveAvgPool2d(side // 32)
-        self.classifier = nn.Sequential(
-            nn.Linear(channels * (side // 32) ** 2, hidden), nn.ReLU(inplace=True),
-            nn.Dropout(dropout), nn.Linear(hidden, fc2), nn.ReLU(inplace=True),
-            nn.Dropout(dropout), nn.Linear(fc2, num_classes))
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):   # torch draws weights too
+            layers, channels = [], 3
+            for entry in STACKS[depth]:
+                if entry == "M":
+                    layers.append(nn.MaxPool2d(2, 2))
+                    continue
+                layers.append(nn.Conv2d(channels, entry * width, 3, padding=1))
+                channels = entry * width
+                layers += [nn.BatchNorm2d(channels)] if batch_norm else []
+                layers.append(nn.ReLU(inplace=True))
+            self.features = nn.Sequential(*layers)
+            self.avgpool = nn.AdaptiveAvgPool2d(side // 32)
+            self.classifier = nn.Sequential(
+                nn.Linear(channels * (side // 32) ** 2, hidden), nn.ReLU(inplace=True),
+                nn.Dropout(dropout), nn.Linear(hidden, fc2), nn.ReLU(inplace=True),
+                nn.Dropout(dropout), nn.Linear(fc2, num_classes))
         self.reset_parameters(None if seed is None else torch.Generator().manual_seed(seed))
 
     @torch.no_grad()

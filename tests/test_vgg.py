@@ -61,6 +61,9 @@ def test_initial_weights_follow_the_rule_and_the_seed():
     assert one.features[28].weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert one.classifier[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not one.classifier[3].bias.any()
+    before = torch.get_rng_state()
+    small(seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_random_embedding_is_reproducible_and_resizes():
