@@ -96,8 +96,7 @@ def train(model: Pilot, settings: dict, generator: torch.Generator, resume: dict
         if (yield {"step": step, "control mse": error.item(),
                    "reward": reward.mean().item()}) == "state":
             yield {"model": model.state_dict(), "generator": generator.get_state(),
-                   "control": control.state_dict(),
-                   "plan": plan.state_dict(), "step": step + 1}
+                   "control": control.state_dict(), "plan": plan.state_dict(), "step": step + 1}
 
 
 @torch.no_grad()
@@ -106,12 +105,12 @@ def evaluate(model: Pilot, n: int) -> dict:
     x, targets, nearest = scene(n, torch.Generator().manual_seed(999), device)
     choice = model.plan(x, targets).argmax(-1)
     target = targets[torch.arange(n), choice]
-    off = model.drive(x, target)[-1, :, :2] - target
-    best = targets[torch.arange(n), nearest]
+    end, best = model.drive(x, target)[-1, :, :2], targets[torch.arange(n), nearest]
+    mse = (end - target).square().mean()
     return {"target accuracy": float((choice == nearest).float().mean()),
-            "control mse": float(off.square().mean()),
-            "control rmse": float(off.square().mean().sqrt()), "within 0.2 of the nearest target":
-            float(((off + target - best).norm(dim=-1) < 0.2).float().mean())}
+            "control mse": float(mse), "control rmse": float(mse.sqrt()),
+            "within 0.2 of the nearest target":
+                float(((end - best).norm(dim=-1) < 0.2).float().mean())}
 
 
 @torch.no_grad()

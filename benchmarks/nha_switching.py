@@ -84,8 +84,7 @@ def arc_loss(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def train(model: GatedFields, pool: torch.Tensor, steps: int, decay: int,
           resume: dict | None = None):
-    optimizer, g = torch.optim.AdamW(model.parameters(), lr=3e-3), model.generator
-    first = 0
+    optimizer, g, first = torch.optim.AdamW(model.parameters(), lr=3e-3), model.generator, 0
     if resume:
         model.load_state_dict(resume["model"]), optimizer.load_state_dict(resume["optimizer"])
         g.set_state(resume["generator"])
@@ -106,13 +105,12 @@ def train(model: GatedFields, pool: torch.Tensor, steps: int, decay: int,
 def evaluate(model: GatedFields, test: torch.Tensor) -> dict:
     """Losses, how mixed the gate is on the arcs, and how well its argmax tells the regions
     apart."""
-    ways = {"loss": True, "loss, argmax gate": False} if model.kind == "categorical" else {
-        "loss": False}
-    solve = lambda: nha.odeint(model, test[0], TIMES, method="midpoint").ys
-    row = {}
-    for name, draw in ways.items():
-        model.train(draw)
-        row[name] = float(arc_loss(solve(), test))
+    drawn, row = {"loss": model.kind == "categorical"}, {}
+    if model.kind == "categorical":
+        drawn["loss, argmax gate"] = False
+    for name, draws in drawn.items():
+        model.train(draws)
+        row[name] = float(arc_loss(nha.odeint(model, test[0], TIMES, method="midpoint").ys, test))
     states, system = test.reshape(-1, 2), nha.SwitchingLinear()
     p, region = model.eval().gate(states).softmax(-1), system.region(states)
     h, _, v = nha.v_measure(region, p.argmax(-1))
