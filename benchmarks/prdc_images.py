@@ -160,10 +160,10 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.latent = latent
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.ReLU(), nn.Flatten(),
-            nn.Linear(64 * width, 2 * latent))
+            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * width, 2 * latent))
         self.decoder = nn.Sequential(
             nn.Linear(latent, 64 * width), nn.ReLU(), nn.Unflatten(1, (4 * width, 4, 4)),
             nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.ReLU(),
@@ -185,8 +185,8 @@ class Autoencoder(nn.Module):
 
 def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
     """Yields the loss (squared error / 0.02 + divergence, per image) of every step."""
-    optimizer, generator, first = torch.optim.Adam(model.parameters(),
-                                                   1e-3), torch.Generator().manual_seed(seed), 0
+    optimizer, first = torch.optim.Adam(model.parameters(), 1e-3), 0
+    generator = torch.Generator().manual_seed(seed)
     if resume is not None:
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
@@ -204,8 +204,7 @@ def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
         optimizer.step()
         if (yield {"step": step, "loss": loss.item()}) == "state":
             yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                   "generator": generator.get_state(),
-                   "step": step + 1}
+                   "generator": generator.get_state(), "step": step + 1}
 
 
 # ---------------------------------------------------------------- embeddings and the comparison
@@ -261,11 +260,10 @@ def compare(run, real, fakes, found, side, k):
         for label, found_rows in results.items():
             row = {"embedding": name, "fakes": label} | {
                 m: statistics.mean(r[m] for r in found_rows) for m in METRICS}
-            # of half the points, or over the embeddings if that is more
-            for m in ("density", "coverage"):
-                over_seeds = statistics.stdev(r[m]
-                                              for r in found_rows) if len(found_rows) > 1 else 0.0
-                row[f"{m} +-"] = max(found_rows[0][f"{m} +-"], over_seeds)
+            for m in ("density", "coverage"):                 # of half the points, or over seeds
+                values = [r[m] for r in found_rows]
+                row[f"{m} +-"] = max(found_rows[0][f"{m} +-"],
+                                     statistics.stdev(values) if len(values) > 1 else 0.0)
             rows.append(row | {"paper": None})
     return rows
 
@@ -278,8 +276,8 @@ def claims(rows, expected, judged):
 
     def change(embedding, metric, a, b, sign, text):
         first, second = at[embedding, a], at[embedding, b]
-        gap, margin = second[metric] - first[metric], 2 * math.hypot(first[f"{metric} +-"],
-                                                                     second[f"{metric} +-"])
+        gap = second[metric] - first[metric]
+        margin = 2 * math.hypot(first[f"{metric} +-"], second[f"{metric} +-"])
         found.append({"claim": f"{embedding}: {text}", "paper": None, "this run": gap,
                       "holds": (gap > 0) == (sign > 0) if judged and abs(gap) > margin else None})
 
@@ -327,8 +325,7 @@ def main(argv=None):
             real, other, half = glyphs(count, 1), glyphs(count, 2), glyphs(count, 3, classes=5)
             training = glyphs(5 * count, 4)
         fakes = {"other reals": other, "half of the classes": half, "blurred": blurred(other),
-                 "noisy": noisy(other, 5),
-                 "JPEG": jpeg(other)}
+                 "noisy": noisy(other, 5), "JPEG": jpeg(other)}
         if real.shape[-1] == 32:
             model = Autoencoder().to(run.device)
             with torch.no_grad():
@@ -367,8 +364,8 @@ def main(argv=None):
     judged = images is not None and run.args.preset != "tiny"
     run.finish(rows=claims(rows, expected, judged) if images is not None else
                [{"claim": f"expected coverage of equal sets, k = {run.args.nearest_k}",
-                 "paper": expected,
-                 "this run": rows[0]["coverage"], "holds": None}], tables={"images": rows})
+                 "paper": expected, "this run": rows[0]["coverage"], "holds": None}],
+               tables={"images": rows})
 
 
 if __name__ == "__main__":

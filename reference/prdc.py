@@ -49,6 +49,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from numbers import Real
 from pathlib import Path
@@ -71,8 +72,9 @@ NATIVE = (*NARROW, torch.float64, torch.uint8, torch.int8, torch.int16, torch.in
 class _Points:
     """Features as given, read in blocks: centred and scaled for products, else for differences.
 
-    One centre and one power of two serve both sets, so that squares neither overflow nor vanish;
-    they change no decision. `group` numbers equal points, if there are any.
+    One centre and one power of two serve both sets, so that squares neither overflow nor vanish (of
+    values down to 1e-150 of the largest); they change no decision. `group` numbers equal points, if
+    there are any.
     """
 
     def __init__(self, x: Tensor, center: Tensor, scale: float, rows: int):
@@ -97,13 +99,11 @@ class _Points:
         return rows.sub_(self.center.to(work)).to(dtype)
 
 
-def _center_and_scale(real: Tensor, fake: Tensor, rows: int) -> tuple[Tensor, float]:
-    """The mean of the scaled reals, and the power of two that brings the largest value to 1."""
+def _scale(sets: Sequence[Tensor], rows: int) -> float:
+    """The power of two that brings the largest value to about 1."""
     largest = max(float(part.to(torch.float64).abs().max())
-                  for z in (real, fake) for part in z.split(rows) if len(z))
-    scale = 2.0 ** -max(math.frexp(largest)[1], -1000) if largest else 1.0
-    center = sum((part.to(torch.float64) * scale).sum(0) for part in real.split(rows)) / len(real)
-    return center.to(torch.float32).to(torch.float64), scale
+                  for z in sets for part in z.split(rows) if len(part))
+    return 2.0 ** -max(math.frexp(largest)[1], -1000) if largest else 1.0
 
 
 def _exact_distances(a: _Points, i: Tensor, b: _Points, j: Tensor, rows: int) -> Tensor:
@@ -477,7 +477,9 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
                       f"{expected_coverage(k, n, m):.4f} at nearest_k = {k}", stacklevel=3)
 
     screen = _Screen(real.shape[1], real.device, options["precision"], options["memory_budget"])
-    center, scale = _center_and_scale(real, fake, screen.pairs)
+    scale = _scale((real, fake), screen.pairs)
+    center = sum((part.to(torch.float64) * scale).sum(0) for part in real.split(screen.pairs)) / n
+    center = center.to(torch.float32).to(torch.float64)       # one difference serves both types
     x, y = (_Points(z, center, scale, screen.pairs) for z in (real, fake))
     _number_equal_points([x, y], screen.pairs)
 
@@ -488,8 +490,9 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
         mine = yield from _squared_radii(points, ks, screen, share(len(points)), stage)
         return mine if group is None else _gather(mine.T.contiguous(), group).T
 
+    # other scales would lose digits; in a group, one process may have added rows
     reuse = real_radii is not None and 2.0**-100 < scale / real_radii[1] < 2.0**100
-    if group is not None:                                     # one process may have added rows
+    if group is not None:
         flag = torch.tensor(int(reuse), device=real.device)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
         reuse = bool(flag)
@@ -571,7 +574,7 @@ def compute_pairwise_distance(data_x: Any, data_y: Any = None) -> Any:
     y = x if data_y is None else _features(data_y, "data_y", x.device)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"data_x has {x.shape[1]} features per row, data_y {y.shape[1]}")
-    _, scale = _center_and_scale(x, y, 1024)
+    scale = _scale((x, y), 1024) if len(x) and len(y) else 1.0
     out = torch.cdist(x.double() * scale, y.double() * scale,
                       compute_mode="donot_use_mm_for_euclid_dist") / scale
     return out if isinstance(data_x, Tensor) else out.numpy()
@@ -615,9 +618,10 @@ def ball_count_pmf(nearest_k: int, num_real: int, num_fake: int) -> Tensor:
 
 def select_k(num_real: int, num_fake: int, min_coverage: float = 0.95) -> int:
     """The smallest k whose expected coverage exceeds `min_coverage` (section 3.3)."""
-    for k in range(1, num_real):
-        if expected_coverage(k, num_real, num_fake) > min_coverage:
-            return k
+    k = 1 + bisect_right(range(1, num_real), min_coverage,
+                         key=lambda k: expected_coverage(k, num_real, num_fake))
+    if k < num_real:
+        return k
     raise ValueError(f"no nearest_k below num_real = {num_real} has an expected coverage above "
                      f"{min_coverage} with num_fake = {num_fake}")
 
@@ -801,10 +805,8 @@ def _features(value: Any, name: str, device: Any) -> Tensor:
             raise ValueError(f"{name} must be an array of rows of one length: {error}") from error
         if value.dtype.kind not in "fiub":
             raise ValueError(f"{name} must be real numbers, not {value.dtype}")
-        if value.dtype.kind == "b" or not value.dtype.isnative or value.dtype.itemsize > 8:
-            value = value.astype(np.float64)
-        usable = value.flags.writeable and min(value.strides, default=0) >= 0
-        value = torch.from_numpy(value if usable else value.copy())
+        kind = value.dtype.newbyteorder("=") if value.dtype.itemsize <= 8 else np.float64
+        value = torch.from_numpy(np.require(value, kind, ["C", "W"]))
     if value.is_complex():
         raise ValueError(f"{name} must be real numbers, not {value.dtype}")
     if value.ndim != 2:
@@ -861,12 +863,11 @@ if __name__ == "__main__":
     print("expected for equal distributions: density 1, coverage "
           f"{expected_coverage(5, 1000, 1000):.3f}\n")
     print("                                    precision  recall  density  coverage")
-    for name, shift, outlier in (("equal distributions", 0.0, None),
-                                 ("fakes shifted by 1", 1.0, None),
-                                 ("  with one real outlier there", 1.0, "real"),
-                                 ("  with one fake outlier among reals", -1.0, "fake")):
-        x, y = real.clone(), fake + shift
-        if outlier:
-            (x if outlier == "real" else y)[0] = 3.0
+    outlier = torch.full((1, 64), 3.0)
+    for name, x, y in (
+            ("equal distributions", real, fake),
+            ("fakes shifted by 1", real, fake + 1),
+            ("  with one real outlier there", torch.cat([outlier, real[1:]]), fake + 1),
+            ("  with one fake outlier among reals", real, torch.cat([outlier, fake[1:] - 1]))):
         values = compute_prdc(x, y, 5).values()
         print(f"{name:36s}" + "".join(f"{value:9.3f}" for value in values))

@@ -62,7 +62,7 @@ class VGG(nn.Module):
                                    ("width", width, 1), ("hidden", hidden, 1), ("side", side, 32)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):   # torch draws weights too
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):  # torch draws too
             layers, channels = [], 3
             for entry in STACKS[depth]:
                 if entry == "M":

@@ -196,6 +196,22 @@ def test_blocks_row_order_scale_rotation_and_swap():
     assert swapped["precision"] == whole["recall"] and swapped["recall"] == whole["precision"]
 
 
+def test_bounds_hold_where_roundings_add_up():
+    for d in (1, 257, 4096):
+        a = torch.full((9, d), 1 / 3) + 1e-3 * torch.rand(9, 1, generator=seeded(d))
+        a, b = torch.cat([a, -a]), -7 * a.flip(0)
+        scale, whole = prdc._scale((a, b), 100), (slice(0, 18), slice(0, 9))
+        i, j = (t.flatten() for t in torch.meshgrid(torch.arange(18), torch.arange(9),
+                                                    indexing="ij"))
+        for precision in ("screened", "float64"):
+            screen = prdc._Screen(d, a.device, precision, None)
+            x, y = (prdc._Points(z, torch.zeros(d, dtype=torch.float64), scale, 100)
+                    for z in (a, b))
+            low = screen.lower(x, whole[0], x.block(whole[0], screen.dtype), y, whole[1]).flatten()
+            exact = prdc._exact_distances(x, i, y, j, 100)
+            assert (low <= exact).all() and (exact <= low + screen.gap(x, i, y, j)).all()
+
+
 def test_screening_of_a_larger_set_against_float64():
     real, fake = normal(3000, 12), normal(2500, 12, seed=1) + 0.1
     a, b = (compute_prdc(real, fake, [3, 10], details=True, precision=p, memory_budget=m)
@@ -263,6 +279,9 @@ def test_expected_coverage_and_the_law_of_counts():
     assert prdc.expected_coverage(3, 7, 4) == pytest.approx(1 - math.comb(6, 3) / math.comb(10, 3),
                                                             rel=1e-13)
     assert prdc.select_k(10_000, 10_000) == 5 and prdc.select_k(10_000, 5_000) == 8
+    assert prdc.select_k(100_000, 1, 0.499995) == 50_000      # one fake: coverage is k / N
+    with pytest.raises(ValueError, match="coverage above 1.0"):
+        prdc.select_k(100_000, 100_000, 1.0)
     for k, n, m in ((5, 50, 80), (1, 3, 2), (7, 900, 300)):
         law = prdc.ball_count_pmf(k, n, m)
         c = torch.arange(m + 1, dtype=torch.float64)
@@ -420,6 +439,7 @@ def test_metrics_chosen_and_official_names():
         ).any() and torch.equal(distances, distances.T)
     assert torch.allclose(distances.sort(1).values[:, 4], details["real_radii"])
     assert torch.allclose(prdc.compute_pairwise_distance(real.double() * 1e200) / 1e200, distances)
+    assert prdc.compute_pairwise_distance(real[:0], real).shape == (0, 60)
 
 
 def test_subsets_and_progress():
