@@ -198,9 +198,19 @@ def test_nha():
         on_device = nha.PaddedPieces(*(part.to(device) for part in batch))
         losses = [row["loss"] for row in nha.train_mode_recovery(
             net, on_device, epochs=3, solver="exact", generator=rng())]
-        y = randn(5, 2, dtype=torch.float64).to(device)
+        y = randn(5, 2, dtype=torch.float64).to(device).requires_grad_()
         grid = torch.linspace(0, 1, 5, dtype=torch.float64, device=device)
         ball = nha.odeint_hybrid(nha.BouncingBall(), torch.tensor(
             [[1.0, 0.0]], dtype=torch.float64, device=device), 0, grid)
-        return losses, nha.odeint(lambda t, y: -y.sin(), y, grid).ys, ball.ys
+        path = nha.odeint(lambda t, y: -y.sin(), y, grid).ys
+        return losses, path.detach(), torch.autograd.grad(path[-1].sum(), y)[0], ball.ys
     both(results, rtol=1e-4, atol=1e-6)
+
+
+def test_the_solver_waits_every_eighth_attempt():
+    y, t = randn(16, 2, dtype=torch.float64), torch.tensor([0.0, 20.0], dtype=torch.float64)
+    with second_device.second_device() as device:
+        stats = nha.odeint(lambda t, y: torch.stack([y[:, 1], -y[:, 0].sin()], 1), y.to(device),
+                           t.to(device), rtol=1e-8).stats
+        attempts = int((stats.n_accepted + stats.n_rejected).max())
+        assert attempts > 100 and sum(second_device.waits.values()) < attempts / 8 + 15

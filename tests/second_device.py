@@ -65,6 +65,15 @@ class SecondTensor(torch.Tensor):
             copy = torch.nn.Parameter(copy, self.requires_grad)
         return memo.setdefault(id(self), copy)
 
+    def __getitem__(self, index):
+        return super().__getitem__(_without_lists(index))
+
+    def __setitem__(self, index, value):
+        return super().__setitem__(_without_lists(index), value)
+
+    def new_tensor(self, data, **options):
+        return SecondTensor(self.inner.new_tensor(data, **options))
+
     def tolist(self):
         _wait("tolist")
         return self.inner.tolist()
@@ -77,6 +86,12 @@ class SecondTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
+
+
+def _without_lists(index):
+    if isinstance(index, tuple):
+        return tuple(map(_without_lists, index))
+    return torch.tensor(list(index)) if isinstance(index, (list, range)) else index
 
 
 def _wait(name) -> None:
@@ -127,20 +142,13 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """What does not reach the dispatcher as it is: lists as tensors or indices, and generators."""
+    """What does not reach the dispatcher as it is: tensors of lists, and generators."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         first = args[0] if args else None
-        if func is torch.Tensor.new_tensor and isinstance(first, SecondTensor):
-            return torch.tensor(args[1], dtype=kwargs.get("dtype", first.dtype)).to(DEVICE)
         if func in (torch.tensor, torch.as_tensor) and _is_second(kwargs.get("device")):
             return func(first, dtype=kwargs.get("dtype")).to(DEVICE)
-        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(
-                first, SecondTensor):
-            listed = lambda i: torch.tensor(list(i)) if isinstance(i, (list, range)) else i
-            index = tuple(map(listed, args[1])) if isinstance(args[1], tuple) else listed(args[1])
-            args = (first, index, *args[2:])
         if isinstance(generator := kwargs.get("generator"), Generator):
             of = next((v for v in tree_leaves(args) if isinstance(v, torch.Tensor)), None)
             device = kwargs.get("device", "cpu" if of is None else of.device)
@@ -170,7 +178,7 @@ def second_device():
     torch.Generator, before = _AnyGenerator("Generator", (), {}), torch.Generator
     waits.clear()
     try:
-        with _Dispatch(), _Calls():
+        with torch.autograd.set_multithreading_enabled(False), _Dispatch(), _Calls():
             yield DEVICE
     finally:
         torch.Generator = before
