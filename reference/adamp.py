@@ -41,6 +41,7 @@ search slower; the projection reaches the optimum in a fraction of the steps. Na
 weights, as everywhere in torch.optim. With GradScaler, gradients are unscaled first, as usual.
 """
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -679,8 +680,9 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
                 if stats := getattr(optimizer, "stats", None):
                     values["projected"] = stats["projected"] / max(stats["tested"], 1)
             if (yield values) == "state":
-                yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       "base_rates": base_rates, "epoch": epoch, "batch": batch + 1}
+                yield copy.deepcopy({
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "base_rates": base_rates, "epoch": epoch, "batch": batch + 1})
 
 
 if __name__ == "__main__":

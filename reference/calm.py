@@ -508,9 +508,10 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
                     old.lerp_(new, 1 - ema) if old.is_floating_point() else old.copy_(new)
             step += 1
             if (yield row) == "state":
-                yield {"model": bare.state_dict(), "optimizer": optimizer.state_dict(),
-                       "teacher": teacher.state_dict() if teacher is not None else {},
-                       "epoch": epoch, "batch": batch + 1, "step": step}
+                yield copy.deepcopy({
+                    "model": bare.state_dict(), "optimizer": optimizer.state_dict(),
+                    "teacher": teacher.state_dict() if teacher is not None else {},
+                    "epoch": epoch, "batch": batch + 1, "step": step})
         if batch < 0:
             raise ValueError(f"loader gave no batch in epoch {epoch}: it must start anew each time")
         skip = 0

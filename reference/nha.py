@@ -34,6 +34,7 @@ the rows, so constants of a sample belong into its state, with derivative 0.
 `python nha.py` recovers the modes of a TCP connection: the two growth laws and their rates.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -1863,9 +1864,10 @@ def _descend(model: nn.Module, optimizer, step: Callable, epochs: int,
         loss.backward()
         optimizer.step()
         if (yield {"epoch": epoch, **{k: float(v) for k, v in row.items()}}) == "state":
-            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                   "epoch": epoch + 1,
-                   "generator": None if generator is None else generator.get_state()}
+            yield copy.deepcopy({
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "epoch": epoch + 1,
+                "generator": None if generator is None else generator.get_state()})
 
 
 def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000,

@@ -33,6 +33,7 @@ Reproduces: on COCO the paper reports the best plausible-match R-Precision (1K: 
 R@1 68.8 / 54.6.
 """
 
+import copy
 import itertools
 import math
 import re
@@ -1205,9 +1206,10 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
             row = {"step": step, "phase": phase, "epoch": epoch, "lr": lr}
             if (yield row | dict(zip(values, floats))) == "state":
                 position = {"phase": phase, "epoch": epoch, "batch": index + 1, "step": step}
-                yield {"model": model.state_dict(), "criterion": criterion.state_dict(),
-                       "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
-                       "generator": generator.get_state(), "position": position}
+                yield copy.deepcopy({
+                    "model": model.state_dict(), "criterion": criterion.state_dict(),
+                    "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
+                    "generator": generator.get_state(), "position": position})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
 

@@ -947,8 +947,8 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     `loader` is re-iterable and yields (images, labels); one with `set_epoch(epoch, start_batch)`
     is told where to begin. `lr` None: 5e-4 * batch / 512 over all processes. `generator` draws the
     stochastic-depth masks. Yields {step, epoch, loss, lr, grad_norm, images_per_s} after every
-    step; `send("state")` yields a snapshot of all that moves (live tensors: save it before going
-    on), and `resume=snapshot` continues to the same numbers. FloatingPointError for a loss of NaN.
+    step; `send("state")` yields a snapshot, a copy of all that moves, and `resume=snapshot` goes on
+    to the same numbers. FloatingPointError for a loss of NaN.
     """
     _check_sizes(epochs=epochs)
     bare = _bare(model)
@@ -1011,9 +1011,10 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
             if (yield {"step": step, "epoch": epoch, "loss": value, "lr": now,
                        "grad_norm": grad_norm.item(),
                        "images_per_s": len(images) / (began - previous)}) == "state":
-                yield {**{name: part.state_dict() for name, part in moving.items()},
-                       "generators": {name: g.get_state() for name, g in generators.items()},
-                       "step": step, "epoch": epoch, "batch": batch + 1, "lr": lr}
+                yield copy.deepcopy({
+                    **{name: part.state_dict() for name, part in moving.items()},
+                    "generators": {name: g.get_state() for name, g in generators.items()},
+                    "step": step, "epoch": epoch, "batch": batch + 1, "lr": lr})
         if batch < 0:
             raise ValueError(f"the loader gave no batch in epoch {epoch}: it must not be empty, "
                              "nor an iterator that ends with the first epoch")

@@ -33,6 +33,7 @@ lam CE(z, y) + (1 - lam) CE(z, y[perm]) = `mixed_cross_entropy`. Each function d
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -660,10 +661,11 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 step += 1
                 if (yield {"step": step, "epoch": epoch, "lr": lr, "loss": loss_value,
                            "acc": accuracy, "lam": mean_lam}) == "state":
-                    yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                           "scaler": scaler.state_dict(), "step": step, "epoch": epoch,
-                           "batch": batch_index + 1, "epoch_generator": epoch_generator,
-                           "draws": {name: one.get_state() for name, one in generators.items()}}
+                    yield copy.deepcopy({
+                        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(), "step": step, "epoch": epoch,
+                        "batch": batch_index + 1, "epoch_generator": epoch_generator,
+                        "draws": {name: one.get_state() for name, one in generators.items()}})
     finally:
         for module in stochastic:
             module.generator = None

@@ -46,6 +46,7 @@ level with plain ones and below distillation. The paper's ResNet-50 goes from 77
 """
 
 import contextlib
+import copy
 import math
 import os
 import pickle
@@ -565,9 +566,10 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
             scaler.update()
             step = epoch * per_epoch + batch
             if (yield {"epoch": epoch, "step": step, "loss": loss.item(), "lr": lr}) == "state":
-                yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       "scaler": scaler.state_dict(), "generator": generator.get_state(),
-                       "epoch": epoch, "batch": batch + 1}
+                yield copy.deepcopy({
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(), "generator": generator.get_state(),
+                    "epoch": epoch, "batch": batch + 1})
         skip = 0
 
 

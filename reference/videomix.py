@@ -34,6 +34,7 @@ or all of it; `videomix_localization.py` finds actions in time.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -651,9 +652,10 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
             acc, lam = mixed_accuracy(logits.detach(), y, partner, lam), torch.as_tensor(lam).mean()
             if (yield {"step": step, "epoch": epoch, "loss": loss.item(), "lr": rate, "acc": acc,
                        "lam": lam.item()}) == "state":
-                yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       "scaler": scaler.state_dict(), "generator": generator.get_state(),
-                       "epoch": epoch, "batch": batch + 1}
+                yield copy.deepcopy({
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(), "generator": generator.get_state(),
+                    "epoch": epoch, "batch": batch + 1})
         skip = 0
 
 

@@ -33,6 +33,13 @@ def test_a_method_imports_only_torch_numpy_pillow_and_the_standard_library(path)
     assert imported(path) <= set(sys.stdlib_module_names) | {"torch", "numpy", "PIL"}
 
 
+@pytest.mark.parametrize("path", METHODS, ids=name_of)
+def test_snapshots_of_training_are_copies(path):
+    """Training that goes on must not change what `send("state")` handed out."""
+    source = path.read_text(encoding="utf-8")
+    assert source.count('== "state":') == source.count("yield copy.deepcopy({")
+
+
 def run_all(commands: list[list[str]], folders: list[Path],
             path: str | None) -> list[subprocess.CompletedProcess]:
     """Run Python with each argument list in its folder, a single-threaded process on every core."""
