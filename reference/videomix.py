@@ -234,7 +234,8 @@ def fade_mixup_clips(x: Tensor, perm: Tensor, lam: float, adj: float) -> Tensor:
     """Mixup whose weight of x at frame t is linspace(lam - adj, lam + adj, T)[t]."""
     _check_clips(x, floating=True)
     lam = _weights(lam, x)
-    return _blend(x, perm, torch.linspace(lam - adj, lam + adj, x.shape[2]).view(-1, 1, 1).to(x))
+    weights = torch.linspace(lam - adj, lam + adj, x.shape[2], dtype=torch.float64)
+    return _blend(x, perm, weights.view(-1, 1, 1).to(x))
 
 
 def _cut_mixup_weight(box: Box, size_thw: Sequence[int], lamt: float, u: float) -> float:
@@ -354,7 +355,8 @@ class _Mix(nn.Module):
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor], y: Tensor,
                 generator: torch.Generator | None = None) -> MixResult:
-        """x: clips (B, C, T, H, W), or (slow, fast); y: (B,) integers or (B, K) soft labels."""
+        """x: clips (B, C, T, H, W), or (slow, fast), on any device; y: (B,) integers or (B, K) soft
+        labels; generator: on the CPU, where all is drawn (None: torch's default one)."""
         pathways = isinstance(x, (tuple, list))
         slow, fast = x if pathways else (x, x)
         _check_clips(slow), _check_clips(fast)
@@ -456,7 +458,7 @@ class FadeMixup(_Mix):
     def _draw(self, count, size, perm, generator):
         (lam,) = _betas(self.alpha, 1, generator)
         adj = min(lam, 1 - lam) * (2 * _uniform(generator) - 1)
-        weights = torch.linspace(lam - adj, lam + adj, size[0])
+        weights = torch.linspace(lam - adj, lam + adj, size[0], dtype=torch.float64)
         return (lambda clip, stride: _blend(clip, perm, weights[::stride].view(-1, 1, 1).to(clip)),
                 lam, None, weights.unsqueeze(0))
 
@@ -666,21 +668,24 @@ def evaluate(model: nn.Module, loader: Iterable, num_clips: int = 1, num_crops: 
     loader: of (x, y), x (B, views, C, T, H, W), or (B, C, T, H, W) for one view, or (slow, fast).
     """
     device, views = next(model.parameters()).device, num_clips * num_crops
-    was_training, top1, top5, count = model.training, 0, 0, 0
+    modes, top1, top5, count = {m: m.training for m in model.modules()}, 0, 0, 0
     model.eval()
-    for x, y, *_ in loader:
-        x, y = _to(x, device), y.to(device)
-        parts = [p.unsqueeze(1) if p.ndim == 5 else p
-                 for p in (x if isinstance(x, tuple) else (x,))]
-        if any(p.ndim != 6 or p.shape[1] != views for p in parts):
-            raise ValueError(f"x must be (B, {views}, C, T, H, W), not {tuple(parts[0].shape)}")
-        parts = tuple(p.flatten(0, 1) for p in parts)
-        logits = model(parts if len(parts) > 1 else parts[0])
-        probs = logits.float().softmax(1).unflatten(0, (-1, views)).mean(1)
-        best = probs.topk(min(5, probs.shape[1]), dim=1).indices == y.unsqueeze(1)
-        top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
-        count += len(y)
-    model.train(was_training)
+    try:
+        for x, y, *_ in loader:
+            x, y = _to(x, device), y.to(device)
+            parts = [p.unsqueeze(1) if p.ndim == 5 else p
+                     for p in (x if isinstance(x, tuple) else (x,))]
+            if any(p.ndim != 6 or p.shape[1] != views for p in parts):
+                raise ValueError(f"x must be (B, {views}, C, T, H, W), not {tuple(parts[0].shape)}")
+            parts = tuple(p.flatten(0, 1) for p in parts)
+            logits = model(parts if len(parts) > 1 else parts[0])
+            probs = logits.float().softmax(1).unflatten(0, (-1, views)).mean(1)
+            best = probs.topk(min(5, probs.shape[1]), dim=1).indices == y.unsqueeze(1)
+            top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
+            count += len(y)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return {"top1": top1 / max(count, 1), "top5": top5 / max(count, 1)}
 
 

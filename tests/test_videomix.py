@@ -296,6 +296,22 @@ def test_training_resumes_exactly_and_evaluation_averages_views():
     assert model.training and set(vm.evaluate(model, [(x, y)])) == {"top1", "top5"}
 
 
+def test_evaluation_leaves_every_module_in_its_mode():
+    model, (x, y) = net(), clips()
+    model[0].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="x must be"):
+        vm.evaluate(model, [(x, y)], num_clips=2)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_fading_weights_keep_the_precision_of_the_clips():
+    x, perm = torch.rand(2, 1, 7, 2, 2, dtype=torch.float64), torch.tensor([1, 0])
+    weights = torch.linspace(0.2, 0.6, 7, dtype=torch.float64).view(-1, 1, 1)
+    mixed = vm.fade_mixup_clips(x, perm, 0.4, 0.2)
+    torch.testing.assert_close(mixed, weights * x + (1 - weights) * x[perm], rtol=0, atol=1e-15)
+
+
 # ---------------------------------------------------------------- bad input
 
 def test_bad_input():
