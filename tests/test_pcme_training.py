@@ -194,6 +194,7 @@ from test_pcme_training import batches, losses_and_norms
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 numbers = losses_and_norms([[x.chunk(world)[rank] for x in batch] for batch in batches()])
+dist.destroy_process_group()
 if rank == 0:
     print(json.dumps(numbers))
 """
