@@ -85,9 +85,12 @@ class LabelMaps:
 
     def __getitem__(self, rows: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         """`(2, k, h, w)` float32 of one record, `(n, 2, k, h, w)` of a sequence of them."""
-        if isinstance(rows, int):
-            return self[[rows]][0]
-        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        rows = np.asarray(rows)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise TypeError(f"rows must be integers, not {rows.dtype}")
+        if rows.ndim == 0:
+            return self[rows[None]][0]
+        rows = rows.astype(np.int64).reshape(-1)
         rows = np.where(rows < 0, rows + len(self), rows)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"rows must be in 0..{len(self) - 1}, not {rows.min()}..{rows.max()}")
@@ -213,7 +216,10 @@ def image_key(image: str | Path) -> str:
     parts = Path(image).parts
     if len(parts) < 2:
         raise ValueError(f"image must be given as <class folder>/<name>, not {str(image)!r}")
-    return f"{parts[-2]}/{parts[-1].split('.')[0]}"
+    key = f"{parts[-2]}/{parts[-1].split('.')[0]}"
+    if key.splitlines() != [key]:  # images.txt has one a line
+        raise ValueError(f"image must have a name of one line, not {key!r}")
+    return key
 
 
 def released_maps(folder: str | Path) -> list[Path]:

@@ -47,9 +47,9 @@ level with plain ones and below distillation. The paper's ResNet-50 goes from 77
 
 import contextlib
 import copy
+import io
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def generate_label_maps(annotator: nn.Module, images: Tensor, k: int = 5) -> Ten
 
     Scores are raw logits (no softmax). The annotator runs in eval mode and is put back into the
     mode it was in. `images` are whole images, squashed to its input size. ValueError if k is not in
-    1..C.
+    1..C, or if a score that is kept is not finite.
     """
     with eval_mode(annotator):
         scores = annotator(images).float()
@@ -121,7 +121,9 @@ def generate_label_maps(annotator: nn.Module, images: Tensor, k: int = 5) -> Ten
         raise ValueError(f"annotator must return (B, C, h, w), not {tuple(scores.shape)}")
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must be in 1..{scores.shape[1]} (the number of classes), not {k}")
-    values, classes = scores.topk(k, dim=1)
+    values, classes = scores.topk(k, dim=1)  # NaN counts as the largest
+    if not values.isfinite().all():
+        raise ValueError("annotator gave scores that are not finite")
     return torch.stack([values, classes.float()], dim=1)
 
 
@@ -140,9 +142,10 @@ def save_label_map(path: str | Path, m: Tensor) -> None:
 
 def load_label_map(path: str | Path) -> Tensor:
     """One map `(2, k, h, w)` of the released layout; ValueError if the file holds anything else."""
+    content = io.BytesIO(Path(path).read_bytes())
     try:
-        m = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # damaged, or objects in it
+        m = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many types, if damaged or with objects in it
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} must hold one (2, k, h, w) tensor: {reason}") from error
     if not isinstance(m, Tensor) or m.ndim != 4 or m.shape[0] != 2:
@@ -207,7 +210,11 @@ def roi_align(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int 
         boxes = torch.cat([F.pad(b, (1, 0), value=n) for n, b in enumerate(boxes)])
     if boxes.ndim != 2 or boxes.shape[1] != 5:
         raise ValueError(f"boxes must be (K, 5) or a list of (L, 4), not {tuple(boxes.shape)}")
+    if not boxes.isfinite().all():
+        raise ValueError("boxes must be finite")
     bins_y, bins_x = (output_size, output_size) if isinstance(output_size, int) else output_size
+    if min(bins_y, bins_x) < 1:
+        raise ValueError(f"output_size must be positive, not {output_size}")
     work = _work_dtype(input.dtype)
     index = boxes[:, 0].long()
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(input):
@@ -382,6 +389,8 @@ class RandomResizedCropWithCoords:
         self.size, self.scale, self.ratio, self.generator = size, scale, ratio, generator
 
     def __call__(self, img: Image.Image) -> tuple[Image.Image, tuple[float, float, float, float]]:
+        if not isinstance(img, Image.Image):
+            raise TypeError(f"img must be a PIL image, not {type(img).__name__}")
         width, height = img.size
         i, j, h, w = self.choose(width, height)
         crop = img.crop((j, i, j + w, i + h)).resize((self.size, self.size), Image.BILINEAR)
@@ -429,7 +438,10 @@ class SoftTargetCrossEntropy(nn.Module):
 
 
 def smooth(targets: Tensor, smoothing: float) -> Tensor:
-    """(1 - e) t + e / C."""
+    """(1 - e) t + e / C, for targets `(B, C)` and e in [0, 1]."""
+    if targets.ndim != 2 or not 0 <= smoothing <= 1:
+        raise ValueError("targets must be (B, C) and smoothing in [0, 1], "
+                         f"not {tuple(targets.shape)} and {smoothing}")
     return (1 - smoothing) * targets + smoothing / targets.shape[1]
 
 
@@ -462,7 +474,10 @@ def cutmix(images: Tensor, targets: Tensor, lam: float | None = None, beta: floa
                          f"not {(r1, c1, r2, c2)}")
     if perm is None:
         perm = torch.randperm(len(images), **_draws_on(generator))
-    perm = torch.as_tensor(perm).to(images.device)
+    elif len(perm) != len(images) or not {*torch.as_tensor(perm).tolist()} <= {*range(len(images))}:
+        raise ValueError(f"perm must hold {len(images)} indices in 0..{len(images) - 1}, "
+                         f"not {perm}")
+    perm = torch.as_tensor(perm, dtype=torch.int64, device=images.device)
     mixed = images.clone()
     mixed[:, :, r1:r2, c1:c2] = images[perm, :, r1:r2, c1:c2]
     lam = 1 - (r2 - r1) * (c2 - c1) / (rows * columns)
@@ -471,8 +486,8 @@ def cutmix(images: Tensor, targets: Tensor, lam: float | None = None, beta: floa
 
 
 def _beta(beta: float, generator: torch.Generator | None) -> float:
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, not {beta}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, not {beta}")
     shape = torch.full((2,), beta, dtype=torch.float64, device=_draws_on(generator)["device"])
     x, y = torch._standard_gamma(shape, generator=generator).tolist()
     return x / (x + y) if x + y > 0 else 0.5
@@ -487,6 +502,10 @@ def lr_at(epoch: int, iteration: int, iters_per_epoch: int, epochs: int, init_lr
 
     "cos", "linear", or "default" (a tenth every 30 epochs). `iteration` counts within the epoch.
     """
+    if not (0 <= epoch <= epochs and 0 <= iteration < iters_per_epoch):
+        raise ValueError(f"epoch must be in 0..{epochs} and iteration in "
+                         f"0..{iters_per_epoch - 1} (epochs, iters_per_epoch), "
+                         f"not {epoch} and {iteration}")
     if schedule not in ("cos", "linear", "default"):
         raise ValueError(f"schedule must be 'cos', 'linear' or 'default', not {schedule!r}")
     if epoch < warmup_epochs:
@@ -495,7 +514,7 @@ def lr_at(epoch: int, iteration: int, iters_per_epoch: int, epochs: int, init_lr
     if schedule == "default":
         return init_lr * 0.1 ** (epoch // 30)
     after = iteration + (epoch - warmup_epochs) * iters_per_epoch
-    done = after / ((epochs - warmup_epochs) * iters_per_epoch)
+    done = after / (max(epochs - warmup_epochs, 1) * iters_per_epoch)
     return init_lr * ((math.cos(math.pi * done) + 1) / 2 if schedule == "cos" else 1 - done)
 
 
@@ -518,6 +537,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     `resume=snapshot` goes on from it.
     """
     lr_at(0, 0, 1, 1, 0.0, schedule=schedule)  # an unknown schedule fails here, not later
+    if not 0 <= cutmix_prob <= 1:
+        raise ValueError(f"cutmix_prob must be in [0, 1], not {cutmix_prob}")
     device = next(model.parameters()).device
     init_lr = optimizer.param_groups[0]["lr"] if init_lr is None else init_lr
     generator = generator if generator is not None else torch.Generator().manual_seed(0)

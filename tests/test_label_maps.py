@@ -1,6 +1,7 @@
 import multiprocessing
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,11 @@ def test_a_store_gives_back_what_was_written(tmp_path):
     assert torch.equal(again[7], maps[7])
     with pytest.raises(KeyError, match="n9/x"):
         store.index("n9/x.JPEG")
+    for row in (np.int64(3), torch.tensor(3)):
+        assert torch.equal(store[row], maps[3])
+    for rows in ([True, False], [1.5]):
+        with pytest.raises(TypeError, match="rows must be integers"):
+            store[rows]
     with pytest.raises(IndexError, match="0..9"):
         store[[10]]
 
@@ -154,6 +160,8 @@ def test_bad_arguments(tmp_path):
             StoreWriter(tmp_path / "d", names(4), **shape | change)
     with pytest.raises(ValueError, match="repeat"):
         StoreWriter(tmp_path / "d", names(2) * 2, **shape)
+    with pytest.raises(ValueError, match="name of one line"):
+        label_maps.image_key("a/b\nc")
     with pytest.raises(ValueError, match="class folder"):
         label_maps.image_key("lonely.JPEG")
     with pytest.raises(ValueError, match="no <wnid>"):

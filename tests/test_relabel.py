@@ -401,7 +401,12 @@ def test_damaged_label_map_files(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"nothing")
     torch.save(Path("code"), tmp_path / "b.pt")
     (tmp_path / "c.pt").touch()
-    for name in ("a.pt", "b.pt", "c.pt"):
+    torch.save(torch.zeros(2, 5, 15, 15), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    damaged = {"e.pt": b"junk", "f.pt": b"hello world", "g.pt": whole[:9000], "h.pt": whole[:-1]}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("a.pt", "b.pt", "c.pt", *damaged):
         with pytest.raises(ValueError, match=f"{name} must hold one"):
             relabel.load_label_map(tmp_path / name)
     with pytest.raises(FileNotFoundError):
@@ -438,6 +443,8 @@ def test_bad_input():
     for k in (0, 5):
         with pytest.raises(ValueError, match="k must be in 1..4"):
             relabel.generate_label_maps(annotator, torch.zeros(1, 3, 2, 2), k)
+    with pytest.raises(ValueError, match="annotator gave scores that are not finite"):
+        relabel.generate_label_maps(annotator, torch.full((1, 3, 2, 2), float("nan")), 2)
     with pytest.raises(ValueError, match="features must return"):
         annotator(torch.zeros(1, 5, 2, 2))
     with pytest.raises(TypeError, match="nn.Linear"):
@@ -445,6 +452,12 @@ def test_bad_input():
     for epoch in (0, 9):
         with pytest.raises(ValueError, match="schedule"):
             relabel.lr_at(epoch, 0, 1, 10, 0.1, schedule="step")
+    for position in ((11, 0, 5, 10), (-1, 0, 5, 10), (0, 5, 5, 10), (0, 0, 0, 10)):
+        with pytest.raises(ValueError, match="epoch must be"):
+            relabel.lr_at(*position, 0.1)
+    assert relabel.lr_at(10, 0, 5, 10, 0.1) == 0 and relabel.lr_at(5, 0, 1, 5, 0.1) == 0.1
+    with pytest.raises(ValueError, match="cutmix_prob must"):
+        next(relabel.train(nn.Linear(1, 1), [], None, 1, init_lr=0.1, cutmix_prob=1.5))
     with pytest.raises(ValueError, match="bfloat16 cannot number 1000 classes"):
         label_pooling(topk.bfloat16(), coords)
     with pytest.raises(ValueError, match="variant"):
@@ -453,8 +466,14 @@ def test_bad_input():
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), lam=1.5)
     with pytest.raises(ValueError, match="box"):
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), box=(0, 0, 5, 4))
-    with pytest.raises(ValueError, match="beta must be positive"):
-        relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), beta=0)
+    for beta in (0, float("inf")):
+        with pytest.raises(ValueError, match="beta must be positive"):
+            relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), beta=beta)
+    for perm in ([0], [0, 2], [0, -1], [0.5, 1]):
+        with pytest.raises(ValueError, match="perm must hold 2 indices"):
+            relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), perm=torch.tensor(perm))
+    with pytest.raises(ValueError, match="smoothing in"):
+        relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), smoothing=1.5)
     with pytest.raises(ValueError, match="images must be"):
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(3))
     with pytest.raises(ValueError, match="logits and targets"):
@@ -465,5 +484,12 @@ def test_bad_input():
         roi_align(torch.zeros(1, 1, 3, 3), torch.tensor([[1.0, 0, 0, 1, 1]]), 1)
     with pytest.raises(ValueError, match="input must be"):
         roi_align(torch.zeros(1, 3, 3), torch.zeros(2, 5), 1)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="boxes must be finite"):
+            roi_align(torch.zeros(1, 1, 3, 3), torch.tensor([[0.0, 0, 0, value, 1]]), 1)
+    with pytest.raises(ValueError, match="output_size must be positive"):
+        roi_align(torch.zeros(1, 1, 3, 3), torch.zeros(1, 5), (1, 0))
     with pytest.raises(ValueError, match="size must be"):
         relabel.RandomResizedCropWithCoords(0)
+    with pytest.raises(TypeError, match="img must be a PIL image"):
+        relabel.RandomResizedCropWithCoords(4)(np.zeros((8, 8, 3)))
