@@ -416,6 +416,10 @@ class Run:
             write_tensors(path, value)
         return path
 
+    def saved(self, name: str) -> dict:
+        """What `save` kept under this name, on the CPU."""
+        return torch.load(self.out / f"{name}.pt", map_location="cpu", weights_only=True)
+
     def finish(self, rows: list[dict], tables: dict[str, list[dict]] | None = None,
                **more: Any) -> dict:
         """Print the tables, last the claims (paper / this run / holds?), and write the results."""

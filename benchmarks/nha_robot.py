@@ -151,8 +151,7 @@ def main(argv=None):
                      "mse at step 0": before["control mse"]}
             row = run.record(name, evaluate(model, settings["test"]) | start)
         else:
-            model.load_state_dict(torch.load(run.out / f"{name}.pt", map_location="cpu",
-                                             weights_only=True))
+            model.load_state_dict(run.saved(name))
         models.append(model)
         table.append({"seed": seed, **row})
     if run.figures:

@@ -170,8 +170,7 @@ def main(argv=None):
                 run.save(name, model.state_dict())
                 row = run.record(name, evaluate(model, test))
             else:
-                model.load_state_dict(torch.load(run.out / f"{name}.pt", map_location="cpu",
-                                                 weights_only=True))
+                model.load_state_dict(run.saved(name))
             models[kind, seed] = model
             table.append({"gate": kind, "seed": seed, **row})
     if run.figures:

@@ -359,8 +359,7 @@ def main(argv=None):
         laws = run.record("laws", event_laws(run, settings, best["fields"], g))
     if run.figures:
         model = build("NHA m = 3")
-        model.load_state_dict(torch.load(run.out / "NHAm=3.pt", map_location="cpu",
-                                         weights_only=True))
+        model.load_state_dict(run.saved("NHAm=3"))
         draw_model(model, *pack(data[-1:]), run.figures)
     run.finish(rows=claims(found, laws, asserted=run.args.preset != "tiny"),
                tables={"models": table}, laws=laws,

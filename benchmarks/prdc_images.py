@@ -334,14 +334,13 @@ def main(argv=None):
                     fan = p[0].numel() if p.ndim > 1 else 0
                     p.copy_(torch.randn(p.shape, generator=initial) * math.sqrt(1.5 / fan) if fan
                             else torch.zeros_like(p))
-            trained = run.out / "autoencoder.pt"
             if run.recorded("autoencoder") is None:
                 state = run.resumed("autoencoder")
                 run.drive("autoencoder", train_autoencoder(model, training, steps, seed=7,
                                                            resume=state), total=steps)
                 run.save("autoencoder", model.state_dict())
                 run.record("autoencoder", {"steps": steps})
-            model.load_state_dict(torch.load(trained, map_location=run.device, weights_only=True))
+            model.load_state_dict(run.saved("autoencoder"))
             fakes |= {f"psi {psi}": model.sample(len(real), psi, seed=8) for psi in PSI}
         images = {"real": real} | fakes
     if isinstance(real, torch.Tensor) and real.ndim == 2:

@@ -263,9 +263,7 @@ def restored(run: harness.Run, task: Task, method: str, trial: dict) -> nn.Modul
     """The network of the best trial, from its file."""
     run.barrier()
     network = task.network(method, trial)
-    state = torch.load(run.out / f"best-{method}-seed{task.seed}.pt", map_location="cpu",
-                       weights_only=True)
-    network.load_state_dict(state)
+    network.load_state_dict(run.saved(f"best-{method}-seed{task.seed}"))
     return network.to(run.device).eval()
 
 

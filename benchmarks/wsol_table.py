@@ -161,7 +161,7 @@ def pretrained(run: harness.Run, task: Task, part: Part, classes: int, epochs: i
         run.save("weights", network.state_dict())
         run.record(name, {"classes": classes, "images": len(part)})
     run.barrier()
-    weights = torch.load(run.out / "weights.pt", map_location="cpu", weights_only=True)
+    weights = run.saved("weights")
     return weights if same else {key: value for key, value in weights.items()
                                  if key.startswith("features.")}
 
