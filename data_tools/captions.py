@@ -23,7 +23,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pickle
 import warnings
 from collections import Counter
@@ -37,6 +36,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools.files import write_whole
 from data_tools.loader import BadImage, IMAGENET_MEAN, IMAGENET_STD, Loader
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
@@ -402,10 +402,7 @@ class Vocabulary:
             return cls(word2idx, tokenize)
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.word2idx, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(self.word2idx, ensure_ascii=False).encode())
 
     def __len__(self) -> int:
         return len(self.word2idx)

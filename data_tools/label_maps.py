@@ -32,13 +32,14 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from data_tools.files import write_whole
 
 FORMAT = 1
 
@@ -151,8 +152,9 @@ class StoreWriter:
                                  f"(differs in {', '.join(changed) or 'images'}); "
                                  "give a new folder, or delete this one")
         else:
-            _write(self.folder / "images.txt", lines.encode())
-            _write(self.folder / "store.json", (json.dumps(self.meta, indent=1) + "\n").encode())
+            write_whole(self.folder / "images.txt", lines.encode())
+            meta = json.dumps(self.meta, indent=1) + "\n"
+            write_whole(self.folder / "store.json", meta.encode())
 
     def missing(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, int]]:
         """Record ranges (start, stop) of shards to write; each process gets every R-th shard."""
@@ -183,9 +185,9 @@ class StoreWriter:
         buffer = io.BytesIO()
         np.save(buffer, records, allow_pickle=False)
         path = _shard_path(self.folder, start // size)
-        _write(path, buffer.getbuffer())
-        _write(path.with_suffix(".sha256"),
-               hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
+        write_whole(path, buffer.getbuffer())
+        write_whole(path.with_suffix(".sha256"),
+                    hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
 
 
 def generate(annotate: Callable[[list[int]], torch.Tensor], writer: StoreWriter, *,
@@ -273,7 +275,7 @@ def unpack(store: str | Path, folder: str | Path) -> Iterator[dict]:
             path.parent.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
             torch.save(maps[row], buffer)
-            _write(path, buffer.getbuffer())
+            write_whole(path, buffer.getbuffer())
         yield {"image": row + 1, "total": len(maps), "rows": 1}
 
 
@@ -337,18 +339,6 @@ def _read_meta(folder: Path) -> dict:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}")
     return meta
-
-
-def _write(path: Path, content) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
+from data_tools.files import write_whole
 from data_tools.loader import BadImage, EncodedJpeg, Loader, decode
 from data_tools.video_annotations import (read_hmdb51, read_kinetics, read_mini_kinetics, read_ssv2,
                                           read_ucf101)
@@ -264,11 +265,8 @@ def open_video(path: str | Path,
 
 def write_index(path: str | Path, rows: Iterable[tuple[str, int, int]]) -> None:
     """Lines `relative_path num_frames label`, atomically."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{name} {count} {label}\n" for name, count, label in rows),
-                         "utf-8")
-    os.replace(temporary, path)
+    lines = "".join(f"{name} {count} {label}\n" for name, count, label in rows)
+    write_whole(path, lines.encode())
 
 
 def read_index(path: str | Path) -> list[tuple[str, int, int]]:

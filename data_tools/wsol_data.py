@@ -38,7 +38,6 @@ last two columns and internal numbers for images.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -51,6 +50,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools.files import write_whole
 from data_tools.loader import (IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader,  # noqa: F401
                                decode, to_tensor)
 
@@ -242,9 +242,7 @@ def write_split(folder: str | Path, split: Split) -> None:
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 # ------------------------------------------------------------------------------------- images
