@@ -1454,7 +1454,7 @@ class EventModule(nn.Module):
         z = _check_modes("z", z, self.n_modes)
         scaled = self._scaled(z, context)
         if self.estimator == "joint":
-            z2 = _draw_categorical(self.transition_probs(z, context), generator)
+            z2 = _draw_categorical(self._transition_logits(z, scaled).softmax(-1), generator)
             return self.flow.sample(z.shape, scaled, generator, group=z * self.n_modes + z2), z2
         each = self._each_target(z, scaled)
         clocks = self.flow.sample((len(z), self.n_modes), generator=generator, **each)

@@ -781,7 +781,7 @@ class RepeatedAugSampler:
 def smooth_one_hot(y: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """`(B,) int64 -> (B, K)` targets: smoothing / K everywhere, 1 - smoothing more at the label."""
     _check_range(0, 1, smoothing=smoothing)
-    if len(y) and not 0 <= y.min() <= y.max() < num_classes:
+    if ((y < 0) | (y >= num_classes)).any():
         raise ValueError(f"y must be in 0..{num_classes - 1}, got {y.min()}..{y.max()}")
     return F.one_hot(y, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
