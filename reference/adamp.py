@@ -392,9 +392,9 @@ class _ProjectedOptimizer(Optimizer):
         dot, norm_w = _row_dots(w, g), vector_norm(w, dim=1)
 
         def test() -> str | None:
-            least = norm_w.min() * vector_norm(g[:, :length // 32 + 1], dim=1).min()
-            if vector_norm(dot, math.inf) < least * (delta / math.sqrt(length)):
-                return "channel"                         # no |w| |g| is smaller: mostly enough
+            least = vector_norm(g[:, :length // 32 + 1], dim=1)           # of |g|: mostly enough
+            if vector_norm(dot / (norm_w * least), math.inf) < delta / math.sqrt(length):
+                return "channel"
             return _first_view(dot, norm_w, vector_norm(g, dim=1), length, delta, eps)
 
         view, height = self._view(group, test), max(1, room.numel() // length)
@@ -404,7 +404,7 @@ class _ProjectedOptimizer(Optimizer):
             return
         if view == "layer":
             tensors, norm_w = [x.view(1, -1) for x in tensors], norm_w.norm()[None]
-        keep = w.new_tensor(1 - float(group["lr"]) * decay * group["wd_ratio"])
+        keep = 1 - float(group["lr"]) * decay * group["wd_ratio"]
         squares = (norm_w + eps).square_()
         for w, *rest, square in _blocks([*tensors, squares], height):
             if w.numel() > room.numel():
@@ -412,7 +412,7 @@ class _ProjectedOptimizer(Optimizer):
                 room.resize_(w.numel())
             update = room[:w.numel()].view_as(w).zero_()
             self._kernel(group, clock, 0.0, [update], *([x] for x in rest))
-            factor = torch.addcdiv(keep, _row_dots(w, update), square, value=-1)
+            factor = keep - _row_dots(w, update).div_(square)
             torch.addcmul(update, w, factor.unsqueeze(1), out=w)
 
 
