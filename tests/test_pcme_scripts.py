@@ -63,6 +63,15 @@ def test_uncertainty_and_the_plane_on_embedded_scenes(tmp_path, finish):
     assert any(row["claim"].endswith("caption, images it fits") for row in result["claims"])
 
 
+def test_the_attribute_toy_has_every_score_and_goes_on(tmp_path, finish):
+    result = finish("pcme_toy", tmp_path / "out", "--seeds", "1", "--figures", tmp_path / "figures")
+    assert len(result["tables"]["retrieval"]) == 10
+    assert len(result["tables"]["uncertainty"]) == 6
+    assert len(list((tmp_path / "figures").iterdir())) == 4
+    again = finish("pcme_toy", tmp_path / "out", "--seeds", "1", "--resume")
+    assert again["claims"] == result["claims"]
+
+
 def test_scores_and_ablation_on_unseen_classes(tmp_path, finish):
     result = finish("pcme_cub", tmp_path / "out", "--methods", "PCME",
                     "sigmoid and LayerNorm on sigma", "without local attention",
