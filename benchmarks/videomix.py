@@ -353,7 +353,7 @@ def box_map(model: nn.Module, few: dict, test: dict) -> float:
     boxes, every = test["boxes"][:, test["videos"].shape[2] // 2].double(), torch.arange(CLASSES)
     found = [(box.expand(CLASSES, 4), every, score) for box, score in zip(boxes, scores)]
     truths = [(box.unsqueeze(0), label.view(1)) for box, label in zip(boxes, test["labels"])]
-    return localization.detection_ap(found, truths, (0.5,))["mAP@0.5"]
+    return localization.detection_ap(found, truths, (0.5,), rule="ava")["mAP@0.5"]
 
 
 @torch.no_grad()

@@ -326,7 +326,7 @@ def box_map(model: BoxNet, loader: torch.utils.data.DataLoader, classes: list[in
             found.append((boxes.repeat_interleave(len(labels), 0), labels.repeat(len(boxes)),
                           scores[mine].flatten()))
             truths.append((boxes[person], labels[action]))
-    return localization.detection_ap(found, truths, (0.5,))["mAP@0.5"]
+    return localization.detection_ap(found, truths, (0.5,), rule="ava")["mAP@0.5"]
 
 
 TABLES = {"thumos": actions_in_time, "ava": actions_of_boxes}

@@ -25,6 +25,7 @@ any unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,9 @@ def class_activation_maps(features: Tensor, weight: Tensor, bias: Tensor | None 
     if features.ndim != 5 or weight.ndim != 2 or features.shape[1] != weight.shape[1]:
         raise ValueError(f"features must be (B, C, T, H, W) and weight (K, C), "
                          f"not {tuple(features.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},) as weight has rows, "
+                         f"not {tuple(bias.shape)}")
     maps = torch.einsum("bcthw,kc->bkthw", features, weight)
     return maps if bias is None else maps + bias.view(-1, 1, 1, 1)
 
@@ -58,8 +62,9 @@ def interval_iou(a: Tensor, b: Tensor) -> Tensor:
     low = torch.maximum(a[:, None, :half], b[:, :half])
     high = torch.minimum(a[:, None, half:], b[:, half:])
     shared = (high - low).clamp(min=0).prod(2)
-    size_a, size_b = ((v[:, half:] - v[:, :half]).prod(1) for v in (a, b))
-    return shared / (size_a.unsqueeze(1) + size_b - shared).clamp(min=1e-12)
+    size_a, size_b = ((v[:, half:] - v[:, :half]).clamp(min=0).prod(1) for v in (a, b))
+    union = size_a.unsqueeze(1) + size_b - shared
+    return shared / union.masked_fill(union == 0, 1)
 
 
 def localize_actions(sequence: Tensor, levels: int = 16, nms_iou: float = 0.3,
@@ -74,8 +79,8 @@ def localize_actions(sequence: Tensor, levels: int = 16, nms_iou: float = 0.3,
     """
     if sequence.ndim != 1 or len(sequence) < 1 or not sequence.isfinite().all():
         raise ValueError(f"sequence must be (T,) finite numbers, not {tuple(sequence.shape)}")
-    if levels < 1 or not 0 <= nms_iou <= 1 or not margin >= 0:
-        raise ValueError(f"levels must be >= 1, nms_iou in [0, 1] and margin >= 0, "
+    if levels < 1 or not 0 <= nms_iou <= 1 or not 0 <= margin < math.inf:
+        raise ValueError(f"levels must be >= 1, nms_iou in [0, 1] and margin finite and >= 0, "
                          f"not {levels}, {nms_iou} and {margin}")
     values, frames = sequence.detach().double().cpu(), len(sequence)
     low, high = values.min(), values.max()
@@ -91,49 +96,89 @@ def localize_actions(sequence: Tensor, levels: int = 16, nms_iou: float = 0.3,
     beside = (total[right] - total[left] - inside) / (right - left - end + start).clamp(min=1)
     scores, order = (inside / (end - start) - beside).sort(descending=True, stable=True)
     candidates, kept = candidates[order], []
-    overlap = interval_iou(candidates, candidates)
+    apart = torch.ones(len(candidates), dtype=torch.bool)      # from all that are kept
     for row in range(len(candidates)):
-        if not kept or overlap[row, kept].max() <= nms_iou:
+        if apart[row]:
             kept.append(row)
+            apart &= interval_iou(candidates[row:row + 1], candidates)[0] <= nms_iou
     return candidates[kept].double(), scores[kept]
 
 
-def average_precision(hits: Tensor, positives: int) -> Tensor:
+def average_precision(hits: Tensor, positives: int, interpolated: bool = False) -> Tensor:
     """(...,) from hits (..., N), 1 or 0 in descending order of score: the sum over the hits of the
-    precision there, divided by the number of true ones (no interpolation, as for THUMOS'14)."""
-    precision = hits.cumsum(-1) / torch.arange(1, hits.shape[-1] + 1)
+    precision there, divided by the number of true ones (as for THUMOS'14). interpolated: of the
+    largest precision there or later (as for PASCAL VOC and AVA)."""
+    if positives < 1:
+        raise ValueError(f"positives must be at least 1, not {positives}")
+    precision = hits.cumsum(-1) / torch.arange(1, hits.shape[-1] + 1, device=hits.device)
+    if interpolated:
+        precision = precision.flip(-1).cummax(-1).values.flip(-1)
     return (hits * precision).sum(-1) / positives
 
 
+def _ranked(k: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+    """Rows of class k in descending order of score."""
+    rows = (labels == k).nonzero().flatten()
+    return rows[scores[rows].argsort(descending=True, stable=True)]
+
+
+def _hits(overlap: Tensor, limits: Tensor, only_free: bool) -> Tensor:
+    """(L, N) bool at the limits (L,): which detections of one class and video are right, from
+    their IoU (N, M) with the true ones. Those above choose first."""
+    free = torch.ones(len(limits), overlap.shape[1], dtype=torch.bool)
+    hits = torch.zeros(len(limits), len(overlap), dtype=torch.bool)
+    every = torch.arange(len(limits))
+    for rank, row in enumerate(overlap):
+        best = torch.where(free, row, -1.0 if only_free else row).max(1)
+        hits[:, rank] = (best.values >= limits) & free[every, best.indices]
+        free[every, best.indices] &= ~hits[:, rank]
+    return hits
+
+
 def detection_ap(detections: Sequence[tuple], truths: Sequence[tuple],
-                 thresholds: Sequence[float] = THUMOS_THRESHOLDS) -> dict[str, float]:
+                 thresholds: Sequence[float] = THUMOS_THRESHOLDS,
+                 rule: str = "thumos") -> dict[str, float]:
     """Mean over classes of the AP at each IoU threshold: {"mAP@0.5": ..., "mAP": mean of these}.
 
-    detections: one (segments (N, 2) or boxes (N, 4), labels (N,), scores (N,)) per video; truths:
-    one (segments or boxes, labels) per video. In descending order of score, over all videos, a
-    detection is a hit if its IoU with the best true one of its class and video that is still free
-    reaches the threshold; that one is then taken. Classes without a true one do not count.
+    detections: one (segments (N, 2) or boxes (N, 4), labels (N,), scores (N,)) per video or key
+    frame; truths: one (segments or boxes, labels) for each. In descending order of score, over all
+    videos, a detection is compared with the true one of its class and video that it overlaps most;
+    it is a hit, and takes that one, if their IoU reaches the threshold. rule "thumos": only those
+    still free are compared. "ava" (PASCAL VOC's): all are, so that a detection of one that is taken
+    is wrong, and the precision is interpolated. Classes without a true one do not count.
     """
     if len(detections) != len(truths):
         raise ValueError(f"detections are of {len(detections)} videos, truths of {len(truths)}")
-    classes = sorted({int(k) for _, labels in truths for k in labels})
-    if not classes:
-        raise ValueError("truths hold nothing to find")
+    if rule not in ("thumos", "ava"):
+        raise ValueError(f"rule must be thumos or ava, not {rule!r}")
     limits = torch.tensor(list(thresholds), dtype=torch.float64)
-    every, table = torch.arange(len(limits)), []
-    for k in classes:
-        found, free = [], []
-        for video, ((places, labels, scores), (true, of)) in enumerate(zip(detections, truths)):
-            overlap = interval_iou(places[labels == k], true[of == k])
-            free.append(torch.ones(len(limits), overlap.shape[1], dtype=torch.bool))
-            found += [(-float(v), video, row) for v, row in zip(scores[labels == k], overlap)]
-        hits = torch.zeros(len(limits), len(found), dtype=torch.float64)
-        for rank, (_, video, row) in enumerate(sorted(found, key=lambda item: item[:2])):
-            if len(row):
-                best = torch.where(free[video], row, -1.0).max(1)
-                hits[:, rank] = (best.values >= limits).double()
-                free[video][every, best.indices] &= best.values < limits
-        table.append(average_precision(hits, sum(mask.shape[1] for mask in free)))
+    if not len(limits) or not ((limits > 0) & (limits <= 1)).all():
+        raise ValueError(f"thresholds must be numbers in (0, 1], not {thresholds}")
+    detections, truths = (
+        [[torch.as_tensor(part).detach().cpu() for part in video] for video in videos]
+        for videos in (detections, truths))
+    if not any(len(of) for _, of in truths):
+        raise ValueError("truths hold nothing to find")
+    hits = []
+    for number, ((places, labels, scores), (true, of)) in enumerate(zip(detections, truths)):
+        if not len(places) == len(labels) == len(scores) or len(true) != len(of):
+            raise ValueError(f"video {number}: detections are {len(places)} places, {len(labels)} "
+                             f"labels and {len(scores)} scores, truths {len(true)} places and "
+                             f"{len(of)} labels")
+        if scores.isnan().any():
+            raise ValueError(f"video {number}: scores of detections must be numbers, not NaN")
+        hits.append(torch.zeros(len(limits), len(labels), dtype=torch.bool))
+        for k in of.unique():
+            rows = _ranked(k, labels, scores)
+            overlap = interval_iou(places[rows], true[of == k])
+            hits[-1][:, rows] = _hits(overlap, limits, rule == "thumos")
+    hits, table = torch.cat(hits, 1).double(), []
+    labels, scores, of = (torch.cat(parts) for parts in (
+        [labels for _, labels, _ in detections], [scores.double() for *_, scores in detections],
+        [of for _, of in truths]))
+    for k, positives in zip(*of.unique(return_counts=True)):
+        rows = _ranked(k, labels, scores)
+        table.append(average_precision(hits[:, rows], int(positives), rule == "ava"))
     mean = torch.stack(table).mean(0)
     named = {f"mAP@{limit:g}": value for limit, value in zip(limits.tolist(), mean.tolist())}
     return {**named, "mAP": mean.mean().item()}
