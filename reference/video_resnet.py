@@ -26,6 +26,7 @@ SlowOnly-50 32.45 M, SlowFast-50 34.57 M, R(2+1)D-18 31.5 M, TSM-50 24.3 M.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -49,8 +50,13 @@ def _check(depth: int, num_classes: int, width: int) -> None:
 
 
 def _check_clips(x: Tensor) -> None:
-    if x.ndim != 5:
+    if x.ndim != 5 or x.shape[1] != 3:
         raise ValueError(f"clips must be (B, 3, T, H, W), not {tuple(x.shape)}")
+
+
+def _own_draws(generator: torch.Generator | None) -> contextlib.AbstractContextManager:
+    """Layers draw weights when they are made: with a generator, torch's own stays as it was."""
+    return torch.random.fork_rng(devices=[], enabled=generator is not None)
 
 
 @torch.no_grad()
@@ -189,8 +195,9 @@ class SlowOnly(nn.Module):
         super().__init__()
         _check(depth, num_classes, width)
         self.num_features = width * 8 * (4 if depth >= 50 else 1)
-        self.blocks = nn.ModuleList([*_pathway(depth, width, SLOW_TIMES, small_stem),
-                                     Head(self.num_features, num_classes, dropout)])
+        with _own_draws(generator):
+            self.blocks = nn.ModuleList([*_pathway(depth, width, SLOW_TIMES, small_stem),
+                                         Head(self.num_features, num_classes, dropout)])
         reset_parameters(self, lambda m: m.last_norm if isinstance(m, Branch) else None, generator)
 
     @property
@@ -249,17 +256,18 @@ class SlowFast(nn.Module):
                  generator: torch.Generator | None = None):
         super().__init__()
         _check(depth, num_classes, width)
-        if width % 8 or alpha < 1 or fusion_kernel % 2 != 1:
-            raise ValueError("width must be a multiple of 8, alpha positive and fusion_kernel odd, "
-                             f"not {width}, {alpha} and {fusion_kernel}")
+        if width % 8 or alpha < 1 or fusion_kernel < 1 or fusion_kernel % 2 == 0:
+            raise ValueError("width must be a multiple of 8, alpha positive and fusion_kernel odd "
+                             f"and positive, not {width}, {alpha} and {fusion_kernel}")
         self.alpha = alpha
-        slow = _pathway(depth, width, SLOW_TIMES, small_stem, fused=2)
-        fast = _pathway(depth, width // 8, FAST_TIMES, small_stem)
         widths = [width // 8, *(width // 8 * 2**i * (4 if depth >= 50 else 1) for i in range(4))]
-        fusions = [*(FuseFastToSlow(c, alpha, fusion_kernel) for c in widths[:4]), None]
         self.num_features = widths[-1] * 9
-        self.blocks = nn.ModuleList([*map(TwoPathways, slow, fast, fusions), nn.Identity(),
-                                     Head(self.num_features, num_classes, dropout)])
+        with _own_draws(generator):
+            slow = _pathway(depth, width, SLOW_TIMES, small_stem, fused=2)
+            fast = _pathway(depth, width // 8, FAST_TIMES, small_stem)
+            fusions = [*(FuseFastToSlow(c, alpha, fusion_kernel) for c in widths[:4]), None]
+            self.blocks = nn.ModuleList([*map(TwoPathways, slow, fast, fusions), nn.Identity(),
+                                         Head(self.num_features, num_classes, dropout)])
         reset_parameters(self, lambda m: m.last_norm if isinstance(m, Branch) else None, generator)
 
     def forward_features(self, slow: Tensor | tuple[Tensor, Tensor],
@@ -271,9 +279,11 @@ class SlowFast(nn.Module):
             slow, fast = slow[:, :, ::self.alpha], slow
         for clip in (slow, fast):
             _check_clips(clip)
-        if slow.shape[2] * self.alpha != fast.shape[2]:
+        batch, channels, frames, *side = slow.shape
+        if fast.shape != (batch, channels, frames * self.alpha, *side):
             raise ValueError(f"the fast clip must have {self.alpha} times the frames of the slow "
-                             f"one, not {fast.shape[2]} and {slow.shape[2]}")
+                             f"one and its other sizes, not {tuple(fast.shape)} and "
+                             f"{tuple(slow.shape)}")
         for block in self.blocks[:5]:
             slow, fast = block(slow, fast)
         return slow, fast
@@ -344,11 +354,12 @@ class R2Plus1D(_Stages):
         if depth >= 50:
             raise ValueError(f"depth must be 18 or 34, not {depth}")
         side, stride, middle = (3, 1, width) if small_stem else (7, 2, 45)
-        self.stem = nn.Sequential(
-            _conv(3, middle, (1, side, side), (1, stride, stride)), nn.BatchNorm3d(middle),
-            nn.ReLU(inplace=True), _conv(middle, width, (3, 1, 1)), nn.BatchNorm3d(width),
-            nn.ReLU(inplace=True))
-        self._build(R2Plus1DBlock, LAYERS[depth], width, 1, num_classes, dropout)
+        with _own_draws(generator):
+            self.stem = nn.Sequential(
+                _conv(3, middle, (1, side, side), (1, stride, stride)), nn.BatchNorm3d(middle),
+                nn.ReLU(inplace=True), _conv(middle, width, (3, 1, 1)), nn.BatchNorm3d(width),
+                nn.ReLU(inplace=True))
+            self._build(R2Plus1DBlock, LAYERS[depth], width, 1, num_classes, dropout)
         reset_parameters(self, lambda m: m.conv2[1] if isinstance(m, R2Plus1DBlock) else None,
                          generator)
 
@@ -410,10 +421,11 @@ class TSM(_Stages):
         super().__init__()
         _check(depth, num_classes, width)
         side, stride, bottleneck = (*((3, 1) if small_stem else (7, 2)), depth >= 50)
-        self.conv1 = nn.Conv2d(3, width, side, stride, side // 2, bias=False)
-        self.bn1, self.small_stem = nn.BatchNorm2d(width), small_stem
-        self._build(lambda i, o, s: TSMBlock(i, o, s, bottleneck), LAYERS[depth], width,
-                    4 if bottleneck else 1, num_classes, dropout)
+        with _own_draws(generator):
+            self.conv1 = nn.Conv2d(3, width, side, stride, side // 2, bias=False)
+            self.bn1, self.small_stem = nn.BatchNorm2d(width), small_stem
+            self._build(lambda i, o, s: TSMBlock(i, o, s, bottleneck), LAYERS[depth], width,
+                        4 if bottleneck else 1, num_classes, dropout)
         reset_parameters(self, lambda m: m.last_norm if isinstance(m, TSMBlock) else None,
                          generator)
 

@@ -59,8 +59,10 @@ def test_published_names():
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_forward_backward_and_reproducible_start(factory):
+    before = torch.get_rng_state()
     a, b = (factory(5, width=8, small_stem=True, generator=seeded()) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert torch.equal(torch.get_rng_state(), before)
     clips = torch.randn(2, 3, 8, 32, 32, generator=seeded())
     logits = a(clips)
     assert logits.shape == (2, 5)
@@ -90,8 +92,9 @@ def test_slowfast_pathways():
     slow = fast[:, :, ::4]
     together = model(fast)
     assert torch.equal(model((slow, fast)), together) and torch.equal(model(slow, fast), together)
-    with pytest.raises(ValueError, match="4 times the frames"):
-        model(fast, fast)
+    for bad in ((fast, fast), (slow[:1], fast), (slow[..., :8], fast)):
+        with pytest.raises(ValueError, match="4 times the frames"):
+            model(bad)
     with pytest.raises(ValueError, match="multiple of 8"):
         vr.slowfast18(width=4)
 
@@ -142,6 +145,8 @@ def test_bad_input():
                         (lambda: vr.SlowOnly(num_classes=0), "num_classes"),
                         (lambda: vr.TSM(width=0), "width"), (lambda: vr.R2Plus1D(50), "depth"),
                         (lambda: vr.slowonly18(2, width=8)(torch.zeros(3, 4, 16, 16)),
+                         r"\(B, 3, T, H, W\)"),
+                        (lambda: vr.tsm18(2, width=8)(torch.zeros(1, 4, 4, 16, 16)),
                          r"\(B, 3, T, H, W\)"),
                         (lambda: vr.slowfast18(2, width=8, fusion_kernel=4), "fusion_kernel"),
                         (lambda: vr.inflate(vr.slowonly18(2, width=8), {"x": torch.zeros(1)}),
