@@ -35,6 +35,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -140,12 +141,13 @@ def _gradient(model: Callable, normalise: Callable, x: Tensor, loss: Callable) -
     """d loss(model(x)) / dx. No parameter's .grad is touched, and no weight gradient is computed:
     autograd.grad with x as the only input skips them."""
     with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+        x = x.detach().clone().requires_grad_(True)
         # The sum over the batch, not the mean: the same sign, and half precision underflows later.
         return torch.autograd.grad(loss(model(normalise(x)).float()).sum(), x)[0]
 
 
 def _cross_entropy(y: Tensor) -> Callable[[Tensor], Tensor]:
+    y = y.clone()  # of a batch made in inference mode nothing can be kept for a gradient
     return lambda logits: F.cross_entropy(logits, y, reduction="none")
 
 
@@ -153,6 +155,7 @@ def _clamp(x: Tensor, clip: Sequence[float] | None) -> Tensor:
     return x if clip is None else x.clamp(*clip)
 
 
+@torch.inference_mode(False)
 def fgsm(model: Callable, x: Tensor, y: Tensor, eps: float, clip: Sequence[float] | None = (0, 1),
          mean=None, std=None) -> Tensor:
     """Fast gradient sign method: clip(x + eps sign(d CE(model(x), y) / dx)), in evaluation mode.
@@ -167,6 +170,7 @@ def fgsm(model: Callable, x: Tensor, y: Tensor, eps: float, clip: Sequence[float
     return _clamp(x.detach() + eps * grad.sign(), clip)
 
 
+@torch.inference_mode(False)
 def pgd(model: Callable, x: Tensor, y: Tensor, eps: float, step_size: float, n_steps: int = 10,
         random_start: bool = False, clip: Sequence[float] | None = (0, 1), mean=None, std=None,
         generator: torch.Generator | None = None) -> Tensor:
@@ -284,12 +288,19 @@ def _confidence(logits: Tensor, labels: Tensor, from_probs: bool = False) -> tup
     return confidence, prediction == labels.to(prediction.device)
 
 
+def _edges(n_bins: int, dtype: torch.dtype) -> Tensor:
+    """m / M for m = 0..M, rounded in float32 as the published code has them."""
+    if not isinstance(n_bins, (int, np.integer)) or n_bins < 1:
+        raise ValueError(f"n_bins must be an integer >= 1, got {n_bins}")
+    if dtype == torch.float64:
+        return torch.arange(n_bins + 1, dtype=dtype) / n_bins
+    return torch.linspace(0, 1, n_bins + 1, dtype=dtype)
+
+
 def _bins(values: Tensor, n_bins: int) -> Tensor:
     """Index of the bin (m-1)/M < value <= m/M, found by comparison with the edges in the dtype of
     the values: ceil(value * M) differs on the edges."""
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be >= 1, got {n_bins}")
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=values.dtype, device=values.device)
+    edges = _edges(n_bins, values.dtype).to(values.device)
     return (torch.searchsorted(edges, values) - 1).clamp(0, n_bins - 1)
 
 
@@ -354,7 +365,7 @@ def reliability_table(logits: Tensor, labels: Tensor, n_bins: int = 15,
     confidence and accuracy (0 where the bin is empty)."""
     confidence, correct = _confidence(logits, labels, from_probs)
     count, *sums = _sums(_bins(confidence, n_bins), n_bins, confidence, correct)
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=count.device)
+    edges = _edges(n_bins, torch.float64).to(count.device)
     mean_confidence, accuracy = (s / count.clamp(min=1) for s in sums)
     return {"lower": edges[:-1], "upper": edges[1:], "count": count.long(),
             "confidence": mean_confidence, "accuracy": accuracy}
@@ -377,20 +388,15 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """T that minimises nll(logits / T, labels); fit it on held-out data, never on the test set.
 
     The NLL is convex in u = 1/T, with slope E_p[z] - z_y and curvature Var_p[z] (means over
-    samples): Newton's steps inside a shrinking bracket find the root of the slope. Two cases have
-    no minimum and end at a cap with a warning: every sample correct (T = 1e-3), and logits worse
-    than constant ones (T = 1e3). Constant rows say nothing about T and give 1.
+    samples): Newton's steps inside a shrinking bracket find the root of the slope. With no minimum
+    in 1e-3..1e3 T ends at a cap with a warning: at 1e-3 when every sample is correct, at 1e3 when
+    the logits are worse than constant ones. Constant rows say nothing about T and give 1.
     """
     _check_logits(logits, labels)
     z = logits.double() - logits.double().amax(1, keepdim=True)
     target = z.gather(1, labels.to(z.device).long()[:, None])[:, 0]
     if not z.any():
         return 1.0
-    low, high = 1e-3, 1e3
-    if not target.any():
-        warnings.warn("fit_temperature: every label has the largest logit, the NLL falls without "
-                      f"end as T -> 0; T is capped at {1 / high}", stacklevel=2)
-        return 1 / high
 
     def slope_and_curvature(u: float) -> tuple[float, float]:
         p = (u * z).softmax(1)
@@ -398,11 +404,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         variance = (p * (z - expected[:, None]).square()).sum(1)
         return (expected - target).mean().item(), variance.mean().item()
 
-    if slope_and_curvature(low)[0] >= 0:
-        warnings.warn("fit_temperature: the logits predict worse than constant ones, the NLL falls "
-                      f"as T grows; T is capped at {1 / low}", stacklevel=2)
-        return 1 / low
-    u = 1.0
+    low, high, u = 1e-3, 1e3, 1.0
+    for cap, sign, why in (
+            (low, 1, "the logits predict worse than constant ones, the NLL falls as T grows"),
+            (high, -1, "the labels have the largest logits, the NLL falls as T -> 0")):
+        if sign * slope_and_curvature(cap)[0] >= 0:
+            warnings.warn(f"fit_temperature: {why}; T is capped at {1 / cap}", stacklevel=2)
+            return 1 / cap
     for _ in range(200):
         slope, curvature = slope_and_curvature(u)
         low, high = (u, high) if slope < 0 else (low, u)
@@ -439,6 +447,7 @@ def ood_score(logits: Tensor, kind: str = "msp", temperature: float = 1.0) -> Te
     raise ValueError(f'kind must be "msp", "max_logit", "entropy" or "energy", got {kind!r}')
 
 
+@torch.inference_mode(False)
 def odin(model: Callable, x: Tensor, eps: float = 0.0014, temperature: float = 1000.0, mean=None,
          std=None) -> Tensor:
     """ODIN score (B,): the largest softmax(z / T) after x moved by eps sign(d log S_max / dx).
@@ -460,7 +469,8 @@ def _tie_groups(scores_in, scores_out, positive: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f'positive must be "in" or "out", got {positive!r}')
     scores = []
     for name, values in (("scores_in", scores_in), ("scores_out", scores_out)):
-        values = torch.as_tensor(values).detach().cpu().double()
+        values = (values.detach().cpu().double() if isinstance(values, Tensor) else
+                  torch.from_numpy(np.array(values, np.float64)))  # a list holds doubles, too
         if values.ndim != 1 or not len(values) or values.isnan().any():
             raise ValueError(f"{name} must be one-dimensional, not empty and free of NaN; got "
                              f"{values.dtype} of shape {tuple(values.shape)}")

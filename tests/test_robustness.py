@@ -81,6 +81,8 @@ def test_attacks_leave_the_model_alone_and_attack_in_eval_mode():
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert torch.equal(net[0].weight.grad, torch.ones_like(net[0].weight))
     assert net[4].weight.grad is None and torch.equal(x, copy) and not one.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(R.fgsm(net, x.clone(), y.clone(), 0.1), one)
     alone = torch.cat([R.fgsm(net, x[i : i + 1], y[i : i + 1], 0.1) for i in range(4)])
     torch.testing.assert_close(one, alone, atol=1e-6, rtol=0)  # batch statistics would couple them
 
@@ -264,8 +266,11 @@ def test_calibration_closed_forms():
     assert R.nll(even, y) == pytest.approx(math.log(3)) and R.brier(even, y) == pytest.approx(2 / 3)
     # one sample, one class
     assert R.expected_calibration_error(torch.zeros(1, 1), torch.tensor([0])) == 0
-    edge = torch.tensor([[0.75, 0.25]])  # 3/4 belongs to the bin that ends there
-    assert R.reliability_table(edge, torch.tensor([0]), 4, from_probs=True)["count"][2] == 1
+    for bins in (4, 10, 20, 24):  # m / bins belongs to the bin that ends there
+        for m in range((bins + 1) // 2, bins + 1):
+            edge = torch.tensor([[m / bins, 1 - m / bins]], dtype=torch.float64)
+            table = R.reliability_table(edge, torch.tensor([0]), bins, from_probs=True)
+            assert table["count"].nonzero().item() == m - 1
     z, y = random_logits()
     for dtype in (torch.half, torch.bfloat16, torch.float32):
         assert R.expected_calibration_error(z.to(dtype), y) == pytest.approx(
@@ -289,6 +294,8 @@ def test_fit_temperature_without_a_minimum():
         assert R.fit_temperature(z, z.argmax(1)) == pytest.approx(1e-3)
     with pytest.warns(UserWarning, match="worse than constant"):
         assert R.fit_temperature(z, z.argmin(1)) == pytest.approx(1e3)
+    with pytest.warns(UserWarning, match="T -> 0"):  # its minimum is beyond the cap
+        assert R.fit_temperature(1e-5 * z, y) == pytest.approx(1e-3)
     assert R.fit_temperature(torch.ones(5, 3), torch.tensor([0, 1, 2, 0, 1])) == 1
 
 
@@ -302,7 +309,8 @@ def test_calibration_errors():
                         R.reliability_table, R.classwise_calibration_error):
             with pytest.raises(ValueError):
                 measure(logits, labels)
-    for bad in ({"norm": "l3"}, {"strategy": "mass"}, {"n_bins": 0}, {"from_probs": True}):
+    for bad in ({"norm": "l3"}, {"strategy": "mass"}, {"n_bins": 0}, {"n_bins": 2.5},
+                {"from_probs": True}):
         with pytest.raises(ValueError):
             R.expected_calibration_error(z, y, **bad)
 
@@ -357,6 +365,8 @@ def test_ood_closed_forms_and_inputs():
     a = torch.linspace(0, 1, 20, dtype=torch.float16)
     assert R.auroc(a, a.numpy() - 0.5) == R.auroc(a.tolist(), (a - 0.5).double())
     assert R.ood_metrics([1, 2], [0])["auroc"] == 1
+    assert R.auroc([1 + 1e-9], [1.0]) == 1  # lists are not rounded to float32
+    assert R.auroc(np.arange(3)[::-1], [1]) == 0.5
     for bad in ([], [[1.0]], [float("nan")]):
         for metric in (R.auroc, R.aupr, R.fpr_at_tpr, R.tnr_at_tpr, R.detection_accuracy):
             with pytest.raises(ValueError):
