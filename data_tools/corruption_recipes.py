@@ -175,7 +175,7 @@ def _glass_blur(x, c, rngs, variant, severity, textures):
     sigma, reach, iterations = c
     n, height, width, channels = x.shape
     pixels = (_gaussian(_unit(x), sigma) * 255).astype(np.uint8).reshape(-1, channels)
-    count = (height - 2 * reach) * (width - 2 * reach)
+    count = max(height - 2 * reach, 0) * max(width - 2 * reach, 0)
     for _ in range(iterations):
         offsets = _draws(rngs, lambda rng: rng.randint(-reach, reach, size=(count, 2)))
         pixels = pixels[_glass_sources(offsets, height, width, reach)]
@@ -334,7 +334,7 @@ def _jpeg_compression(x, c, rngs, variant, severity, textures):
 
 def _pixelate(x, c, rngs, variant, severity, textures):
     height, width = x.shape[1:3]
-    small = int(width * c), int(height * c)
+    small = max(int(width * c), 1), max(int(height * c), 1)
     back = Image.NEAREST if variant == "bethge" else Image.BOX
     return _stack([np.array(Image.fromarray(image).resize(small, Image.BOX)
                             .resize((width, height), back)) for image in x])
@@ -349,7 +349,7 @@ def _elastic_transform(x, c, rngs, variant, severity, textures):
     else:
         strength, sigma, largest = c
         reach = 1
-        centre, square = np.float32([height, width]) // 2, min(height, width) // 3
+        centre, square = np.float32([height, width]) // 2, max(min(height, width) // 3, 1)
         corners = np.float32([centre + square, [centre[0] + square, centre[1] - square],
                               centre - square])
         shifts = _draws(rngs, lambda rng: rng.uniform(-largest, largest, size=(3, 2)))

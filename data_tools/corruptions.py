@@ -54,7 +54,7 @@ def _check(images: np.ndarray, name: str, severity: int, variant: str) -> None:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5, not {severity!r}")
-    smallest = 32 if variant == "bethge" else 8
+    smallest = 32 if variant == "bethge" else 1
     if min(images.shape[1:3]) < smallest:
         raise ValueError(f"image sides must be at least {smallest} for {variant}, not "
                          f"{images.shape[1:3]}")

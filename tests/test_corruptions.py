@@ -207,8 +207,10 @@ def test_any_size_grey_and_constant_images(variant):
     grey = picture(1, 40, 57)[..., 0]
     for name in C.CORRUPTIONS:
         small = picture(2, 8, 13) if variant != "bethge" else picture(2, 32, 33)
+        tiny = () if variant == "bethge" else (picture(3, 1, 2)[:, :1], picture(3, 1, 9),
+                                               picture(3, 5, 2), picture(3, 3, 3))
         for image in (picture(0, 40, 57), np.full((33, 32, 3), 255, np.uint8),
-                      np.zeros((32, 35, 3), np.uint8), small):
+                      np.zeros((32, 35, 3), np.uint8), small, *tiny):
             for severity in (1, 5):
                 out = C.corrupt(image, name, severity, variant, rng=1)
                 assert out.shape == image.shape and out.dtype == np.uint8
@@ -274,7 +276,7 @@ def test_errors():
         C.corrupt(image / 255.0, "fog", 1)
     for bad in ({"name": "fogg"}, {"severity": 0}, {"severity": 6}, {"severity": 1.5},
                 {"variant": "mnist"}, {"image": image[None]}, {"image": image[..., :2]},
-                {"image": image[:31], "variant": "bethge"}, {"image": image[:7]}):
+                {"image": image[:31], "variant": "bethge"}, {"image": image[:0]}):
         with pytest.raises(ValueError):
             C.corrupt(**{"image": image, "name": "fog", "severity": 1, **bad})
     with pytest.raises(ValueError, match="gaussian_noise, shot_noise"):
