@@ -10,8 +10,11 @@ that does not fit is a ValueError that names the file and the line.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,36 +33,76 @@ class Labelled(NamedTuple):
     end: float | None = None
 
 
+# ---------------------------------------------------------------- reading and checking
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text("utf-8-sig")      # a byte order mark is no part of a name
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text: {error}") from None
+
+
 def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
     """(place, stripped line) of the lines that are not empty; the place is for error messages."""
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             yield f"{path}, line {number}", line.strip()
 
+
+def _json(path: str | Path, kind: type) -> list | dict:
+    try:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: must hold a JSON {kind.__name__}, not {content!r:.80}")
+    return content
+
+
+@contextlib.contextmanager
+def _expecting(what: str, place: str | Path, found: object) -> Iterator[None]:
+    """Whatever goes wrong inside is a ValueError that says where."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ValueError(f"{place}: expected {what}, found {found!r:.200}") from None
+
+
+def _interval(start: str, end: str) -> tuple[float, float]:
+    """Seconds from two fields; ValueError unless 0 <= start <= end."""
+    start, end = float(start), float(end)
+    if not 0 <= start <= end < math.inf:
+        raise ValueError
+    return start, end
+
+
+# ---------------------------------------------------------------- labels of whole videos
 
 def read_kinetics(path: str | Path,
                   classes: Sequence[str] | None = None) -> tuple[list[Labelled], list[str]]:
     """Kinetics: csv with label, youtube_id, time_start, time_end, split. Returns videos, named
     CLASS/ID_START_END as the downloaders do, and the classes (sorted, if not given)."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    needed = {"youtube_id", "time_start", "time_end"}
-    if not rows or not needed <= set(rows[0]):
-        raise ValueError(f"{path}: expected columns label, {', '.join(sorted(needed))}; "
-                         f"found {', '.join(rows[0]) if rows else 'no rows'}")
-    names = (sorted({row["label"] for row in rows if row.get("label")}) if classes is None
+    needed = ["youtube_id", "time_start", "time_end"]
+    reader = csv.DictReader(io.StringIO(_text(path)))
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    if not rows or not set(needed) <= set(reader.fieldnames):
+        raise ValueError(f"{path}: expected columns label, {', '.join(needed)} and rows, "
+                         f"found {len(rows)} rows of {reader.fieldnames}")
+    names = (sorted({row["label"] for _, row in rows if row.get("label")}) if classes is None
              else list(classes))
     number, out = {name: i for i, name in enumerate(names)}, []
-    for line, row in enumerate(rows, 2):
-        label = row.get("label") or None
-        try:
-            start, end = float(row["time_start"]), float(row["time_end"])
-            key = -1 if label is None else number[label]
-        except (TypeError, ValueError, KeyError):
-            raise ValueError(f"{path}, line {line}: unknown class or time in "
-                             f"{list(row.values())}") from None
-        name = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
-        out.append(Labelled(f"{label}/{name}" if label else name, key, start, end))
+    for line, row in rows:
+        with _expecting("an id, times and a known label", f"{path}, line {line}", row):
+            label, video = row.get("label"), row["youtube_id"]
+            start, end = _interval(row["time_start"], row["time_end"])
+            if not video:
+                raise ValueError
+            name = f"{video}_{int(start):06d}_{int(end):06d}"
+            out.append(Labelled(f"{label}/{name}", number[label], start, end) if label
+                       else Labelled(name, -1, start, end))
     return out, names
 
 
@@ -78,16 +121,15 @@ def read_mini_kinetics(path: str | Path, kinetics: str | Path) -> tuple[list[Lab
 def read_ssv2(path: str | Path, labels: str | Path) -> tuple[list[Labelled], list[str]]:
     """Something-Something-V2: ...-{train,validation,test}.json and ...-labels.json. The class is
     the template without its brackets; test items have none (-1). Videos are ID.webm."""
-    numbers = json.loads(Path(labels).read_text("utf-8"))
-    number = {name: int(value) for name, value in numbers.items()}
-    out = []
-    for item in json.loads(Path(path).read_text("utf-8")):
-        template = item.get("template")
-        name = template.replace("[", "").replace("]", "") if template is not None else None
-        if name is not None and name not in number:
-            raise ValueError(f"{path}: video {item.get('id')} has the unknown template "
-                             f"{template!r}")
-        out.append(Labelled(f"{item['id']}.webm", -1 if name is None else number[name]))
+    number, out = {}, []
+    for name, value in _json(labels, dict).items():
+        with _expecting("the number of a template", labels, {name: value}):
+            number[name] = int(value)
+    for item in _json(path, list):
+        with _expecting(f"an id and a template of {labels}", path, item):
+            template = item.get("template")
+            label = -1 if template is None else number[template.replace("[", "").replace("]", "")]
+            out.append(Labelled(f"{item['id']}.webm", label))
     return out, sorted(number, key=number.get)
 
 
@@ -95,15 +137,20 @@ def read_ucf101(folder: str | Path, split: int = 1,
                 train: bool = True) -> tuple[list[Labelled], list[str]]:
     """UCF-101: classInd.txt (`1 ApplyEyeMakeup`), trainlist0S.txt, testlist0S.txt (without
     labels)."""
-    folder = Path(folder)
-    names = [line.split()[1] for _, line in _lines(folder / "classInd.txt")]
-    out = []
+    folder, names, out = Path(folder), [], []
+    for place, line in _lines(folder / "classInd.txt"):
+        with _expecting(f"`{len(names) + 1} Class`", place, line):
+            number, name = line.split()
+            if int(number) != len(names) + 1 or name in names:
+                raise ValueError
+            names.append(name)
     for place, line in _lines(folder / f"{'train' if train else 'test'}list{split:02d}.txt"):
-        name, *number = line.split()
-        label = names.index(name.split("/")[0]) if name.split("/")[0] in names else -1
-        if label < 0 or number and int(number[0]) != label + 1:
-            raise ValueError(f"{place}: the class of {line!r} is not that of classInd.txt")
-        out.append(Labelled(name, label))
+        with _expecting("`Class/video.avi [number]` as in classInd.txt", place, line):
+            name, *number = line.split()
+            label = names.index(name.split("/")[0])
+            if number not in ([], [str(label + 1)]):
+                raise ValueError
+            out.append(Labelled(name, label))
     return out, names
 
 
@@ -118,12 +165,14 @@ def read_hmdb51(folder: str | Path, split: int = 1,
     for label, file in enumerate(files):
         for place, line in _lines(file):
             name, _, part = line.rpartition(" ")
-            if part not in ("0", "1", "2"):
+            if not name.strip() or part not in ("0", "1", "2"):
                 raise ValueError(f"{place}: expected `video 0|1|2`, found {line!r}")
             if part == ("1" if train else "2"):
                 out.append(Labelled(f"{names[label]}/{name.strip()}", label))
     return out, names
 
+
+# ---------------------------------------------------------------- when and where
 
 def read_thumos14(folder: str | Path,
                   split: str = "val") -> tuple[dict[str, list[Labelled]], list[str]]:
@@ -136,12 +185,9 @@ def read_thumos14(folder: str | Path,
     names, videos = [file.name.removesuffix(f"_{split}.txt") for file in files], {}
     for label, file in enumerate(files):
         for place, line in _lines(file):
-            try:
+            with _expecting("`video start end`", place, line):
                 video, start, end = line.split()
-                action = Labelled(video, label, float(start), float(end))
-            except ValueError:
-                raise ValueError(f"{place}: expected `video start end`, found {line!r}") from None
-            videos.setdefault(video, []).append(action)
+                videos.setdefault(video, []).append(Labelled(video, label, *_interval(start, end)))
     return videos, names
 
 
@@ -159,29 +205,33 @@ def read_ava(path: str | Path, excluded: str | Path | None = None) -> list[Keyfr
     """AVA: csv rows video_id, timestamp, x1, y1, x2, y2, action_id, person_id, without a header;
     `excluded`: csv of video_id, timestamp that do not count. Rows of the same box are one
     person."""
-    skipped = set()
-    if excluded is not None:
-        skipped = {(v, float(t)) for v, t in (line.split(",")[:2] for _, line in _lines(excluded))}
-    moments: dict[tuple, dict[tuple, list[int]]] = {}
+    skipped, moments = set(), {}
+    for place, line in _lines(excluded) if excluded is not None else ():
+        with _expecting("`video,seconds`", place, line):
+            video, seconds = line.split(",")
+            skipped.add((video, _interval(seconds, seconds)[0]))
     for place, line in _lines(path):
-        try:
+        with _expecting("`video,seconds,x1,y1,x2,y2,action,person`", place, line):
             video, seconds, *numbers = line.split(",")
             box, action = tuple(float(v) for v in numbers[:4]), int(numbers[4])
-            if not (0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1):
+            x0, y0, x1, y1 = box
+            if not video or action < 1 or not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
                 raise ValueError
-        except (ValueError, IndexError):
-            raise ValueError(f"{place}: expected `video,seconds,x1,y1,x2,y2,action,person`, "
-                             f"found {line!r}") from None
-        if (video, float(seconds)) not in skipped:
-            moments.setdefault((video, float(seconds)), {}).setdefault(box, []).append(action)
-    return [Keyframe(video, seconds, np.array(list(people)), list(people.values()))
+            moment = video, _interval(seconds, seconds)[0]
+            if moment not in skipped:                 # dicts as sets that keep the order
+                moments.setdefault(moment, {}).setdefault(box, {})[action] = None
+    return [Keyframe(video, seconds, np.array(list(people)), list(map(list, people.values())))
             for (video, seconds), people in moments.items()]
 
 
 def read_ava_classes(path: str | Path) -> dict[int, str]:
     """{number: name} of ava_action_list_v2.2.pbtxt (the 60 evaluated classes, or all 80)."""
-    text = Path(path).read_text("utf-8")
-    found = re.findall(r'name:\s*"([^"]*)"\s*(?:label_id|id):\s*(\d+)', text)
-    if not found:
-        raise ValueError(f'{path}: holds no `name: "..." id: ...`')
-    return {int(number): name for name, number in found}
+    classes = {}
+    for block in re.findall(r"\{([^{}]*)\}", _text(path)):
+        with _expecting('`name: "..." id: ...`', path, block):
+            number, name = re.search(r"\b(?:label_)?id:\s*(\d+)", block), re.search(
+                r'\bname:\s*"([^"]*)"', block)
+            classes[int(number[1])] = name[1]
+    if not classes:
+        raise ValueError(f'{path}: holds no `{{name: "..." id: ...}}`')
+    return classes

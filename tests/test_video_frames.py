@@ -1,7 +1,5 @@
-"""Frames of real short clips (an animated WebP always, MP4 where ffmpeg is there), sampling, and
-the annotation files of the seven data sets in their published layout."""
+"""Frames of real short clips (an animated WebP always, MP4 where ffmpeg is there), and sampling."""
 
-import json
 import os
 import shutil
 import stat
@@ -14,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools import video_annotations as va
 from data_tools import video_frames as vf
 from data_tools.loader import BadImage
 
@@ -299,112 +296,7 @@ def test_bad_input(tmp_path):
         list(vf.VideoLoader(vf.VideoFolder(index, 20, 1, transform=vf.ClipTransform(16)), 1))
 
 
-# ---------------------------------------------------------------- annotations
-
-def test_kinetics_and_mini_kinetics(tmp_path):
-    path = tmp_path / "train.csv"
-    path.write_text(
-        'label,youtube_id,time_start,time_end,split\n"riding, a bike",abc-_1,5,15,train\n'
-        "abseiling,x,120,130,train\nzumba,z_9,0,10,train\n"
-    )
-    videos, classes = va.read_kinetics(path)
-    assert classes == ["abseiling", "riding, a bike", "zumba"] and videos[0] == va.Labelled(
-        "riding, a bike/abc-_1_000005_000015", 1, 5.0, 15.0
-    )
-    (tmp_path / "mini.txt").write_text("z_9\nx\nunknown\n")
-    videos, classes = va.read_mini_kinetics(tmp_path / "mini.txt", path)
-    assert classes == ["abseiling", "zumba"] and [v.label for v in videos] == [0, 1]
-    (tmp_path / "test.csv").write_text("youtube_id,time_start,time_end,split\nq,1,11,test\n")
-    assert va.read_kinetics(tmp_path / "test.csv",
-                            classes)[0] == [va.Labelled("q_000001_000011", -1, 1.0, 11.0)]
-    path.write_text("label,youtube_id,time_start,time_end,split\nabseiling,x,soon,130,train\n")
-    with pytest.raises(ValueError, match="train.csv, line 2"):
-        va.read_kinetics(path)
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="expected columns"):
-        va.read_kinetics(path)
-    (tmp_path / "mini.txt").write_text("nobody\n")
-    with pytest.raises(ValueError, match="mini.txt.*none"):
-        va.read_mini_kinetics(tmp_path / "mini.txt", tmp_path / "test.csv")
-
-
-def test_something_something(tmp_path):
-    (tmp_path / "labels.json").write_text(
-        json.dumps({"Pushing something": "1", "Holding something next to something": "0"})
-    )
-    items = [{"id": "7", "label": "pushing a cup", "template": "Pushing [something]",
-              "placeholders": ["a cup"]},
-             {"id": "8", "template": "Holding [something] next to [something]"}, {"id": "9"}]
-    (tmp_path / "train.json").write_text(json.dumps(items))
-    videos, classes = va.read_ssv2(tmp_path / "train.json", tmp_path / "labels.json")
-    assert [tuple(v[:2]) for v in videos] == [("7.webm", 1), ("8.webm", 0), ("9.webm", -1)]
-    assert classes[1] == "Pushing something"
-    (tmp_path / "train.json").write_text(
-        json.dumps([{"id": "7", "template": "Eating [something]"}])
-    )
-    with pytest.raises(ValueError, match="video 7 has the unknown template"):
-        va.read_ssv2(tmp_path / "train.json", tmp_path / "labels.json")
-
-
-def test_ucf101_and_hmdb51(tmp_path):
-    (tmp_path / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 YoYo\n")
-    (tmp_path / "trainlist01.txt").write_text("YoYo/v_YoYo_g08_c01.avi 2\n")
-    (tmp_path / "testlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n")
-    assert va.read_ucf101(tmp_path)[0] == [va.Labelled("YoYo/v_YoYo_g08_c01.avi", 1)]
-    assert va.read_ucf101(tmp_path, train=False)[0][0].label == 0
-    (tmp_path / "trainlist01.txt").write_text("YoYo/v_YoYo_g08_c01.avi 1\n")
-    with pytest.raises(ValueError, match="trainlist01.txt, line 1"):
-        va.read_ucf101(tmp_path)
-    hmdb = tmp_path / "hmdb"
-    hmdb.mkdir()
-    (hmdb / "brush_hair_test_split1.txt").write_text("a b.avi 1 \nc.avi 2 \nd.avi 0 \n")
-    (hmdb / "wave_test_split1.txt").write_text("w.avi 1\n")
-    assert va.read_hmdb51(hmdb)[0] == [va.Labelled("brush_hair/a b.avi", 0),
-                                       va.Labelled("wave/w.avi", 1)]
-    assert va.read_hmdb51(hmdb, 1, False)[0] == [va.Labelled("brush_hair/c.avi", 0)]
-    with pytest.raises(ValueError, match="split2"):
-        va.read_hmdb51(hmdb, 2)
-    (hmdb / "wave_test_split1.txt").write_text("w.avi 3\n")
-    with pytest.raises(ValueError, match="wave_test_split1.txt, line 1"):
-        va.read_hmdb51(hmdb)
-
-
-def test_thumos_and_ava(tmp_path):
-    (tmp_path / "Diving_val.txt").write_text(
-        "video_validation_0000051  67.5  75.9\nvideo_validation_0000051  80.0 81.5\n"
-    )
-    (tmp_path / "CricketShot_val.txt").write_text("video_validation_0000052 1 2\n")
-    (tmp_path / "Ambiguous_val.txt").write_text("video_validation_0000051 1 2\n")
-    videos, classes = va.read_thumos14(tmp_path)
-    assert classes == ["CricketShot", "Diving"] and [
-        (v.label, v.start, v.end) for v in videos["video_validation_0000051"]
-    ] == [(1, 67.5, 75.9), (1, 80.0, 81.5)]
-    with pytest.raises(ValueError, match="_test.txt"):
-        va.read_thumos14(tmp_path, "test")
-    (tmp_path / "Diving_val.txt").write_text("video_validation_0000051  67.5\n")
-    with pytest.raises(ValueError, match="Diving_val.txt, line 1"):
-        va.read_thumos14(tmp_path)
-    path = tmp_path / "ava_val.csv"
-    path.write_text(
-        "v1,0902,0.1,0.2,0.5,0.9,12,0\nv1,0902,0.1,0.2,0.5,0.9,80,0\n"
-        "v1,0902,0.6,0.2,0.7,0.9,12,1\nv1,0903,0,0,1,1,3,0\n"
-    )
-    (tmp_path / "excluded.csv").write_text("v1,0903\n")
-    (moment,) = va.read_ava(path, tmp_path / "excluded.csv")
-    assert (moment.seconds == 902 and moment.boxes.shape == (2, 4)
-            and moment.actions == [[12, 80], [12]])
-    (tmp_path / "list.pbtxt").write_text(
-        'label {\n  name: "bend/bow (at the waist)"\n  label_id: 1\n  label_type: X\n}\n'
-        'item {\n  name: "dance"\n  id: 5\n}\n'
-    )
-    assert va.read_ava_classes(tmp_path / "list.pbtxt") == {
-        1: "bend/bow (at the waist)",
-        5: "dance",
-    }
-    path.write_text("v1,0902,0.1,0.2,1.5,0.9,12,0\n")
-    with pytest.raises(ValueError, match="ava_val.csv, line 1"):
-        va.read_ava(path)
-
+# ---------------------------------------------------------------- command line
 
 def test_command_line(tmp_path):
     for name in ("YoYo/v_YoYo_g01_c01", "YoYo/v_YoYo_g02_c01"):
