@@ -20,7 +20,6 @@ the means of PCME's Gaussians alone 45.0, 45.9 with 68.0, 54.6.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -303,29 +302,15 @@ def run_name(method: str, seed: int) -> str:
     return f"{method.replace(' ', '-')}-seed{seed}"
 
 
-def gather(run: harness.Run) -> None:
-    """Take over what runs of other methods or seeds with the same data have recorded."""
-    for other in run.args.gather:
-        arguments = json.loads((other / "run.json").read_text())
-        for name in ("data", "preset", "epochs"):
-            if arguments[name] != harness.plain(getattr(run.args, name)):
-                raise ValueError(f"--gather {other}: --{name} was {arguments[name]} there, "
-                                 f"is {getattr(run.args, name)} here")
-        for name, value in json.loads((other / "recorded.json").read_text())["results"].items():
-            run.record(name, value)
-
-
 def start_study(parser: argparse.ArgumentParser, presets: dict[str, Settings],
                 argv: list[str] | None) -> tuple[harness.Run, Settings]:
-    """Add the arguments of a training study, start it, take over what --gather names."""
+    """Add the arguments of a training study and start it."""
     parser.add_argument("--epochs", type=int, nargs="+", help="of each phase, not the preset's")
-    parser.add_argument("--gather", type=Path, nargs="+", default=(), help="folders of other runs")
     add_data_arguments(parser)
     run = harness.start(parser, argv)
     settings = presets[run.args.preset]
     if run.args.epochs:
         settings = settings._replace(epochs=tuple(run.args.epochs))
-    gather(run)
     return run, settings
 
 
