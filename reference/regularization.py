@@ -54,31 +54,22 @@ class Mixed(NamedTuple):
 
 # ---- draws and checks ----------------------------------------------------------------------------
 
-def _check_images(x: Tensor) -> None:
+def _check_images(x: Tensor, y: Tensor | None = None) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be a float image batch, got {x.dtype}; convert integers first")
     if x.ndim != 4:
         raise ValueError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
-
-
-def _check_pair(x: Tensor, y: Tensor, perm: Tensor | None) -> None:
-    _check_images(x)
-    if len(x) != len(y):
+    if y is not None and len(x) != len(y):
         raise ValueError(f"x and y must have equal lengths, got {len(x)} and {len(y)}")
-    if perm is not None and len(perm) != len(x):
-        raise ValueError(f"perm must have one entry per image ({len(x)}), got {len(perm)}")
 
 
 def _check_lam(lam: float | Tensor, count: int | None = None) -> float | Tensor:
     """A number in [0, 1] as float, or a (count,) tensor of such."""
-    if isinstance(lam, Tensor) and lam.ndim:
-        if count is not None and lam.shape != (count,):
-            raise ValueError(f"lam must be a number or ({count},), got {tuple(lam.shape)}")
-        valid = bool(((lam >= 0) & (lam <= 1)).all())
-    else:
+    if not isinstance(lam, Tensor) or not lam.ndim:
         lam = float(lam)
-        valid = 0 <= lam <= 1
-    if not valid:
+    elif count is not None and lam.shape != (count,):
+        raise ValueError(f"lam must be a number or ({count},), got {tuple(lam.shape)}")
+    if not torch.as_tensor((lam >= 0) & (lam <= 1)).all():
         raise ValueError(f"lam must be in [0, 1], got {lam}")
     return lam
 
@@ -91,16 +82,26 @@ def _randint(high: int, shape: tuple, generator: torch.Generator | None) -> Tens
     return torch.randint(high, shape, generator=generator, device=_device(generator))
 
 
-def _draw_lam(alpha: float, count: int | None, generator: torch.Generator | None) -> float | Tensor:
-    """lam ~ Beta(alpha, alpha), one number or (count,) float64; alpha <= 0 switches mixing off."""
-    if alpha <= 0:
-        return 1.0 if count is None else torch.ones(count, dtype=torch.float64)
-    lam = np.random.default_rng(int(_randint(2**62, (), generator))).beta(alpha, alpha, count)
-    return float(lam) if count is None else torch.from_numpy(lam)
+def _weight(lam: float | Tensor | None, alpha: float, generator: torch.Generator | None,
+            count: int | None = None, per_sample: bool = False) -> float | Tensor:
+    """The lam given, or Beta(alpha, alpha), or for alpha <= 0 1; if per_sample (count,) float64."""
+    if lam is not None:
+        lam = _check_lam(lam, count)
+    elif alpha <= 0:
+        lam = 1.0
+    else:
+        draw = np.random.default_rng(int(_randint(2**62, (), generator)))
+        lam = draw.beta(alpha, alpha, count if per_sample else None)
+    return torch.as_tensor(lam, dtype=torch.float64).expand(count) if per_sample else lam
 
 
-def _draw_perm(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randperm(len(x), generator=generator, device=_device(generator)).to(x.device)
+def _permutation(perm: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The perm given, or a drawn one."""
+    if perm is None:
+        perm = torch.randperm(len(x), generator=generator, device=_device(generator)).to(x.device)
+    if len(perm) != len(x):
+        raise ValueError(f"perm must have one entry per image ({len(x)}), got {len(perm)}")
+    return perm
 
 
 def _skip(prob: float, generator: torch.Generator | None) -> bool:
@@ -162,11 +163,9 @@ def mixup(x: Tensor, y: Tensor, alpha: float = 1.0, per_sample: bool = False,
 
     alpha <= 0 means lam = 1. Draw order: lam, perm. x is float (B, C, H, W) and is not modified.
     """
-    _check_pair(x, y, perm)
-    if lam is None:
-        lam = _draw_lam(alpha, len(x) if per_sample else None, generator)
-    lam = _check_lam(lam, len(x))
-    perm = _draw_perm(x, generator) if perm is None else perm
+    _check_images(x, y)
+    lam = _weight(lam, alpha, generator, len(x), per_sample)
+    perm = _permutation(perm, x, generator)
     return Mixed(_blend(x, perm, lam), y, y[perm], _returned(lam, x))
 
 
@@ -177,25 +176,25 @@ def rand_bbox(h: int, w: int, lam: float, generator: torch.Generator | None = No
 
     An odd side loses a pixel and clipping makes the box smaller: hence the adjusted lam of CutMix.
     """
-    return tuple(_boxes(h, w, _check_lam(float(lam)), generator, center)[0].tolist())
+    return tuple(_boxes(h, w, _check_lam(float(lam)), generator, center).tolist())
 
 
 def _boxes(h: int, w: int, lam: float | Tensor, generator: torch.Generator | None,
            center: tuple[int, int] | None = None) -> Tensor:
-    """(B, 4) boxes on the CPU, one for each lam."""
-    lam, size = torch.as_tensor(lam, dtype=torch.float64).reshape(-1, 1).cpu(), torch.tensor([h, w])
+    """One box (4,) for a number lam, (B, 4) for a tensor, on the CPU."""
+    lam, size = torch.as_tensor(lam, dtype=torch.float64).cpu(), torch.tensor([h, w])
     if center is None:
-        center = torch.stack([_randint(side, (len(lam),), generator).cpu() for side in (h, w)], 1)
-    center, half = torch.as_tensor(center), (size * (1 - lam).sqrt()).long() // 2
-    return torch.cat([(center - half).clamp(min=0), torch.minimum(center + half, size)], 1)
+        center = torch.stack([_randint(side, lam.shape, generator).cpu() for side in (h, w)], -1)
+    center, half = torch.as_tensor(center), (size * (1 - lam)[..., None].sqrt()).long() // 2
+    return torch.cat([(center - half).clamp(min=0), torch.minimum(center + half, size)], -1)
 
 
 def _given_boxes(x: Tensor, box) -> Tensor:
-    """The caller's box, or boxes, as (1, 4) or (B, 4) on the CPU."""
+    """The caller's box (4,), or boxes (B, 4), on the CPU."""
     h, w = x.shape[-2:]
-    box = torch.as_tensor(box).cpu().reshape(-1, 4)
-    inside = (box >= 0).all() and (box <= torch.tensor([h, w, h, w])).all()
-    if len(box) not in (1, len(x)) or not inside or (box[:, :2] > box[:, 2:]).any():
+    box = torch.as_tensor(box).cpu()
+    if (box.shape not in ((4,), (len(x), 4)) or (box[..., :2] > box[..., 2:]).any()
+            or (box < 0).any() or (box > torch.tensor([h, w, h, w])).any()):
         raise ValueError(f"box must be (y1, x1, y2, x2), ends exclusive, inside {h} x {w}, one or "
                          f"one per image, got {box.tolist()}")
     return box
@@ -203,8 +202,8 @@ def _given_boxes(x: Tensor, box) -> Tensor:
 
 def _paste(x: Tensor, perm: Tensor, boxes: Tensor) -> Tensor:
     """x with the boxes of x[perm] pasted in; x itself is never written to."""
-    if len(boxes) == 1:
-        y1, x1, y2, x2 = boxes[0].tolist()
+    if boxes.ndim == 1:
+        y1, x1, y2, x2 = boxes.tolist()
         out = x.clone()
         out[:, :, y1:y2, x1:x2] = x[perm, :, y1:y2, x1:x2]  # indexed by perm: a copy, never a view
         return out
@@ -215,9 +214,9 @@ def _paste(x: Tensor, perm: Tensor, boxes: Tensor) -> Tensor:
 
 def _kept_share(x: Tensor, boxes: Tensor) -> float | Tensor:
     """1 - area / (H W): a float for one box, a tensor for several."""
-    y1, x1, y2, x2 = boxes.unbind(1)
+    y1, x1, y2, x2 = boxes.unbind(-1)
     share = 1 - ((y2 - y1) * (x2 - x1)).double() / (x.shape[2] * x.shape[3])
-    return share.item() if len(boxes) == 1 else _returned(share, x)
+    return share.item() if boxes.ndim == 1 else _returned(share, x)
 
 
 def cutmix(x: Tensor, y: Tensor, alpha: float = 1.0, prob: float = 1.0, per_sample: bool = False,
@@ -230,15 +229,14 @@ def cutmix(x: Tensor, y: Tensor, alpha: float = 1.0, prob: float = 1.0, per_samp
     draws lam and box for every image. box = (y1, x1, y2, x2), or (B, 4), replaces the draw.
     Draw order: coin, lam, perm, box. x is float (B, C, H, W) and is not modified.
     """
-    _check_pair(x, y, perm)
+    _check_images(x, y)
     if _skip(prob, generator):
         return Mixed(x, y, y, 1.0)
-    if lam is not None:
-        lam = _check_lam(lam, len(x))
-    elif box is None or not adjust_lam:
-        lam = _draw_lam(alpha, len(x) if per_sample else None, generator)
-    perm = _draw_perm(x, generator) if perm is None else perm
+    if lam is not None or box is None or not adjust_lam:
+        lam = _weight(lam, alpha, generator, len(x), per_sample)
+    perm = _permutation(perm, x, generator)
     boxes = _boxes(*x.shape[2:], lam, generator) if box is None else _given_boxes(x, box)
+    boxes = boxes.expand(len(x), 4) if per_sample else boxes
     lam = _kept_share(x, boxes) if adjust_lam else _returned(lam, x)
     return Mixed(_paste(x, perm, boxes), y, y[perm], lam)
 
@@ -257,8 +255,8 @@ def gaussian_noise(x: Tensor, sigma: float, clip: Sequence[float] | None = (0, 1
 
 # ---- losses --------------------------------------------------------------------------------------
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+def _full(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -281,7 +279,7 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | T
     if logits.ndim != 2 or not len(logits) == len(y_a) == len(y_b):
         raise ValueError(f"logits must be (B, K) with B labels, got {tuple(logits.shape)}, "
                          f"{len(y_a)} and {len(y_b)}")
-    log_p = _log_softmax(logits)
+    log_p = _full(logits).log_softmax(1)
     own = log_p.gather(1, y_a[:, None])[:, 0]
     if y_a is y_b:
         losses = -own
@@ -304,7 +302,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") 
     if logits.shape != target.shape or logits.ndim != 2:
         raise ValueError("logits and target must both be (B, K), got "
                          f"{tuple(logits.shape)} and {tuple(target.shape)}")
-    return _reduce(-(target * _log_softmax(logits)).sum(1), reduction)
+    return _reduce(-(target * _full(logits).log_softmax(1)).sum(1), reduction)
 
 
 def alp_loss(logits_clean: Tensor, logits_adv: Tensor, reduction: str = "mean") -> Tensor:
@@ -315,7 +313,7 @@ def alp_loss(logits_clean: Tensor, logits_adv: Tensor, reduction: str = "mean") 
     if logits_clean.shape != logits_adv.shape:
         raise ValueError(f"logits must have equal shapes, got {tuple(logits_clean.shape)} and "
                          f"{tuple(logits_adv.shape)}")
-    squared = (logits_clean - logits_adv).square()
+    squared = (_full(logits_clean) - _full(logits_adv)).square()
     return squared.mean() if reduction == "mean" else squared.sum(1).mean()
 
 
@@ -330,8 +328,7 @@ class _FeatureMixing:
 
     def _hook(self, module: nn.Module, args: tuple) -> tuple:
         x, *others = args
-        if self.perm is None:
-            self.perm = _draw_perm(x, self._generator)
+        self.perm = _permutation(self.perm, x, self._generator)
         if self.mode == "mixup":
             return (_blend(x, self.perm, self.lam), *others)
         if self._box is None:
@@ -368,8 +365,7 @@ def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float =
         raise ValueError(f"module_names must name submodules of the model, {list(modules)}, got "
                          f"{list(module_names)}")
     chosen = modules[module_names[int(_randint(len(module_names), (), generator))]]
-    lam = _draw_lam(alpha, None, generator) if lam is None else _check_lam(lam)
-    mixing = _FeatureMixing(mode, lam, perm, generator)
+    mixing = _FeatureMixing(mode, _weight(lam, alpha, generator), perm, generator)
     handle = chosen.register_forward_pre_hook(mixing._hook)
     try:
         yield mixing
@@ -434,17 +430,17 @@ class ShakeDrop(nn.Module):
         kept = {"batch": 0, "image": 1, "channel": 2, "pixel": x.ndim}[self.level]
         shape = [*x.shape[:kept], *[1] * (x.ndim - kept)]
         dtype = torch.promote_types(x.dtype, torch.float32)
-
-        def uniform(low: float, high: float) -> Tensor:
-            draw = torch.rand(shape, generator=self.generator, device=x.device, dtype=dtype)
-            return low + (high - low) * draw
-
-        gate = torch.rand((), generator=self.generator, device=x.device) >= self.p_drop
-        return shake_drop(x, gate, uniform(*self.alpha), uniform(*self.beta))
+        options = {"generator": self.generator, "device": x.device}
+        gate = torch.rand((), **options) >= self.p_drop
+        alpha, beta = (low + (high - low) * torch.rand(shape, dtype=dtype, **options)
+                       for low, high in (self.alpha, self.beta))
+        return shake_drop(x, gate, alpha, beta)
 
 
 def linear_drop_rates(L: int, p_last: float = 0.5) -> list[float]:
     """Drop probabilities of L residual blocks, l / L p_last for l = 1..L."""
+    if L < 0 or not 0 <= p_last <= 1:
+        raise ValueError(f"L must be >= 0 and p_last in [0, 1], got {L} and {p_last}")
     return [l / L * p_last for l in range(1, L + 1)]
 
 
@@ -516,10 +512,10 @@ class Regularizer:
                  feature: str | None = None, modules: Sequence[str] = (),
                  adversary: Callable | None = None, adversary_weight: float = 0.5,
                  pairing: float = 0.0):
-        names = [input] if isinstance(input, str) else list(input or ())
+        names = [input] if isinstance(input, str) else input or ()
+        if not isinstance(names, Sequence) or not {*names} <= {"noise", "cutout", *_MIXING}:
+            raise ValueError(f"input must be of noise, cutout, mixup, cutmix, got {input!r}")
         mixing = [name for name in names if name in _MIXING]
-        if not {*names} <= {"noise", "cutout", *_MIXING}:
-            raise ValueError(f"input must be of noise, cutout, mixup, cutmix, got {names}")
         if len(mixing) + (feature is not None) > 1:
             raise ValueError(f"only one kind of mixing at a time, got {names} and {feature!r}")
         if feature not in (None, "mixup", "cutmix") or (feature is None) != (not modules):
@@ -564,7 +560,7 @@ class Regularizer:
         hard = mixed_cross_entropy(attacked, *batch[1:], self.label_smoothing)
         loss = (1 - self.adversary_weight) * loss + self.adversary_weight * hard
         if self.pairing:
-            loss = loss + self.pairing * alp_loss(logits.float(), attacked.float())
+            loss = loss + self.pairing * alp_loss(logits, attacked)
         return loss
 
 

@@ -277,7 +277,7 @@ def _check_logits(logits: Tensor, labels: Tensor, from_probs: bool = False) -> N
 
 
 def _probabilities(logits: Tensor, from_probs: bool) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     return logits if from_probs else logits.softmax(1)
 
 

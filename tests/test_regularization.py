@@ -127,6 +127,12 @@ def test_cutmix_extreme_lam_and_unadjusted():
     assert abs(share - 0.3) < 0.08
     one = R.cutmix(x[:1], y[:1], generator=gen())
     assert torch.equal(one.x, x[:1]) and torch.equal(one.y_b, y[:1])
+    for function in (R.cutmix, R.mixup):  # per sample: always a tensor, also of one, also given
+        assert function(x[:1], y[:1], per_sample=True).lam.shape == (1,)
+        assert function(x, y, per_sample=True, lam=0.5, generator=gen()).lam.shape == (6,)
+    apart = R.cutmix(x, y, per_sample=True, lam=0.5, adjust_lam=False, generator=gen())
+    moved = (apart.x != x).any(1).flatten(1)[apart.y_b != y]
+    assert (apart.lam == 0.5).all() and len(moved.unique(dim=0)) > 1  # boxes differ
 
 
 def test_cutmix_mean_of_adjusted_lam_equals_enumeration():
@@ -213,6 +219,8 @@ def test_other_losses_equal_public_ones():
     torch.testing.assert_close(R.alp_loss(z, adv).double(), data["alp_l2_mean"], **close)
     torch.testing.assert_close(R.alp_loss(z, adv, "sum").double(),
                                data["alp_l2_sum_per_sample_mean"], **close)
+    far = torch.full((2, 9), 300.0, dtype=torch.half)  # its square is beyond half precision
+    assert R.alp_loss(far, -far, "sum") == 9 * 600**2
 
 
 def test_mixed_cross_entropy_is_the_soft_target_loss():
@@ -399,6 +407,8 @@ def test_drop_block_gamma_and_warm_up():
     for bad in ({"p_drop": -1}, {"level": "row"}):
         with pytest.raises(ValueError):
             R.ShakeDrop(**bad)
+    with pytest.raises(ValueError, match="p_last"):
+        R.linear_drop_rates(4, 1.5)
 
 
 # ---- combinations and training ----
@@ -418,7 +428,7 @@ def test_regularizer_equals_its_parts():
     assert R.Regularizer("cutmix", prob=0.0)(x, y).x is x
     noisy = R.Regularizer("noise", sigma=0.5, clip=None)(x, y, gen())
     assert abs((noisy.x - x).std() - 0.5) < 0.05
-    for bad in ({"input": "cut"}, {"input": ["mixup", "cutmix"]}, {"prob": 2},
+    for bad in ({"input": "cut"}, {"input": 3}, {"input": ["mixup", "cutmix"]}, {"prob": 2},
                 {"label_smoothing": -1}, {"feature": "mixup"}, {"modules": ["0"]},
                 {"input": "mixup", "feature": "mixup", "modules": ["0"]}):
         with pytest.raises(ValueError):
