@@ -61,17 +61,19 @@ def extract(src: str | Path, dst: str | Path, short_side: int | None = 340,
     """Write the frames of a video as dst/img_00001.jpg, ...; returns their number.
 
     short_side: pixels of the shorter side (None: as it is); fps: frames per second (None: every
-    frame); quality: 2 (best) to 31, as ffmpeg counts. A folder `dst` that is there is complete and
-    left alone: frames are written beside it and the folder renamed at the end. ValueError, with the
-    reason, for a file without readable frames.
+    frame); quality: 2 (best) to 31, as ffmpeg counts. A folder `dst` that holds frames is complete
+    and left alone: they are written beside it and the folder renamed at the end. ValueError, with
+    the reason, for a file without readable frames.
     """
     src, dst = Path(src), Path(dst)
-    if short_side is not None and short_side < 1 or fps is not None and not fps > 0:
+    if short_side is not None and short_side < 1 or fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"short_side and fps must be positive, not {short_side} and {fps}")
     if not 2 <= quality <= 31:
         raise ValueError(f"quality must be in 2..31, not {quality}")
     if dst.is_dir():
-        return count_frames(dst)
+        if count := count_frames(dst):
+            return count
+        dst.rmdir()
     if not src.is_file():
         raise FileNotFoundError(f"{src}: no such file")
     temporary = dst.with_name(f".{dst.name}.tmp")     # of an extraction that was killed, too
@@ -132,15 +134,13 @@ def _write_with_pillow(src: Path, folder: Path, short_side: int | None, fps: flo
 def _timed_frames(src: Path) -> Iterator[tuple[Image.Image, float]]:
     """RGB frames and their seconds (0 if unknown); ValueError for a file that cannot be read."""
     if src.suffix.lower() in ARRAYS:
-        for frame in open_video(src).read(None):
-            yield frame, 0.0
+        video = open_video(src)
+        for index in range(video.count):
+            yield video.read([index])[0], 0.0
         return
-    try:
-        with Image.open(src) as image:
-            for frame in ImageSequence.Iterator(image):
-                yield frame.convert("RGB"), frame.info.get("duration", 0) / 1000
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{src}: {error}") from error
+    with _reading(src), Image.open(src) as image:
+        for frame in ImageSequence.Iterator(image):
+            yield frame.convert("RGB"), frame.info.get("duration", 0) / 1000
 
 
 def extract_all(jobs: Iterable[tuple[str | Path, str | Path]], workers: int = os.cpu_count() or 1,
@@ -148,17 +148,24 @@ def extract_all(jobs: Iterable[tuple[str | Path, str | Path]], workers: int = os
     """`extract` every (src, dst), in `workers` threads; returns {src: reason} of what failed.
 
     Call it again to go on after an interruption: finished folders are skipped. progress(done) is
-    called after each video.
+    called after each video. ValueError for two videos with one dst.
     """
+    jobs, source = list(jobs), {}
+    for src, dst in jobs:
+        if (other := source.setdefault(Path(dst), src)) != src:
+            raise ValueError(f"{other} and {src} would both be extracted to {dst}")
+
     def one(job: tuple) -> tuple[str, str | None]:
         try:
             extract(*job, **options)
             return str(job[0]), None
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and Path(job[0]).is_file():
+                raise                                 # ffmpeg is missing: no video will do
             return str(job[0]), str(error)
     failed, pool = {}, ThreadPoolExecutor(max(1, workers))
     try:
-        for done, (name, reason) in enumerate(pool.map(one, list(jobs)), 1):
+        for done, (name, reason) in enumerate(pool.map(one, jobs), 1):
             if reason is not None:
                 failed[name] = reason
             if progress is not None:
@@ -171,7 +178,7 @@ def extract_all(jobs: Iterable[tuple[str | Path, str | Path]], workers: int = os
 
 def count_frames(folder: str | Path) -> int:
     """Number of frames img_00001.jpg ... in a folder; ValueError if one is missing in between."""
-    numbers = [int(m[1]) for m in (re.fullmatch(r"img_(\d+)\.jpg", name)
+    numbers = [int(m[1]) for m in (re.fullmatch(r"img_(\d{5,})\.jpg", name)
                                    for name in os.listdir(folder)) if m]
     if numbers and (min(numbers) != 1 or max(numbers) != len(numbers)):
         raise ValueError(f"{folder}: {len(numbers)} frames, numbered {min(numbers)} to "
@@ -180,6 +187,18 @@ def count_frames(folder: str | Path) -> int:
 
 
 # ---------------------------------------------------------------- reading frames
+
+@contextlib.contextmanager
+def _reading(name: str | Path) -> Iterator[None]:
+    """What damaged files make Pillow and NumPy raise (nearly anything) becomes a BadImage."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, BadImage) else f"{type(error).__name__}: {error}"
+        raise BadImage(f"{name}: {reason}") from error
+
 
 class FrameFolder:
     """A folder of JPEG frames; reads just those asked for, at 1/2, 1/4 or 1/8 if that is enough."""
@@ -194,10 +213,8 @@ class FrameFolder:
         out = []
         for index in range(self.count) if indices is None else indices:
             name = self.path / FRAME.format(index + 1)
-            try:
+            with _reading(name.name):
                 out.append(self._frame(name, at_least))
-            except (OSError, BadImage) as error:
-                raise BadImage(f"{name.name}: {error}") from error
         return out
 
     def _frame(self, name: Path, at_least: Callable | None) -> Image.Image:
@@ -216,19 +233,16 @@ class AnimatedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with Image.open(path) as image:
+        with _reading(path), Image.open(path) as image:
             self.count = getattr(image, "n_frames", 1)
 
     def read(self, indices: Sequence[int] | None,
              at_least: Callable | None = None) -> list[Image.Image]:
         indices, frames = range(self.count) if indices is None else indices, {}
-        try:
-            with Image.open(self.path) as image:
-                for index in sorted(set(indices)):
-                    image.seek(index)
-                    frames[index] = image.convert("RGB")
-        except (OSError, SyntaxError, EOFError) as error:
-            raise BadImage(str(error)) from error
+        with _reading("damaged"), Image.open(self.path) as image:
+            for index in sorted(set(indices)):
+                image.seek(index)
+                frames[index] = image.convert("RGB")
         return [frames[index] for index in indices]
 
 
@@ -236,12 +250,12 @@ class ArrayFile:
     """A .npy (memory-mapped) or .npz file with one uint8 array (T, H, W, 3)."""
 
     def __init__(self, path: Path):
-        frames = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(frames, np.ndarray):
-            frames = frames["video" if "video" in frames.files else frames.files[0]]
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-            raise ValueError(f"{path}: must hold uint8 (T, H, W, 3), "
-                             f"not {frames.dtype} {frames.shape}")
+        with _reading(path):
+            frames = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(frames, np.ndarray):
+                frames = frames["video" if "video" in frames.files else frames.files[0]]
+            if frames.dtype != np.uint8 or frames.shape[3:] != (3,) or not frames.size:
+                raise BadImage(f"must hold uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
         self.frames, self.count = frames, len(frames)
 
     def read(self, indices: Sequence[int] | None,
@@ -263,18 +277,24 @@ def open_video(path: str | Path,
 
 # ---------------------------------------------------------------- index files
 
+_INDEX_LINE = re.compile(r"(\S.*) ([1-9]\d*) (\d+)")
+
+
 def write_index(path: str | Path, rows: Iterable[tuple[str, int, int]]) -> None:
-    """Lines `relative_path num_frames label`, atomically."""
-    lines = "".join(f"{name} {count} {label}\n" for name, count, label in rows)
-    write_whole(path, lines.encode())
+    """Lines `relative_path num_frames label`, atomically; ValueError for what none can hold."""
+    lines = [f"{name} {count} {label}" for name, count, label in rows]
+    for line in lines:
+        if not _INDEX_LINE.fullmatch(line):
+            raise ValueError(f"{path}: cannot hold the path, frames (from 1) and label of {line!r}")
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_index(path: str | Path) -> list[tuple[str, int, int]]:
     """(relative path, frames, label) of every line; ValueError names the file and the line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        match = re.fullmatch(r"(\S.*) (\d+) (\d+)", line.strip())
-        if match is None or not int(match[2]):
+    for number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), 1):
+        match = _INDEX_LINE.fullmatch(line.strip())
+        if match is None:
             raise ValueError(f"{path}, line {number}: expected `path frames label`, found {line!r}")
         rows.append((match[1], int(match[2]), int(match[3])))
     if not rows:
@@ -289,9 +309,11 @@ def make_index(root: str | Path,
 
     A path is looked for with any suffix: `v_Yo_g01_c01.avi` finds the folder `v_Yo_g01_c01`.
     """
+    def readable(path: Path) -> bool:
+        return path.is_dir() or path.suffix.lower() in ANIMATED + ARRAYS and path.is_file()
     root, rows, missing = Path(root), [], []
     for name, label in labels:
-        found = next((p for p in (Path(name), Path(name).with_suffix("")) if (root / p).exists()),
+        found = next((p for p in (Path(name), Path(name).with_suffix("")) if readable(root / p)),
                      None)
         count = open_video(root / found).count if found is not None else 0
         if count:
@@ -349,11 +371,12 @@ class ClipTransform:
                  generator: torch.Generator | None = None) -> list[np.ndarray]:
         """`crops` clips of the frames that read(at_least) returns."""
         size, low, high = self.size, *self.jitter
-        scale, across, down, coin = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        short = low + int(scale * (high - low + 1)) if self.train else size
-        middle = [(0.5, 0.5)] if self.crops == 1 else [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]
-        places = [(across, down)] if self.train else middle
-        mirrored = self.train and coin < self.flip
+        short, mirrored = size, False
+        places = [(0.5, 0.5)] if self.crops == 1 else [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]
+        if self.train:
+            scale, *place, coin = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+            short, mirrored = low + int(scale * (high - low + 1)), coin < self.flip
+            places = [place]
 
         def enough(width: int, height: int) -> tuple[int, int]:
             factor = short / min(width, height)
@@ -486,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     extraction.add_argument("frames", type=Path)
     extraction.add_argument("--short-side", type=int, default=340, help="pixels; 0: as it is")
     extraction.add_argument("--fps", type=float, help="frames per second (default: every frame)")
-    extraction.add_argument("--workers", type=int, default=os.cpu_count())
+    extraction.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     indexing = commands.add_parser("index",
                                    help="the index file of a set whose frames are extracted")
     indexing.add_argument("set", choices=READERS)
@@ -530,6 +553,9 @@ def _index_command(args: argparse.Namespace) -> None:
              "hmdb51": (args.split, not args.test)}
     videos, classes = READERS[args.set](args.annotations, *extra.get(args.set, (args.second,)))
     rows, missing = make_index(args.frames, [(v.name, v.label) for v in videos if v.label >= 0])
+    if not rows:
+        raise ValueError(f"{args.frames}: holds frames of none of the {len(missing)} labelled "
+                         f"videos of {args.annotations}")
     write_index(args.out, rows)
     print(f"{args.out}: {len(rows)} videos of {len(classes)} classes; {len(missing)} have no frames"
           + (f", the first {missing[0]}" if missing else ""))

@@ -143,7 +143,7 @@ def test_a_broken_line_is_named(tmp_path, read, name, good, lines):
 
 
 @pytest.mark.parametrize("name, texts", [
-    ("train.json", ("", "[1]", '[{"id": "1"', '{"id": "1"}', '[{"template": "Pushing something"}]')),
+    ("train.json", ("", "[1]", '[{"id": "1"', '{"id": "1"}', '[{"template": "Pushing it"}]')),
     ("labels.json", ('{"a": "x"}', "[1, 2]", '{"a"', '{"a": null}'))])
 def test_a_broken_json_file_is_named(tmp_path, name, texts):
     for text in texts:

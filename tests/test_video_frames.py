@@ -159,6 +159,62 @@ def test_extraction_of_many_goes_on_and_names_what_failed(tmp_path):
         vf.open_video(tmp_path / "out" / "a")
 
 
+def test_what_stops_an_extraction_and_what_does_not(tmp_path, monkeypatch):
+    for name in ("a.webp", "a.gif"):
+        write_animated(tmp_path / name, gradient(3))
+    (tmp_path / "out" / "a").mkdir(parents=True)                  # empty: not an extracted video
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (tmp_path / "whole.mp4").write_bytes(b"x")
+    monkeypatch.setenv("PATH", "")
+    jobs = [(tmp_path / name, tmp_path / "out" / name[0]) for name in ("gone.mp4", "a.webp")]
+    assert list(vf.extract_all(jobs, 1)) == [str(tmp_path / "gone.mp4")]
+    assert vf.count_frames(tmp_path / "out" / "a") == 3
+    with pytest.raises(ValueError, match="a.webp and .*a.gif would both"):
+        vf.extract_all([*jobs, (tmp_path / "a.gif", tmp_path / "out" / "a")], 1)
+    with pytest.raises(FileNotFoundError, match="apt-get"):
+        vf.extract_all([(tmp_path / "whole.mp4", tmp_path / "out" / "w")], 1)
+
+
+def damaged_files(folder):
+    """Files of every format that needs no ffmpeg: cut short, emptied, or with bytes exchanged."""
+    folder.mkdir()
+    rng, clip = np.random.default_rng(0), gradient(4)
+    for suffix in (".gif", ".webp", ".png", ".npy", ".npz"):
+        whole = folder / f"whole{suffix}"
+        if suffix == ".npz":
+            np.savez_compressed(whole, clip)
+        elif suffix == ".npy":
+            np.save(whole, clip)
+        else:
+            write_animated(whole, clip)
+        data = np.frombuffer(whole.read_bytes(), np.uint8)
+        for number in range(12):
+            hit = data.copy()
+            hit[rng.integers(len(data), size=20)] = rng.integers(256, size=20)
+            (folder / f"{suffix[1:]}{number}{suffix}").write_bytes(hit)
+        for number, length in enumerate((0, 20, len(data) // 2)):
+            (folder / f"{suffix[1:]}-cut{number}{suffix}").write_bytes(data[:length])
+        whole.unlink()
+    np.savez(folder / "nothing.npz")
+    np.savez(folder / "objects.npz", np.array([{}], dtype=object))
+    np.save(folder / "no frames.npy", clip[:0])
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_damaged_files_are_named_and_passed_over(tmp_path):
+    files = damaged_files(tmp_path / "in")
+    failed = vf.extract_all([(file, tmp_path / "out" / file.stem) for file in files], 2)
+    assert len(failed) >= 30 and all(name in reason for name, reason in failed.items())
+    assert len(os.listdir(tmp_path / "out")) == len(files) - len(failed)
+    vf.write_index(tmp_path / "index.txt", [(f"in/{file.name}", 4, 0) for file in files])
+    dataset = vf.VideoFolder(tmp_path / "index.txt", 2, 1, transform=vf.ClipTransform(8))
+    loader = vf.VideoLoader(dataset, 4, on_bad_image="skip")
+    read = sum(len(labels) for _, labels in loader)
+    assert len(loader.bad_images) >= 30 and read + len(loader.bad_images) == len(files)
+    assert all(reason.startswith(str(tmp_path / "in")) for reason in loader.bad_images)
+
+
 # ---------------------------------------------------------------- sampling and loading
 
 def test_choice_of_frames():
@@ -199,6 +255,9 @@ def test_clips_of_a_folder(tmp_path):
     train = vf.VideoFolder(index, 4, 2, train=True, transform=vf.ClipTransform(16, True, (20, 30)))
     a, b = (train.clip(train.open(0), torch.Generator().manual_seed(s)) for s in (1, 1))
     assert torch.equal(a, b) and a.shape == (4, 16, 16, 3)
+    before = torch.get_rng_state()
+    segments[0], clips[0]
+    assert torch.equal(torch.get_rng_state(), before)             # test clips draw nothing
     starts = {tuple(train.indices(20, torch.Generator().manual_seed(s))[0]) for s in range(200)}
     assert {s[0] for s in starts} == set(range(14))
 
@@ -279,6 +338,7 @@ def test_bad_input(tmp_path):
                                (lambda: vf.ClipTransform(300, True), ValueError, "jitter"),
                                (lambda: vf.ClipTransform(crops=2), ValueError, "crops"),
                                (lambda: vf.extract("x", "y", 0), ValueError, "short_side"),
+                               (lambda: vf.extract("x", "y", fps=float("inf")), ValueError, "fps"),
                                (lambda: vf.extract("x", "y", quality=1), ValueError, "quality"),
                                (lambda: vf.to_clips(torch.zeros(1, 4, 4, 3)), TypeError, "uint8")]:
         with pytest.raises(error, match=words):
@@ -288,6 +348,11 @@ def test_bad_input(tmp_path):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(ValueError, match=f"bad.txt.*{words}"):
             vf.read_index(tmp_path / "bad.txt")
+    for row in (("a\nb", 3, 0), (" a", 3, 0), ("a", 0, 0), ("a", 3, -1)):
+        with pytest.raises(ValueError, match="bad.txt: cannot hold"):
+            vf.write_index(tmp_path / "bad.txt", [row])
+    (tmp_path / "bom.txt").write_text("m\u00e4h 3 0\n", "utf-8-sig", newline="\r\n")
+    assert vf.read_index(tmp_path / "bom.txt") == [("m\u00e4h", 3, 0)]
     np.save(tmp_path / "bad.npy", np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="bad.npy.*uint8"):
         vf.open_video(tmp_path / "bad.npy")
@@ -319,6 +384,12 @@ def test_command_line(tmp_path):
     assert ("1 videos of 1 classes; 1 have no frames, the first YoYo/v_YoYo_g09_c01.avi"
             in done.stdout)
     assert vf.read_index(tmp_path / "train.txt") == [("YoYo/v_YoYo_g01_c01", 4, 0)]
+    (lists / "trainlist01.txt").write_text("YoYo/v_YoYo_g09_c01.avi 1\n")
+    done = run("index", "ucf101", lists, tmp_path / "frames", tmp_path / "none.txt")
+    assert done.returncode == 1 and "holds frames of none of the 1 labelled videos" in done.stderr
+    assert not (tmp_path / "none.txt").exists()
+    (tmp_path / "frames" / "YoYo" / "raw.avi").write_bytes(b"x")  # not extracted: no frames
+    assert vf.make_index(tmp_path / "frames", [("YoYo/raw.avi", 0)]) == ([], ["YoYo/raw.avi"])
     done = run("index", "ssv2", lists / "classInd.txt", tmp_path / "frames", tmp_path / "train.txt")
     assert (done.returncode == 1 and done.stderr.startswith("error: ssv2 needs --with")
             and "Traceback" not in done.stderr)
