@@ -32,8 +32,9 @@ import videomix_real
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
-from videomix_parts import (CLASSES, METHODS, ClipNet, Results, Segments, Setting, augmentation,
-                            backbone, claims_of, detect, mean_error, sequence_of, table_of, versus)
+from videomix_parts import (CLASSES, METHODS, NETWORKS, ClipNet, Results, Segments, Setting,
+                            augmentation, backbone, claims_of, detect, mean_error, sequence_of,
+                            table_of, versus)
 
 from data_tools import synthetic, video_frames
 from reference import relabel, robustness
@@ -376,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, ("default", "tiny", "paper"), seeds=5)
     parser.add_argument("--table", choices=TABLES, default="variants")
     real = parser.add_argument_group("with --data")
-    real.add_argument("--networks", nargs="+", help="of video_resnet.py (default: the table's)")
+    real.add_argument("--networks", nargs="+", choices=NETWORKS, help="(default: the table's)")
     real.add_argument("--methods", nargs="+", choices=METHODS, help="(default: the table's)")
     real.add_argument("--p", type=float, default=1.0, help="how often to mix")
     real.add_argument("--epochs", type=int, help="(default: the preset's)")

@@ -21,6 +21,7 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 
 CLASSES = 4                                           # directions of the embedded videos
 METHODS = ("none", "S", "T", "ST", "frame CutMix", "Mixup", "FadeMixup", "CutMixup", "Cutout",
            "RandAugment", "RandAugment per frame", "flip")
+NETWORKS = ("slowonly18", "slowonly50", "slowfast18", "slowfast50", "r2plus1d18", "tsm18", "tsm50")
 
 
 # ---------------------------------------------------------------- augmentations and networks

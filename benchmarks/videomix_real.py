@@ -141,6 +141,8 @@ def actions_in_time(run: harness.Run) -> None:
     """Table thumos: random clips of the validation videos with the video's commonest class;
     sequences of consecutive clips of the test videos, against their annotation."""
     data, fps = run.args.data, run.args.fps
+    if any(network.startswith("slowfast") for network in run.args.networks or ()):
+        raise ValueError("--table thumos needs networks with one map over time: not slowfast")
     (train, names), (test, _) = (video_annotations.read_thumos14(data / "annotation", part)
                                  for part in ("val", "test"))
     labels = [(video, int(np.bincount([a.label for a in actions]).argmax()))
@@ -151,6 +153,7 @@ def actions_in_time(run: harness.Run) -> None:
         video_frames.write_index(run.out / "thumos_train.txt", rows)
     run.barrier()
     known = [video for video in test if (data / "frames" / video).is_dir()]
+    run.log(f"{len(known)} videos to localise in, {len(test) - len(known)} have no frames")
     truths = [(torch.tensor([[a.start, a.end] for a in test[v]]),
                torch.tensor([a.label for a in test[v]]))
               for v in known]
@@ -189,12 +192,17 @@ AVA_START, AVA_ACTIONS = 900, 80                      # first second of the fram
 
 
 class KeyframeClips(torch.utils.data.Dataset):
-    """Clips around key frames, scaled to side x 4/3 side: uint8 (T, H, W, 3), boxes (N, 4) in
-    pixels and targets (N, 80) of the people in the middle frame."""
+    """Clips around the key frames of the videos that are in `root`, scaled to side x 4/3 side:
+    uint8 (T, H, W, 3), boxes (N, 4) in pixels and targets (N, 80) of the people in the middle."""
 
     def __init__(self, moments: list[video_annotations.Keyframe], root: harness.Path,
                  recipe: Recipe, fps: float):
-        self.moments, self.root, self.recipe, self.fps = moments, root, recipe, fps
+        self.counts = {video: video_frames.count_frames(root / video)
+                       for video in {m.video for m in moments} if (root / video).is_dir()}
+        self.moments = [m for m in moments if self.counts.get(m.video)]
+        if not self.moments:
+            raise ValueError(f"{root}: holds frames of none of the {len(moments)} key frames")
+        self.root, self.recipe, self.fps = root, recipe, fps
         self.size = (round(recipe.jitter[0] * 4 / 3), recipe.jitter[0])
 
     def __len__(self) -> int:
@@ -202,7 +210,7 @@ class KeyframeClips(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         moment, recipe = self.moments[number], self.recipe
-        video = video_frames.open_video(self.root / moment.video)
+        video = video_frames.open_video(self.root / moment.video, self.counts[moment.video])
         middle = int((moment.seconds - AVA_START) * self.fps)
         around = middle + (np.arange(recipe.frames) - recipe.frames // 2) * recipe.stride
         chosen = around.clip(0, video.count - 1).tolist()
@@ -272,8 +280,9 @@ def actions_of_boxes(run: harness.Run) -> None:
     --methods) is trained on the annotated boxes and scores those of the validation videos; mAP at
     IoU 0.5 over the classes of the action list."""
     args, data = run.args, run.args.data
-    read = lambda part: video_annotations.read_ava(      # noqa: E731
+    moments = {part: video_annotations.read_ava(
         data / f"ava_{part}_v2.2.csv", data / f"ava_{part}_excluded_timestamps_v2.2.csv")
+        for part in ("train", "val")}
     actions = data / "ava_action_list_v2.2_for_activitynet_2019.pbtxt"
     known = sorted(video_annotations.read_ava_classes(actions))
     methods = args.methods or ["none", "S"]
@@ -281,8 +290,11 @@ def actions_of_boxes(run: harness.Run) -> None:
         raise ValueError(f"--table ava needs --inits: a checkpoint for each of {methods}")
     network = (args.networks or ["slowonly50"])[0]
     recipe, results = recipe_of(run, network)._replace(epochs=args.epochs or 20), {}
-    train, test = (KeyframeClips(read(part), data / "frames", recipe, args.fps)
-                   for part in ("train", "val"))
+    train, test = (KeyframeClips(moments[part], data / "frames", recipe, args.fps)
+                   for part in moments)
+    run.log("key frames with video: " + ", ".join(
+        f"{len(clips)} of {len(moments[part])} of {part}"
+        for part, clips in zip(moments, (train, test))))
     for seed in run.seeds:
         for method, checkpoint in zip(methods, args.inits):
             setting = Setting(method, 1.0, recipe.epochs, data.name, network)

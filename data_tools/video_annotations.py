@@ -193,7 +193,7 @@ def read_thumos14(folder: str | Path,
 
 class Keyframe(NamedTuple):
     """The people of one annotated moment of AVA. boxes: (N, 4) x0, y0, x1, y1 in [0, 1]; actions:
-    of each box, its labels (AVA's numbers, from 1)."""
+    of each box, its labels (AVA's numbers, from 1 to 80)."""
 
     video: str
     seconds: float
@@ -215,7 +215,7 @@ def read_ava(path: str | Path, excluded: str | Path | None = None) -> list[Keyfr
             video, seconds, *numbers = line.split(",")
             box, action = tuple(float(v) for v in numbers[:4]), int(numbers[4])
             x0, y0, x1, y1 = box
-            if not video or action < 1 or not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
+            if not (video and 1 <= action <= 80 and 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
                 raise ValueError
             moment = video, _interval(seconds, seconds)[0]
             if moment not in skipped:                 # dicts as sets that keep the order

@@ -127,8 +127,9 @@ def test_thumos_and_ava(tmp_path):
     (lambda path: va.read_thumos14(path.parent), "Diving_val.txt", "v 1.5 2",
      ("v 1", "v a 2", "v nan 2", "v 1 inf", "v 5 2", "v -1 2")),
     (va.read_ava, "ava.csv", "v,902,.1,.1,.2,.2,3,1",
-     ("v,902,.1,.1,.2,.2,0,1", "v,nan,.1,.1,.2,.2,3,1", "v,902,nan,.1,.2,.2,3,1", "v,902",
-      "v,902,.3,.1,.2,.2,3,1", "v,902,.1,.1,.2,.2,x,1", ",902,.1,.1,.2,.2,3,1")),
+     ("v,902,.1,.1,.2,.2,0,1", "v,902,.1,.1,.2,.2,81,1", "v,902,.1,.1,.2,.2,x,1", "v,902",
+      "v,nan,.1,.1,.2,.2,3,1", "v,902,nan,.1,.2,.2,3,1", "v,902,.3,.1,.2,.2,3,1",
+      ",902,.1,.1,.2,.2,3,1")),
     (lambda path: va.read_ava(path.parent / "people.csv", path), "excluded.csv", "v,903",
      ("v", "v,x", "v,nan"))])
 def test_a_broken_line_is_named(tmp_path, read, name, good, lines):

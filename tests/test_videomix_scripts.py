@@ -103,6 +103,11 @@ def test_real_frames(tmp_path, finish):
     assert all(0 <= row["mAP@0.5"] <= 100 for row in found["results"].values())
     with pytest.raises(ValueError, match="a checkpoint for each of"):
         finish(tmp_path / "d", *network, "--table", "ava")
+    with pytest.raises(ValueError, match="not slowfast"):
+        finish(tmp_path / "d", *common, "--networks", "slowfast18", "--table", "thumos")
+    (tmp_path / "ava_val_v2.2.csv").write_text("gone,900,0.1,0.1,0.5,0.6,1,0\n")
+    with pytest.raises(ValueError, match="none of the 1 key frames"):
+        finish(tmp_path / "d", *network, "--table", "ava", "--inits", weights)
     (tmp_path / "train.txt").unlink()
     with pytest.raises(FileNotFoundError, match="train.txt"):
         finish(tmp_path / "e", *network, "--table", "kinetics")
