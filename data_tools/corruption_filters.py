@@ -165,9 +165,10 @@ def _clipped_zoom(x: np.ndarray, zoom: float, trim: bool) -> np.ndarray:
 
 
 def clipped_zoom(x: np.ndarray, zoom: float, variant: str = "imagenet") -> np.ndarray:
-    """The middle 1/zoom of (H, W, C) enlarged back to H x W ("imagenet", "cifar"), or to at least
-    that ("bethge")."""
-    return _clipped_zoom(x[None], zoom, variant != "bethge")[0]
+    """The middle 1/zoom of (H, W) or (H, W, C) enlarged back to H x W ("imagenet", "cifar"), or to
+    at least that ("bethge")."""
+    out = _clipped_zoom(x.reshape(1, *x.shape[:2], -1), zoom, variant != "bethge")[0]
+    return out.reshape(*out.shape[:2], *x.shape[2:])
 
 
 def motion_blur(x: np.ndarray, radius: float, sigma: float, angle: float,
@@ -244,11 +245,12 @@ def _plasma(size: int, decay: float, uniforms: np.ndarray, dtype=np.float64) -> 
     return field / np.where(largest > 0, largest, 1)
 
 
-def plasma(size: int, decay: float, rng: np.random.RandomState) -> np.ndarray:
+def plasma(size: int, decay: float,
+           rng: np.random.RandomState | np.random.Generator) -> np.ndarray:
     """Diamond-square fractal (size, size) float64 in [0, 1] on a torus; size is a power of two."""
     if size < 1 or size & (size - 1):
         raise ValueError(f"size must be a power of two, not {size}")
-    return _plasma(size, decay, rng.random_sample(size * size - 1)[None])[0]
+    return _plasma(size, decay, rng.uniform(size=size * size - 1)[None])[0]
 
 
 def rgb_to_hsv(x: np.ndarray) -> np.ndarray:
@@ -327,11 +329,12 @@ def _warp_affine(x: np.ndarray, M: np.ndarray, quantize: bool = True) -> np.ndar
 
 
 def warp_affine(x: np.ndarray, M: np.ndarray, quantize: bool = True) -> np.ndarray:
-    """(H, W, C) moved by the 2 x 3 matrix M (output (x, y) = M source), bilinear, mirrored borders.
+    """(H, W) or (H, W, C) moved by the 2 x 3 matrix M (output (x, y) = M source), bilinear,
+    mirrored borders.
 
     quantize: source coordinates in 1/32 pixel, as OpenCV 3 and 4 (the published data) have them.
     """
-    return _warp_affine(x[None], np.asarray(M, np.float64)[None], quantize)[0]
+    return _warp_affine(x[None], np.asarray(M, np.float64)[None], quantize).reshape(x.shape)
 
 
 # ---- edges, distance, histogram ------------------------------------------------------------------

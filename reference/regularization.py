@@ -186,7 +186,8 @@ def _boxes(h: int, w: int, lam: float | Tensor, generator: torch.Generator | Non
     if center is None:
         center = torch.stack([_randint(side, lam.shape, generator).cpu() for side in (h, w)], -1)
     center, half = torch.as_tensor(center), (size * (1 - lam)[..., None].sqrt()).long() // 2
-    return torch.cat([(center - half).clamp(min=0), torch.minimum(center + half, size)], -1)
+    corners = torch.cat([center - half, center + half], -1)
+    return torch.minimum(corners.clamp(min=0), size.repeat(2))
 
 
 def _given_boxes(x: Tensor, box) -> Tensor:

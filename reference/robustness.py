@@ -340,11 +340,8 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15,
         confidence, accuracy = confidence[order], accuracy[order]
         _, group, size = confidence.unique_consecutive(return_inverse=True, return_counts=True)
         accuracy = (torch.bincount(group, accuracy) / size)[group]
-        whole, extra = divmod(len(order), n_bins)  # the first `extra` bins hold one more
-        rank = torch.arange(len(order), device=order.device)
-        longer = extra * (whole + 1)
-        later = extra + (rank - longer) // max(whole, 1)
-        index = torch.where(rank < longer, rank // (whole + 1), later)
+        sizes = torch.tensor([len(part) for part in order.tensor_split(n_bins)])
+        index = torch.arange(n_bins).repeat_interleave(sizes).to(order.device)
     return _weighted_gap(*_sums(index, n_bins, confidence, accuracy), norm)
 
 

@@ -95,6 +95,8 @@ def test_disk_plasma_and_zoom_equal_the_published_helpers():
         for variant, key in (("imagenet", "hendrycks"), ("bethge", "bethge")):
             out = C.clipped_zoom(data["zoom_x"], float(zoom), variant)
             np.testing.assert_allclose(out, data[f"zoom_{key}_{zoom}"], atol=1e-6)
+    plane = C.clipped_zoom(data["zoom_x"][..., 0], 1.25)
+    assert np.array_equal(plane, C.clipped_zoom(data["zoom_x"], 1.25)[..., 0])
     lengths = [[len(np.arange(1, *c)) for c in table] for table in C.PARAMETERS["zoom_blur"]]
     assert lengths == [[12, 16, 11, 13, 11], [7, 12, 16, 21, 26]]
 
@@ -121,6 +123,8 @@ def test_colour_and_geometry_equal_the_published_helpers():
     np.testing.assert_allclose(matrix, data["affine_M"], atol=1e-11)
     image = x.astype(np.float32)
     np.testing.assert_allclose(C.warp_affine(image, matrix), data["affine_warp_opencv4"], atol=1e-6)
+    assert np.array_equal(C.warp_affine(image[..., 1], matrix),
+                          C.warp_affine(image, matrix)[..., 1])
     identity = np.array([[1.0, 0, 0], [0, 1, 0]])
     np.testing.assert_allclose(C.warp_affine(image, identity, quantize=False), image, atol=1e-7)
     np.testing.assert_allclose(C.warp_affine(image, matrix, quantize=False),

@@ -40,6 +40,7 @@ def test_boxes_equal_the_published_ones():
         assert [y1, x1, y2, x2] == box
         mixed = R.cutmix(torch.zeros(1, 1, h, w), torch.tensor([0]), box=(y1, x1, y2, x2))
         assert mixed.lam == pytest.approx(adjusted, abs=1e-12)
+    assert R.rand_bbox(8, 8, 0.75, center=(20, -5)) == (8, 0, 8, 0)  # nothing of it inside
 
 
 def test_cutmix_equals_the_published_batch():
