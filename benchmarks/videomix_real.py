@@ -175,11 +175,13 @@ def actions_in_time(run: harness.Run) -> None:
 
 
 def long_sequence(model: nn.Module, video: video_frames.FrameFolder, recipe: Recipe) -> Tensor:
-    """(K, frames) class activation sequences of a long video, clip after clip."""
+    """(K, frames) class activation sequences of a long video, clip after clip; every `stride`
+    frames are seen by their middle one."""
     span, transform = recipe.frames * recipe.stride, video_frames.ClipTransform(recipe.jitter[0])
     parts = []
     for start in range(0, video.count, span):
-        chosen = [min(start + i * recipe.stride, video.count - 1) for i in range(recipe.frames)]
+        middles = range(start + recipe.stride // 2, start + span, recipe.stride)
+        chosen = [min(middle, video.count - 1) for middle in middles]
         (frames,) = transform(lambda size: video.read(chosen, size))
         sequence, _ = sequence_of(model, video_frames.to_clips(torch.from_numpy(frames)))
         parts.append(F.interpolate(sequence.unsqueeze(0), span, mode="linear")[0])
