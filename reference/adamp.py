@@ -27,7 +27,8 @@ To copy: `projection` into an optimiser of your own, or this file. Its paths agr
 
     foreach=False    the readable one, `_readable_step`: read this
     foreach=True     multi-tensor, branch-free: no host synchronisation, CUDA graphs (capturable)
-    default on CPU   torch's fused kernels, in blocks that the projection finds in the cache
+    default on CUDA  branch-free, with torch's fused kernel for the update
+    default on CPU   torch's fused kernel, in blocks that the projection finds in the cache
 
 >>> model = torch.nn.Linear(4, 2)
 >>> optimizer = AdamP(model.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -216,12 +217,12 @@ class _ProjectedOptimizer(Optimizer):
     def _path(self, group: dict, p: Tensor) -> Callable:
         """The function that steps this parameter: what the arguments ask for, else the fastest."""
         foreach, fused = group["foreach"], group.get("fused")
-        if type(p.data) is not Tensor:           # DTensor and the like: plain operations only
+        if type(p) is not nn.Parameter and type(p.data) is not Tensor:   # DTensor and the like
             return self._readable_step
         if group.get("capturable") or torch.compiler.is_compiling():
             return self._foreach_step
-        if ((fused or fused is None and foreach is None) and self._has_kernel(group)
-                and p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64)):
+        if (p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) and not foreach
+                and fused is not False and (fused or foreach is None) and self._has_kernel(group)):
             return self._fused_step
         return self._readable_step if foreach is False and not fused else self._foreach_step
 
@@ -257,23 +258,57 @@ class _ProjectedOptimizer(Optimizer):
 
         With coefficient = <w, u> / (|w| + eps)^2 where a view is hit and 0 elsewhere, everything
         that depends on the test is a factor of w, one number per channel; nothing has to be read
-        back from the device.
+        back from the device. Where torch's fused kernel serves, it steps from 0 instead of w, and
+        what it leaves is -s u: that is u with s = -1.
         """
         for bucket in self._buckets(group, params):
             w, g = [_wide(p.data) for p in bucket], [_wide(p.grad) for p in bucket]
-            if group["maximize"]:
-                g = torch._foreach_neg(g)
-            u, size, decay = self._directions(group, bucket, g)
-            if w[0].ndim > 1:
-                u = self._project_all(group, bucket, w, g, u, decay)
-            elif group["weight_decay"] > 0:
-                torch._foreach_mul_(w, _each(1 - size * decay, len(w)))
-            if isinstance(size, Tensor):
-                torch._foreach_add_(w, torch._foreach_mul(u, _each(-size, len(w))))
+            moments = [[self.state[p][key] for p in bucket] for key in self._moments]
+            if self._kernel_serves(group, w, g, *moments):
+                clock = torch.full((), max(map(self._count, bucket)), device=w[0].device)
+                if w[0].ndim > 1:
+                    u = [torch.empty_like(x) for x in w]
+                    torch._foreach_zero_(u)
+                    self._kernel(group, clock, 0.0, u, g, *moments)
+                    decay = -float(group["lr"]) * self._decay(group)
+                    torch._foreach_add_(w, self._project_all(group, bucket, w, g, u, decay))
+                else:
+                    self._kernel(group, clock, self._decay(group), w, g, *moments)
             else:
-                torch._foreach_add_(w, u, alpha=-size)
+                if group["maximize"]:
+                    g = torch._foreach_neg(g)
+                u, size, decay = self._directions(group, bucket, g)
+                if w[0].ndim > 1:
+                    u = self._project_all(group, bucket, w, g, u, decay)
+                elif group["weight_decay"] > 0:
+                    torch._foreach_mul_(w, _each(1 - size * decay, len(w)))
+                if isinstance(size, Tensor):
+                    torch._foreach_add_(w, torch._foreach_mul(u, _each(-size, len(w))))
+                else:
+                    torch._foreach_add_(w, u, alpha=-size)
             if w[0].dtype != bucket[0].dtype:
                 torch._foreach_copy_(bucket, w)
+
+    def _kernel_serves(self, group: dict, *lists: list[Tensor]) -> bool:
+        """By default on CUDA, elsewhere if foreach and fused are both asked for: dense tensors,
+        those of a parameter all laid out alike."""
+        foreach, fused = group["foreach"], group.get("fused")
+        default = lists[0][0].device.type == "cuda" and foreach is None and fused is not False
+        if (not (default or fused and foreach) or group.get("capturable")
+                or torch.compiler.is_compiling() or not self._has_kernel(group)):
+            return False
+        strides = [[x.stride() for x in tensors] for tensors in lists]
+        return all(other == strides[0] for other in strides) and all(
+            x.is_contiguous() or x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            for x in lists[0])
+
+    def _count(self, p: Tensor) -> float:
+        """Counts the step of a parameter; 0 for an optimiser that counts none."""
+        state = self.state[p]
+        if "step" not in state:
+            return 0.0
+        state["step"] = int(state["step"]) + 1
+        return float(state["step"])
 
     def _buckets(self, group: dict, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Matrices or vectors of one device and step count, together no larger than the largest of
@@ -314,11 +349,11 @@ class _ProjectedOptimizer(Optimizer):
             return dot.abs() / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
 
         norm_w = rows([vector_norm(x, dim=d) for x, d in zip(w, dims)])
-        along = rows([(x * y).sum(d) for x, y, d in zip(w, u, dims)])
+        along = rows([x.sum(d) for x, d in zip(torch._foreach_mul(w, u), dims)])
         layer_w = layer_along = norm_w.new_zeros(len(w))
         if group["scale_invariant"] is None:
             norm_g = rows([vector_norm(x, dim=d) for x, d in zip(g, dims)])
-            dot = rows([(x * y).sum(d) for x, y, d in zip(w, g, dims)])
+            dot = rows([x.sum(d) for x, d in zip(torch._foreach_mul(w, g), dims)])
             scaled = cosine(dot, norm_w, norm_g)
             torch._foreach_mul_(list(scaled.split(counts)), [math.sqrt(x[0].numel()) for x in w])
             missed, layer_dot, layer_w, layer_g, layer_along = per_tensor(torch.stack(
@@ -346,7 +381,7 @@ class _ProjectedOptimizer(Optimizer):
             torch._foreach_addcmul_(u, w, shaped(-part))
             torch._foreach_copy_([self.state[p]["momentum"] for p in params], u)
             part = torch.zeros_like(part)
-        return [torch.addcmul(x, y, c) for x, y, c in zip(u, w, shaped(decay_row - part))]
+        return torch._foreach_addcmul(u, w, shaped(decay_row - part))
 
     def _stores_projection(self, group: dict) -> bool:
         return group.get("project_buffer", False) and not group["nesterov"]
@@ -362,14 +397,11 @@ class _ProjectedOptimizer(Optimizer):
         room = params[0].new_empty(min(BLOCK, max(p.numel() for p in params)))
         vectors, others = defaultdict(list), []
         for p in params:
-            state = self.state[p]
-            rows = _same_rows(p.data, p.grad, *[state[key] for key in self._moments])
+            rows = _same_rows(p.data, p.grad, *[self.state[p][key] for key in self._moments])
             if rows is None:
                 others.append(p)
                 continue
-            if "step" in state:
-                state["step"] = int(state["step"]) + 1
-            step = float(state.get("step", 0))
+            step = self._count(p)
             if p.ndim > 1:
                 self._fused_matrix(group, rows, torch.tensor(step), room)
             else:
@@ -460,8 +492,9 @@ class AdamP(_ProjectedOptimizer):
         delta: threshold of the scale-invariance test; 0 never projects, which is AdamW.
         wd_ratio: factor of the weight decay on projected weights, in [0, 1].
         nesterov: look-ahead update (beta1 m + (1 - beta1) g) / denominator; not torch's NAdam.
-        foreach, fused: which path; None chooses, False never, True where it serves. fused serves
-            float32 and float64 on the CPU, else the step falls back to foreach.
+        foreach, fused: which path; None chooses, False never, True where it serves. On the CPU,
+            fused serves float32 and float64, else the step falls back to foreach; both True: the
+            branch-free path with the fused kernel, which is the default on CUDA.
         maximize: ascend.
         capturable: step count and bias correction on the device, for CUDA graphs and torch.compile;
             always the branch-free path.

@@ -21,8 +21,10 @@ from reference.adamp import SGDP, AdamP
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "adamp"
 ADAMP_PATHS = {"readable": {"foreach": False, "fused": False}, "foreach": {"foreach": True},
-               "fused": {"fused": True}, "capturable": {"capturable": True}, "default": {}}
-SGDP_PATHS = {"readable": {"foreach": False}, "foreach": {"foreach": True}, "default": {}}
+               "fused": {"fused": True}, "capturable": {"capturable": True}, "default": {},
+               "as on CUDA": {"foreach": True, "fused": True}}
+SGDP_PATHS = {"readable": {"foreach": False}, "foreach": {"foreach": True}, "default": {},
+              "as on CUDA": {"foreach": True}}
 SHAPES = [(6, 3, 3, 3), (7, 12), (1, 10), (5, 1, 1, 1), (4, 3, 5), (6,), ()]
 
 
@@ -115,7 +117,7 @@ def test_the_two_buffers_differ_where_the_packages_do():
 
 # ---------------------------------------------------------------- paths agree
 
-@pytest.mark.parametrize("path", ["foreach", "fused", "capturable", "default"])
+@pytest.mark.parametrize("path", ["foreach", "fused", "capturable", "default", "as on CUDA"])
 @pytest.mark.parametrize("options", [
     {}, {"weight_decay": 0.3, "lr": 0.02}, {"nesterov": True, "weight_decay": 0.1},
     {"maximize": True}, {"delta": 0.0}, {"delta": 3.0, "wd_ratio": 0.0, "weight_decay": 0.1},
@@ -129,7 +131,7 @@ def test_adamp_paths_agree(path, options):
         assert optimizer.stats == reference.stats
 
 
-@pytest.mark.parametrize("path", ["foreach", "default"])
+@pytest.mark.parametrize("path", ["foreach", "default", "as on CUDA"])
 @pytest.mark.parametrize("project_buffer", [False, True])
 @pytest.mark.parametrize("options", [
     {}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 1.0}, {"momentum": 0.9, "delta": 0},
@@ -140,11 +142,28 @@ def test_sgdp_paths_agree(path, project_buffer, options):
     options = {"lr": 0.05, "project_buffer": project_buffer} | options
     expected, reference = replay(SGDP, **options, **SGDP_PATHS["readable"])
     for layout in (None, torch.channels_last):
-        actual, optimizer = replay(SGDP, layout=layout, **options, **SGDP_PATHS[path])
+        fused = {"fused": True} if path == "as on CUDA" else {}
+        actual, optimizer = replay(lambda params, **given: SGDP([{"params": params, **fused}],
+                                                                **given),
+                                   layout=layout, **options, **SGDP_PATHS[path])
         assert_same(actual, expected, rtol=1e-9, atol=1e-12)
         assert optimizer.stats == reference.stats
         assert_same([optimizer.state[p]["momentum"] for p in actual],
                     [reference.state[p]["momentum"] for p in expected], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options, alike, used", [
+    ({"foreach": True, "fused": True}, True, True), ({"foreach": True}, True, False),
+    ({"foreach": True, "fused": True}, False, False),
+    ({"capturable": True, "fused": True}, True, False)])
+def test_the_branch_free_path_takes_the_kernel_if_asked(monkeypatch, options, alike, used):
+    kernel, calls = AdamP._kernel, []
+    monkeypatch.setattr(AdamP, "_kernel",
+                        lambda self, *rest: (calls.append(1), kernel(self, *rest)))
+    w = nn.Parameter(torch.randn(4, 5, generator=rng()))
+    w.grad = torch.ones(4, 5) if alike else torch.ones(5, 4).t()
+    AdamP([w], **options).step()
+    assert bool(calls) == used
 
 
 @pytest.mark.parametrize("make, path", [(AdamP, {"fused": True}),
@@ -632,6 +651,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @needs_gpu
 @pytest.mark.parametrize("make", [lambda p: AdamP(p, 0.01, weight_decay=0.1),
+                                  lambda p: AdamP(p, 0.01, weight_decay=0.1, foreach=True),
                                   lambda p: SGDP(p, 0.01, momentum=0.9, weight_decay=0.1)])
 def test_no_synchronisation_in_a_step(make):
     params = [nn.Parameter(torch.randn(s, device="cuda")) for s in SHAPES]
