@@ -143,24 +143,24 @@ def cuboid_lambda(boxes: Box | Tensor, size_thw: Sequence[int]) -> float | Tenso
 def _frame_lambdas(boxes: Box | Tensor, size_thw: Sequence[int]) -> Tensor:
     """(B or 1, T) float64: share of own pixels in each frame."""
     rows = _check_boxes(boxes, size_thw)
-    frames = torch.arange(size_thw[0])
+    frames, area = torch.arange(size_thw[0]), (rows[:, 3::2] - rows[:, 2::2]).prod(1, keepdim=True)
     inside = (frames >= rows[:, :1]) & (frames < rows[:, 1:2])
-    area = ((rows[:, 3] - rows[:, 2]) * (rows[:, 5] - rows[:, 4])).double()
-    return 1 - inside * area.unsqueeze(1) / (size_thw[1] * size_thw[2])
+    return 1 - inside * area.double() / (size_thw[1] * size_thw[2])
 
 
-def _check_clips(x: Tensor, perm: Tensor | None = None, floating: bool = False) -> Tensor | None:
-    """Checks (B, C, T, H, W) clips; returns `perm` (B,) on their device."""
+def _check_clips(x: Tensor, floating: bool = False) -> None:
     if not isinstance(x, Tensor) or x.ndim != 5:
         raise ValueError(f"clips must be (B, C, T, H, W), not {tuple(getattr(x, 'shape', ()))}")
     if floating and not x.is_floating_point():
         raise ValueError(f"blending needs floating-point clips, not {x.dtype}")
-    if perm is None:
-        return None
-    perm = torch.as_tensor(perm)
-    if perm.shape != (len(x),) or perm.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"perm must be ({len(x)},) integers, not {perm.dtype} {tuple(perm.shape)}")
-    return perm.to(x.device)
+
+
+def _order(perm: Tensor, like: Tensor) -> Tensor:
+    """`perm` (B,) on the device of `like` (B, ...)."""
+    perm, count = torch.as_tensor(perm), len(like)
+    if perm.shape != (count,) or perm.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"perm must be ({count},) integers, not {perm.dtype} {tuple(perm.shape)}")
+    return perm.to(like.device)
 
 
 def _slices(box: Sequence[int]) -> tuple[slice, slice, slice]:
@@ -185,8 +185,9 @@ def apply_cuboid(x: Tensor, boxes: Box | Tensor, perm: Tensor, inplace: bool = F
     one clip's cuboid per cycle is kept aside (on a GPU, one box for all: the cuboids of all, in two
     launches). A mask, or a permuted batch, would read and write all of the clips.
     """
-    perm = _check_clips(x, perm)
-    rows, order = _check_boxes(boxes, x.shape[2:], len(x)).tolist(), perm.tolist()
+    _check_clips(x)
+    perm, rows = _order(perm, x), _check_boxes(boxes, x.shape[2:], len(x)).tolist()
+    order = perm.tolist()
     if inplace and sorted(order) != list(range(len(x))):
         raise ValueError(f"perm must be a permutation to mix in place, not {order}")
     if x.device.type != "cpu" and torch.as_tensor(boxes).ndim == 1:
@@ -221,8 +222,8 @@ def _weights(lam: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def _blend(x: Tensor, perm: Tensor, weight: float | Tensor) -> Tensor:
-    perm = _check_clips(x, perm, floating=True)
-    return weight * x + (1 - weight) * x[perm]
+    _check_clips(x, floating=True)
+    return weight * x + (1 - weight) * x[_order(perm, x)]
 
 
 def mixup_clips(x: Tensor, perm: Tensor, lam: float | Tensor) -> Tensor:
@@ -253,7 +254,7 @@ def cut_mixup_clips(x: Tensor, box: Box, perm: Tensor, lamt: float,
     mixed, weight = mixup_clips(x, perm, lamt), _cut_mixup_weight(box, x.shape[2:], lamt, u)
     if u < 0.5:
         place = (slice(None), slice(None), *_slices(box))
-        mixed[place] = x[place][perm.to(x.device)] if lamt >= 0.5 else x[place]
+        mixed[place] = x[place][_order(perm, x)] if lamt >= 0.5 else x[place]
     return mixed, weight
 
 
@@ -279,12 +280,12 @@ def mix_labels(y: Tensor, perm: Tensor, lam: float | Tensor, num_classes: int | 
     or (B, K) soft; lam: a number or (B,)."""
     target = _soft_labels(y, num_classes, smoothing)
     lam = _weights(lam, target)
-    return lam * target + (1 - lam) * target[perm.to(y.device)]
+    return lam * target + (1 - lam) * target[_order(perm, target)]
 
 
 def _mix_over_time(target: Tensor, perm: Tensor, weights: Tensor) -> Tensor:
     """(B, K, T) from targets (B, K) and own weights (B or 1, T)."""
-    weights, partner = weights.to(target.device, target.dtype), target[perm.to(target.device)]
+    weights, partner = weights.to(target.device, target.dtype), target[_order(perm, target)]
     return torch.lerp(partner.unsqueeze(2), target.unsqueeze(2), weights.unsqueeze(1))
 
 
@@ -369,8 +370,8 @@ class _Mix(nn.Module):
             raise ValueError(f"y has {len(y)} labels for {count} clips")
         plain = _soft_labels(y, self.num_classes, self.smoothing if self.training else 0.0)
         everywhere = plain.unsqueeze(2).repeat(1, 1, size[0]) if self.frame_labels else None
-        same = torch.arange(count, device=fast.device)
-        unchanged = MixResult(x, plain, 1.0, same, None, y, y, everywhere)
+        unchanged = MixResult(x, plain, 1.0, torch.arange(count, device=fast.device), None, y, y,
+                              everywhere)
         if not self.training:
             return unchanged
         if count < 2 and not self.single_clip:
@@ -694,8 +695,7 @@ def _demonstrate() -> None:
     print("pasted volume for alpha = 1: closed form, and mean of 20,000 boxes")
     for variant, expected in (("S", 0.3208), ("T", 0.4167), ("ST", 0.2437)):
         lams = _betas(1.0, 20_000, generator)
-        boxes = torch.tensor([sample_cuboid(size, lam, variant, generator=generator)
-                              for lam in lams])
+        boxes = torch.tensor([sample_cuboid(size, v, variant, generator=generator) for v in lams])
         print(f"  {variant:3s} {expected:.4f}   {1 - cuboid_lambda(boxes, size).mean():.4f}")
     fast = torch.rand(4, 3, 32, 16, 16, generator=generator)
     slow, fast = VideoMix("ST", num_classes=4)((fast[:, :, ::4], fast), torch.arange(4)).x

@@ -492,24 +492,18 @@ def test_two_pathways_train_and_are_evaluated():
 
 
 def test_more_bad_input():
-    x, y = clips()
+    (x, y), box, size = clips(), (0, 9, 0, 1, 0, 1), (8, 16, 16)
     for call, words in [
         (lambda: apply_cuboid(x, (0, 1, 0, 1, 0, 1), torch.arange(3)), "perm"),
+        (lambda: mix_labels(y, torch.zeros(1, dtype=torch.int64), 0.5, 3), "perm"),
+        (lambda: vm.mix_frame_labels(y, torch.arange(3), (0, 1) * 3, size, 3), "perm"),
         (lambda: apply_cuboid(x, (0.5, 1, 0, 1, 0, 1), torch.arange(4)), "boxes"),
         (lambda: apply_cuboid(x, (0, 1, 0, 1), torch.arange(4)), "boxes"),
         (lambda: vm.mixup_clips(x, torch.zeros(4), 0.5), "perm"),
         (lambda: sample_cuboid((4, 8, 8), 0.5, center=(0, 9, 0)), "center"),
-        (lambda: cuboid_lambda((0, 9, 0, 1, 0, 1), (8, 8, 8)), "outside"),
-        (
-            lambda: vm.mix_frame_labels(y, torch.arange(4), (0, 9, 0, 1, 0, 1), (8, 16, 16), 3),
-            "outside",
-        ),
-        (
-            lambda: vm.mix_frame_labels(
-                y, torch.arange(4), torch.zeros(3, 6, dtype=torch.int64), (8, 16, 16), 3
-            ),
-            "boxes",
-        ),
+        (lambda: cuboid_lambda(box, size), "outside"),
+        (lambda: vm.mix_frame_labels(y, torch.arange(4), box, size, 3), "outside"),
+        (lambda: vm.mix_frame_labels(y, torch.arange(4), [box] * 3, size, 3), "boxes"),
         (lambda: vm.mixed_accuracy(torch.zeros(4, 3), y, y, 1.5), "lam"),
         (lambda: vm.mixed_accuracy(torch.zeros(4, 3), y, y.float(), 0.5), "integers"),
         (lambda: vm.cut_mixup_clips(x, (0, 1, 0, 1, 0, 1), torch.arange(4), 0.5, 2.0), "u must"),
