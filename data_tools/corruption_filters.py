@@ -106,7 +106,10 @@ def disk(radius: float, alias_blur: float = 0.1) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _disk_spectrum(radius: float, alias_blur: float, shape: tuple[int, int]) -> np.ndarray:
-    return np.fft.rfft2(disk(radius, alias_blur).astype(np.float64), shape)
+    kernel = disk(radius, alias_blur).astype(np.float64)
+    centred = np.roll(np.pad(kernel, [(0, n - len(kernel)) for n in shape]),
+                      [-(len(kernel) // 2)] * 2, (0, 1))
+    return np.fft.rfft2(centred).real.copy()  # an even kernel: the imaginary part is 0
 
 
 def _fast_length(n: int) -> int:
@@ -122,16 +125,16 @@ def _fast_length(n: int) -> int:
 
 
 def _defocus(x: np.ndarray, radius: float, alias_blur: float) -> np.ndarray:
-    """Correlation of (N, H, W) uint8, as 0..1, with the disk; borders mirrored without the edge."""
+    """Correlation of (N, H, W) uint8 with the disk, 0..255; borders mirrored without the edge."""
     reach, (height, width) = 8 if radius <= 8 else int(radius), x.shape[1:]
     shape = _fast_length(height + 2 * reach), _fast_length(width + 2 * reach)
     for axis, padded, size in zip((1, 2), shape, (height, width)):
         x = x.take(_reflect101(np.arange(-reach, padded - reach), size), axis)
-    spectrum = np.fft.rfft(x / 255.0)
+    spectrum = np.fft.rfft(x)
     np.fft.fft(spectrum, axis=1, out=spectrum)
-    spectrum *= _disk_spectrum(radius, alias_blur, shape)   # symmetric: convolution will do
+    spectrum *= _disk_spectrum(radius, alias_blur, shape)
     np.fft.ifft(spectrum, axis=1, out=spectrum)
-    rows, columns = (slice(2 * reach, 2 * reach + size) for size in (height, width))
+    rows, columns = (slice(reach, reach + size) for size in (height, width))
     return np.fft.irfft(spectrum[:, rows], shape[1])[:, :, columns]
 
 

@@ -185,7 +185,7 @@ def _glass_blur(x, c, rngs, variant, severity, textures):
 def _defocus_blur(x, c, rngs, variant, severity, textures):
     out = np.empty_like(x)
     for channel in range(3):  # one plane at a time stays in the cache
-        out[..., channel] = _scaled(_defocus(x[..., channel], *c))
+        out[..., channel] = _defocus(x[..., channel], *c).clip(0, 255)
     return out
 
 

@@ -52,7 +52,7 @@ def _check(images: np.ndarray, name: str, severity: int, variant: str) -> None:
         raise ValueError(f"unknown corruption {name!r}; the names are {', '.join(CORRUPTIONS)}")
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
-    if severity not in (1, 2, 3, 4, 5):
+    if not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5, not {severity!r}")
     smallest = 32 if variant == "bethge" else 1
     if min(images.shape[1:3]) < smallest:

@@ -278,7 +278,7 @@ def test_errors():
     image = picture()
     with pytest.raises(TypeError, match="uint8"):
         C.corrupt(image / 255.0, "fog", 1)
-    for bad in ({"name": "fogg"}, {"severity": 0}, {"severity": 6}, {"severity": 1.5},
+    for bad in ({"name": "fogg"}, {"severity": 0}, {"severity": 6}, {"severity": 2.0},
                 {"variant": "mnist"}, {"image": image[None]}, {"image": image[..., :2]},
                 {"image": image[:31], "variant": "bethge"}, {"image": image[:0]}):
         with pytest.raises(ValueError):
