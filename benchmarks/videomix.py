@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", choices=TABLES, default="variants")
     real = parser.add_argument_group("with --data")
     real.add_argument("--networks", nargs="+", choices=NETWORKS, help="(default: the table's)")
-    real.add_argument("--methods", nargs="+", choices=METHODS, help="(default: the table's)")
+    real.add_argument("--methods", nargs="+", choices=METHODS[:-1], help="(default: the table's)")
     real.add_argument("--p", type=float, default=1.0, help="how often to mix")
     real.add_argument("--epochs", type=int, help="(default: the preset's)")
     real.add_argument("--batch-size", type=int, default=64, help="clips, of all processes together")

@@ -94,6 +94,9 @@ def load_fitting(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     own = model.state_dict()
     fitting = {name: value for name, value in state.items()
                if name in own and own[name].shape == value.shape}
+    if not fitting:
+        names = ", ".join(list(state)[:3])
+        raise ValueError(f"no parameter fits; the checkpoint holds {names}, ...")
     model.load_state_dict(fitting, strict=False)
     return sorted(set(own) - set(fitting))
 

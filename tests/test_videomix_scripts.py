@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_tools import synthetic, video_frames
@@ -103,6 +104,9 @@ def test_real_frames(tmp_path, finish):
     assert all(0 <= row["mAP@0.5"] <= 100 for row in found["results"].values())
     with pytest.raises(ValueError, match="a checkpoint for each of"):
         finish(tmp_path / "d", *network, "--table", "ava")
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no parameter fits; the checkpoint holds other.weight"):
+        finish(tmp_path / "d", *network, "--table", "ssv2", "--init", tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not slowfast"):
         finish(tmp_path / "d", *common, "--networks", "slowfast18", "--table", "thumos")
     (tmp_path / "ava_val_v2.2.csv").write_text("gone,900,0.1,0.1,0.5,0.6,1,0\n")
