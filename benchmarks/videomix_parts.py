@@ -137,7 +137,7 @@ def versus(values: list[float], base: list[float]) -> tuple[str, str]:
     mean, error = mean_error([v - b for v, b in zip(values, base)])
     if len(values) < 2:
         return f"{mean:+.1f}", "one seed"
-    reach = T95.get(len(values), 2.2) * error
+    reach = T95.get(len(values), 2.23) * error
     return (f"{mean:+.1f} ± {error:.1f}",
             "helps" if mean > reach else "hurts" if mean < -reach else "undecided")
 
