@@ -10,10 +10,11 @@ Students learn from crops with the binary cross-entropy of three kinds of target
 the mean average precision on whole images:
 
     image     the image's labels, whatever the crop shows
-    machine   where an annotator, trained on the image's labels, sees a class: its dense map is > 0
-    oracle    where the ground-truth masks are
+    machine   what an annotator, trained on the image's labels, sees in the crop: its logits' map
+    oracle    what the ground-truth masks show in the crop
 
 A class is in the target if LabelPooling of its map over the crop is above 0; there is no softmax.
+The whole image is annotated at 4/3 of the crops' side, where objects look as large as in them.
 The paper reports that localised labels help on COCO, the oracle's more, with ResNet-50 at 224 and
 ResNet-101 at 448 pixels; its numbers could not be read here. Layout of --data: train2017/, val2017/
 and annotations/instances_{train,val}2017.json.
@@ -53,9 +54,8 @@ class MultiLabelCrops:
         for images, rows, coords in self.loader:
             targets = self.labels[rows.cpu()]
             if self.maps is not None:
-                topk = self.maps[rows.cpu()].clone()
-                topk[:, 0] = (topk[:, 0] > 0).float()  # where the class is
-                pooled = relabel.label_pooling(topk, coords.cpu(), targets.shape[1], softmax=False)
+                pooled = relabel.label_pooling(self.maps[rows.cpu()], coords.cpu(),
+                                               targets.shape[1], softmax=False)
                 targets = (pooled > 0).float()
             yield images.to(memory_format=torch.channels_last), targets
 
@@ -160,7 +160,7 @@ def main(argv=None):
                 run.record(name, {"mAP": evaluate(run, model, test_set, size)})
             annotator = load_weights(build_model(arch, kinds), path).to(run.device)
             store = run.out / f"store-{fingerprint(annotator)}"
-            maps["machine"], _ = annotate(run, train_set, annotator, store, size=2 * size,
+            maps["machine"], _ = annotate(run, train_set, annotator, store, size=4 * size // 3,
                                           num_classes=kinds, arch=arch, k=min(args.top, kinds))
         for method in args.methods:
             name = f"{method}-seed{seed}"
