@@ -104,7 +104,7 @@ def _write_with_ffmpeg(src: Path, folder: Path, short_side: int | None, fps: flo
         done = subprocess.run(
             [find_ffmpeg(), "-nostdin", "-hide_banner", "-loglevel", "error", "-i", str(src),
              *options, *passing, "-q:v", str(quality), "-start_number", "1",
-             str(folder / "img_%05d.jpg")], capture_output=True, text=True)
+             str(folder).replace("%", "%%") + "/img_%05d.jpg"], capture_output=True, text=True)
         if "fps_mode" not in done.stderr:             # the other name is for ffmpeg before 5.1
             break
     message = " / ".join(done.stderr.strip().splitlines()[-2:])

@@ -133,7 +133,7 @@ def test_a_real_mp4(tmp_path):
         assert vf.extract(tmp_path / "clip.mp4", tmp_path / "all", short_side=24) == 12
         video = vf.open_video(tmp_path / "all")
         assert video.read([0])[0].size == (32, 24) and levels(video.read(None)) == list(range(12))
-        assert vf.extract(tmp_path / "clip.mp4", tmp_path / "half", fps=5) == 6
+        assert vf.extract(tmp_path / "clip.mp4", tmp_path / "50%d off", fps=5) == 6
         (tmp_path / "cut.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:800])
         with pytest.raises(ValueError, match="cut.mp4"):
             vf.extract(tmp_path / "cut.mp4", tmp_path / "cut")
