@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from reference import (adamp, attribution, calm, nha, pcme, pit, prdc, regularization, relabel,
-                       robustness, videomix, wsol, wsol_evaluation)
+                       robustness, video_resnet, videomix, videomix_localization, wsol,
+                       wsol_evaluation)
 
 
 def rng(seed=0):
@@ -181,6 +182,21 @@ def test_relabel():
 def test_videomix(mix):
     clips, labels = torch.rand(4, 3, 8, 12, 12, generator=rng()), torch.arange(4)
     both(lambda device: mix(clips.to(device), labels.to(device), generator=rng())[:3])
+
+
+def test_video_networks_and_localisation():
+    net = video_resnet.slowfast18(3, width=8, generator=rng()).eval()
+    boxes, scores = torch.rand(6, 4, generator=rng()), torch.rand(6, generator=rng())
+    boxes[:, 2:] += boxes[:, :2]
+    labels = torch.tensor([0, 1, 0, 1, 0, 0])
+
+    def results(device):
+        found, true = ([v.to(device) for v in part] for part in
+                       ((boxes, labels, scores), (boxes[:4] * 1.05, labels[:4])))
+        return (net.to(device)(randn(1, 3, 8, 32, 32).to(device)).detach(),
+                videomix_localization.localize_actions(scores.to(device)),
+                videomix_localization.detection_ap([found], [true], rule="ava"))
+    both(results, rtol=1e-3, atol=1e-4)
 
 
 def test_nha():
