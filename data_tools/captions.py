@@ -36,8 +36,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import write_whole
-from data_tools.loader import BadImage, IMAGENET_MEAN, IMAGENET_STD, Loader
+from data_tools.files import read_text, write_whole
+from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, open_image
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 PAD, START, END, UNKNOWN = range(4)
@@ -79,10 +79,7 @@ class CaptionSet:
         """The image of a row: undecoded, or (H, W, 3) uint8. Raises BadImage."""
         if isinstance(self.images, Tensor):
             return self.images[row].permute(1, 2, 0).numpy()
-        try:
-            return Image.open(io.BytesIO(self.images[row].read_bytes()))
-        except OSError as error:
-            raise BadImage(f"{self.images[row]}: {error.strerror or 'not an image'}") from error
+        return open_image(self.images[row])
 
     def first(self, images: int) -> CaptionSet:
         """The first images and their captions."""
@@ -129,6 +126,11 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 def _read_json(path: Path) -> dict | list:
     with _reading(path, "valid JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lines(path: Path, missing: str = "no such file") -> list[str]:
+    """The lines of a text file: unlike `splitlines`, rare characters in a caption end none."""
+    return read_text(path, missing).removesuffix("\n").split("\n")
 
 
 def _existing(path: Path, what: str) -> Path:
@@ -266,21 +268,19 @@ def cub_classes(split: str, lists: str | Path | None = None) -> list[int]:
             "without the published class lists, classes 1-150 are trained and 151-200 tested: "
             "the figures cannot be compared with published ones", stacklevel=2)
         return list(range(150)) if split == "trainval" else list(range(150, 200))
-    path = _existing(Path(lists) / CUB_LISTS[split], "class list")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    path = Path(lists) / CUB_LISTS[split]
     return [_class_number(line.strip(), f"{path}, line {number}")
-            for number, line in enumerate(lines, 1) if line.strip()]
+            for number, line in enumerate(_lines(path, "no such class list"), 1) if line.strip()]
 
 
 def seen_test_images(lists: str | Path) -> set[str]:
     """Held-out images of the trained classes, as `<class folder>/<file>`: left out of training."""
-    path = _existing(Path(lists) / "seen_test_images.txt", "list of images")
-    return set(path.read_text(encoding="utf-8").split())
+    return set(read_text(Path(lists) / "seen_test_images.txt", "no such list of images").split())
 
 
 def _class_number(name: str, source: str | Path) -> int:
     prefix = name.split(".")[0]
-    if not prefix.isdigit() or not 1 <= int(prefix) <= 200:
+    if not prefix.isdecimal() or not 1 <= int(prefix) <= 200:
         raise ValueError(f"{source}: {name!r} does not start with a class number 001..200")
     return int(prefix) - 1
 
@@ -349,9 +349,9 @@ def flickr8k(root: str | Path, split: str) -> CaptionSet:
         known = "; ".join(f"{text} and {folder}/" for text, _, folder in FLICKR_LAYOUTS)
         raise FileNotFoundError(f"{root}: no Flickr8k here; expected one of: {known}")
     text, listed, folder = root / text, root / listed.format(split), root / folder
-    wanted = _existing(listed, "list of images").read_text(encoding="utf-8").split()
+    wanted = read_text(listed, "no such list of images").split()
     captions: dict[str, list] = {name: [] for name in wanted}
-    for number, line in enumerate(text.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(_lines(text)):
         name, tab, caption = line.partition("\t")
         if not tab:
             raise ValueError(f"{text}, line {number + 1}: no tab between image and caption")

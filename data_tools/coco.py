@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data_tools.loader import BadImage, decode, open_and
+from data_tools.files import read_text
+from data_tools.loader import decode, open_and, open_image
 
 
 class CocoImages:
@@ -30,31 +31,36 @@ class CocoImages:
     """
 
     def __init__(self, root: str | Path, annotations: str | Path, *, keep_empty: bool = True):
-        self.root, path = Path(root), Path(annotations)
+        self.root, self.path = Path(root), Path(annotations)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            images, categories = content["images"], content["categories"]
-            entries = content["annotations"]
+            content = json.loads(read_text(self.path))
+            images, entries = content["images"], content["annotations"]
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            self.classes = [category["name"] for category in categories]
+            number_of = {category["id"]: number for number, category in enumerate(categories)}
+            objects: dict[int, list] = {image["id"]: [] for image in images}
+            for entry in entries:
+                image, category = entry["image_id"], entry["category_id"]
+                if image not in objects or category not in number_of:
+                    raise ValueError(f"annotation {entry.get('id')} is of image {image} and "
+                                     f"category {category}, one of which is not listed")
+                objects[image].append((number_of[category], entry))
+            kept = [image for image in images if keep_empty or objects[image["id"]]]
+            self._files = [image["file_name"] for image in kept]
+            self._objects = [objects[image["id"]] for image in kept]
+            self.sizes = np.array([(image["width"], image["height"]) for image in kept], np.int64)
         except FileNotFoundError:
-            raise ValueError(f"{path}: no such file") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not in COCO's format: {error!r}") from None
-        categories = sorted(categories, key=lambda category: category["id"])
-        self.classes = [category["name"] for category in categories]
-        number_of = {category["id"]: number for number, category in enumerate(categories)}
-        objects: dict[int, list] = {image["id"]: [] for image in images}
-        for entry in entries:
-            if entry.get("image_id") not in objects or entry.get("category_id") not in number_of:
-                raise ValueError(f"{path}: annotation {entry.get('id')} is of image "
-                                 f"{entry.get('image_id')} and category "
-                                 f"{entry.get('category_id')}, one of which is not listed")
-            objects[entry["image_id"]].append((number_of[entry["category_id"]], entry))
-        kept = [image for image in images if keep_empty or objects[image["id"]]]
+            raise ValueError(f"{self.path}: no such file") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error if type(error) is ValueError else repr(error)
+            raise ValueError(f"{self.path} is not in COCO's format: {reason}") from None
         if not kept:
-            raise ValueError(f"{path} lists no images" + (" with objects" if images else ""))
-        self._files = [image["file_name"] for image in kept]
-        self._objects = [objects[image["id"]] for image in kept]
-        self.sizes = np.array([(image["width"], image["height"]) for image in kept])
+            raise ValueError(f"{self.path} lists no images" + (" with objects" if images else ""))
+        if len(objects) < len(images) or len(number_of) < len(categories):
+            raise ValueError(f"{self.path}: an image or category id stands twice")
+        if self.sizes.min() < 1:
+            raise ValueError(f"{self.path}: {self._files[self.sizes.min(1).argmin()]} has the size "
+                             f"{self.sizes[self.sizes.min(1).argmin()].tolist()}")
         self.labels = np.zeros((len(kept), len(self.classes)), dtype=bool)
         for row, found in enumerate(self._objects):
             self.labels[row, [number for number, _ in found]] = True
@@ -68,10 +74,7 @@ class CocoImages:
 
     def open(self, index: int) -> Image.Image:
         """The image, header read. Raises BadImage with the file's name."""
-        try:
-            return Image.open(self.root / self._files[index])
-        except OSError as error:
-            raise BadImage(f"{self.root / self._files[index]}: {error}") from error
+        return open_image(self.root / self._files[index])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         return open_and(self, index, decode), self.labels[index]
@@ -94,7 +97,11 @@ class CocoImages:
             place_of = {int(number): place for place, number in enumerate(named)}
             for number, entry in self._objects[row]:
                 if number in place_of:
-                    covered = self._shares(row, entry, cells) > share
+                    try:
+                        covered = self._shares(row, entry, cells) > share
+                    except (ValueError, KeyError, TypeError) as error:
+                        raise ValueError(f"{self.path}: annotation {entry.get('id')} has a broken "
+                                         f"bbox or segmentation ({error})") from error
                     out[at, 0, place_of[number]] = np.maximum(out[at, 0, place_of[number]], covered)
         return torch.from_numpy(out)
 

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.loader import BadImage
+from data_tools.files import read_text
+from data_tools.loader import BadImage, open_image
 from data_tools.wsol_data import Split, SplitImages
 
 PART_COUNT = 15
@@ -42,11 +43,7 @@ POINT_GROUPS = np.array([1, 2, 3, 4, 5, 6, 6, 7, 7], dtype=np.uint8)
 
 def _rows(path: Path, fields: int, last_is_text: bool = False) -> Iterator[list[str]]:
     """Lines of a text file, split into `fields`; an error names the file and the line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; CUB_200_2011 is expected as it is "
-                                "distributed") from None
+    text = read_text(path, "no such file; CUB_200_2011 is expected as it is distributed")
     for number, line in enumerate(text.splitlines(), 1):
         row = line.split(None, fields - 1) if last_is_text else line.split()
         if row and len(row) != fields:
@@ -86,10 +83,17 @@ class CUB(SplitImages):
         self.folder = Path(root)
         self.captions_of = captions_of or self._caption_file
         self.classes = [name for _, name in _rows(self.folder / "classes.txt", 2)]
-        listed = dict(_rows(self.folder / "images.txt", 2))
+        rows = list(_rows(self.folder / "images.txt", 2))
+        listed = dict(rows)
+        if len(listed) < len(rows) or not all(number.isdecimal() for number in listed):
+            raise ValueError(f"{self.folder / 'images.txt'}: image numbers must be integers, each "
+                             "once")
         labels = self._by_image("image_class_labels.txt", listed)
         part = self._by_image("train_test_split.txt", listed)
         wanted = {"train": ("1",), "test": ("0",), "all": ("0", "1")}[split]
+        if odd := [number for number in listed if part[number] not in ("0", "1")]:
+            raise ValueError(f"{self.folder / 'train_test_split.txt'}: image {odd[0]}: 0 or 1 "
+                             f"expected, got {part[odd[0]]!r}")
         kept = [number for number in listed if part[number] in wanted]
         self.ids = np.array(kept, dtype=np.int64)
         self.names = [listed[number] for number in kept]
@@ -121,24 +125,18 @@ class CUB(SplitImages):
     def segmentation(self, index: int) -> Image.Image:
         """The bird, mode L, 0 outside; as large as the image."""
         path = _beside(self.folder, "segmentations") / Path(self.names[index]).with_suffix(".png")
-        try:
-            with Image.open(path) as image:
-                return image.convert("L")
-        except OSError as error:
-            hint = "" if path.exists() else " (an archive of its own, segmentations.tgz)"
-            raise BadImage(f"{path}: {error.strerror or 'not an image'}{hint}") from error
+        if not path.exists():
+            raise BadImage(f"{path}: no such file (an archive of its own, segmentations.tgz)")
+        return open_image(path, "L")
 
     def captions(self, index: int) -> list[str]:
         return self.captions_of(self.names[index])
 
     def _caption_file(self, name: str) -> list[str]:
         path = _beside(self.folder, "text_c10") / Path(name).with_suffix(".txt")
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file; captions are no part of CUB-200-2011: "
-                                    "fetch text_c10, or pass captions_of") from None
-        return [line.strip() for line in lines if line.strip()]
+        text = read_text(path, "no such file; captions are no part of CUB-200-2011: fetch "
+                               "text_c10, or pass captions_of")
+        return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 class CUBParts:

@@ -73,10 +73,13 @@ def download(
         raise ValueError(f"url must start with http:// or https://, got {url!r}")
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
+    if retries < 0 or timeout <= 0 or backoff < 0:
+        raise ValueError("retries and backoff must be >= 0 and timeout > 0, "
+                         f"got {retries}, {backoff} and {timeout}")
     dst = Path(dst)
     if dst.is_dir():
         name = PurePosixPath(urllib.parse.unquote(parts.path)).name
-        if not name:
+        if name in ("", ".."):
             raise ValueError(f"{url} has no file name; give dst as a file")
         dst = dst / name
     if dst.exists():
@@ -169,23 +172,26 @@ def _fetch(url: str, part: Path, size: int | None, timeout: float, progress: boo
         _discard(part)
         raise
     with response:
+        tag = response.headers.get("ETag", "")
+        tag = response.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
         start = 0
         if response.status == 206:
             span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)",
                                 response.headers.get("Content-Range", ""))
-            if not span or int(span[1]) != have:
+            changed = have and tag not in ("", headers["If-Range"])  # which some servers ignore
+            if not span or int(span[1]) != have or changed:
                 _discard(part)
-                raise http.client.HTTPException("the server continued at another place")
+                raise http.client.HTTPException("the server continued at another place, or another "
+                                                "file")
             start = have
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdecimal() else size
         if size is not None and total != size:
             _discard(part)
             raise DownloadError(f"{url}: the server's file has {total} bytes instead of {size}")
-        tag = response.headers.get("ETag", "")
-        tag = response.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
         with open(part, "ab" if start else "wb") as file:
-            validator.write_text(tag) if tag else validator.unlink(missing_ok=True)
+            if not start:
+                validator.write_text(tag) if tag else validator.unlink(missing_ok=True)
             meter = _Meter(part.name.removesuffix(".part"), start, total, progress)
             received = start
             while block := response.read1(BLOCK):
@@ -241,20 +247,24 @@ def unpack(
 
     Refused with UnsafeArchive, and then nothing is added to dst: absolute names, names with "..",
     links, devices, sparse or encrypted members, and contents above max_bytes or above max_ratio
-    times the size of the archive (64 MB are always allowed). Permissions and owners in the archive
-    are ignored. A damaged archive raises ValueError.
+    times the size of the archive (64 MB are always allowed; an empty member counts 512 bytes).
+    Permissions and owners in the archive are ignored. A damaged archive raises ValueError.
     """
     archive, dst = Path(archive), Path(dst)
     packed = archive.stat().st_size
-    limit = max(FREE_BYTES, int(max_ratio * packed))
-    limit = limit if max_bytes is None else min(limit, max_bytes)
+    room = max(FREE_BYTES, int(max_ratio * packed))
+    limit = room if max_bytes is None else min(room, max_bytes)
     dst.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".unpack-", dir=dst))
-    written = count = 0
+    written = count = members = 0
     name = ""
     try:
         for name, source in _members(archive):
             target = staging / _safe_name(archive, name)
+            members += 1
+            if members * tarfile.BLOCKSIZE > room:
+                raise UnsafeArchive(f"{archive}: {name!r} is member {members} (the archive has "
+                                    f"{packed} bytes); raise max_ratio if it can be trusted")
             if source is None:
                 target.mkdir(parents=True, exist_ok=True)
                 continue
@@ -294,6 +304,21 @@ def _safe_name(archive: Path, name: str) -> str:
     return "/".join(part for part in parts if part not in ("", "."))
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a tar archive: where tarfile takes a broken one for the end, an error; no
+    extended header (names, comments), which is read into memory, of more than a megabyte."""
+
+    @classmethod
+    def frombuf(cls, *arguments) -> tarfile.TarInfo:
+        try:
+            info = super().frombuf(*arguments)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from error
+        if info.type in b"LKxgX" and info.size > BLOCK:
+            raise tarfile.ReadError(f"an extended header of {info.size} bytes")
+        return info
+
+
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
     """(name, open file or None for a folder) of each member; refuses what is neither."""
     if zipfile.is_zipfile(archive):
@@ -311,7 +336,7 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
                         yield info.filename, file
         return
     try:
-        bundle = tarfile.open(archive, "r:*")
+        bundle = tarfile.open(archive, "r:*", tarinfo=_Header)
     except tarfile.TarError as error:
         raise ValueError(
             f"{archive} is neither a tar nor a zip archive, or is damaged ({error})") from error

@@ -1,4 +1,4 @@
-"""Small files that land whole, or not at all."""
+"""Small files: written whole or not at all, read with errors that name them."""
 
 import os
 from pathlib import Path
@@ -16,3 +16,13 @@ def write_whole(path: str | Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path: str | Path, missing: str = "no such file") -> str:
+    """UTF-8 text, without a byte order mark; FileNotFoundError or ValueError with the file."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: {missing}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None

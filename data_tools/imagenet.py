@@ -20,10 +20,10 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pickle
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools.files import read_text
 from data_tools.loader import (  # noqa: F401  (also what scripts import from here)
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -47,6 +48,7 @@ from data_tools.loader import (  # noqa: F401  (also what scripts import from he
     decode,
     normalize,
     open_and,
+    open_image,
 )
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -113,16 +115,7 @@ class ImageFolder:
 
     def open(self, index: int) -> Image.Image:
         """The image, header read and pixels not decoded. Raises BadImage."""
-        try:
-            data = (self.root / self.name(index)).read_bytes()
-            image = Image.open(io.BytesIO(data))
-        except MemoryError:
-            raise
-        except Exception as error:
-            reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-            if isinstance(error, Image.UnidentifiedImageError):
-                reason = "not an image" if data else "empty file"
-            raise BadImage(f"{self.root / self.name(index)}: {reason}".splitlines()[0]) from error
+        image = open_image(self.root / self.name(index))
         if not self.exif:
             image.info.pop("exif", None)
         return image
@@ -228,6 +221,8 @@ def imagenet(
     if (root / "pack.json").exists() or (root / "unfinished.json").exists():
         from data_tools.pack import PackedImages
 
+        if not exif:
+            raise ValueError(f"{root} is a pack, made with images turned upright: exif must be True")
         return PackedImages(root, split, classes=classes)
     if not (root / split).is_dir():
         found = ", ".join(
@@ -287,12 +282,13 @@ def imagenet_variant(
                 "wnids must be sorted and without repeats: the order is the class number")
         label_of = {wnid: label for label, wnid in enumerate(wnids)}
     elif kind in ("v2", "9"):
-        heads = {name: name if kind == "v2" else name.split("_")[0] for name in folders}
-        if wrong := [name for name, head in heads.items() if not head.isdecimal()]:
-            expected = "0, 1, ..., 999" if kind == "v2" else "00_dog, ..., 08_insect"
+        pattern, expected = {"v2": ("(0|[1-9][0-9]{0,2})", "0, 1, ..., 999"),
+                             "9": ("0([0-8])_.*", "00_dog, ..., 08_fish")}[kind]
+        numbers = {name: re.fullmatch(pattern, name) for name in folders}
+        if wrong := [name for name, number in numbers.items() if number is None]:
             raise ValueError(
                 f"{root}: folder {wrong[0]!r} has no class number; expected {expected}")
-        label_of = {name: int(head) for name, head in heads.items()}
+        label_of = {name: int(number[1]) for name, number in numbers.items()}
     else:
         raise ValueError(f'kind must be "a", "r", "sketch", "v2" or "9", got {kind!r}')
     return ImageFolder(root, label_of=label_of, exif=exif)
@@ -303,7 +299,10 @@ def imagenet9_groups(path: str | Path, num_classes: int = 1000) -> Tensor:
 
     A prediction counts as right when `groups[logits.argmax(1)] == label`.
     """
-    groups = {int(key): int(value) for key, value in json.loads(Path(path).read_text()).items()}
+    try:
+        groups = {int(key): int(value) for key, value in json.loads(read_text(path)).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a map {{class: group}} ({error})") from None
     if sorted(groups) != list(range(num_classes)):
         raise ValueError(f"{path}: {len(groups)} classes, expected keys 0 .. {num_classes - 1}")
     return torch.tensor([groups[index] for index in range(num_classes)])
@@ -371,12 +370,14 @@ def cifar(root: str | Path, name: str = "cifar10", train: bool = True) -> ArrayI
         data = batch.get("data")
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
             raise ValueError(f"{root / file}: 'data' is not uint8 (N, 3072)")
-        if len(batch.get(key, ())) != len(data):
-            raise ValueError(
-                f"{root / file}: {len(data)} images, {len(batch.get(key, ()))} {key!r}")
+        found, classes = np.asarray(batch.get(key)), int(name.removeprefix("cifar"))
+        if found.dtype.kind not in "iu" or found.shape != data.shape[:1] or len(found) and not (
+                0 <= found.min() and found.max() < classes):
+            raise ValueError(f"{root / file}: {key!r} are not {len(data)} integers in 0 .. "
+                             f"{classes - 1}, one for each image")
         images.append(data.reshape(-1, 3, 32, 32))
-        labels.extend(batch[key])
-    return ArrayImages(np.concatenate(images), np.array(labels, np.int64))
+        labels.append(found.astype(np.int64))
+    return ArrayImages(np.concatenate(images), np.concatenate(labels))
 
 
 if __name__ == "__main__":

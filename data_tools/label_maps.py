@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_tools.files import write_whole
+from data_tools.files import read_text, write_whole
 
 FORMAT = 1
 
@@ -54,7 +54,10 @@ class LabelMaps:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.meta = _read_meta(self.folder)
-        self.images = (self.folder / "images.txt").read_text(encoding="utf-8").splitlines()
+        try:
+            self.images = read_text(self.folder / "images.txt").splitlines()
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
         count, size = self.meta["count"], self.meta["shard_size"]
         if len(self.images) != count:
             raise ValueError(f"{self.folder / 'images.txt'} has {len(self.images)} lines, "
@@ -113,7 +116,7 @@ class LabelMaps:
             expected = (min(self.meta["shard_size"], self.meta["count"] - start),)
             try:
                 array = np.load(self._path(number), mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # NumPy raises nearly anything on a damaged header
                 raise ValueError(f"{self._path(number)} cannot be read: {error}") from error
             if array.dtype != _record(self.meta) or array.shape != expected:
                 raise ValueError(f"{self._path(number)} holds {array.shape} {array.dtype}, "
@@ -147,7 +150,7 @@ class StoreWriter:
         if (self.folder / "store.json").exists():
             before = _read_meta(self.folder)
             changed = [name for name, value in self.meta.items() if before.get(name) != value]
-            if changed or (self.folder / "images.txt").read_text(encoding="utf-8") != lines:
+            if changed or read_text(self.folder / "images.txt") != lines:
                 raise ValueError(f"{self.folder} holds another store "
                                  f"(differs in {', '.join(changed) or 'images'}); "
                                  "give a new folder, or delete this one")
@@ -180,7 +183,7 @@ class StoreWriter:
             records = np.empty(len(maps), dtype=_record(self.meta))
             records["scores"], records["classes"] = maps[:, 0], maps[:, 1]
         if problem := _problem(records, self.meta, exact=maps[:, 1]):
-            names = (self.folder / "images.txt").read_text(encoding="utf-8").splitlines()
+            names = read_text(self.folder / "images.txt").splitlines()
             raise ValueError(f"map of {names[start + problem[0]]}: {problem[1]}")
         buffer = io.BytesIO()
         np.save(buffer, records, allow_pickle=False)
@@ -285,11 +288,9 @@ def verify(folder: str | Path) -> Iterator[str]:
     size = maps.meta["shard_size"]
     for number in range(-(-len(maps) // size)):
         path = maps._path(number)
-        expected = path.with_suffix(".sha256").read_text().strip()
         try:
-            with open(path, "rb") as file:
-                found = hashlib.sha256(file.read()).hexdigest()
-            if found != expected:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != read_text(path.with_suffix(".sha256")).strip():
                 yield f"{path}: the checksum differs; delete it with its .sha256 and generate again"
             if problem := _problem(maps._shard(number), maps.meta):
                 yield f"{path}: {maps.images[number * size + problem[0]]}: {problem[1]}"
@@ -331,13 +332,16 @@ def _problem(records: np.ndarray, meta: dict,
 def _read_meta(folder: Path) -> dict:
     path = folder / "store.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no label-map store: it has no store.json") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}")
+    for name in ("count", "k", "height", "width", "num_classes", "shard_size"):
+        if type(meta.get(name)) is not int or meta[name] < (name != "count"):
+            raise ValueError(f"{path} is damaged: {name} is {meta.get(name)!r}")
     return meta
 
 

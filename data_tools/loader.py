@@ -19,14 +19,16 @@ number of workers nor on where an epoch was resumed. Images stay uint8 until the
 from __future__ import annotations
 
 import inspect
+import io
 import math
 import warnings
+from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -80,6 +82,25 @@ class EncodedJpeg:
             raise BadImage(f"{error}") from error
 
 
+def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
+    """The image in a file: header read, pixels not decoded unless `mode` asks for a conversion.
+
+    Raises BadImage.
+    """
+    data = b""
+    try:
+        data = Path(path).read_bytes()
+        image = Image.open(io.BytesIO(data))
+        return image.convert(mode) if mode else image
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image" if data else "empty file"
+        raise BadImage(f"{path}: {reason}".splitlines()[0]) from error
+
+
 def image_size(image: Image.Image | EncodedJpeg | np.ndarray) -> tuple[int, int]:
     """(width, height) as the picture is meant to be seen, without decoding it."""
     if isinstance(image, np.ndarray):
@@ -125,7 +146,7 @@ def decode(
         return image if image.mode == "RGB" else image.convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except Exception as error:  # as in open_image
         raise BadImage(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 

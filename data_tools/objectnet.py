@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data_tools.imagenet import ImageFolder, class_folders
+from data_tools.files import read_text
+from data_tools.imagenet import BadImage, ImageFolder, class_folders, decode
 
 BORDER = 2  # pixels
 
@@ -28,6 +29,10 @@ class ObjectNet(ImageFolder):
 
     def open(self, index: int) -> Image.Image:
         image = super().open(index)
+        try:
+            image = decode(image)               # cropping would decode it, with errors of its own
+        except BadImage as error:
+            raise BadImage(f"{self.root / self.name(index)}: {error}") from error
         return image.crop((BORDER, BORDER, image.width - BORDER, image.height - BORDER))
 
 
@@ -70,7 +75,7 @@ def objectnet(root: str | Path, num_classes: int = 1000) -> tuple[ObjectNet, tor
 def _mapping(root: Path, name: str) -> dict:
     path = root / "mappings" / name
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; it comes with ObjectNet") from None
     except ValueError as error:

@@ -38,6 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools.files import read_text
 from data_tools.imagenet import ImageFolder, choose_classes, imagenet
 from data_tools.loader import BadImage, EncodedJpeg, decode, image_size, open_and, orientation
 
@@ -130,21 +131,36 @@ class PackedImages:
 
 def read_header(root: Path) -> dict[str, Any]:
     """pack.json, checked."""
-    try:
-        header = json.loads((root / "pack.json").read_text())
-    except FileNotFoundError:
+    if not (root / "pack.json").exists():
         unfinished = (root / "unfinished.json").exists()
         raise ValueError(
             f"{root}: the pack is not finished; run the same pack command again to complete it"
             if unfinished
             else f"{root}: not a pack (no pack.json)"
-        ) from None
-    except ValueError as error:
-        raise ValueError(
-            f"{root / 'pack.json'} is damaged ({error}); make the pack again") from None
+        )
+    header = _read_plan(root / "pack.json")
     if header.get("version") != VERSION:
         raise ValueError(f"{root}: pack version {header.get('version')}, this code reads {VERSION}")
+    if header.get("sha256", _digest(header)) != _digest(header):  # packs of old have none
+        raise ValueError(f"{root / 'pack.json'} is damaged (checksum); make the pack again")
     return header
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """pack.json or unfinished.json."""
+    try:
+        plan = json.loads(read_text(path))
+        if not isinstance(plan, dict):
+            raise ValueError(f"holds a {type(plan).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); make the pack again") from None
+    return plan
+
+
+def _digest(header: dict[str, Any]) -> str:
+    """SHA-256 of all that pack.json holds besides it."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_index(root: Path, shard: str, header: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -250,7 +266,9 @@ def pack(
     returns the header.
 
     A folder of class folders becomes the split "val". Started again with the same arguments after
-    an interruption it continues; a finished pack is left as it is. The source is only read.
+    an interruption it continues; a finished pack is left as it is. The source is only read. Files
+    that were renamed, added or removed meanwhile are an error; new pixels under an old name are not
+    noticed.
     """
     src, dst = Path(src), Path(dst)
     if short_side < 1 or not 1 <= quality <= 95 or images_per_shard < 1:
@@ -270,7 +288,7 @@ def pack(
     dst.mkdir(parents=True, exist_ok=True)
     for name in ("pack.json", "unfinished.json"):
         if (dst / name).exists():
-            found = json.loads((dst / name).read_text())
+            found = _read_plan(dst / name)
             if {key: found.get(key) for key in plan} != plan:
                 raise ValueError(f"{dst} holds a pack of other files or options "
                                  f"({found.get('options')}); remove it or choose another folder")
@@ -333,6 +351,7 @@ def pack(
             header["splits"][shard.split("-")[0]]["images"] -= len(table["bad"])
             for message in table["bad"]:
                 print(f"left out {message}")
+    header["sha256"] = _digest(header)
     _write(dst / "pack.json", json.dumps(header, indent=1).encode())
     (dst / "unfinished.json").unlink()
     return header

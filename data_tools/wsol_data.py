@@ -50,9 +50,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import write_whole
+from data_tools.files import read_text, write_whole
 from data_tools.loader import (IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader,  # noqa: F401
-                               decode, to_tensor)
+                               decode, open_image, to_tensor)
 
 IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -108,11 +108,8 @@ class _Lines:
         self.path, self.fields, self.known, self.number = path, fields, known, 0
 
     def __iter__(self) -> Iterator[list[str]]:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            needs = "image_ids.txt, class_labels.txt, image_sizes.txt and localization.txt"
-            raise FileNotFoundError(f"{self.path}: no such file; a split needs {needs}") from None
+        text = read_text(self.path, "no such file; a split needs image_ids.txt, class_labels.txt, "
+                                    "image_sizes.txt and localization.txt")
         for self.number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
@@ -261,11 +258,7 @@ class SplitImages:
         return self.split.image_ids[index]
 
     def open(self, index: int) -> Image.Image:
-        path = self.root / self.name(index)
-        try:
-            return Image.open(path)
-        except OSError as error:
-            raise BadImage(f"{path}: {error.strerror or 'not an image'}") from error
+        return open_image(self.root / self.name(index))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return decode(self.open(index)), int(self.labels[index])
@@ -281,11 +274,7 @@ class SplitImages:
 
 
 def _read_grey(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L"))
-    except OSError as error:
-        raise BadImage(f"{path}: {error.strerror or 'not an image'}") from error
+    return np.asarray(open_image(path, "L"))
 
 
 class Resize:
@@ -319,14 +308,6 @@ class TrainResizeCrop(Resize):
 
 # ----------------------------------------------------------------------------- making metadata
 
-def _image_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or 'not an image'}") from error
-
-
 def _inside(box: Iterable[float], size: tuple[int, int]) -> tuple[int, ...]:
     x0, y0, x1, y1 = map(int, box)
     return max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
@@ -338,7 +319,7 @@ def cub_splits(root: str | Path) -> dict[str, Split]:
 
     def column(name: str, fields: int) -> dict[str, list[str]]:
         table = {}
-        for number, line in enumerate((root / name).read_text().splitlines(), 1):
+        for number, line in enumerate(read_text(root / name).splitlines(), 1):
             row = line.split()
             if len(row) != fields:
                 raise ValueError(f"{root / name}:{number}: {fields} fields expected, got {line!r}")
@@ -354,7 +335,7 @@ def cub_splits(root: str | Path) -> dict[str, Split]:
         split = splits["train" if part[number][0] == "1" else "test"]
         split.image_ids.append(name)
         split.labels[name] = int(labels[number][0]) - 1
-        split.sizes[name] = _image_size(root / "images" / name)
+        split.sizes[name] = open_image(root / "images" / name).size
         if split is splits["test"]:
             x, y, width, height = map(float, boxes[number])
             box = _inside((x, y, x + width, y + height), split.sizes[name])
@@ -408,9 +389,9 @@ def ilsvrc_splits(root: str | Path, annotations: str | Path,
                     lines.fail(f"no image {root / name}")
                 val.image_ids.append(name)
                 label = name.split("/")[1]
-                if not label.isdigit():
+                if not label.isdecimal():
                     lines.fail(f"image must be <class>/<n>.jpeg, got {row[0]!r}")
-                val.labels[name], val.sizes[name] = int(label), _image_size(root / name)
+                val.labels[name], val.sizes[name] = int(label), open_image(root / name).size
             box = _inside(lines.integers(row[1:], "box"), val.sizes[name])
             boxes.setdefault(name, []).append(box)
         val.boxes.update((name, np.array(rows)) for name, rows in boxes.items())
@@ -461,7 +442,7 @@ def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[
         if len(row) == 3 and not (images / row[2]).is_file():
             lines.fail(f"no mask {images / row[2]}")
         if row[0] not in sizes:
-            sizes[row[0]] = _image_size(images / row[0])
+            sizes[row[0]] = open_image(images / row[0]).size
         rows.append(row if len(row) == 3 else [*row[:2], *lines.integers(row[2:], "box")])
         if len(row) == 6:
             x0, y0, x1, y1 = rows[-1][2:]

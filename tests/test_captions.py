@@ -209,6 +209,8 @@ def test_flickr8k_in_its_layouts(tmp_path, layout):
     (tmp_path / folder / "c.jpg").write_bytes(b"no image")
     with pytest.raises(BadImage, match="c.jpg: not an image"):
         data.open(0)
+    (tmp_path / text).write_text("c.jpg\tone\u2028line\x85 .\na.jpg\ta .\n", encoding="utf-8")
+    assert captions.flickr8k(tmp_path, "train").captions == ["one\u2028line\x85 .", "a ."]
     (tmp_path / lists.format("test")).write_text("d.jpg\n")
     with pytest.raises(ValueError, match="no caption for 1 images.*d.jpg"):
         captions.flickr8k(tmp_path, "test")

@@ -88,10 +88,25 @@ def drop(key):
     (drop("images"), "not in COCO's format"), (drop("annotations"), "not in COCO's format"),
     (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 is of image 99"),
     (lambda c: c["annotations"][2].update(category_id=2), "category 2, one of which is not listed"),
+    (lambda c: c["categories"][0].pop("name"), "not in COCO's format: KeyError.'name'"),
+    (lambda c: c["images"][1].pop("width"), "not in COCO's format: KeyError.'width'"),
+    (lambda c: c["annotations"].append([1]), "not in COCO's format: TypeError"),
+    (lambda c: c["images"].append(c["images"][0]), "an image or category id stands twice"),
+    (lambda c: c["categories"].append({"id": 1, "name": "x"}), "category id stands twice"),
+    (lambda c: c["images"][1].update(width=0), "b.png has the size .0, 9."),
     (lambda c: (c["images"].clear(), c["annotations"].clear()), "lists no images")])
 def test_broken_annotations_are_named(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         CocoImages(tmp_path, tree(tmp_path, change))
+
+
+@pytest.mark.parametrize("shape", [
+    {"bbox": [0, 0]}, {"segmentation": [[0, 0, 1]]}, {"segmentation": {"counts": [3]}},
+    {"segmentation": {"counts": "0~", "size": [9, 12]}}])
+def test_broken_outlines_are_named(tmp_path, shape):
+    path = tree(tmp_path, lambda c: c["annotations"].append(annotation(8, 3, 1, **shape)))
+    with pytest.raises(ValueError, match="instances.json: annotation 8 has a broken bbox or segm"):
+        CocoImages(tmp_path, path).label_maps([0, 1], 4)
 
 
 def test_broken_files_are_named(tmp_path):

@@ -120,6 +120,9 @@ def test_batches_through_the_loader(tree):
 @pytest.mark.parametrize("path, text, words", [
     ("images.txt", None, "images.txt: no such file"),
     ("images.txt", "1 a b c\n", r"images.txt:1: 2 fields expected"),
+    ("images.txt", "1 a\n1 b\n", "images.txt: image numbers must be integers, each once"),
+    ("train_test_split.txt", "".join(f"{n} 2\n" for n in range(1, 100)),
+     "train_test_split.txt: image 1: 0 or 1 expected, got '2'"),
     ("image_class_labels.txt", "1 1\n", r"image_class_labels.txt: no line for image 2"),
     ("image_class_labels.txt", "".join(f"{n} 900\n" for n in range(1, 100)),
      r"classes must be in 1\.\."),

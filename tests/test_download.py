@@ -40,7 +40,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         start = 0
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if wanted and behaviour != "ignore range" and self.headers.get("If-Range") == server.tag:
+        known = behaviour == "any tag" or self.headers.get("If-Range") == server.tag
+        if wanted and behaviour != "ignore range" and known:
             start = int(wanted[1])
             if start >= len(content):
                 self.send_response(416)
@@ -146,6 +147,14 @@ def test_a_complete_part_file_needs_no_more_bytes(server, tmp_path):
     assert server.requests == [("good", f"bytes={len(CONTENT)}-")]
 
 
+def test_a_server_that_ignores_if_range_does_not_mix_two_files(server, tmp_path):
+    (tmp_path / "x.part").write_bytes(b"old" * 500_000)
+    (tmp_path / "x.part.etag").write_text('"v0"')
+    server.script = ["any tag"]
+    tool.download(server.url, tmp_path / "x", backoff=0.0, progress=False)
+    assert (tmp_path / "x").read_bytes() == CONTENT and len(server.requests) == 2
+
+
 def test_an_answer_from_another_place_is_discarded(server, tmp_path):
     server.script = ["truncate", "wrong place"]
     assert fetch(server, tmp_path / "x").read_bytes() == CONTENT
@@ -196,6 +205,11 @@ def test_pauses_grow(server, tmp_path, monkeypatch):
 def test_arguments(tmp_path):
     with pytest.raises(ValueError, match="must start with http"):
         tool.download("file:///etc/passwd", tmp_path)
+    for wrong in (dict(retries=-1), dict(timeout=0), dict(backoff=-1.0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tool.download("http://x/y", tmp_path, **wrong)
+    with pytest.raises(ValueError, match="has no file name"):
+        tool.download("http://x/y/%2e%2e", tmp_path)
     with pytest.raises(ValueError, match="64 hexadecimal"):
         tool.download("http://x/y", tmp_path, sha256="abc")
     with pytest.raises(ValueError, match="no file name"):
@@ -351,6 +365,28 @@ def test_damaged_archives(tmp_path, mode):
     with pytest.raises(ValueError, match="neither a tar nor a zip"):
         tool.unpack(tmp_path / "y", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_headers_of_a_tar(tmp_path, monkeypatch):
+    archive = make_tar(tmp_path / "x", ("a", b"1"), ("b", b"2"), ("c", b"3"))
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:1030] + b"?" + whole[1031:])      # the name of b
+    with pytest.raises(ValueError, match="damaged at 'a'.*bad checksum"):
+        tool.unpack(archive, tmp_path / "out")
+    archive.write_bytes(whole[:1100])
+    with pytest.raises(ValueError, match="damaged at 'a'.*truncated header"):
+        tool.unpack(archive, tmp_path / "out")
+    long = tarfile.TarInfo("x")
+    long.type, long.size = tarfile.XHDTYPE, 2 << 20
+    archive.write_bytes(whole[:1024] + long.tobuf() + bytes(2 << 20) + whole[1024:])
+    with pytest.raises(ValueError, match="damaged at 'a'.*extended header of 2097152 bytes"):
+        tool.unpack(archive, tmp_path / "out")
+    monkeypatch.setattr(tool, "FREE_BYTES", 1000)
+    archive = make_tar(tmp_path / "y", *((f"{i}", b"") for i in range(50)), mode="w:xz")
+    with pytest.raises(tool.UnsafeArchive, match="is member .* raise max_ratio"):
+        tool.unpack(archive, tmp_path / "out", max_ratio=20)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert tool.unpack(archive, tmp_path / "out", max_ratio=200) == 50
 
 
 def test_zip_checksum_and_encryption(tmp_path):

@@ -179,6 +179,19 @@ def test_bad_images_are_named(tree):
         assert "\n" not in message
 
 
+def test_what_pillow_refuses_in_its_own_ways(tmp_path):
+    (tmp_path / "c").mkdir()
+    bomb = io.BytesIO()
+    Image.new("1", (8, 8)).save(bomb, "PPM")
+    (tmp_path / "c" / "a.ppm").write_bytes(bomb.getvalue().replace(b"8 8", b"60000 60000"))
+    (tmp_path / "c" / "b.ppm").write_bytes(b"P6\nxx yy\n255\n")
+    (tmp_path / "c" / "d.ppm").mkdir()
+    dataset = data.ImageFolder(tmp_path)
+    for index, reason in enumerate(["exceeds limit", "invalid literal", "Is a directory"]):
+        with pytest.raises(data.BadImage, match=f"^{tmp_path}/{dataset.name(index)}: .*{reason}"):
+            dataset.open(index)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loader_raises_or_leaves_out_bad_images(tree, workers):
     dataset, expected = damage(tree)
@@ -246,9 +259,10 @@ def test_v2_folders_sort_as_numbers(tmp_path):
     dataset = data.imagenet_variant(tmp_path / "v2", "v2")
     assert dataset.labels.tolist() == [0, 1, 2, 10, 100]
     assert [dataset.name(i) for i in range(5)] == [f"{c}/{c}_0.JPEG" for c in (0, 1, 2, 10, 100)]
-    write_tree(tmp_path, ("7", "n01"), 1, ("wrong",))
-    with pytest.raises(ValueError, match="'n01' has no class number"):
-        data.imagenet_variant(tmp_path / "wrong", "v2")
+    for folder in ("n01", "1000", "07"):
+        write_tree(tmp_path, ("7", folder), 1, (f"wrong{folder}",))
+        with pytest.raises(ValueError, match=f"'{folder}' has no class number"):
+            data.imagenet_variant(tmp_path / f"wrong{folder}", "v2")
 
 
 def test_imagenet9(tmp_path):
@@ -260,6 +274,13 @@ def test_imagenet9(tmp_path):
     assert groups.shape == (1000,) and groups[:4].tolist() == [0, -1, -1, 3]
     with pytest.raises(ValueError, match="1000 classes, expected keys 0 .. 998"):
         data.imagenet9_groups(tmp_path / "map.json", 999)
+    for text in ("{", "[1]", '{"a": 1}', '{"0": null}'):
+        (tmp_path / "map.json").write_text(text)
+        with pytest.raises(ValueError, match="map.json: not a map"):
+            data.imagenet9_groups(tmp_path / "map.json")
+    write_tree(tmp_path, ("00_dog", "09_more"), 1, ("wrong",))
+    with pytest.raises(ValueError, match="'09_more' has no class number"):
+        data.imagenet_variant(tmp_path / "wrong", "9")
 
 
 def test_read_wnids(tree, tmp_path):
@@ -295,6 +316,12 @@ def test_cifar_pickles(tmp_path):
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
     with pytest.raises(ValueError, match="data_batch_3 is missing"):
         data.cifar(tmp_path, "cifar10")
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"")
+    for labels in ([0] * 19, [10] * 20, [-1] * 20, ["a"] * 20, [[1]] * 20, None):
+        batch = {b"data": pixels, b"labels": labels}
+        (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(batch))
+        with pytest.raises(ValueError, match="data_batch_1: 'labels' are not 20 integers in 0"):
+            data.cifar(tmp_path, "cifar10")
     with pytest.raises(ValueError, match='"cifar10" or "cifar100"'):
         data.cifar(tmp_path, "cifar")
 
@@ -730,6 +757,13 @@ def test_command_line_and_damaged_records(tree, tmp_path):
         packs.verify(dst)
     with pytest.raises(ValueError, match="not a pack"):
         packs.verify(tree)
+    header = (dst / "pack.json").read_text()
+    for damage in ("", "[1]", header.replace('"n02"', '"n05"'), header.replace("true", "false")):
+        (dst / "pack.json").write_text(damage if damage != header else header[:-9])
+        with pytest.raises(ValueError, match="pack.json is damaged"):
+            packs.verify(dst)
+        if not damage.startswith("{"):
+            assert "pack.json is damaged" in run("pack", tree, dst).stderr
 
 
 def test_bad_images_do_not_get_into_a_pack(tree, tmp_path):
@@ -812,3 +846,5 @@ def test_pack_arguments(tree, tmp_path):
     (tmp_path / "pack/pack.json").write_text(json.dumps({**header, "version": 9}))
     with pytest.raises(ValueError, match="pack version 9"):
         data.imagenet(tmp_path / "pack")
+    with pytest.raises(ValueError, match="is a pack.*exif must be True"):
+        data.imagenet(tmp_path / "pack", exif=False)

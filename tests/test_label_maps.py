@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import pickle
 
@@ -119,12 +120,22 @@ def test_damage_is_named(tmp_path, capsys):
     shard.write_bytes(data[:-1])
     assert any("shard-00001.npy cannot be read" in problem
                for problem in label_maps.verify(tmp_path))
+    shard.write_bytes(bytes(data).replace(b"'descr'", b"'descr("))
+    assert any("shard-00001.npy cannot be read" in problem
+               for problem in label_maps.verify(tmp_path))
     assert label_maps.main(["verify", str(tmp_path)]) == 1
     (tmp_path / "images.txt").write_text("n0/a\n")
     with pytest.raises(ValueError, match="images.txt has 1 lines"):
         LabelMaps(tmp_path)
-    (tmp_path / "store.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+    meta = json.loads((tmp_path / "store.json").read_text())
+    for damage in ("{", '{"format": 1}', json.dumps({**meta, "shard_size": 0}),
+                   json.dumps({**meta, "k": "2"})):
+        (tmp_path / "store.json").write_text(damage)
+        with pytest.raises(ValueError, match="store.json is damaged"):
+            LabelMaps(tmp_path)
+    (tmp_path / "store.json").write_text(json.dumps(meta))
+    (tmp_path / "images.txt").unlink()
+    with pytest.raises(ValueError, match="images.txt: no such file"):
         LabelMaps(tmp_path)
     assert label_maps.main(["verify", str(tmp_path / "none")]) == 2
     assert "no store.json" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_tools.loader import BadImage
 from data_tools.objectnet import objectnet
 
 NAMES = ["kit fox", "barber chair", "folding chair", "rocking chair, rocker"]
@@ -35,6 +36,10 @@ def test_overlapping_classes_without_their_border(tmp_path):
     assert valid.tolist() == [[True, True, True, False], [False, False, False, True]]
     image, label = dataset[1]
     assert image.size == (6, 4) and image.getcolors() == [(24, (0, 0, 255))] and label == 1
+    file = tmp_path / "images" / "fox" / "a.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(BadImage, match="fox/a.png: "):
+        dataset.open(1)
     predictions = torch.tensor([2, 2])
     assert valid[torch.tensor(dataset.labels), predictions].tolist() == [True, False]
 

@@ -236,6 +236,11 @@ def test_own_images(tree, tmp_path, capsys):
         csv.write_text(row + "\n")
         with pytest.raises(ValueError, match=message):
             data.own_split(tree, csv)
+    csv.write_text("val/n00/val_0.JPEG,cat,1,1,2,2\n", encoding="utf-8-sig")   # as Excel does
+    assert data.own_split(tree, csv)[1] == ["cat"]
+    csv.write_bytes(b"val/n00/val_0.JPEG,\xff,1,1,2,2\n")
+    with pytest.raises(ValueError, match="mine.csv: not UTF-8 text"):
+        data.own_split(tree, csv)
     csv.write_text("val/n00/val_0.JPEG,cat,1,1,2,2\nval/n00/val_0.JPEG,dog,1,1,2,2\n")
     assert data.main(["own", str(tree), str(csv), str(tmp_path / "meta")]) == 1
     assert "mine.csv:2" in capsys.readouterr().err
