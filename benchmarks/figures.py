@@ -29,23 +29,35 @@ ZOOM = 2                                      # charts are drawn larger and redu
 
 def as_image(image) -> np.ndarray:
     """(H, W, 3) uint8 from any of the accepted forms."""
-    array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    array = _array(image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3):
+    if array.ndim != 3 or array.shape[2] not in (1, 3) or not array.size:
         raise ValueError(f"image must be (H, W), (H, W, 3) or (3, H, W), not {array.shape}")
+    if array.dtype.kind in "iu" and not 0 <= array.min() <= array.max() <= 255:
+        raise ValueError(f"integer images must be in 0..255, not {array.min()}..{array.max()}")
     if array.dtype == bool or array.dtype.kind == "f":
         array = (np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1) * 255).round()
     return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))
 
 
+def _array(values) -> np.ndarray:
+    """A NumPy array; bfloat16, which NumPy does not know, becomes float32."""
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
 def heat_colors(heat) -> np.ndarray:
-    """(H, W) values from their minimum (dark blue) to their maximum (yellow): (H, W, 3) uint8."""
-    heat = torch.as_tensor(heat).detach().cpu().double().numpy()
-    low, high = np.nanmin(heat), np.nanmax(heat)
-    level = np.nan_to_num((heat - low) / (high - low if high > low else 1))
+    """(H, W) values from their minimum (dark blue) to their maximum (yellow): (H, W, 3) uint8.
+
+    NaN is dark blue; infinities are drawn as the largest or smallest finite value."""
+    heat = _array(heat).astype(np.float64)
+    low, high = _extent(heat) or (0.0, 1.0)
+    level = np.nan_to_num((heat.clip(low, high) - low) / (high - low if high > low else 1))
     stops = ((48, 18, 90), (40, 90, 140), (33, 145, 140), (110, 205, 88), (253, 231, 37))
     at = np.linspace(0, 1, len(stops))
     colors = np.stack([np.interp(level, at, channel) for channel in zip(*stops)], -1)
@@ -75,8 +87,9 @@ def draw_boxes(image, boxes, colors: Sequence[str] = COLORS, scale: int = 1) -> 
 def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None = None,
                columns: int = 8, cell: int = 128, gap: int = 6) -> None:
     """Write the images in rows of `columns`, each resized to `cell` pixels, below its title."""
-    if not len(images):
-        raise ValueError("images is empty")
+    if not len(images) or columns < 1 or cell < 1:
+        raise ValueError("images must not be empty, columns and cell at least 1, not "
+                         f"{len(images)}, {columns} and {cell}")
     columns = min(columns, len(images))
     head = 18 if titles is not None else 0
     rows = -(-len(images) // columns)
@@ -90,10 +103,7 @@ def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None 
         picture = picture.resize(size, Image.NEAREST if factor > 2 else Image.BICUBIC)
         x, y = gap + number % columns * (cell + gap), gap + number // columns * (cell + gap + head)
         if titles is not None and number < len(titles):
-            title = str(titles[number])
-            while pen.textlength(title, font=font) > cell and len(title) > 2:
-                title = title[:-2] + "…"
-            pen.text((x, y), title, fill=INK, font=font)
+            pen.text((x, y), _cut(str(titles[number]), cell, 12), fill=INK, font=font)
         canvas.paste(picture, (x, y + head))
     _write(canvas, path)
 
@@ -112,20 +122,26 @@ class Chart:
         self.limits = tuple(_limits(limit, log) for limit, log in zip((xlim, ylim), self.logs))
         self.canvas = Image.new("RGB", (size[0] * ZOOM, size[1] * ZOOM), "white")
         self.pen = ImageDraw.Draw(self.canvas)
-        self.box = (64, 34 if title else 14, size[0] - 16, size[1] - (50 if xlabel else 32))
         self.legend: list[tuple[str, str]] = []
-        for value, label in xticks if xticks is not None else _ticks(*self.limits[0], logx):
+        xticks = _ticks(*self.limits[0], logx) if xticks is None else list(xticks)
+        yticks = _ticks(*self.limits[1], logy) if yticks is None else list(yticks)
+        left = max((_width(label, 12) for _, label in yticks), default=0) + 12 + 18 * bool(ylabel)
+        left, right, top = max(64, math.ceil(left)), size[0] - 16, 34 if title else 14
+        labels = [_wrap(label, (right - left) / len(xticks) - 6) for _, label in xticks]
+        lines = max((label.count("\n") for label in labels), default=0)
+        self.box = (left, top, right, size[1] - (50 if xlabel else 32) - 15 * lines)
+        for (value, _), label in zip(xticks, labels):
             x = self._pixel(value, 0)
             self._stroke([(x, self.box[1]), (x, self.box[3])], GRID, 1)
             self._label(x, self.box[3] + 4, label, "ma", 12)
-        for value, label in yticks if yticks is not None else _ticks(*self.limits[1], logy):
+        for value, label in yticks:
             y = self._pixel(value, 1)
             self._stroke([(self.box[0], y), (self.box[2], y)], GRID, 1)
             self._label(self.box[0] - 6, y, label, "rm", 12)
-        self._label((self.box[0] + self.box[2]) / 2, 8, title, "ma", 15)
-        self._label((self.box[0] + self.box[2]) / 2, size[1] - 8, xlabel, "md", 13)
+        self._label((left + right) / 2, 8, _cut(title, right - left, 15), "ma", 15)
+        self._label((left + right) / 2, size[1] - 8, _cut(xlabel, right - left, 13), "md", 13)
         if ylabel:
-            font = ImageFont.load_default(13 * ZOOM)
+            ylabel, font = _cut(ylabel, size[1] - 8, 13), ImageFont.load_default(13 * ZOOM)
             tile = Image.new("RGB", (int(font.getlength(ylabel)) + 4, 18 * ZOOM), "white")
             ImageDraw.Draw(tile).text((0, 0), ylabel, fill=INK, font=font)
             tile = tile.rotate(90, expand=True)
@@ -150,14 +166,15 @@ class Chart:
             for piece in pieces:
                 if len(piece) > 1:
                     self._stroke(piece, color, width)
+            if len(run) == 1:                                 # no neighbour: a dot
+                self._dot(*run[0], color, width)
             run = []
 
     def points(self, x, y, color: str = COLORS[0], label: str = "", radius: float = 3) -> None:
         self._remember(label, color)
         for px, py in self._points(x, y):
             if math.isfinite(px) and math.isfinite(py):
-                corners = (px - radius, py - radius, px + radius, py + radius)
-                self.pen.ellipse([value * ZOOM for value in corners], fill=color)
+                self._dot(px, py, color, radius)
 
     def band(self, x, low, high, color: str = COLORS[0]) -> None:
         """A translucent band between two curves (error bars of a line)."""
@@ -196,10 +213,12 @@ class Chart:
         _write(self.canvas.resize(self.size, Image.LANCZOS), path)
 
     def _draw_legend(self) -> None:
-        font = ImageFont.load_default(12 * ZOOM)
-        width = max(font.getlength(label) for label, _ in self.legend) / ZOOM + 36
-        height = 18 * len(self.legend) + 6
         x0, y0, x1, y1 = self.box
+        room = max(1, int((y1 - y0 - 18) / 18))               # lines
+        rows = [(_cut(label, x1 - x0 - 50, 12), color) for label, color in self.legend[:room]]
+        if len(self.legend) > room:
+            rows[-1] = (f"and {len(self.legend) - room + 1} more", "white")
+        width, height = max(_width(label, 12) for label, _ in rows) + 36, 18 * len(rows) + 6
         corners = [(x, y) for y in (y0 + 6, y1 - height - 6) for x in (x1 - width - 6, x0 + 8)]
         pixels = np.asarray(self.canvas).astype(int)
         ink = (pixels.max(-1) - pixels.min(-1) > 40) | (pixels.max(-1) < 120)
@@ -211,7 +230,7 @@ class Chart:
         x, y = min(corners, key=marks)
         self.pen.rectangle([x * ZOOM, y * ZOOM, (x + width) * ZOOM, (y + height) * ZOOM],
                            fill="white", outline=GRID, width=ZOOM)
-        for number, (label, color) in enumerate(self.legend):
+        for number, (label, color) in enumerate(rows):
             middle = y + 12 + 18 * number
             self._stroke([(x + 6, middle), (x + 24, middle)], color, 3)
             self._label(x + 30, middle, label, "lm", 12)
@@ -238,12 +257,17 @@ class Chart:
         self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill=color,
                       width=max(1, round(width * ZOOM)), joint="curve")
 
+    def _dot(self, x: float, y: float, color: str, radius: float) -> None:
+        corners = (x - radius, y - radius, x + radius, y + radius)
+        self.pen.ellipse([value * ZOOM for value in corners], fill=color)
+
     def _label(self, x: float, y: float, text: str, anchor: str, size: int,
                color: str = INK) -> None:
-        self.pen.text((x * ZOOM, y * ZOOM), text, fill=color, anchor=anchor,
+        self.pen.text((x * ZOOM, y * ZOOM), text, fill=color, anchor=anchor, align="center",
                       font=ImageFont.load_default(size * ZOOM))
 
 
+@np.errstate(invalid="ignore")                                # infinity less infinity
 def line_chart(path: str | Path, series: dict[str, tuple], *, markers: bool = False,
                xlim: tuple[float, float] | None = None, ylim: tuple[float, float] | None = None,
                **axes) -> None:
@@ -275,14 +299,16 @@ def scatter_chart(path: str | Path, series: dict[str, tuple], *, radius: float =
 def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequence], *, ylim=None,
               **axes) -> None:
     """Groups of bars, one group per label; `series`: name -> values or (values, errors)."""
-    split = {name: (v[0], v[1]) if isinstance(v, tuple) else (v, [None] * len(labels))
-             for name, v in series.items()}
-    if any(len(values) != len(labels) for values, _ in split.values()):
-        raise ValueError(f"each series must have {len(labels)} values, one per label")
-    top = np.array([[v + (e or 0) for v, e in zip(*pair)] for pair in split.values()], dtype=float)
-    bottom = min(0.0, np.nanmin(top))
+    split = {name: v if isinstance(v, tuple) else (v, [0.0] * len(v)) for name, v in series.items()}
+    if not len(labels) or not split or any(len(v) != len(labels) for v, _ in split.values()):
+        raise ValueError(f"each series must have {len(labels)} values, one per label, and there "
+                         "must be a label and a series")
+    split = {name: (np.asarray(v, dtype=float), np.nan_to_num(np.asarray(e, dtype=float)))
+             for name, (v, e) in split.items()}
+    low, high = _extent(np.array([(v - e, v + e, 0 * e) for v, e in split.values()]))
     axes.setdefault("xticks", list(enumerate(map(str, labels))))
-    chart = Chart((-0.5, len(labels) - 0.5), ylim or (bottom, np.nanmax(top) * 1.08 or 1.0), **axes)
+    limits = (low * 1.08, high * 1.08) if high > low else (0.0, 1.0)
+    chart = Chart((-0.5, len(labels) - 0.5), ylim or limits, **axes)
     width = 0.8 / len(split)
     base = chart.limits[1][0] if ylim else 0
     for number, (color, (name, pair)) in enumerate(zip(_cycle(len(split)), split.items())):
@@ -298,12 +324,18 @@ def _cycle(count: int) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(count)]
 
 
+def _extent(values: np.ndarray) -> tuple[float, float] | None:
+    """The smallest and the largest finite value; None if there is none."""
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if len(values) else None
+
+
 def _span(arrays: Sequence[np.ndarray], log: bool | None) -> tuple[float, float]:
     values = np.concatenate([np.ravel(a) for a in arrays]) if arrays else np.zeros(0)
-    values = values[np.isfinite(values) & ((values > 0) if log else True)]
-    if not len(values):
+    extent = _extent(values[values > 0] if log else values)
+    if extent is None:
         return (0.1, 1.0) if log else (0.0, 1.0)
-    low, high = float(values.min()), float(values.max())
+    low, high = extent
     if log:
         return low / 1.1, high * 1.1
     room = 0.04 * (high - low) or 0.5 * abs(high) or 1.0
@@ -327,7 +359,31 @@ def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
     marks = np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
-    return [(float(m), f"{m if abs(m) > step / 1e6 else 0:.6g}") for m in marks]
+    # enough digits for neighbours to differ
+    digits = max(6, math.ceil(math.log10(max(abs(low), abs(high)) / step)) + 2)
+    return [(float(m), f"{m if abs(m) > step / 1e6 else 0:.{digits}g}") for m in marks]
+
+
+def _width(text: str, size: int) -> float:
+    return ImageFont.load_default(size * ZOOM).getlength(text) / ZOOM
+
+
+def _cut(text: str, width: float, size: int) -> str:
+    """The text, or as much of its beginning as is `width` pixels wide, with an ellipsis."""
+    while len(text) > 2 and _width(text, size) > width:
+        text = text[:-2] + "…"
+    return text
+
+
+def _wrap(text: str, width: float) -> str:
+    """A tick's label in up to three lines of `width` pixels, broken at blanks."""
+    lines = []
+    for word in text.split():
+        if lines and _width(f"{lines[-1]} {word}", 12) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(_cut(line, width, 12) for line in [*lines[:2], " ".join(lines[2:])] if line)
 
 
 def _dashes(points: list[tuple[float, float]], dash: float = 6) -> list[list[tuple[float, float]]]:

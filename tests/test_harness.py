@@ -253,9 +253,44 @@ def test_pictures_are_written(tmp_path):
     for name in ("grid", "line", "bar", "dots", "own"):
         image = Image.open(tmp_path / f"{name}.png").convert("RGB")
         assert len(image.getcolors(1 << 20)) > 5
+    half = torch.rand(3, 8, 8).bfloat16()
+    assert np.array_equal(figures.as_image(half), figures.as_image(half.float()))
+    with pytest.raises(ValueError, match="0..255, not 0..300"):
+        figures.as_image(np.array([[0, 300]]))
+    with pytest.raises(ValueError, match="columns"):
+        figures.image_grid(tmp_path / "no.png", [half], columns=0)
     with pytest.raises(ValueError, match="image must be"):
         figures.as_image(np.zeros((2, 3, 4, 5)))
     with pytest.raises(ValueError, match="limits"):
         figures.Chart((0, 0), (0, 1))
-    with pytest.raises(ValueError, match="each series"):
-        figures.bar_chart(tmp_path / "no.png", ["p", "q"], {"m": [1]})
+    for labels, series in ((["p", "q"], {"m": [1]}), ([], {"m": []}), (["p"], {})):
+        with pytest.raises(ValueError, match="each series"):
+            figures.bar_chart(tmp_path / "no.png", labels, series)
+
+
+def colors_of(path):
+    return {color for _, color in Image.open(path).convert("RGB").getcolors(1 << 20)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_charts_of_odd_values(tmp_path):
+    path, nan, inf, blue = tmp_path / "x.png", float("nan"), float("inf"), (0x1F, 0x6F, 0xB4)
+    for x, y in (([1], [2]), ([1, 2, 3], [nan, 1, nan])):     # points without a neighbour
+        figures.line_chart(path, {"": (x, y)})
+        assert any(b > r + 60 for r, g, b in colors_of(path))
+    for series in ({}, {"a": ([], [])}, {"a": ([1, 2], [nan, nan])},
+                   {"a": ([1, 2, 3], [1, inf, -inf], [0.1, nan, inf])}):
+        figures.line_chart(path, series)
+    for values in ([-1, -1], [0, 0], [nan, None], [1, inf], ([1, -2], [nan, 0.5])):
+        figures.bar_chart(path, ["p", "q"], {"m": values})
+        assert (blue in colors_of(path)) == any(v and abs(v) < inf for v in np.ravel(values)
+                                                if v is not None)
+    names = {f"a name that is long {i}" * 3: ([0, 1], [0, i]) for i in range(30)}
+    figures.line_chart(path, names, size=(200, 140), title="t" * 99, ylabel="y" * 99)
+    assert figures._ticks(1e8, 1e8 + 2, False)[1][1] == "100000000.5"
+    assert figures._wrap("one two three four", 50) == "one two\nthree\nfour"
+    heat = np.arange(12.0).reshape(3, 4)
+    plain, heat[0, 0], heat[2, 3] = figures.heat_colors(heat), -inf, inf
+    assert np.array_equal(figures.heat_colors(heat)[[0, 2], [0, 3]], plain[[0, 2], [0, 3]])
+    assert len(np.unique(figures.heat_colors(heat).reshape(-1, 3), axis=0)) > 9
+    figures.heat_colors(np.full((2, 2), nan))
