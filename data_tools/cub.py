@@ -20,6 +20,7 @@ Numbers in the files count from 1. Labels here count from 0, the pairs of classe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -41,24 +42,32 @@ OTHER_PARTS = np.array([1, 3, 4, 14, 8, 12, 9, 13]) - 1
 POINT_GROUPS = np.array([1, 2, 3, 4, 5, 6, 6, 7, 7], dtype=np.uint8)
 
 
-def _rows(path: Path, fields: int, last_is_text: bool = False) -> Iterator[list[str]]:
-    """Lines of a text file, split into `fields`; an error names the file and the line."""
+def _lines(path: Path, fields: int, last_is_text: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", its `fields`) of a text file's lines; an error names the file and the line."""
     text = read_text(path, "no such file; CUB_200_2011 is expected as it is distributed")
     for number, line in enumerate(text.splitlines(), 1):
         row = line.split(None, fields - 1) if last_is_text else line.split()
         if row and len(row) != fields:
             raise ValueError(f"{path}:{number}: {fields} fields expected, got {line!r}")
         if row:
-            yield row
+            yield f"{path}:{number}", row
 
 
-def _numbers(path: Path, fields: int) -> np.ndarray:
-    """A table of numbers, (rows, fields) float64."""
-    rows = list(_rows(path, fields))
-    try:
-        return np.array(rows, dtype=np.float64).reshape(-1, fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: only numbers expected; {error}") from None
+def _rows(path: Path, fields: int, last_is_text: bool = False) -> list[list[str]]:
+    return [row for _, row in _lines(path, fields, last_is_text)]
+
+
+def _numbers(path: Path, fields: int, whole: int = 0) -> np.ndarray:
+    """A table of finite numbers, (rows, fields) float64; the first `whole` columns are integers."""
+    table = []
+    for place, row in _lines(path, fields):
+        try:
+            table.append([*map(int, row[:whole]), *map(float, row[whole:])])
+        except ValueError as error:
+            raise ValueError(f"{place}: only numbers expected; {error}") from None
+        if not all(map(math.isfinite, table[-1])):
+            raise ValueError(f"{place}: only finite numbers expected, got {' '.join(row)!r}")
+    return np.array(table, dtype=np.float64).reshape(-1, fields)
 
 
 def _beside(root: Path, *names: str) -> Path:
@@ -83,11 +92,12 @@ class CUB(SplitImages):
         self.folder = Path(root)
         self.captions_of = captions_of or self._caption_file
         self.classes = [name for _, name in _rows(self.folder / "classes.txt", 2)]
-        rows = list(_rows(self.folder / "images.txt", 2))
+        rows = _rows(self.folder / "images.txt", 2)
         listed = dict(rows)
-        if len(listed) < len(rows) or not all(number.isdecimal() for number in listed):
+        once = len(rows) == len(listed) == len(set(listed.values()))
+        if not once or not all(number.isdecimal() for number in listed):
             raise ValueError(f"{self.folder / 'images.txt'}: image numbers must be integers, each "
-                             "once")
+                             "once, and the names differ")
         labels = self._by_image("image_class_labels.txt", listed)
         part = self._by_image("train_test_split.txt", listed)
         wanted = {"train": ("1",), "test": ("0",), "all": ("0", "1")}[split]
@@ -115,7 +125,7 @@ class CUB(SplitImages):
     def boxes(self) -> np.ndarray:
         """(N, 4) float64 x0, y0, x1, y1 in pixels of the original images."""
         path = self.folder / "bounding_boxes.txt"
-        rows = {int(number): box for number, *box in _numbers(path, 5)}
+        rows = {int(number): box for number, *box in _numbers(path, 5, whole=1)}
         if missing := [number for number in self.ids if number not in rows]:
             raise ValueError(f"{path}: no box for image {missing[0]} ({len(missing)} missing)")
         boxes = np.array([rows[number] for number in self.ids]).reshape(-1, 4)
@@ -148,6 +158,8 @@ class CUBParts:
     """
 
     def __init__(self, root: str | Path, size: int = 224):
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
         self.cub, self.size = CUB(root), size
         folder = self.cub.folder
         self.row_of = {name: row for row, name in enumerate(self.cub.names)}
@@ -164,7 +176,7 @@ class CUBParts:
                                    for name in self.attributes]).reshape(-1, len(PART_WORDS))
         path = folder / "parts" / "part_locs.txt"
         self.located = np.zeros((len(self.cub), PART_COUNT, 3))                   # x, y, visible
-        for number, part, *values in _numbers(path, 5):
+        for number, part, *values in _numbers(path, 5, whole=2):
             if int(number) not in self.row_of or not 1 <= part <= PART_COUNT:
                 raise ValueError(f"{path}: image {number:g}, part {part:g} does not exist")
             self.located[self.row_of[int(number)], int(part) - 1] = values

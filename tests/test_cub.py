@@ -126,7 +126,11 @@ def test_batches_through_the_loader(tree):
     ("image_class_labels.txt", "1 1\n", r"image_class_labels.txt: no line for image 2"),
     ("image_class_labels.txt", "".join(f"{n} 900\n" for n in range(1, 100)),
      r"classes must be in 1\.\."),
-    ("parts/part_locs.txt", "1 1 x 2 1\n", "part_locs.txt: only numbers expected.*'x'"),
+    ("images.txt", "1 a\n2 a\n", "images.txt: .* the names differ"),
+    ("parts/part_locs.txt", "1 1 1 2 1\n\n1 1 x 2 1\n", "part_locs.txt:3: only numbers.*'x'"),
+    ("parts/part_locs.txt", "1 1.5 1 2 1\n", "part_locs.txt:1: only numbers.*'1.5'"),
+    ("parts/part_locs.txt", "nan 1 1 2 1\n", "part_locs.txt:1: only numbers.*'nan'"),
+    ("parts/part_locs.txt", "1 1 inf 2 1\n", "part_locs.txt:1: only finite numbers.*'1 1 inf 2 1'"),
     ("parts/part_locs.txt", "1 16 1.0 2.0 1\n", "part 16 does not exist"),
     ("parts/part_locs.txt", "9999 1 1.0 2.0 1\n", "image 9999"),
     ("attributes/class_attribute_labels_continuous.txt", "1 2 3\n",
@@ -155,6 +159,9 @@ def test_bad_images_and_arguments(tree, golden, tmp_path):
     parts = cub.CUBParts(root)
     for call, words in ((lambda: cub.CUB(root, "val"), "split"),
                         (lambda: parts.mask("none.jpg", (1, 2)), "none.jpg"),
-                        (lambda: parts.groups((0, 1)), "pair must hold classes")):
+                        (lambda: parts.groups((0, 1)), "pair must hold classes"),
+                        (lambda: cub.CUBParts(root, 0), "size must be at least 1"),
+                        (lambda: whole.boxes, "bounding_boxes.txt:1: only finite numbers")):
+        (root / "bounding_boxes.txt").write_text("1 2 nan 3 4\n")
         with pytest.raises(ValueError, match=words):
             call()
