@@ -36,7 +36,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
@@ -48,6 +48,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+from data_tools.files import write_whole as write_atomically   # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Arguments that may differ between a run and its --resume without changing any number.
@@ -95,6 +97,8 @@ def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> 
         arguments.error(f"--seeds must be at least 1, not {args.seeds}")
     if args.workers < 0 or args.threads < 0:
         arguments.error("--workers and --threads must not be negative")
+    if not re.fullmatch(r"[\w.+=-]*", args.record or ""):
+        arguments.error(f"--record takes letters, digits and . + = - _, not {args.record!r}")
     if (data := getattr(args, "data", None)) is not None and not data.exists():
         arguments.error(f"--data {data}: no such file or folder")
     try:
@@ -121,22 +125,16 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
-def write_atomically(path: Path, write) -> None:
-    """`write(file)` into a temporary neighbour of `path`, flushed to disk, then renamed over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, text.encode())
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def write_tensors(path: Path, value: dict) -> None:
@@ -184,13 +182,14 @@ class Run:
         self.began = time.monotonic()
         self._wall_before = 0.0
         self._recorded: dict[str, Any] = {}
+        self._last: dict[str, dict] = {}
         self._interrupted = False
         if self.is_main:
             self._open_folder()
         self.barrier()
         sys.excepthook = self._explain
         if args.resume and (self.out / "recorded.json").exists():
-            saved = json.loads((self.out / "recorded.json").read_text())
+            saved = read_json(self.out / "recorded.json")
             self._recorded, self._wall_before = saved["results"], saved["wall_seconds"]
 
     def _open_folder(self) -> None:
@@ -202,7 +201,7 @@ class Run:
             if not description.exists():
                 raise ValueError(f"--resume: no run in {self.out}; start one without --resume, "
                                  "or name its folder with --out")
-            before = json.loads(description.read_text())
+            before = read_json(description)
             changed = [f"--{key.replace('_', '-')} was {before.get(key)}, now {value}"
                        for key, value in settings.items() if before.get(key) != value]
             if changed:
@@ -284,7 +283,7 @@ class Run:
         if log:
             log.truncate(_offset_of_line(log, first))         # later lines are written again
         line = ProgressLine(name, total, self.is_main, first)
-        last, step, saved_at = {}, first, time.monotonic()
+        last, step, saved_at = self._last.pop(name, {}), first, time.monotonic()
         checked, checked_at, check_at = first, saved_at, first + 1
         try:
             with self._catch_signals():
@@ -305,7 +304,7 @@ class Run:
                     if due or interrupted:
                         if log:
                             log.flush()
-                        self._save(name, step, steps.send("state"))
+                        self._save(name, step, steps.send("state"), last)
                         saved_at = time.monotonic()
                     if interrupted:
                         line.close()
@@ -313,13 +312,15 @@ class Run:
                                  f"To go on:\n  {self.resume_command()}")
                         self._leave()
                         sys.exit(130)
+            if log:
+                log.flush()
         except OSError as error:
             raise SystemExit(
                 f"{name}: writing failed after step {step}: {error}. Snapshots in {self.out} are "
                 f"whole; free space there and run\n  {self.resume_command()}") from error
         finally:
-            if log:
-                log.close()
+            with suppress(OSError):                           # a full disk was told above
+                log and log.close()
         line.close()
         return last
 
@@ -330,7 +331,13 @@ class Run:
             return None
         path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
         self.log(f"{name}: going on after step {step}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            snapshot = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:                            # how torch reports a torn file varies
+            raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); remove it, and "
+                             "--resume goes on from the snapshot before it") from error
+        self._last[name] = json.loads(snapshot.pop("last of drive", "{}"))
+        return snapshot
 
     def _resumed_step(self, name: str) -> int:
         _check_name(name)
@@ -339,9 +346,9 @@ class Run:
         steps = [set(_snapshot_steps(self.out, name, rank)) for rank in range(self.world_size)]
         return max(set.intersection(*steps), default=0)
 
-    def _save(self, name: str, step: int, snapshot: dict) -> None:
+    def _save(self, name: str, step: int, snapshot: dict, last: dict) -> None:
         path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
-        write_tensors(path, snapshot)
+        write_tensors(path, {**snapshot, "last of drive": json.dumps(last, default=plain)})
         self._write_recorded()
         self.barrier()                      # all ranks have the new one before an old one goes
         for old in _snapshot_steps(self.out, name, self.rank)[:-2]:
@@ -428,16 +435,16 @@ class Run:
                    "wall_seconds": round(self._wall(), 1), "hardware": hardware(self.device),
                    "versions": versions(), "claims": rows, "tables": tables or {},
                    "results": self._recorded, **more}
-        if self.is_main:
-            for title, table in (tables or {}).items():
-                print(f"\n{title}\n{format_table(table)}")
-            claims = [{**row, "holds": verdict(row.get("holds"))} for row in rows]
-            print(f"\n{format_table(claims)}", flush=True)
+        if self.is_main:                                      # files first: printing can fail
             write_json(self.out / f"{self.script}.json", results)
             if self.args.record is not None:
                 suffix = f"-{self.args.record}" if self.args.record else ""
                 RESULTS.mkdir(exist_ok=True)
                 write_json(RESULTS / f"{self.script}{suffix}.json", results)
+            for title, table in (tables or {}).items():
+                print(f"\n{title}\n{format_table(table)}")
+            claims = [{**row, "holds": verdict(row.get("holds"))} for row in rows]
+            print(f"\n{format_table(claims)}", flush=True)
         self._leave()
         return results
 
@@ -445,7 +452,7 @@ class Run:
         return self._wall_before + time.monotonic() - self.began
 
     def _command(self) -> str:
-        words = [re.sub(r"(^|=)/.*/", r"\1", word) for word in self.argv]    # no machine's folders
+        words = [re.sub(r"(^|=)/.*/(?=.)", r"\1", word) for word in self.argv]  # no machine folders
         return shlex.join([*self._launcher(), f"benchmarks/{self.script}.py", *words])
 
     def _leave(self) -> None:
@@ -484,7 +491,8 @@ class ProgressLine:
         values = "  ".join(f"{key} {value:.4g}" for key, value in self.values.items()
                            if isinstance(value, (int, float)) and key != "step")
         line = f"{before}{self.label} {count}  {rate:.3g}/s  {_clock(elapsed)}{left}  {values}"
-        sys.stderr.write(line[:160] + after)
+        width = os.get_terminal_size(sys.stderr.fileno()).columns if self.terminal else 160
+        sys.stderr.write(line[:width] + after)                # \r takes no column: one stays free
         sys.stderr.flush()
 
 
@@ -493,7 +501,8 @@ def format_table(rows: list[dict]) -> str:
     if not rows:
         return "(no rows)"
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells.insert(0, list(map(_cell, columns)))
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |"
              for line in cells]
@@ -523,7 +532,8 @@ def versions() -> dict:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(
+        str(value).replace("|", "\\|").splitlines())
 
 
 def verdict(holds: bool | None) -> str:

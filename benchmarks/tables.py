@@ -13,9 +13,10 @@ import json
 import re
 import sys
 
-from harness import RESULTS, ROOT, verdict, format_table
+from harness import RESULTS, ROOT, format_table, verdict, write_atomically
 
-BLOCK = re.compile(r"(<!-- table:([\w.-]+):([^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table:([\w.-]+):([^>]+?) -->\n)(?:(?!<!-- table:).)*?(<!-- /table -->)",
+                   re.DOTALL)
 
 
 def render(stem: str, title: str) -> str:
@@ -23,18 +24,18 @@ def render(stem: str, title: str) -> str:
     path = RESULTS / f"{stem}.json"
     if not path.exists():
         raise SystemExit(f"README.md names {path.relative_to(ROOT)}, which does not exist")
-    run = json.loads(path.read_text(encoding="utf-8"))
-    if title == "claims":
-        rows = [{**row, "holds": verdict(row.get("holds"))} for row in run["claims"]]
-    elif title in run["tables"]:
-        rows = run["tables"][title]
-    else:
-        raise SystemExit(
-            f"{path.name} has no table {title!r}; it has: claims, {', '.join(run['tables'])}")
-    machine = run["hardware"]["gpu"] or f"{run['hardware']['cores']} CPU cores"
-    source = (f"`{run['command']}` ({machine}, torch {run['versions']['torch']}, "
-              f"{run['wall_seconds'] / 60:.0f} min)")
-    return f"{format_table(rows)}\n\n{source}\n"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        claims = [{**row, "holds": verdict(row.get("holds"))} for row in run["claims"]]
+        tables = {**run["tables"], "claims": claims}
+        machine = run["hardware"]["gpu"] or f"{run['hardware']['cores']} CPU cores"
+        source = (f"`{run['command']}` ({machine}, torch {run['versions']['torch']}, "
+                  f"{run['wall_seconds'] / 60:.0f} min)")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path.name} is no record of a run: {error!r}") from None
+    if title not in tables:
+        raise SystemExit(f"{path.name} has no table {title!r}; it has: {', '.join(tables)}")
+    return f"{format_table(tables[title])}\n\n{source}\n"
 
 
 def main() -> None:
@@ -44,11 +45,15 @@ def main() -> None:
     args = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
+    blocks = len(BLOCK.findall(before))
+    if not blocks == before.count("<!-- table:") == before.count("<!-- /table -->"):
+        sys.exit("README.md: each <!-- table:STEM:TITLE --> needs a line of its own and a "
+                 "<!-- /table --> before the next")
     after = BLOCK.sub(lambda m: f"{m[1]}{render(m[2], m[3])}{m[4]}", before)
     if args.check:
         stale = "README.md is out of date: run python benchmarks/tables.py"
         sys.exit(stale if after != before else 0)
-    readme.write_text(after, encoding="utf-8")
+    write_atomically(readme, after.encode())
 
 
 if __name__ == "__main__":

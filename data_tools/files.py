@@ -1,16 +1,20 @@
 """Small files: written whole or not at all, read with errors that name them."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: str | Path, content: bytes | memoryview) -> None:
-    """`content` under a temporary name beside `path`, flushed to disk, then renamed over it."""
+def write_whole(path: str | Path,
+                content: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
+    """`content`, or what it writes when called with the file: under a temporary name beside `path`,
+    flushed to disk, then renamed over it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

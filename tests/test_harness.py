@@ -88,11 +88,11 @@ def lines(path):
 
 
 def test_a_run_leaves_log_results_and_a_table(toy, tmp_path):
-    code, out, err = toy("--out", "a")
+    code, out, err = toy("--out", f"{tmp_path}/a/")
     assert code == 0, err
     assert "| claim" in out and "yes" in out.splitlines()[-1]
     results = json.loads((tmp_path / "a" / "toy.json").read_text())
-    assert results["seeds"] == [0, 1] and results["command"] == "python benchmarks/toy.py --out a"
+    assert results["seeds"] == [0, 1] and results["command"] == "python benchmarks/toy.py --out a/"
     assert results["versions"]["torch"] == torch.__version__ and results["hardware"]["cores"] >= 1
     assert results["note"] is None and results["wall_seconds"] >= 0
     log = [json.loads(line) for line in lines(tmp_path / "a" / "toy-1.jsonl")]
@@ -118,6 +118,32 @@ def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, kill):
     # noqa: E731
     read = lambda folder: json.loads((tmp_path / folder / "toy.json").read_text())["results"]
     assert read("part") == read("whole")
+
+
+def test_a_run_killed_after_its_last_step_resumes_to_the_same_numbers(toy, tmp_path):
+    script = tmp_path / "toy.py"
+    script.write_text(TOY.replace("row = run.record(", "time.sleep(60); row = run.record("))
+    process = toy.start("--out", "part", "--checkpoint-seconds", "0")
+    wait_for(lambda: list((tmp_path / "part").glob("toy-0-00000060.rank0.pt")))
+    process.kill()
+    process.communicate()
+    newest = max((tmp_path / "part").glob("*.pt"))
+    script.write_text(TOY)
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:500])
+    code, out, err = toy("--out", "part", "--resume")
+    assert code == 1 and f"{newest.name} is damaged" in err and "remove it" in err
+    newest.write_bytes(whole)
+    for name in ("run.json", "recorded.json"):
+        content = (tmp_path / "part" / name).read_bytes()
+        (tmp_path / "part" / name).write_bytes(content[:20])
+        code, out, err = toy("--out", "part", "--resume")
+        assert code == 2 and f"{name} is damaged" in err and err.count("\n") == 1
+        (tmp_path / "part" / name).write_bytes(content)
+    assert toy("--out", "part", "--resume")[0] == 0 and toy("--out", "whole")[0] == 0
+    read = [json.loads((tmp_path / folder / "toy.json").read_text())["results"]
+            for folder in ("part", "whole")]
+    assert read[0] == read[1]
 
 
 def test_only_the_two_newest_snapshots_are_kept(toy, tmp_path):
@@ -167,6 +193,7 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
         (("--device", "cuda:77"), "--device cuda:77 is not usable here"),
         (("--out", "file/x"), "cannot write the output folder"),
         (("--workers", "-1"), "must not be negative"),
+        (("--record", "a/b"), "--record takes letters"),
     ]:
         with pytest.raises(SystemExit) as stop:
             start(*arguments)
@@ -201,6 +228,26 @@ def test_a_full_disk_ends_with_a_clear_line_and_whole_files(toy, tmp_path):
     assert code == 1 and "writing failed after step 1" in err and "--resume" in err
     assert "Traceback" not in err
     assert not list((tmp_path / "a").glob("*.pt")) and not list((tmp_path / "a").glob(".*tmp"))
+    code, out, err = toy("--out", "b", "--steps", "200", preexec_fn=limit)   # or the log
+    assert code == 1 and "writing failed after step" in err and "Traceback" not in err
+
+
+def test_results_are_kept_when_the_table_cannot_be_printed(toy, tmp_path):
+    process = toy.start("--out", "a", "--steps", "2")
+    process.stdout.close()
+    process.stderr.read()
+    assert process.wait(60) != 0 and (tmp_path / "a" / "toy.json").exists()
+
+
+def test_a_progress_line_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((40, 24)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    line = harness.ProgressLine("long", 5)
+    line.update(3, {f"value {i}": 1.0 for i in range(9)})
+    line.close()
+    text = capsys.readouterr().err
+    assert text.startswith("\rlong 3/5") and text.endswith("\x1b[K\n") and len(text) == 40 + 4
 
 
 def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -216,9 +263,9 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
 
 
 def test_format_table_and_readme_block(tmp_path, monkeypatch):
-    table = harness.format_table([{"a": 1.23456, "b": None}, {"a": "x", "c": True}])
-    assert table.splitlines() == ["| a     | b | c    |", "|-------|---|------|",
-                                  "| 1.235 | - | -    |", "| x     | - | True |"]
+    table = harness.format_table([{"a": 1.23456, "b|": None}, {"a": "x\n|y", "c": True}])
+    assert table.splitlines() == ["| a     | b\\| | c    |", "|-------|-----|------|",
+                                  "| 1.235 | -   | -    |", "| x \\|y | -   | True |"]
     run = {"claims": [{"claim": "c", "holds": None}], "tables": {"main": [{"m": 1}]},
            "command": "python benchmarks/x.py",
            "hardware": {"gpu": None, "cores": 2}, "versions": {"torch": "2"}, "wall_seconds": 60}
@@ -227,8 +274,23 @@ def test_format_table_and_readme_block(tmp_path, monkeypatch):
     assert "| 1 |" in tables.render("x", "main") and "not asserted" in tables.render("x", "claims")
     with pytest.raises(SystemExit, match="no table 'other'"):
         tables.render("x", "other")
-    text = "<!-- table:x:main -->\nold\n<!-- /table -->"
-    assert tables.BLOCK.search(text).groups()[1:3] == ("x", "main")
+    (tmp_path / "y.json").write_text("{}")
+    with pytest.raises(SystemExit, match="y.json is no record of a run: KeyError.'claims'"):
+        tables.render("y", "claims")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    readme, block = tmp_path / "README.md", "<!-- table:x:main -->\nold\n<!-- /table -->\n"
+    readme.write_text(f"before\n{block}between\n{block}after\n")
+    tables.main()
+    once = readme.read_text()
+    tables.main()
+    assert readme.read_text() == once == once.replace("old", "") and once.count("| 1 |") == 2
+    for broken in ("<!-- table:x:main -->\nprecious\n" + block, "<!-- table:x:main -->\nprecious\n",
+                   block.replace(":main", ""), f"{block}<!-- /table -->"):
+        readme.write_text(broken)
+        with pytest.raises(SystemExit, match="needs a line of its own"):
+            tables.main()
+        assert readme.read_text() == broken
 
 
 def test_pictures_are_written(tmp_path):
