@@ -94,6 +94,24 @@ def to_float(images: torch.Tensor, mean: float = 0.5, std: float = 0.3) -> torch
     return images.float().div_(255 * std).sub_(mean / std)
 
 
+def _check_size(count: int, size: int, least: int = 8) -> None:
+    if count < 0 or size < least:
+        raise ValueError(f"count must be >= 0 and size >= {least}, not {count} and {size}")
+
+
+def _given_or_drawn(labels: torch.Tensor | None, count: int, classes: int,
+                    generator: torch.Generator) -> torch.Tensor:
+    """(count,) int64 labels in 0 .. classes - 1."""
+    if labels is None:
+        return torch.randint(classes, (count,), generator=generator)
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor, not {getattr(labels, 'dtype', labels)}")
+    if labels.shape != (count,) or count and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"labels must be ({count},) with values in 0..{classes - 1}, "
+                         f"not {tuple(labels.shape)}")
+    return labels
+
+
 # ---------------------------------------------------------------- classification, masks, boxes
 
 def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, rotate: bool = False,
@@ -105,15 +123,9 @@ def shapes(count: int, size: int = 32, seed: int = 0, *, noise: float = 0.05, ro
     uniform RGB; Gaussian noise of standard deviation `noise` (images in [0, 1]) is added. `labels`
     (N,) fixes the classes.
     """
-    if count < 0 or size < 8:
-        raise ValueError(f"count must be >= 0 and size >= 8, not {count} and {size}")
-    if labels is not None and (labels.shape != (count,)
-                               or (count and not 0 <= labels.min() <= labels.max() < len(CLASSES))):
-        raise ValueError(f"labels must be ({count},) with values in 0..{len(CLASSES) - 1}, "
-                         f"not {tuple(labels.shape)}")
+    _check_size(count, size)
     generator = torch.Generator().manual_seed(seed)
-    if labels is None:
-        labels = torch.randint(len(CLASSES), (count,), generator=generator)
+    labels = _given_or_drawn(labels, count, len(CLASSES), generator)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     masks = torch.empty(count, size, size, dtype=torch.bool)
     scale = size / 32
@@ -149,6 +161,7 @@ def colored_objects(count: int, objects: int = 2, size: int = 64, seed: int = 0,
     objects, 4). Two objects lie in different halves (left and right, or above and below). Radii are
     in [8, 14] / 64 of the side.
     """
+    _check_size(count, size)
     if objects not in (1, 2):
         raise ValueError(f"objects must be 1 or 2, not {objects}")
     generator = torch.Generator().manual_seed(seed)
@@ -185,8 +198,8 @@ class Batches:
     """Batches of tensors in memory, shuffled by (seed, epoch); may begin amid an epoch.
 
     Yields tuples of the tensors' rows; `transform` is applied to the first (images). With
-    `world_size` processes, process `rank` gets every world_size-th batch-sized part of the same
-    permutation.
+    `world_size` processes, process `rank` gets every world_size-th row of each batch; a shuffled
+    last batch that has not a row for each of them is left out.
     """
 
     def __init__(self, *tensors: torch.Tensor, batch_size: int, shuffle: bool = True, seed: int = 0,
@@ -207,8 +220,9 @@ class Batches:
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        count = len(self.tensors[0])
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        full, rest = divmod(len(self.tensors[0]), self.batch_size)
+        least = self.world_size if self.shuffle else 1
+        return full + (rest >= least and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         count = len(self.tensors[0])
@@ -235,13 +249,11 @@ def scenes(count: int, size: int = 64, seed: int = 0, *, rho: float = 0.5, noise
     to that background's) on all of it or on its stripes; the colour between the stripes, place,
     size and angle are random. Returns the keys of `shapes` and "backgrounds" (N,) int64.
     """
-    if count < 0 or size < 8:
-        raise ValueError(f"count must be >= 0 and size >= 8, not {count} and {size}")
+    _check_size(count, size)
     if not 0 <= rho <= 1:
         raise ValueError(f"rho must be in [0, 1], not {rho}")
     generator = torch.Generator().manual_seed(seed)
-    if labels is None:
-        labels = torch.randint(len(CLASSES), (count,), generator=generator)
+    labels = _given_or_drawn(labels, count, len(CLASSES), generator)
     telling = torch.rand(count, generator=generator) < rho
     backgrounds = torch.where(telling, labels,
                               torch.randint(len(CLASSES), (count,), generator=generator))
@@ -294,14 +306,14 @@ def videos(count: int, size: int = 16, frames: int = 8, seed: int = 0, *, classe
     frame of the action and the one after its last.
     """
     action = frames if action_frames is None else action_frames
-    if count < 0 or size < 8 or classes < 2 or not 1 <= action <= frames:
-        raise ValueError("count must be >= 0, size >= 8, classes >= 2 and 1 <= action_frames <= "
-                         f"frames, not {count}, {size}, {classes}, {action_frames} and {frames}")
+    _check_size(count, size)
+    if classes < 2 or not 1 <= action <= frames:
+        raise ValueError("classes must be >= 2 and 1 <= action_frames <= frames, "
+                         f"not {classes}, {action_frames} and {frames}")
     if rho is not None and not 0 <= rho <= 1:
         raise ValueError(f"rho must be in [0, 1] or None, not {rho}")
     generator = torch.Generator().manual_seed(seed)
-    if labels is None:
-        labels = torch.randint(classes, (count,), generator=generator)
+    labels = _given_or_drawn(labels, count, classes, generator)
     if rho is None:
         scenes_of = torch.full((count,), -1)
     else:
@@ -364,17 +376,17 @@ def captioned_shapes(count: int, size: int = 64, seed: int = 0, *, captions: int
     3, 4) int64 (-1: not told); relations (N * captions,) int64, index into RELATIONS of the first
     two mentions. See `caption_matches`.
     """
-    if count < 0 or size < 16 or not 1 <= objects <= 3 or captions < 1:
-        raise ValueError(f"count must be >= 0, size >= 16, objects in 1..3 and captions >= 1, "
-                         f"not {count}, {size}, {objects} and {captions}")
-    if labels is not None and labels.shape != (count,):
-        raise ValueError(f"labels must be ({count},), not {tuple(labels.shape)}")
+    _check_size(count, size, 16)
+    if not 1 <= objects <= 3 or captions < 1:
+        raise ValueError("need objects in 1..3 and captions >= 1, "
+                         f"not {objects} and {captions}")
     generator = torch.Generator().manual_seed(seed)
     scene = torch.stack([torch.randint(len(values), (count, 3), generator=generator)
                          for values in ATTRIBUTES], 2)
     scene[..., 3] = torch.rand(count, 4, generator=generator).argsort(1)[:, :3]   # all different
     number = torch.randint(1, objects + 1, (count,), generator=generator)
     if labels is not None:
+        _given_or_drawn(labels, count, len(HUES) * len(SHAPES), generator)
         number = torch.ones_like(number)
         scene[:, 0, 1], scene[:, 0, 2] = labels // len(SHAPES), labels % len(SHAPES)
     scene[torch.arange(3) >= number[:, None]] = -1

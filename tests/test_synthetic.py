@@ -63,6 +63,17 @@ def test_bad_arguments():
                       {"count": 3, "labels": torch.tensor([0])}):
         with pytest.raises(ValueError):
             shapes(**arguments)
+    for make, classes in ((shapes, 10), (synthetic.scenes, 10), (synthetic.videos, 4),
+                          (synthetic.captioned_shapes, 30)):
+        for labels in (torch.zeros(3).long(), torch.tensor([0, classes]), torch.tensor([-1, 0])):
+            with pytest.raises(ValueError, match=rf"labels must be \(2,\) .* 0..{classes - 1}"):
+                make(2, labels=labels)
+        with pytest.raises(TypeError, match="labels must be an int64 tensor"):
+            make(2, labels=torch.zeros(2))
+        with pytest.raises(ValueError, match="count must be >= 0 and size"):
+            make(2, 4)
+    with pytest.raises(ValueError, match="count must be >= 0 and size"):
+        synthetic.colored_objects(-1)
     with pytest.raises(ValueError, match="equal lengths"):
         Batches(torch.zeros(3), torch.zeros(4), batch_size=1)
     with pytest.raises(ValueError, match="batch_size"):
@@ -91,6 +102,9 @@ def test_batches_resume_in_the_middle_and_share_among_processes():
     assert [sorted(a.tolist() + b.tolist()) for (a,), (b,) in zip(*parts)] == [sorted(batch)
                                                                                for batch in whole]
     assert len(Batches(rows, batch_size=4, drop_last=True)) == 5
+    for shuffle, counts in ((True, [4, 4]), (False, [4, 4, 1])):   # nobody trains on an empty batch
+        first = Batches(rows[:17], batch_size=8, shuffle=shuffle, world_size=2)
+        assert [len(a) for a, in first] == counts and len(first) == len(counts)
 
 
 def test_to_float():
