@@ -156,8 +156,8 @@ def train_teacher(run: harness.Run, name: str, dataset, num_classes: int, *, arc
         return load_weights(model, path).to(run.device)
     transform = imagenet.TrainTransform(size, scale=scale, interpolation="bilinear")
     loader = OneHot(imagenet.Loader(
-        dataset, batch_size // run.world_size, transform=transform, shuffle=True, seed=seed,
-        drop_last=True, workers=run.args.workers, device=run.device, rank=run.rank,
+        dataset, min(batch_size, len(dataset)) // run.world_size, transform=transform, shuffle=True,
+        seed=seed, drop_last=True, workers=run.args.workers, device=run.device, rank=run.rank,
         world_size=run.world_size, normalize=MEAN_STD), num_classes)
     wrapped = run.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True,

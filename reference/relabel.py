@@ -129,8 +129,7 @@ def generate_label_maps(annotator: nn.Module, images: Tensor, k: int = 5) -> Ten
 
 def save_label_map(path: str | Path, m: Tensor) -> None:
     """Write one map `(2, k, h, w)` as the released `.pt` files hold it, atomically."""
-    if m.ndim != 4 or m.shape[0] != 2:
-        raise ValueError(f"m must be (2, k, h, w), not {tuple(m.shape)}")
+    _check_map(m, "m must be")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -148,10 +147,14 @@ def load_label_map(path: str | Path) -> Tensor:
     except Exception as error:  # of many types, if damaged or with objects in it
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} must hold one (2, k, h, w) tensor: {reason}") from error
+    _check_map(m, f"{path} must hold")
+    return m
+
+
+def _check_map(m: Tensor, what: str) -> None:
     if not isinstance(m, Tensor) or m.ndim != 4 or m.shape[0] != 2:
         found = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
-        raise ValueError(f"{path} must hold one (2, k, h, w) tensor, not {found}")
-    return m
+        raise ValueError(f"{what} one (2, k, h, w) tensor, not {found}")
 
 
 # ---------------------------------------------------------- RoIAlign and LabelPooling (section 3.2)
@@ -212,9 +215,9 @@ def roi_align(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int 
         raise ValueError(f"boxes must be (K, 5) or a list of (L, 4), not {tuple(boxes.shape)}")
     if not boxes.isfinite().all():
         raise ValueError("boxes must be finite")
-    bins_y, bins_x = (output_size, output_size) if isinstance(output_size, int) else output_size
-    if min(bins_y, bins_x) < 1:
-        raise ValueError(f"output_size must be positive, not {output_size}")
+    bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(bins) != 2 or min(bins) < 1:
+        raise ValueError(f"output_size must be positive, one side or two, not {output_size}")
     work = _work_dtype(input.dtype)
     index = boxes[:, 0].long()
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(input):
@@ -222,11 +225,11 @@ def roi_align(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int 
                          f"not {int(index.min())}..{int(index.max())}")
     sides = boxes[:, 1:].to(work) * spatial_scale - (0.5 if aligned else 0.0)
     x1, y1, x2, y2 = sides.unbind(1)
-    rows = axis_weights(y1, y2, input.shape[2], bins_y, sampling_ratio, aligned)
-    columns = axis_weights(x1, x2, input.shape[3], bins_x, sampling_ratio, aligned)
+    rows = axis_weights(y1, y2, input.shape[2], bins[0], sampling_ratio, aligned)
+    columns = axis_weights(x1, x2, input.shape[3], bins[1], sampling_ratio, aligned)
     order = index.argsort(stable=True)  # image by image: boxes share the map uncopied
     images, counts = index[order].unique_consecutive(return_counts=True)
-    pooled = [input.new_zeros(0, input.shape[1], bins_y, bins_x)]
+    pooled = [input[:0, :, :1, :1].expand(-1, -1, *bins)]  # without boxes: still of `input`
     for n, mine in zip(images.tolist(), order.split(counts.tolist())):
         maps = torch.einsum("kpy,cyx,kqx->kcpq", rows[mine], input[n].to(work), columns[mine])
         pooled.append(maps.to(input.dtype))
@@ -234,7 +237,10 @@ def roi_align(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int 
 
 
 def get_labelmaps(topk: Tensor, num_classes: int = 1000) -> Tensor:
-    """The dense maps `(B, C, h, w)` that are stored: 0 where a class was not kept. For tests."""
+    """The dense maps `(B, C, h, w)` that are stored: 0 where a class was not kept. For tests.
+
+    Scores of a class that a cell names twice add up, here and in `label_pooling`.
+    """
     _check_topk(topk, num_classes)
     dense = topk.new_zeros(len(topk), num_classes, *topk.shape[3:])
     return dense.scatter_add_(1, _class_index(*topk.unbind(1), num_classes), topk[:, 0])
@@ -468,10 +474,9 @@ def cutmix(images: Tensor, targets: Tensor, lam: float | None = None, beta: floa
             half, centre = int(length * math.sqrt(1 - lam)) // 2, _integer(length, generator)
             spans.append((max(centre - half, 0), min(centre + half, length)))
         box = (spans[0][0], spans[1][0], spans[0][1], spans[1][1])
-    r1, c1, r2, c2 = (int(v) for v in box)
+    r1, c1, r2, c2 = (int(v) for v in box) if len(box) == 4 else (-1,) * 4
     if not (0 <= r1 <= r2 <= rows and 0 <= c1 <= c2 <= columns):
-        raise ValueError(f"box (r1, c1, r2, c2) must lie in the {rows} x {columns} image, "
-                         f"not {(r1, c1, r2, c2)}")
+        raise ValueError(f"box must be (r1, c1, r2, c2) in the {rows} x {columns} image, not {box}")
     if perm is None:
         perm = torch.randperm(len(images), **_draws_on(generator))
     elif len(perm) != len(images) or not {*torch.as_tensor(perm).tolist()} <= {*range(len(images))}:
@@ -523,9 +528,9 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
           schedule: str = "cos", cutmix_prob: float = 0.0, cutmix_beta: float = 1.0,
           cutmix_off_epochs: int = 5, smoothing: float = 0.0, axes: str = "xy",
           num_classes: int = 1000, generator: torch.Generator | None = None,
-          variant: str = "localized-multi",
-          teacher: nn.Module | None = None, criterion: nn.Module | None = None,
-          amp_dtype: torch.dtype | None = None, resume: dict | None = None) -> Iterator[dict]:
+          variant: str = "localized-multi", teacher: nn.Module | None = None,
+          criterion: nn.Module | None = None, amp_dtype: torch.dtype | None = None,
+          resume: dict | None = None) -> Iterator[dict]:
     """Train on soft targets; yields {"epoch", "step", "loss", "lr"} per step.
 
     loader: sized; batches (images, targets (B, C)), or (images, topk, coords), pooled here on the
@@ -534,7 +539,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     already. `variant`: see `label_variant`. `teacher` (in eval mode): distillation on the fly, the
     comparator; the targets are softmax(teacher(images)), those of the loader are not used.
     `criterion`: instead of SoftTargetCrossEntropy. `steps.send("state")` returns a snapshot;
-    `resume=snapshot` goes on from it.
+    `resume=snapshot` goes on from it. ValueError if an epoch of the loader has no batches, or more
+    than len(loader).
     """
     lr_at(0, 0, 1, 1, 0.0, schedule=schedule)  # an unknown schedule fails here, not later
     if not 0 <= cutmix_prob <= 1:
@@ -555,10 +561,13 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     for epoch in range(first_epoch, epochs):
         if seekable:
             loader.set_epoch(epoch, skip)
-        model.train()
+        batch = skip - 1
         for batch, (images, *label) in enumerate(loader, skip if seekable else 0):
             if batch < skip:
                 continue
+            if batch == per_epoch:
+                raise ValueError(f"loader gave more batches than its length, {per_epoch}")
+            model.train()  # every time: the caller may evaluate in between
             images = images.to(device, non_blocking=True)
             if teacher is not None:
                 targets = images.new_zeros(len(images), 1)  # found below, on what the student sees
@@ -591,6 +600,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),
                     "epoch": epoch, "batch": batch + 1})
+        if batch < 0:
+            raise ValueError(f"loader gave no batches in epoch {epoch}; each iterates over it anew")
         skip = 0
 
 

@@ -229,7 +229,10 @@ def test_roi_align_gradient():
         [[1, 0.3, 0.2, 3.1, 2.7], [0, -0.5, -0.5, 2.0, 1.0], [1, 2.0, 1.0, 6.0, 5.5]],
         dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda t: roi_align(t, boxes, (2, 3), 0.9, 2, True), data)
-    assert roi_align(data, boxes[:0], 2).shape == (0, 2, 2, 2)
+    none = roi_align(data, boxes[:0], 2)
+    assert none.shape == (0, 2, 2, 2)
+    none.sum().backward()
+    assert not data.grad.any()
 
 
 def test_variants_and_label_cleaning():
@@ -361,6 +364,40 @@ def test_another_criterion():
     assert step["loss"] == pytest.approx(expected)
 
 
+def test_an_evaluation_between_two_steps_changes_nothing():
+    model, steps = toy_training(0, epochs=1)
+    for _ in steps:
+        assert model.training
+        model.eval()
+
+
+class Loader:
+    """Batches that claim a length."""
+
+    def __init__(self, batches, length):
+        self.batches, self.length = batches, length
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_loaders_of_another_length():
+    batches = [(torch.randn(2, 4, generator=seeded(i)), torch.eye(3)[:2]) for i in range(3)]
+
+    def run(loader):
+        model = nn.Linear(4, 3)
+        return list(relabel.train(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), 2))
+    assert [step["step"] for step in run(Loader(batches, 4))] == [0, 1, 2, 4, 5, 6]
+    for loader, words in [(Loader(batches, 2), "more batches than its length, 2"),
+                          (Loader([], 0), "no batches in epoch 0"),
+                          (Loader(iter(batches), 3), "no batches in epoch 1")]:
+        with pytest.raises(ValueError, match=f"loader gave {words}"):
+            run(loader)
+
+
 def test_frozen_parts_stay_in_evaluation_mode():
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
     model.train()
@@ -393,8 +430,9 @@ def test_label_map_files(tmp_path):
     for name in ("b.pt", "c.pt"):
         with pytest.raises(ValueError, match=name):
             relabel.load_label_map(tmp_path / name)
-    with pytest.raises(ValueError, match="m must be"):
-        relabel.save_label_map(tmp_path / "d.pt", m[0])
+    for wrong in (m[0], m.tolist(), None):
+        with pytest.raises(ValueError, match="m must be"):
+            relabel.save_label_map(tmp_path / "d.pt", wrong)
 
 
 def test_damaged_label_map_files(tmp_path):
@@ -433,8 +471,8 @@ def test_bad_input():
                              ((changed(1, -1), coords, 20), "classes"),
                              ((changed(1, 0.5), coords, 20), "classes"),
                              ((changed(1, float("nan")), coords, 20), "classes"),
-        ((changed(0, float("nan")), coords, 20), "not finite"),
-        ((changed(0, -float("inf")), coords, 20), "not finite"),
+                             ((changed(0, float("nan")), coords, 20), "not finite"),
+                             ((changed(0, -float("inf")), coords, 20), "not finite"),
                              ((topk, coords * float("nan"), 20), "coords must lie"),
                              ((topk.long(), coords), "floating-point")]:
         with pytest.raises(ValueError, match=words):
@@ -464,8 +502,9 @@ def test_bad_input():
         relabel.label_variant(topk, coords, "local", 20)
     with pytest.raises(ValueError, match="lam must"):
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), lam=1.5)
-    with pytest.raises(ValueError, match="box"):
-        relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), box=(0, 0, 5, 4))
+    for box in ((0, 0, 5, 4), (0, 0, 4)):
+        with pytest.raises(ValueError, match="box must be"):
+            relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), box=box)
     for beta in (0, float("inf")):
         with pytest.raises(ValueError, match="beta must be positive"):
             relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), beta=beta)
@@ -487,8 +526,9 @@ def test_bad_input():
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="boxes must be finite"):
             roi_align(torch.zeros(1, 1, 3, 3), torch.tensor([[0.0, 0, 0, value, 1]]), 1)
-    with pytest.raises(ValueError, match="output_size must be positive"):
-        roi_align(torch.zeros(1, 1, 3, 3), torch.zeros(1, 5), (1, 0))
+    for size in ((1, 0), (1, 2, 3), -1):
+        with pytest.raises(ValueError, match="output_size must be positive"):
+            roi_align(torch.zeros(1, 1, 3, 3), torch.zeros(1, 5), size)
     with pytest.raises(ValueError, match="size must be"):
         relabel.RandomResizedCropWithCoords(0)
     with pytest.raises(TypeError, match="img must be a PIL image"):
