@@ -87,7 +87,7 @@ class CocoImages:
         cover 1/16 of it), 0 elsewhere. k: by default enough for the image with the most classes.
         """
         rows = list(rows)
-        k = int(max(1, self.labels[rows].sum(1).max())) if k is None else k
+        k = int(self.labels[rows].sum(1).max(initial=1)) if k is None else k
         if not 1 <= k <= len(self.classes):
             raise ValueError(f"k must be in 1..{len(self.classes)}, not {k}")
         out = np.zeros((len(rows), 2, k, cells, cells), dtype=np.float32)

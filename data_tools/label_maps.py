@@ -176,10 +176,10 @@ class StoreWriter:
         maps = maps.detach().cpu().numpy() if isinstance(maps, torch.Tensor) else np.asarray(maps)
         cells = (self.meta["k"], self.meta["height"], self.meta["width"])
         expected = (min(size, count - start), 2, *cells)
-        if start % size or maps.shape != expected:
+        if start % size or not 0 <= start < count or maps.shape != expected:
             raise ValueError(f"maps must be the whole shard {expected} from a multiple of {size}, "
                              f"not {maps.shape} from {start}")
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, by name
             records = np.empty(len(maps), dtype=_record(self.meta))
             records["scores"], records["classes"] = maps[:, 0], maps[:, 1]
         if problem := _problem(records, self.meta, exact=maps[:, 1]):

@@ -57,6 +57,7 @@ def test_labels_and_maps_follow_the_annotations(tmp_path):
     crops = torch.tensor([[0, 0, 1, 0.25], [0.75, 0.75, 0.25, 0.25], [0, 0.75, 0.25, 0.25]])
     seen = label_pooling(maps[:1].expand(3, -1, -1, -1, -1), crops, 3, softmax=False) > 0
     assert seen.tolist() == [[False, False, True], [True, False, False], [False] * 3]
+    assert data.label_maps([], 4).shape == (0, 2, 1, 4, 4)
     assert len(CocoImages(tmp_path, tmp_path / "instances.json", keep_empty=False)) == 2
 
 

@@ -163,8 +163,9 @@ def test_bad_arguments(tmp_path):
         write_store(tmp_path / "b", maps, shard_size=2)
     writer = StoreWriter(tmp_path / "c", names(4), k=3, height=4, width=5, num_classes=20,
                          shard_size=2)
-    with pytest.raises(ValueError, match="whole shard"):
-        writer.write(1, maps[:2])
+    for start in (1, -2, 4):
+        with pytest.raises(ValueError, match="whole shard"):
+            writer.write(start, maps[:2])
     shape = {"k": 3, "height": 4, "width": 5, "num_classes": 20}
     for change in ({"k": 0}, {"num_classes": 40000}, {"height": 0}):
         with pytest.raises(ValueError, match="need 1 <= k"):
