@@ -7,7 +7,7 @@ output of `layer` and G = d score / dA:
 
     grad_cam      sum_k w_k A_k,  w_k = mean_z G_kz                          arXiv:1610.02391
     grad_cam_pp   w_k = sum_z alpha_kz relu(G_kz),                           arXiv:1710.11063
-                  alpha = G^2 / (2 G^2 + G^3 sum_z A)
+                  alpha = G^2 / (2 G^2 + G^3 sum_z A + eps)
     xgrad_cam     w_k = sum_z G_kz A_kz / sum_z A_kz                         arXiv:2008.02312
     layer_cam     sum_k relu(G_k) A_k                                        Jiang et al., TIP 2021
     hires_cam     sum_k G_k A_k                                              arXiv:2011.08891
@@ -25,8 +25,7 @@ MEASURES (section 5 of "Keep CALM and Improve Visual Feature Attribution", arXiv
     PixelAP              how well one threshold on all maps of a data set finds the true pixels
     remove_and_classify  how fast accuracy falls when the most attributed pixels are erased
 
-    maps = grad_cam(model, model.layer4, images, labels)              # (B, h, w) for labels (B,)
-    maps = grad_cam(model, model.layer4, images, classes)             # (B, n, h, w) for (B, n)
+    maps = grad_cam(model, model.layer4, images, labels)    # (B, h, w); (B, n, h, w) for (B, n)
     shown = normalize_map(resize_map(maps, 224), "minmax")
 
 >>> conv = torch.nn.Conv2d(3, 4, 3)
@@ -59,6 +58,11 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def _found(value: Any) -> str:
+    tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {tuple(value.shape)}" if tensor else type(value).__name__
+
+
 # ---------------------------------------------------------------- scores, targets, activations
 
 def _score(result: Any, output: str) -> Tensor:
@@ -66,7 +70,7 @@ def _score(result: Any, output: str) -> Tensor:
     if isinstance(result, Tensor):
         if result.ndim != 2:
             raise ValueError(f"model must return (B, C) scores or an output object, "
-                             f"not {tuple(result.shape)}")
+                             f"not {_found(result)}")
         if output == "logit":
             return result
         return result.log_softmax(1) if output == "log_prob" else result.softmax(1)
@@ -77,16 +81,17 @@ def _score(result: Any, output: str) -> Tensor:
     return getattr(result, name)()
 
 
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"images must be floating-point (B, C, H, W), "
-                         f"not {images.dtype} {tuple(images.shape)}")
+def _check_images(images: Any) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images must be floating-point (B, C, H, W), not {_found(images)}")
 
 
-def _check(images: Tensor, targets: Any, output: str) -> tuple[Tensor, bool]:
+def _check(images: Tensor, targets: Any, output: str, chunk: Any = None) -> tuple[Tensor, bool]:
     """Targets as (B, n) int64, and whether there was only one per image."""
     _check_choice("output", output, OUTPUTS)
     _check_images(images)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
     targets = torch.as_tensor(targets, device=images.device)
     if targets.dtype.is_floating_point or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers, not {targets.dtype}")
@@ -112,8 +117,7 @@ def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
 
     def hook(module: nn.Module, inputs: Any, result: Any) -> Tensor:
         if not isinstance(result, Tensor) or result.ndim != 4:
-            found = tuple(getattr(result, "shape", ())) or type(result).__name__
-            raise ValueError(f"layer must return one (B, K, h, w) tensor, not {found}")
+            raise ValueError(f"layer must return one (B, K, h, w) tensor, not {_found(result)}")
         seen[:] = [result.detach()]
         return change(seen[0])
 
@@ -175,11 +179,10 @@ def grad_cam_pp(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any
                 relu: bool = False, output: str = "logit", eps: float | None = None) -> Tensor:
     """Grad-CAM++. eps, against division by zero: None for 1e-6 of the image's largest G^2."""
     a, g, single = _activations_and_gradients(model, layer, images, targets, output)
-    squared = g.square()
-    guard = 1e-6 * squared.amax((2, 3, 4), keepdim=True) if eps is None else eps
-    alpha = squared / (2 * squared + a.sum((2, 3))[:, None, :, None, None] * g**3 + guard)
-    weights = torch.where(g == 0, 0.0, alpha * g.clamp(min=0)).sum((3, 4))
-    return _weighted(weights, a, single, relu)
+    peak = g.abs().amax((2, 3, 4), keepdim=True)
+    guard = eps / g / g if eps is not None else 1e-6 * (peak / g).square()
+    alpha = 1 / (2 + a.sum((2, 3))[:, None, :, None, None] * g + guard)           # G^2 underflows
+    return _weighted(torch.where(g > 0, alpha * g, 0.0).sum((3, 4)), a, single, relu)
 
 
 def xgrad_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, *,
@@ -205,11 +208,8 @@ def hires_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
 
 
 def _chunks(live: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Image and channel indices of `live` (B, K), `chunk` at a time."""
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, not {chunk}")
-    for part in live.nonzero().split(chunk):
-        yield part.unbind(1)
+    """Image and channel indices of `live` (B, K), `chunk` at a time; never none."""
+    return (part.unbind(1) for part in live.nonzero().split(chunk) if len(part))
 
 
 @torch.no_grad()
@@ -219,17 +219,17 @@ def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
 
     The mask of a constant channel (dead after a ReLU, say) is 0: these share one black image.
     """
-    targets, single = _check(images, targets, output)
+    targets, single = _check(images, targets, output, chunk)
     with _output_of(layer, Tensor.clone) as seen:
         _at(_score(model(images), output), targets)
     a = seen[0]
-    masks = F.interpolate(a, images.shape[2:], mode="bilinear", align_corners=True)
-    low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-    masks = (masks - low) / (high - low + 1e-8)
     black = _score(model(torch.zeros_like(images)), output).gather(1, targets)
     scores = black.unsqueeze(1).repeat(1, a.shape[1], 1)                          # (B, K, n)
-    for b, k in _chunks((high != low)[:, :, 0, 0], chunk):
-        masked = model(images[b] * masks[b, k].unsqueeze(1))
+    for b, k in _chunks(a.amax((2, 3)) != a.amin((2, 3)), chunk):
+        masks = F.interpolate(a[b, k].unsqueeze(1), images.shape[2:], mode="bilinear",
+                              align_corners=True)
+        low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
+        masked = model(images[b] * ((masks - low) / (high - low + 1e-8)))
         scores[b, k] = _score(masked, output).gather(1, targets[b])
     return _weighted(scores.softmax(1).transpose(1, 2), a, single, relu)
 
@@ -274,9 +274,10 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
     """Ablation-CAM: relative drop of the score without one channel of A.
 
     K passes per image, `chunk` at a time, through what lies above the layer: modules that were done
-    before it give their first results again. Channels that are 0 everywhere are left out.
+    before it give their first results again. Channels that are 0 everywhere are left out; where the
+    score is exactly 0 the map is 0.
     """
-    targets, single = _check(images, targets, output)
+    targets, single = _check(images, targets, output, chunk)
     below = {module: [] for module in _beside(model, layer)}
 
     def keep(module: nn.Module, inputs: Any, result: Any) -> None:
@@ -296,7 +297,7 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
         replays = {module: _replay(module, results, b) for module, results in below.items()}
         with _forwards({**replays, layer: lambda *_, **__: without}):
             without_k = _score(model(images[b]), output).gather(1, targets[b])
-        drops[b, k] = (score[b] - without_k) / score[b]
+        drops[b, k] = torch.where(score[b] == 0, 0.0, (score[b] - without_k) / score[b])
     return _weighted(drops.transpose(1, 2), a, single, relu)
 
 
@@ -310,8 +311,8 @@ def _input_gradients(model: nn.Module, images: Tensor, targets: Tensor, output: 
     return torch.autograd.grad(scores.sum(), images)[0]
 
 
-def _one_target(images: Tensor, targets: Any, output: str) -> Tensor:
-    targets, single = _check(images, targets, output)
+def _one_target(images: Tensor, targets: Any, output: str, chunk: int | None = None) -> Tensor:
+    targets, single = _check(images, targets, output, chunk)
     if not single:
         raise ValueError(f"targets must be an int or ({len(images)},): one class per image")
     return targets
@@ -319,8 +320,6 @@ def _one_target(images: Tensor, targets: Any, output: str) -> Tensor:
 
 def _passes(count: int, images: Tensor, chunk: int | None) -> list[slice]:
     """Slices of `chunk` out of `count` copies of the batch (default: about PASS images a pass)."""
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, not {chunk}")
     chunk = chunk or max(1, PASS // max(1, len(images)))
     return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
@@ -352,6 +351,7 @@ def _quadrature(method: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return points + shift / steps, weights
 
 
+@torch.no_grad()
 def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
                          baseline: Tensor | None = None, steps: int = 50,
                          method: str = "gausslegendre", variant: str = "standard",
@@ -363,7 +363,7 @@ def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
     max_c |gradient| at 0, 1/n, ..., 1 (n + 1 points, divided by n), `(B, H, W)`, as the CALM
     paper's code computes it; it does not sum to the difference.
     """
-    targets = _one_target(images, targets, output)
+    targets = _one_target(images, targets, output, chunk)
     _check_choice("method", method, QUADRATURES)
     _check_choice("variant", variant, ("standard", "calm"))
     if steps < 1 or (method == "riemann_trapezoid" and steps < 2):
@@ -387,17 +387,16 @@ def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
     return (total[:, 0] if variant == "calm" else (images - base) * total).to(images.dtype)
 
 
-def _noisy_moments(model: nn.Module, images: Tensor, targets: Any, samples: int = 50,
-                   sigma_divisor: float = 4.0, noise: Tensor | None = None, output: str = "logit",
-                   chunk: int | None = None,
-                   generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def _noisy_moments(model: nn.Module, images: Tensor, targets: Any, samples: int,
+                   sigma_divisor: float, noise: Tensor | None, output: str, chunk: int | None,
+                   generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Mean and mean square over the samples of the input-gradient maps of noisy images."""
-    targets = _one_target(images, targets, output)
+    targets = _one_target(images, targets, output, chunk)
     if samples < 1 or not sigma_divisor > 0:
         raise ValueError(f"samples and sigma_divisor must be positive, "
                          f"not {samples} and {sigma_divisor}")
     if noise is not None and noise.shape != (samples, *images.shape):
-        raise ValueError(f"noise must be {(samples, *images.shape)}, not {tuple(noise.shape)}")
+        raise ValueError(f"noise must be {(samples, *images.shape)}, not {_found(noise)}")
     source = images.device if generator is None else generator.device
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     sigma = (high - low) / sigma_divisor
@@ -447,12 +446,11 @@ def var_grad(model: nn.Module, images: Tensor, targets: Any, *, samples: int = 5
 def resize_map(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     """`(..., h, w)` to `(..., H, W)`, bilinear, corners not aligned. Keeps values, not sums."""
     size = (size, size) if isinstance(size, int) else tuple(size)
-    if maps.ndim < 2 or len(size) != 2 or min(size) < 1:
+    if not isinstance(maps, Tensor) or maps.ndim < 2 or len(size) != 2 or min(size) < 1:
         raise ValueError(f"maps must be (..., h, w) and size one or two positive numbers, "
-                         f"not {tuple(maps.shape)} and {size}")
+                         f"not {_found(maps)} and {size}")
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    resized = F.interpolate(flat, size, mode="bilinear", align_corners=False)
-    return resized.view(*maps.shape[:-2], *size)
+    return F.interpolate(flat, size, mode="bilinear").view(*maps.shape[:-2], *size)
 
 
 def normalize_map(maps: Tensor, mode: str) -> Tensor:
@@ -462,8 +460,8 @@ def normalize_map(maps: Tensor, mode: str) -> Tensor:
     not finite become 0 (not for "none"), as do maps without a positive value under "max".
     """
     _check_choice("mode", mode, ("none", "max", "minmax", "clip"))
-    if maps.ndim < 2:
-        raise ValueError(f"maps must be (..., H, W), not {tuple(maps.shape)}")
+    if not isinstance(maps, Tensor) or maps.ndim < 2:
+        raise ValueError(f"maps must be (..., H, W), not {_found(maps)}")
     if mode == "none":
         return maps
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
@@ -539,21 +537,21 @@ class PixelAP:
 
     def compute(self) -> dict[str, Any]:
         """{"ap" in percent, "precision", "recall" (bins,) from the highest down; 0 / 0 is NaN}."""
-        histogram, below = self._exact() if self.edges is None else (self.histogram, self.below)
+        histogram = self._exact() if self.edges is None else self.histogram
         false, true = histogram.flip(1).cumsum(1).cpu()
-        positives = histogram[1].sum().cpu() + (below if self.count_underflow else 0)
+        positives = histogram[1].sum().cpu() + (self.below if self.count_underflow else 0)
         precision, recall = true / (true + false), true / positives
         gain = torch.diff(recall, prepend=recall.new_zeros(1))
         ap = 100 * float((precision * gain)[true + false > 0].sum()) if positives else math.nan
         return {"ap": ap, "precision": precision, "recall": recall}
 
-    def _exact(self) -> tuple[Tensor, int]:
-        """Counts (2, number of distinct values); nothing is below."""
+    def _exact(self) -> Tensor:
+        """Counts (2, number of distinct values)."""
         empty = torch.zeros(2, 0, dtype=torch.float64)
         value, positive = torch.cat(self.values, 1) if self.values else empty
         distinct, place = value.unique(return_inverse=True)
         rows = [torch.bincount(place[positive == p], minlength=len(distinct)) for p in (0, 1)]
-        return torch.stack(rows).double(), 0
+        return torch.stack(rows).double()
 
 
 # ---------------------------------------------------------------- remove and classify
@@ -563,9 +561,8 @@ def erase_masks(maps: Tensor, fractions: Sequence[float], order: str = "most") -
 
     Of equal values the one with the lower flat index goes first.
     """
-    if maps.ndim != 3 or maps.isnan().any():
-        raise ValueError(f"maps must be (B, H, W) without NaN, "
-                         f"not {tuple(maps.shape) if maps.ndim != 3 else 'with NaN'}")
+    if not isinstance(maps, Tensor) or maps.ndim != 3 or maps.isnan().any():
+        raise ValueError(f"maps must be (B, H, W) without NaN, not {_found(maps)}")
     _check_choice("order", order, ("most", "least"))
     if not all(0 <= k <= 1 for k in fractions):
         raise ValueError(f"fractions must be in [0, 1], not {list(fractions)}")
@@ -586,8 +583,7 @@ def fill_baseline(images: Tensor, fill: str) -> Tensor:
     if fill == "mean":
         return images.mean((2, 3), keepdim=True).expand_as(images)
     if min(images.shape[2:]) < 16:
-        raise ValueError(f"fill 'blur' needs images of at least 16 pixels, "
-                         f"not {tuple(images.shape[2:])}")
+        raise ValueError(f"fill 'blur' needs images of at least 16 pixels, not {_found(images)}")
     offset = torch.arange(-15, 16, device=images.device, dtype=images.dtype)
     line = torch.exp(-offset.square() / (2 * 15**2))
     line = (line / line.sum()).expand(images.shape[1], 1, 1, -1)
@@ -632,13 +628,15 @@ def remove_and_classify(model: Callable, loader: Iterable,
     counts, whole, total = torch.zeros(2, len(fractions), dtype=torch.float64), 0, 0
     with _evaluating(model):
         for images, labels, *_ in loader:
-            if images.ndim != 4:
-                raise ValueError(f"loader must give images (B, C, H, W), not {tuple(images.shape)}")
+            if images.ndim != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
+                raise ValueError(f"loader must give images (B, C, H, W) and integer labels (B,), "
+                                 f"not {_found(images)} and {_found(labels)}")
             size, count = tuple(images.shape[2:]), len(images)
             with torch.enable_grad():                         # gradient maps need it
-                maps = map_fn(images, labels).detach().float()
+                maps = map_fn(images, labels).detach()
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
             if maps.ndim != 3 or len(maps) != count:
-                raise ValueError(f"map_fn must return ({count}, h, w), not {tuple(maps.shape)}")
+                raise ValueError(f"map_fn must return ({count}, h, w), not {_found(maps)}")
             keep = erase_masks(resize_map(maps, size), fractions, order)
             if random_masks is None:
                 source = images.device if generator is None else generator.device
@@ -646,9 +644,9 @@ def remove_and_classify(model: Callable, loader: Iterable,
                 chance = erase_masks(chance.to(images.device), fractions)
             else:
                 chance = random_masks[:, total:total + count].to(images.device)
-                if chance.shape != keep.shape:
-                    raise ValueError(f"random_masks must be (F, N, H, W) for the loader's images, "
-                                     f"not {tuple(random_masks.shape)}")
+                if chance.shape != keep.shape or chance.dtype != torch.bool:
+                    raise ValueError(f"random_masks must be bool (F, N, H, W) for the loader's "
+                                     f"images, not {_found(random_masks)}")
             base = fill_baseline(images, fill)
             whole += int(right(images, labels).sum())
             for row, masks in enumerate((keep, chance)):      # all fractions in one forward pass
@@ -658,6 +656,8 @@ def remove_and_classify(model: Callable, loader: Iterable,
             total += count
     if not total:
         raise ValueError("loader is empty")
+    if random_masks is not None and random_masks.shape[1] != total:
+        raise ValueError(f"random_masks must be for {total} images, not {_found(random_masks)}")
     if (counts[1] == 0).any():
         warnings.warn("no randomly erased image is recognised at some fraction: its ratio is NaN",
                       stacklevel=3)

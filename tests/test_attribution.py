@@ -229,6 +229,40 @@ def test_dead_channels_cost_no_pass(case):
     assert torch.allclose(maps, torch.einsum("bk,bkhw->bhw", weights, a), rtol=1e-3, atol=1e-5)
 
 
+def test_a_dead_layer_or_score_gives_maps_of_zeros():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    passes, images = [], torch.rand(2, 3, 6, 6, generator=seeded())
+    net.register_forward_pre_hook(lambda _, x: passes.append(len(x[0])))
+    for bias in (-9.0, 0.0):
+        nn.init.zeros_(net[0].weight), nn.init.constant_(net[0].bias, bias)
+        for function in (at.score_cam, at.ablation_cam, at.grad_cam_pp):
+            assert not function(net, net[1], images, 0).any()
+    nn.init.uniform_(net[0].weight, generator=seeded())
+    net.append(nn.Linear(4, 2))
+    nn.init.zeros_(net[-1].weight), nn.init.zeros_(net[-1].bias)
+    assert not at.ablation_cam(net, net[1], images, 0).any()
+    assert min(passes) > 0                                    # many networks refuse no images
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e-25), (torch.float16, 1e-3)])
+def test_grad_cam_pp_with_gradients_whose_square_underflows(case, dtype, scale):
+    g, net, images, labels = case
+    with torch.no_grad():
+        net.fc.weight.mul_(scale)
+    maps = at.grad_cam_pp(net.to(dtype), net.relu, images.to(dtype), labels)
+    assert maps.isfinite().all() and maps.any()
+
+
+def test_score_cam_holds_no_more_masks_than_a_chunk(case, monkeypatch):
+    g, net, images, labels = case
+    expected, sizes = at.score_cam(net, net.relu, images, labels), []
+    enlarge = nn.functional.interpolate
+    monkeypatch.setattr(nn.functional, "interpolate", lambda maps, *args, **kwargs: (
+        sizes.append(maps.shape[0] * maps.shape[1]), enlarge(maps, *args, **kwargs))[1])
+    close(at.score_cam(net, net.relu, images, labels, chunk=3), expected)
+    assert max(sizes) == 3
+
+
 def test_half_precision_adds_up_in_float32():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for n, parameter in enumerate(net.parameters()):
@@ -250,6 +284,7 @@ def test_inside_inference_mode(case):
             assert torch.equal(function(net, net.relu, images + 0, labels + 0), expected)
     for function in (at.input_gradient, at.integrated_gradients):
         expected = function(net, images, labels)
+        assert not function(net, images.clone().requires_grad_(), labels).requires_grad
         with torch.inference_mode():
             assert torch.equal(function(net, images + 0, labels + 0), expected)
 
@@ -350,6 +385,14 @@ def test_remove_and_classify_restores_the_mode_and_warns():
     assert result["ratio"].isnan().all()
 
 
+def test_remove_and_classify_orders_float64_maps_as_they_are():
+    maps, seen = torch.tensor([[[1.0, 1.0 + 1e-12], [0.0, 0.0]]], dtype=torch.float64), []
+    at.remove_and_classify(lambda x: (seen.append(x), x.flatten(1))[1],
+                           [(torch.ones(1, 1, 2, 2), torch.zeros(1).long())], lambda *_: maps,
+                           [0.25], generator=seeded())
+    assert seen[1].flatten().tolist() == [1, 0, 1, 1]
+
+
 def test_pixel_ap_counts_anything_once():
     maps = torch.rand(3, 5, 5, generator=seeded(), dtype=torch.float64)
     masks = torch.randint(2, (3, 5, 5), generator=seeded(1))
@@ -395,6 +438,10 @@ def test_bad_input(case):
         (lambda: at.grad_cam(net, net.relu, images, labels[:1]), ValueError, "targets must be"),
         (lambda: at.grad_cam(net, net.relu, images, labels.float()), TypeError, "integers"),
         (lambda: at.grad_cam(net, net.relu, images[0], 1), ValueError, "images must be"),
+        (lambda: at.grad_cam(net, net.relu, images.numpy(), 1), ValueError, "not ndarray"),
+        (lambda: at.resize_map(zeros.numpy(), 2), ValueError, "maps must be"),
+        (lambda: at.normalize_map(zeros.numpy(), "max"), ValueError, "maps must be"),
+        (lambda: at.erase_masks(zeros.numpy(), [0.5]), ValueError, "maps must be"),
         (lambda: at.grad_cam(net, nn.ReLU(), images, 1), ValueError, "layer was not used"),
         (lambda: at.grad_cam(net, "relu", images, 1), TypeError, "layer must be a module"),
         (lambda: at.grad_cam(net, net.relu, images, labels[:, None][:, :0]), ValueError, "targets"),
@@ -443,6 +490,16 @@ def test_bad_input(case):
         (lambda: at.remove_and_classify(net, batches, lambda x, y: x[:, 0], [0.5],
                                         random_masks=torch.ones(1, 1, 2, 2).bool()), ValueError,
          "random_masks"),
+        (lambda: at.remove_and_classify(net, batches, lambda x, y: x[:, 0], [0.5],
+                                        random_masks=torch.ones(1, 99, *images.shape[2:]).bool()),
+         ValueError, "random_masks"),
+        (lambda: at.remove_and_classify(net, batches, lambda x, y: x[:, 0], [0.5],
+                                        random_masks=torch.ones(1, len(images), *images.shape[2:])),
+         ValueError, "random_masks must be bool"),
+        (lambda: at.remove_and_classify(net, [(images, labels[:1])], None, [0.5]), ValueError,
+         "loader must give .* labels"),
+        (lambda: at.remove_and_classify(net, [(images, labels.float())], None, [0.5]), ValueError,
+         "integer labels"),
         (lambda: at.grad_cam(nn.Identity(), nn.Identity(), images, 1), ValueError,
          r"\(B, C\) scores")]:
         with pytest.raises(error, match=words):
