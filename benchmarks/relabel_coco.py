@@ -100,9 +100,7 @@ def embedded(tiny):
 def train(run, name, loader, arch, kinds, epochs, lr, seed):
     model = build_model(arch, kinds, seed)
     if run.args.init:
-        state = torch.load(run.args.init, map_location="cpu", weights_only=True)
-        body = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        model.load_state_dict({**model.state_dict(), **body})
+        load_weights(model, run.args.init, head=False)
     wrapped = run.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True,
                                 weight_decay=1e-4)

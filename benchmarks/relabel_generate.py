@@ -79,15 +79,21 @@ def build_model(arch: str, num_classes: int, seed: int = 0) -> resnet.ResNet:
     return model.to(memory_format=torch.channels_last)  # faster, most in half precision
 
 
-def load_weights(model: torch.nn.Module, path) -> torch.nn.Module:
-    """A checkpoint of the model: a plain state dict or one under "model" or "state_dict"."""
+def load_weights(model: torch.nn.Module, path, head: bool = True) -> torch.nn.Module:
+    """A checkpoint of the model: a plain state dict or one under "model" or "state_dict".
+
+    head=False: the last layer stays as it is.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for wrapper in ("model", "state_dict"):
             state = state.get(wrapper, state)
-        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    except (OSError, RuntimeError, AttributeError) as error:
-        raise SystemExit(f"checkpoint {path} does not fit this model: {error}") from None
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+        model.load_state_dict(state if head else state | own)
+    except Exception as error:  # of many types, if the file is damaged
+        reason = str(error) or type(error).__name__
+        raise SystemExit(f"checkpoint {path} does not fit this model: {reason}") from None
     return model
 
 

@@ -152,6 +152,21 @@ def test_ablations_of_teacher_and_classes(tmp_path, run):
     assert [row["k"] for row in kept] == [1, 3, 5, 8] and kept[-1]["KL(all || k)"] == 0
 
 
+def test_checkpoints_that_fit_and_others(tmp_path, run):
+    from relabel_generate import build_model, load_weights
+
+    one, other = (build_model("small-2", classes, classes) for classes in (3, 4))
+    torch.save({"state_dict": {f"module.{key}": value for key, value in one.state_dict().items()}},
+               tmp_path / "a.pt")
+    load_weights(other, tmp_path / "a.pt", head=False)
+    assert torch.equal(other.conv1.weight, one.conv1.weight) and len(other.fc.bias) == 4
+    torch.save({"conv1.weight": one.conv1.weight.data}, tmp_path / "part.pt")
+    (tmp_path / "empty.pt").touch()
+    for name in ("a.pt", "part.pt", "empty.pt", "none.pt"):
+        with pytest.raises(SystemExit, match=f"{name} does not fit this model: "):
+            load_weights(other, tmp_path / name)
+
+
 def test_mean_average_precision(run):
     from relabel_coco import mean_average_precision
 
