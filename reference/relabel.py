@@ -229,9 +229,10 @@ def roi_align(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int 
     columns = axis_weights(x1, x2, input.shape[3], bins[1], sampling_ratio, aligned)
     order = index.argsort(stable=True)  # image by image: boxes share the map uncopied
     images, counts = index[order].unique_consecutive(return_counts=True)
+    maps_of = input.unbind()  # not input[n]: its gradient would be one of the whole batch
     pooled = [input[:0, :, :1, :1].expand(-1, -1, *bins)]  # without boxes: still of `input`
     for n, mine in zip(images.tolist(), order.split(counts.tolist())):
-        maps = torch.einsum("kpy,cyx,kqx->kcpq", rows[mine], input[n].to(work), columns[mine])
+        maps = torch.einsum("kpy,cyx,kqx->kcpq", rows[mine], maps_of[n].to(work), columns[mine])
         pooled.append(maps.to(input.dtype))
     return torch.cat(pooled)[order.argsort()]
 
