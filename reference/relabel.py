@@ -474,7 +474,8 @@ def cutmix(images: Tensor, targets: Tensor, lam: float | None = None, beta: floa
         for length in (rows, columns):
             half, centre = int(length * math.sqrt(1 - lam)) // 2, _integer(length, generator)
             spans.append((max(centre - half, 0), min(centre + half, length)))
-        box = (spans[0][0], spans[1][0], spans[0][1], spans[1][1])
+        (r1, r2), (c1, c2) = spans
+        box = (r1, c1, r2, c2)
     r1, c1, r2, c2 = (int(v) for v in box) if len(box) == 4 else (-1,) * 4
     if not (0 <= r1 <= r2 <= rows and 0 <= c1 <= c2 <= columns):
         raise ValueError(f"box must be (r1, c1, r2, c2) in the {rows} x {columns} image, not {box}")
@@ -535,13 +536,17 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     """Train on soft targets; yields {"epoch", "step", "loss", "lr"} per step.
 
     loader: sized; batches (images, targets (B, C)), or (images, topk, coords), pooled here on the
-    model's device. If it has `set_epoch(epoch, first_batch)`, that is called before every epoch.
-    `smoothing` is for one-hot targets (the label-smoothing baseline); pooled ones are smooth
-    already. `variant`: see `label_variant`. `teacher` (in eval mode): distillation on the fly, the
-    comparator; the targets are softmax(teacher(images)), those of the loader are not used.
-    `criterion`: instead of SoftTargetCrossEntropy. `steps.send("state")` returns a snapshot;
-    `resume=snapshot` goes on from it. ValueError if an epoch of the loader has no batches, or more
+    model's device as `variant` says (see `label_variant`). If it has `set_epoch(epoch,
+    first_batch)`, that is called before every epoch. ValueError if an epoch has no batches, or more
     than len(loader).
+
+    The learning rate is that of `lr_at`, from `init_lr` (None: the optimizer's). `cutmix` mixes a
+    batch with probability `cutmix_prob`, none in the last `cutmix_off_epochs`; `generator` draws
+    for it (None: seed 0). `smoothing` is for one-hot targets (the label-smoothing baseline); pooled
+    ones are smooth already. `teacher` (in eval mode): distillation on the fly, the comparator; the
+    targets are softmax(teacher(images)), those of the loader are not used. `criterion`: instead of
+    SoftTargetCrossEntropy. `steps.send("state")` returns a snapshot; `resume=snapshot` goes on from
+    it.
     """
     lr_at(0, 0, 1, 1, 0.0, schedule=schedule)  # an unknown schedule fails here, not later
     if not 0 <= cutmix_prob <= 1:
