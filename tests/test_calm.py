@@ -1,4 +1,5 @@
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,10 @@ def test_constants_do_not_change_maps_and_extremes_stay_finite():
     assert loss.isfinite()
     assert torch.autograd.grad(loss, low)[0].isfinite().all()
     assert extreme.prior()[0, 1, 1] == 1
+    tied = CALMOutput(torch.full((1, 3, 2, 2), 1e4).requires_grad_(), torch.zeros(1, 1, 2, 2))
+    loss = calm_loss(tied, torch.tensor([1]), "ml")
+    assert loss.item() == pytest.approx(math.log(3), rel=1e-6)                    # no digit lost
+    assert torch.autograd.grad(loss, tied.logits)[0].sum(1).abs().max() < 1e-7
     deep = CALMOutput(torch.zeros(1, 2, 3, 3), -1e4 - torch.rand(1, 1, 3, 3, generator=seeded()))
     assert abs(deep.prior().sum() - 1) < 1e-5
     for head in (CALMHead.official(2, 3), CALMHead(2, 3, "relu")):
@@ -291,14 +296,18 @@ def test_an_averaged_e_step_is_another_algorithm_and_resumes():
     loader = [(torch.randn(4, 3, 6, 6, generator=g), torch.randint(3, (4,), generator=g))
               for _ in range(4)]
 
-    def losses(resume=None, **options):
+    def train(resume=None, **options):
         model = net(0 if resume is None else 7)
-        steps = calm.train(model, loader, 2, lr=0.1, resume=resume, **options)
-        return [step["loss"] for step in steps]
+        model.backbone.append(nn.BatchNorm2d(6))
+        model.train(resume is None)                           # the mode before makes no difference
+        return calm.train(model, loader, 2, lr=0.1, resume=resume, **options)
+
+    def losses(*args, **options):
+        return [step["loss"] for step in train(*args, **options)]
 
     online, averaged = losses(), losses(ema=0.9)
     assert online[0] == averaged[0] and online != averaged and losses(hard=True) != online
-    steps = calm.train(net(), loader, 2, lr=0.1, ema=0.9)
+    steps = train(ema=0.9)
     for _ in range(3):
         next(steps)
     assert losses(steps.send("state"), ema=0.9) == averaged[3:]
@@ -469,6 +478,8 @@ def test_bad_input():
         (lambda: calm.attribution_map(output, labels.float()), TypeError, "integers"),
         (lambda: calm.counterfactual_map(output, 0, 1, mode="both"), ValueError, "mode"),
         (lambda: calm.superclass_map(output, [[0], [], [1]]), ValueError, "non-empty"),
+        (lambda: calm.superclass_map(output, labels), ValueError, "non-empty"),
+        (lambda: calm.superclass_map(output, [[0.5]] * 3), TypeError, "integers"),
         (lambda: calm.superclass_map(output, {0: [1]}), ValueError, "needs labels"),
         (lambda: calm.superclass_map(output, [[0]] * 3, "prior"), ValueError, "kind"),
         (lambda: calm.superclass_map(output, {0: [1], 3: [0]}, labels=labels), ValueError,
@@ -484,6 +495,7 @@ def test_bad_input():
         (lambda: next(calm.train(net(), [], 1, amp_dtype=torch.float16)), ValueError, "amp_dtype"),
         (lambda: calm.merge_cub_parts(np.zeros((3, 3)), 10, 10), ValueError, "15, 3"),
         (lambda: calm.merge_cub_parts(np.zeros((15, 3)), 0, 10), ValueError, "positive"),
+        (lambda: calm.merge_cub_parts([[np.nan, 1, 1]] * 15, 9, 9), ValueError, "finite"),
         (lambda: calm.cue_mask(torch.zeros(4, 4).long(), np.zeros((4, 4)), [1]), ValueError,
          "uint8"),
         (lambda: calm.wordnet_superclasses(["a b c"], ["b"], 0), ValueError, "line 1"),
@@ -492,6 +504,8 @@ def test_bad_input():
         (lambda: calm.wordnet_superclasses(WORDNET, ["robin"], -1), ValueError, "depth"),
         (lambda: calm.part_label_map(torch.zeros(0, 2).long(), torch.zeros(0).long()), ValueError,
          "empty"),
+        (lambda: calm.part_label_map(torch.ones(2, 3).long(), torch.ones(2).long()), ValueError,
+         r"\(P, 2\)"),
         (lambda: calm.part_label_map(torch.ones(1, 2).long(), torch.ones(1).long(), 0), ValueError,
          "size positive"),
         (lambda: calm.differing_part_groups([1], [1, 2], ["a"]), ValueError, "one length")]:
