@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
             maps = LabelMaps(run.args.store)
             there, kinds = set(maps.images), maps.meta["num_classes"]
             kept = [row for row, name in enumerate(names) if image_key(name) in there]
+            if not kept:
+                parser.error(f"--store {run.args.store} has no map of an image of --metadata")
             names, boxes, sizes = [names[row] for row in kept], boxes[kept], sizes[kept]
             at = np.array([maps.index(name) for name in names])
         boxes, shown, given = boxes[:, None], "images", np.zeros(len(boxes), int)
@@ -151,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                                for (low, values), level in zip(bins, levels)]
         claims.append({"claim": "largest probability rises with the IoU", "paper": "rises",
                        "this run": " ".join(f"{level:.2f}" for level in levels),
-                       "holds": bool(all(np.diff(levels) > 0))})
+                       "holds": bool(all(np.diff(levels) > 0)) if len(levels) > 1 else None})
     if run.figures and run.is_main:
         ordered = np.sort(iou)
         keep = np.linspace(0, len(ordered) - 1, 400).astype(int)

@@ -144,8 +144,15 @@ def folder(run, small):
 
 
 def real_labels(path, validation, kinds):
-    """(N, kinds) valid classes of "Are we done with ImageNet?": entry n - 1 is ..._val_0000000n."""
-    valid, entries = torch.zeros(len(validation), kinds), json.loads(path.read_text())
+    """(N, kinds) valid classes of "Are we done with ImageNet?": entry n - 1 is ..._val_0000000n.
+
+    Classes from `kinds` on, which the students do not know, are left out.
+    """
+    try:
+        entries = [[c for c in classes if c < kinds] for classes in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no list of lists of classes: {error}") from None
+    valid = torch.zeros(len(validation), kinds)
     for row in range(len(validation)):
         number = re.search(r"_(\d+)\.\w+$", validation.name(row))
         if number is None or not 1 <= int(number[1]) <= len(entries):

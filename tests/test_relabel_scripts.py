@@ -167,6 +167,24 @@ def test_checkpoints_that_fit_and_others(tmp_path, run):
             load_weights(other, tmp_path / name)
 
 
+def test_multi_labels_of_imagenet(tmp_path, run):
+    import relabel_imagenet as study
+
+    class Names(list):
+        def name(self, index):
+            return self[index]
+
+    path, names = tmp_path / "real.json", Names(["n1/ILSVRC2012_val_00000002.JPEG",
+                                                 "n0/ILSVRC2012_val_00000001.JPEG"])
+    path.write_text("[[0, 2, 900], [901]]")
+    assert study.real_labels(path, names, 3).tolist() == [[0, 0, 0], [1, 0, 1]]
+    for content, words in (("[[1]]", "no entry for n1/ILSVRC"), ("[1, 2]", "no list of lists"),
+                           ("{", "no list of lists")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"real.json.* {words}"):
+            study.real_labels(path, names, 3)
+
+
 def test_mean_average_precision(run):
     from relabel_coco import mean_average_precision
 
