@@ -49,17 +49,9 @@ class UnsafeArchive(ValueError):
 # ------------------------------------------------------------------------------------- download
 
 
-def download(
-    url: str,
-    dst: str | Path,
-    *,
-    sha256: str | None = None,
-    size: int | None = None,
-    retries: int = 5,
-    timeout: float = 30.0,
-    backoff: float = 1.0,
-    progress: bool = True,
-) -> Path:
+def download(url: str, dst: str | Path, *, sha256: str | None = None, size: int | None = None,
+             retries: int = 5, timeout: float = 30.0, backoff: float = 1.0,
+             progress: bool = True) -> Path:
     """Fetches url to the file dst (or into the folder dst, under the URL's last name) and returns
     its path.
 
@@ -91,7 +83,7 @@ def download(
     part = dst.with_name(dst.name + ".part")
     failures, restarted = 0, False
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before = _size(part)
         try:
             _fetch(url, part, size, timeout, progress)
             problem = _mismatch(part, sha256, size)
@@ -107,16 +99,14 @@ def download(
             if isinstance(error, urllib.error.HTTPError):
                 if error.code < 500 and error.code not in (408, 416, 429):
                     raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
-            elif getattr(error, "filename", None) is not None or getattr(error, "errno",
-                                                                         None) in LOCAL:
+            elif getattr(error, "filename", None) or getattr(error, "errno", None) in LOCAL:
                 raise  # the local file or disk, not the network
-            gained = (part.stat().st_size if part.exists() else 0) - before
+            gained = _size(part) - before
             failures = 0 if gained >= BLOCK else failures + 1
             if failures > retries:
-                kept = part.stat().st_size if part.exists() else 0
                 raise DownloadError(
-                    f"{url}: {_reason(error)} ({failures} tries in a row; {kept} bytes are kept in "
-                    f"{part}, the same command goes on from there)") from error
+                    f"{url}: {_reason(error)} ({failures} tries in a row; {_size(part)} bytes are "
+                    f"kept in {part}, the same command goes on from there)") from error
             time.sleep(min(30.0, backoff * 2 ** max(0, failures - 1)))
     os.replace(part, dst)
     _validator_path(part).unlink(missing_ok=True)
@@ -126,6 +116,10 @@ def download(
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", None) or error
     return f"{reason}" if str(reason) else type(error).__name__
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _validator_path(part: Path) -> Path:
@@ -152,9 +146,8 @@ def _mismatch(path: Path, sha256: str | None, size: int | None) -> str | None:
 
 
 def _fetch(url: str, part: Path, size: int | None, timeout: float, progress: bool) -> None:
-    """One try: continues part, or starts it afresh if the server does not continue the same
-    file."""
-    have = part.stat().st_size if part.exists() else 0
+    """One try: continues part, or starts afresh if the server does not continue the same file."""
+    have = _size(part)
     validator = _validator_path(part)
     headers = {"Accept-Encoding": "identity", "User-Agent": "data_tools"}
     if have and validator.exists():
@@ -239,11 +232,9 @@ class _Meter:
 # --------------------------------------------------------------------------------------- unpack
 
 
-def unpack(
-    archive: str | Path, dst: str | Path, *, max_bytes: int | None = None, max_ratio: float = 200.0
-) -> int:
-    """Unpacks a tar (also .gz, .bz2, .xz) or zip archive below the folder dst; returns the number
-    of files.
+def unpack(archive: str | Path, dst: str | Path, *, max_bytes: int | None = None,
+           max_ratio: float = 200.0) -> int:
+    """Unpacks a tar (also .gz, .bz2, .xz) or zip archive below dst; returns the number of files.
 
     Refused with UnsafeArchive, and then nothing is added to dst: absolute names, names with "..",
     links, devices, sparse or encrypted members, and contents above max_bytes or above max_ratio

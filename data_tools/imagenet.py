@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import read_text
+from data_tools.files import read_text, write_whole
 from data_tools.loader import (  # noqa: F401  (also what scripts import from here)
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -70,35 +70,25 @@ class ImageFolder:
     Attributes: labels (N,) int64, classes (folder names in label order), root.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        *,
-        classes: int | Sequence[str] | None = None,
-        label_of: dict[str, int] | None = None,
-        exif: bool = True,
-        cache: bool = True,
-    ):
+    def __init__(self, root: str | Path, *, classes: int | Sequence[str] | None = None,
+                 label_of: dict[str, int] | None = None, exif: bool = True, cache: bool = True):
         self.root, self.exif = Path(root), exif
         folders = choose_classes(class_folders(self.root), classes, str(root))
         if label_of is None:
             label_of = {name: label for label, name in enumerate(folders)}
         elif unknown := [name for name in folders if name not in label_of]:
-            raise ValueError(
-                f"{root}: folder {unknown[0]!r} is none of the {len(label_of)} known classes"
-                f" ({len(unknown)} such folders); pass the class list this set belongs to"
-            )
+            raise ValueError(f"{root}: folder {unknown[0]!r} is none of the {len(label_of)} known "
+                             f"classes ({len(unknown)} such folders); pass the class list this set "
+                             "belongs to")
         self.classes = sorted(folders, key=label_of.__getitem__)
         names = _list_images(self.root, self.classes, cache)
         if empty := [c for c in self.classes if not names[c]]:
-            raise ValueError(
-                f"{self.root / empty[0]} holds no images ({', '.join(EXTENSIONS[:4])}, ...);"
-                f" fill or remove the folder ({len(empty)} empty)"
-            )
+            known = ", ".join(EXTENSIONS[:4])
+            raise ValueError(f"{self.root / empty[0]} holds no images ({known}, ...); "
+                             f"fill or remove the folder ({len(empty)} empty)")
         counts = [len(names[c]) for c in self.classes]
         self.labels = np.repeat(np.array([label_of[c] for c in self.classes], np.int64), counts)
-        # Names are kept as one byte string: a million str objects would be copied into every
-        # worker.
+        # One byte string of names: a million str objects would be copied into every worker.
         encoded = [os.fsencode(name) for c in self.classes for name in names[c]]
         self.names_blob = b"".join(encoded)
         self._name_ends = np.cumsum([len(name) for name in encoded])
@@ -126,15 +116,12 @@ class ImageFolder:
 
 
 def class_folders(root: str | Path) -> list[str]:
-    """Sorted names of the class folders in root, with an error that says what is wrong with the
-    layout."""
+    """Sorted names of the class folders in root; ValueError says what is wrong with the layout."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; expected {root}/<class>/*.JPEG")
     with os.scandir(root) as entries:
-        entries = sorted(
-            (entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")
-        )
+        entries = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
     folders = [name for name, is_folder in entries if is_folder]
     images = [name for name, is_folder in entries if name.lower().endswith(EXTENSIONS)]
     if not folders:
@@ -147,9 +134,8 @@ def class_folders(root: str | Path) -> list[str]:
     return folders
 
 
-def choose_classes(
-    folders: list[str], classes: int | Sequence[str] | None, where: str
-) -> list[str]:
+def choose_classes(folders: list[str], classes: int | Sequence[str] | None,
+                   where: str) -> list[str]:
     """The wanted ones of the sorted class folders: all, the first k, or those named."""
     if classes is None:
         return folders
@@ -189,27 +175,16 @@ def _list_images(root: Path, folders: list[str], cache: bool) -> dict[str, list[
     # A folder that changed within the last two seconds can change again under the same time stamp.
     settled = {n: (stamps[n], f) for n, f in listed.items() if started - stamps[n] > 2_000_000_000}
     if cache and settled:
-        data = json.dumps({**known, **settled})
         for place in places:
-            temporary = place.with_name(f"{place.name}.{os.getpid()}")
-            try:
+            with contextlib.suppress(OSError):  # read-only or full: the index is a convenience
                 place.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(data)
-                os.replace(temporary, place)
+                write_whole(place, json.dumps({**known, **settled}).encode())
                 break
-            except OSError:  # read-only or full: the index is a convenience
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
     return names
 
 
-def imagenet(
-    root: str | Path,
-    split: str = "train",
-    *,
-    classes: int | Sequence[str] | None = None,
-    exif: bool = True,
-) -> Any:
+def imagenet(root: str | Path, split: str = "train", *, classes: int | Sequence[str] | None = None,
+             exif: bool = True) -> Any:
     """The "train" or "val" split below root: an ImageFolder, or a PackedImages when root is a pack.
 
     With both splits present their class folders must be the same, since the labels come from their
@@ -222,15 +197,13 @@ def imagenet(
         from data_tools.pack import PackedImages
 
         if not exif:
-            raise ValueError(f"{root} is a pack, made with images turned upright: exif must be True")
+            raise ValueError(f"{root} is a pack, whose images are upright: exif must be True")
         return PackedImages(root, split, classes=classes)
     if not (root / split).is_dir():
-        found = ", ".join(
-            sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
-        raise ValueError(
-            f"{root / split}: no such folder; expected {root}/train/<class>/*.JPEG and"
-            f" {root}/val/<class>/*.JPEG, found {found or 'an empty folder'}"
-        )
+        inside = sorted(path.name for path in root.iterdir()) if root.is_dir() else ["nothing"]
+        raise ValueError(f"{root / split}: no such folder; expected {root}/train/<class>/*.JPEG "
+                         f"and {root}/val/<class>/*.JPEG, found "
+                         f"{', '.join(inside[:5]) or 'an empty folder'}")
     other = root / ("val" if split == "train" else "train")
     if other.is_dir():
         mine, theirs = set(class_folders(root / split)), set(class_folders(other))
@@ -257,13 +230,8 @@ def read_wnids(source: str | Path) -> list[str]:
                   if line.strip())
 
 
-def imagenet_variant(
-    root: str | Path,
-    kind: str,
-    wnids: Sequence[str] | None = None,
-    *,
-    exif: bool = True,
-) -> ImageFolder:
+def imagenet_variant(root: str | Path, kind: str, wnids: Sequence[str] | None = None, *,
+                     exif: bool = True) -> ImageFolder:
     """Robustness sets with the labels of the 1000-class problem.
 
     kind "a", "r", "sketch": folders are wnids; wnids is the sorted list of the training classes
@@ -278,8 +246,7 @@ def imagenet_variant(
         if wnids is None:
             raise ValueError(f'kind={kind!r} needs wnids, e.g. read_wnids("/data/imagenet/val")')
         if list(wnids) != sorted(set(wnids)):
-            raise ValueError(
-                "wnids must be sorted and without repeats: the order is the class number")
+            raise ValueError("wnids must be sorted and without repeats: the order is the number")
         label_of = {wnid: label for label, wnid in enumerate(wnids)}
     elif kind in ("v2", "9"):
         pattern, expected = {"v2": ("(0|[1-9][0-9]{0,2})", "0, 1, ..., 999"),
@@ -309,8 +276,7 @@ def imagenet9_groups(path: str | Path, num_classes: int = 1000) -> Tensor:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads containers, numbers, strings and numeric numpy arrays; refuses everything that could
-    run code."""
+    """Loads containers, numbers, strings and numeric arrays; refuses all that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -348,8 +314,7 @@ def load_pickle(path: str | Path) -> dict[str, Any]:
 
 
 def cifar(root: str | Path, name: str = "cifar10", train: bool = True) -> ArrayImages:
-    """CIFAR-10 or CIFAR-100 (fine labels) from the python pickles: 50,000 or 10,000 images of
-    32x32.
+    """CIFAR-10 or CIFAR-100 (fine labels) from the pickles: 50,000 or 10,000 images of 32 x 32.
 
     root holds the pickles or the folder of the archive (`cifar-10-batches-py`, `cifar-100-python`).
     """

@@ -44,8 +44,7 @@ class BadImage(ValueError):
 
 
 class EncodedJpeg:
-    """A plain RGB JPEG whose size is known: Pillow need not parse its headers (0.1 ms of Python an
-    image).
+    """A plain RGB JPEG of known size: Pillow need not parse its headers (0.1 ms of Python each).
 
     data: the file's bytes, which libjpeg reads; size: (width, height).
     """
@@ -70,8 +69,7 @@ class EncodedJpeg:
         return self
 
     def decode(self, at_least: tuple[int, int] | None = None) -> Image.Image:
-        """RGB pixels, at 1/2, 1/4 or 1/8 of the size if that is not below at_least; BadImage if
-        damaged."""
+        """RGB pixels, at 1/2, 1/4 or 1/8 of the size unless that is below at_least; or BadImage."""
         width, height = self.size
         reduction = min(width // at_least[0], height // at_least[1]) if at_least else 1
         scale = max(s for s in (1, 2, 4, 8) if s <= max(1, reduction))
@@ -80,6 +78,9 @@ class EncodedJpeg:
             return Image.frombytes("RGB", size, self.data, "jpeg", "RGB", "", scale, 0)
         except (ValueError, OSError) as error:
             raise BadImage(f"{error}") from error
+
+
+Opened = Image.Image | EncodedJpeg | np.ndarray               # what a data set's `open` returns
 
 
 def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
@@ -101,7 +102,7 @@ def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
         raise BadImage(f"{path}: {reason}".splitlines()[0]) from error
 
 
-def image_size(image: Image.Image | EncodedJpeg | np.ndarray) -> tuple[int, int]:
+def image_size(image: Opened) -> tuple[int, int]:
     """(width, height) as the picture is meant to be seen, without decoding it."""
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
@@ -121,9 +122,7 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def decode(
-    image: Image.Image | EncodedJpeg | np.ndarray, at_least: tuple[int, int] | None = None
-) -> Image.Image:
+def decode(image: Opened, at_least: tuple[int, int] | None = None) -> Image.Image:
     """Decodes what `open` returned to an upright RGB image.
 
     Greyscale, palette, CMYK and 16-bit images are converted; EXIF orientation is applied.
@@ -151,8 +150,7 @@ def decode(
 
 
 class ArrayImages:
-    """Images that are in memory: uint8 (N, 3, H, W) or (N, H, W, 3), array or tensor, and their
-    labels."""
+    """Images in memory, uint8 (N, 3, H, W) or (N, H, W, 3), array or tensor, and their labels."""
 
     def __init__(self, images: np.ndarray | Tensor, labels: Any,
                  classes: Sequence[str] | None = None):
@@ -202,11 +200,9 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalize(
-    images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Tensor:
-    """(..., 3, H, W) uint8 to float32 with the given channel statistics (of values in [0, 1]), on
-    its device."""
+def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN,
+              std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """(..., 3, H, W) uint8 to float32, on its device; the statistics are of values in [0, 1]."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}; are they normalised already?")
     mean = torch.tensor(mean, device=images.device).mul_(255)[:, None, None]
@@ -224,8 +220,7 @@ def random_resized_crop_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of the Inception crop: area fraction uniform in scale, log aspect
-    uniform.
+    """(left, top, width, height) of the Inception crop: area fraction and log aspect are uniform.
 
     size: (width, height). Ten tries, then the largest central crop whose aspect is within ratio.
     """
@@ -242,20 +237,14 @@ def random_resized_crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def crop_resize(
-    image: Image.Image | EncodedJpeg | np.ndarray,
-    box: tuple[float, float, float, float],
-    size: int | tuple[int, int],
-    *,
-    flip: bool = False,
-    interpolation: str = "bicubic",
-    draft: float = 1.0,
-) -> Tensor:
+def crop_resize(image: Opened, box: tuple[float, float, float, float],
+                size: int | tuple[int, int], *, flip: bool = False, interpolation: str = "bicubic",
+                draft: float = 1.0) -> Tensor:
     """The part box = (left, top, width, height) of an image, resized to size, as (3, h, w) uint8.
 
-    image: what a data set's `open` returns; size: side or (h, w). Antialiased, by torch's uint8
-    kernel: three times as fast as Pillow's, and the same up to rounding. A JPEG is decoded at a
-    reduced size as long as the crop keeps `draft` times the pixels of size along both sides.
+    size: side or (h, w). Antialiased, by torch's uint8 kernel: three times as fast as Pillow's, and
+    the same up to rounding. A JPEG is decoded at a reduced size as long as the crop keeps `draft`
+    times the pixels of size along both sides.
     """
     rows, columns = (size, size) if isinstance(size, int) else size
     width, height = image_size(image)
@@ -289,24 +278,16 @@ class TrainTransform:
 
     takes_encoded = True
 
-    def __init__(
-        self,
-        size: int = 224,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        interpolation: str = "bicubic",
-        augment: Callable[[Image.Image], Image.Image] | None = None,
-        coords: bool = False,
-    ):
+    def __init__(self, size: int = 224, scale: tuple[float, float] = (0.08, 1.0),
+                 ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5,
+                 interpolation: str = "bicubic",
+                 augment: Callable[[Image.Image], Image.Image] | None = None, coords: bool = False):
         _check_interpolation(interpolation)
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.interpolation, self.augment, self.coords = interpolation, augment, coords
 
-    def __call__(
-        self, image: Image.Image | EncodedJpeg | np.ndarray,
-        generator: torch.Generator | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(self, image: Opened,
+                 generator: torch.Generator | None = None) -> Tensor | tuple[Tensor, Tensor]:
         width, height = image_size(image)
         box = random_resized_crop_box((width, height), generator, self.scale, self.ratio)
         flip = torch.rand((), generator=generator).item() < self.flip
@@ -337,7 +318,7 @@ class EvalTransform:
         _check_interpolation(interpolation)
         self.size, self.crop, self.interpolation = size, crop, interpolation
 
-    def __call__(self, image: Image.Image | EncodedJpeg | np.ndarray) -> Tensor:
+    def __call__(self, image: Opened) -> Tensor:
         width, height = image_size(image)
         short, side = min(width, height), int(self.size / self.crop)
         rows, columns = side * height // short, side * width // short
@@ -356,10 +337,8 @@ class PadCropTransform:
     def __init__(self, padding: int = 4, flip: float = 0.5):
         self.padding, self.flip = padding, flip
 
-    def __call__(
-        self, image: Image.Image | EncodedJpeg | np.ndarray,
-        generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, image: Opened,
+                 generator: torch.Generator | None = None) -> Tensor:
         pixels = to_tensor(image if isinstance(image, np.ndarray) else decode(image))
         height, width = pixels.shape[1:]
         x, y, flip = torch.rand(3, generator=generator).tolist()
@@ -377,8 +356,7 @@ def _check_interpolation(name: str) -> None:
 
 
 def sample_seed(*parts: int) -> int:
-    """A 32-bit seed that differs between all tuples of non-negative integers (SplitMix64
-    finaliser)."""
+    """A 32-bit seed that differs between tuples of non-negative integers (SplitMix64 finaliser)."""
     state, mask = 0, (1 << 64) - 1
     for part in parts:
         state = (state ^ part) + 0x9E3779B97F4A7C15 & mask
@@ -409,11 +387,9 @@ class _Reader:
         self.dataset, self.transform, self.seed = loader.dataset, loader.transform, loader.seed
         self.substitute = loader.shuffle and loader.on_bad_image == "skip"
         self.generator: torch.Generator | None = None
-        given = self.transform is not None
-        self.takes_encoded = not given or getattr(self.transform, "takes_encoded", False)
-        self.takes_generator = (
-            given and "generator" in inspect.signature(self.transform).parameters
-        )
+        self.takes_encoded = getattr(self.transform, "takes_encoded", False)
+        self.takes_generator = (self.transform is not None
+                                and "generator" in inspect.signature(self.transform).parameters)
 
     def __getitems__(self, batch: tuple[int, list[int], list[int]]) -> tuple[Any, Any, list[str]]:
         epoch, indices, slots = batch
@@ -469,23 +445,12 @@ class Loader:
         what was met, with reasons.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int,
-        *,
-        transform: Callable | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-        workers: int = 0,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        sampler: Any = None,
-        device: str | torch.device | None = None,
-        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-        on_bad_image: str = "raise",
-    ):
+    def __init__(self, dataset: Any, batch_size: int, *, transform: Callable | None = None,
+                 shuffle: bool = False, seed: int = 0, workers: int = 0, drop_last: bool = False,
+                 rank: int = 0, world_size: int = 1, sampler: Any = None,
+                 device: str | torch.device | None = None,
+                 normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+                 on_bad_image: str = "raise"):
         if batch_size < 1 or workers < 0:
             raise ValueError(
                 f"batch_size must be >= 1 and workers >= 0, got {batch_size} and {workers}")
@@ -503,15 +468,10 @@ class Loader:
         self.bad_images: list[str] = []
         self._epoch = self._start = 0
         self._batches = _Batches(self)
-        self._loader = DataLoader(
-            _Reader(self),
-            batch_sampler=self._batches,
-            num_workers=workers,
-            collate_fn=_identity,
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
-            pin_memory=self.device is not None and self.device.type == "cuda",
-        )
+        self._loader = DataLoader(_Reader(self), batch_sampler=self._batches, num_workers=workers,
+                                  collate_fn=_identity, persistent_workers=workers > 0,
+                                  prefetch_factor=4 if workers else None,
+                                  pin_memory=self.device is not None and self.device.type == "cuda")
 
     def _samples(self) -> int:
         """Samples of this rank per epoch, before drop_last."""

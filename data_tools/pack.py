@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import read_text
+from data_tools.files import read_text, write_whole
 from data_tools.imagenet import ImageFolder, choose_classes, imagenet
 from data_tools.loader import BadImage, EncodedJpeg, decode, image_size, open_and, orientation
 
@@ -54,9 +54,8 @@ class PackedImages:
     themselves, (H, W, 3) uint8, as a view of the mapped file.
     """
 
-    def __init__(
-        self, root: str | Path, split: str = "train", *, classes: int | Sequence[str] | None = None
-    ):
+    def __init__(self, root: str | Path, split: str = "train", *,
+                 classes: int | Sequence[str] | None = None):
         self.root = Path(root)
         header = read_header(self.root)
         if split not in header["splits"]:
@@ -110,20 +109,17 @@ class PackedImages:
 
     def _batch(self, indices: Sequence[int]) -> Tensor:
         """(B, 3, H, W) uint8, for packs whose images all have one size."""
-        return torch.from_numpy(np.stack([self.open(i) for i in indices])).permute(0, 3, 1,
-                                                                                   2).contiguous()
+        pixels = torch.from_numpy(np.stack([self.open(i) for i in indices]))
+        return pixels.permute(0, 3, 1, 2).contiguous()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return open_and(self, index, decode), int(self.labels[index])
 
     def verify(self) -> list[str]:
         """Names of the records whose bytes do not match their checksum."""
-        return [
-            self.name(i)
-            for i in range(len(self))
-            if len(data := self.record(i)) != self._table["length"][i]
-            or zlib.crc32(data) != self._table["crc"][i]
-        ]
+        return [self.name(i) for i in range(len(self))
+                if len(data := self.record(i)) != self._table["length"][i]
+                or zlib.crc32(data) != self._table["crc"][i]]
 
 
 # ------------------------------------------------------------------------------------- on disk
@@ -132,12 +128,10 @@ class PackedImages:
 def read_header(root: Path) -> dict[str, Any]:
     """pack.json, checked."""
     if not (root / "pack.json").exists():
-        unfinished = (root / "unfinished.json").exists()
-        raise ValueError(
-            f"{root}: the pack is not finished; run the same pack command again to complete it"
-            if unfinished
-            else f"{root}: not a pack (no pack.json)"
-        )
+        if (root / "unfinished.json").exists():
+            raise ValueError(f"{root}: the pack is not finished; run the same pack command again "
+                             "to complete it")
+        raise ValueError(f"{root}: not a pack (no pack.json)")
     header = _read_plan(root / "pack.json")
     if header.get("version") != VERSION:
         raise ValueError(f"{root}: pack version {header.get('version')}, this code reads {VERSION}")
@@ -164,8 +158,7 @@ def _digest(header: dict[str, Any]) -> str:
 
 
 def load_index(root: Path, shard: str, header: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The columns of one shard's index, after comparing its checksum and the size of the data
-    file."""
+    """The columns of one shard's index, once its checksum and the data file's size are compared."""
     path, data_path = root / f"{shard}.npz", root / f"{shard}.bin"
     expected = header["checksums"][shard]
     if not path.is_file() or not data_path.is_file():
@@ -175,22 +168,10 @@ def load_index(root: Path, shard: str, header: dict[str, Any]) -> dict[str, np.n
     if hashlib.sha256(data).hexdigest() != expected["index"]:
         raise ValueError(f"{path} is damaged (checksum); copy it again or make the pack again")
     if data_path.stat().st_size != expected["bytes"]:
-        raise ValueError(
-            f"{data_path} has {data_path.stat().st_size} bytes instead of {expected['bytes']};"
-            " copy it again or make the pack again"
-        )
+        raise ValueError(f"{data_path} has {data_path.stat().st_size} bytes instead of "
+                         f"{expected['bytes']}; copy it again or make the pack again")
     with np.load(io.BytesIO(data), allow_pickle=False) as table:
         return dict(table)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Lands complete and durable, or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def encode(dataset: Any, index: int, short_side: int, quality: int,
@@ -217,9 +198,8 @@ def encode(dataset: Any, index: int, short_side: int, quality: int,
     return open_and(dataset, index, stored)
 
 
-def _write_shard(
-    dataset: ImageFolder, dst: Path, shard: str, indices: range, options: dict[str, Any], skip: bool
-) -> list[str]:
+def _write_shard(dataset: ImageFolder, dst: Path, shard: str, indices: range,
+                 options: dict[str, Any], skip: bool) -> list[str]:
     """Writes shard.bin and then shard.npz; returns the messages of skipped images."""
     rows, names, bad, offset = [], [], [], 0
     temporary = dst / f"{shard}.bin.partial"
@@ -247,21 +227,13 @@ def _write_shard(
     columns = dict(zip(COLUMNS, np.array(rows, np.int64).reshape(-1, len(COLUMNS)).T))
     out = io.BytesIO()
     np.savez(out, **columns, name=np.array(names, np.bytes_), bad=np.array(bad, np.str_))
-    _write(dst / f"{shard}.npz", out.getvalue())
+    write_whole(dst / f"{shard}.npz", out.getvalue())
     return bad
 
 
-def pack(
-    src: str | Path,
-    dst: str | Path,
-    *,
-    short_side: int = 256,
-    quality: int = 90,
-    raw: bool = False,
-    workers: int | None = None,
-    on_bad_image: str = "raise",
-    images_per_shard: int = IMAGES_PER_SHARD,
-) -> dict[str, Any]:
+def pack(src: str | Path, dst: str | Path, *, short_side: int = 256, quality: int = 90,
+         raw: bool = False, workers: int | None = None, on_bad_image: str = "raise",
+         images_per_shard: int = IMAGES_PER_SHARD) -> dict[str, Any]:
     """Packs src (train/ and/or val/ with class folders, or class folders directly) into dst;
     returns the header.
 
@@ -277,8 +249,7 @@ def pack(
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f'on_bad_image must be "raise" or "skip", got {on_bad_image!r}')
     splits = [split for split in ("train", "val") if (src / split).is_dir()]
-    sources = {split: imagenet(src, split)
-               for split in splits} if splits else {"val": ImageFolder(src)}
+    sources = {split: imagenet(src, split) for split in splits} or {"val": ImageFolder(src)}
     listing = hashlib.sha256()
     for split, dataset in sources.items():
         listing.update(f"{split} {dataset.classes} {images_per_shard} {on_bad_image}".encode())
@@ -297,7 +268,7 @@ def pack(
                 return found
             break
     else:
-        _write(dst / "unfinished.json", json.dumps(plan).encode())
+        write_whole(dst / "unfinished.json", json.dumps(plan).encode())
 
     jobs = {
         f"{split}-{number:05d}": (dataset,
@@ -312,10 +283,8 @@ def pack(
     skip = on_bad_image == "skip"
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
-            tasks = {
-                pool.submit(_write_shard, jobs[s][0], dst, s, jobs[s][1], options, skip): s
-                for s in missing
-            }
+            tasks = {pool.submit(_write_shard, jobs[s][0], dst, s, jobs[s][1], options, skip): s
+                     for s in missing}
             try:
                 for done, task in enumerate(as_completed(tasks), 1):
                     task.result()
@@ -328,31 +297,21 @@ def pack(
             _write_shard(jobs[shard][0], dst, shard, jobs[shard][1], options, skip)
             print(f"{shard}: {done} of {len(missing)} shards", flush=True)
 
-    header = {
-        **plan,
-        "splits": {
-            split: {
-                "classes": dataset.classes,
-                "images": len(dataset),
-                "shards": [shard for shard in jobs if shard.startswith(split)],
-            }
-            for split, dataset in sources.items()
-        },
-        "checksums": {
-            shard: {
-                "index": hashlib.sha256((dst / f"{shard}.npz").read_bytes()).hexdigest(),
-                "bytes": (dst / f"{shard}.bin").stat().st_size,
-            }
-            for shard in jobs
-        },
-    }
-    for shard, (dataset, indices) in jobs.items():
+    header = {**plan, "checksums": {}, "splits": {
+        split: {"classes": dataset.classes, "images": len(dataset),
+                "shards": [shard for shard in jobs if shard.startswith(split)]}
+        for split, dataset in sources.items()}}
+    for shard in jobs:
+        header["checksums"][shard] = {
+            "index": hashlib.sha256((dst / f"{shard}.npz").read_bytes()).hexdigest(),
+            "bytes": (dst / f"{shard}.bin").stat().st_size}
+    for shard in jobs:
         with np.load(dst / f"{shard}.npz", allow_pickle=False) as table:
             header["splits"][shard.split("-")[0]]["images"] -= len(table["bad"])
             for message in table["bad"]:
                 print(f"left out {message}")
     header["sha256"] = _digest(header)
-    _write(dst / "pack.json", json.dumps(header, indent=1).encode())
+    write_whole(dst / "pack.json", json.dumps(header, indent=1).encode())
     (dst / "unfinished.json").unlink()
     return header
 
@@ -361,13 +320,9 @@ def pack(
 
 
 def verify(root: str | Path) -> list[str]:
-    """Damaged records of all splits, as `<split>/<class>/<file>`; raises ValueError if an index is
-    damaged."""
-    return [
-        f"{split}/{name}"
-        for split in read_header(Path(root))["splits"]
-        for name in PackedImages(root, split).verify()
-    ]
+    """Damaged records of all splits, `<split>/<class>/<file>`; ValueError for a damaged index."""
+    return [f"{split}/{name}" for split in read_header(Path(root))["splits"]
+            for name in PackedImages(root, split).verify()]
 
 
 def check(src: str | Path) -> list[str]:
@@ -413,12 +368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{args.dst}: {counts} images, {size / 1e6:.1f} MB")
             return 0
         bad = verify(args.root) if args.command == "verify" else check(args.root)
-    except BadImage as error:
-        print(f"error: {error} (repair or remove the file, or pass --on-bad-image skip)",
-              file=sys.stderr)
-        return 1
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        hint = " (repair or remove the file, or pass --on-bad-image skip)"
+        print(f"error: {error}{hint * isinstance(error, BadImage)}", file=sys.stderr)
         return 1
     except OSError as error:
         where = error.filename or vars(args).get("dst", "")

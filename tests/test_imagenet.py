@@ -73,14 +73,14 @@ def test_index_goes_elsewhere_when_the_source_is_read_only(tree, tmp_path, monke
     for folder in root.iterdir():
         os.utime(folder, (1_000_000_000, 1_000_000_000))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    original = Path.write_text
+    original = data.write_whole
 
-    def refuse(path, *args, **kwargs):
+    def refuse(path, content):
         if path.parent == root:
             raise OSError(30, "Read-only file system")
-        return original(path, *args, **kwargs)
+        original(path, content)
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(data, "write_whole", refuse)
     data.ImageFolder(root)
     assert len(list((tmp_path / "cache" / "image_index").glob("*.json"))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
