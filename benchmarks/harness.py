@@ -27,31 +27,22 @@ Every file is written under a temporary name and renamed: a kill leaves the prev
 
 import argparse
 import json
-import math
 import os
-import platform
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
-import numpy as np
-import PIL
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from records import (RESULTS, ROOT, format_table, hardware, plain, read_json,  # noqa: F401
+                     verdict, versions, write_atomically, write_json)
 
-from data_tools.files import write_whole as write_atomically   # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
 # Arguments that may differ between a run and its --resume without changing any number.
 FREE_ARGUMENTS = {"resume", "out", "figures", "device", "workers", "record", "checkpoint_seconds"}
 
@@ -110,31 +101,16 @@ def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> 
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    if name is not None:
-        try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {name} is not usable here: {reason}") from None
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode())
-
-
-def read_json(path: Path) -> Any:
+    if name is None:
+        kind = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device(kind)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not usable here: {reason}") from None
+    return device
 
 
 def write_tensors(path: Path, value: dict) -> None:
@@ -142,21 +118,6 @@ def write_tensors(path: Path, value: dict) -> None:
         write_atomically(path, lambda file: torch.save(value, file))
     except RuntimeError as error:                             # how torch.save reports a full disk
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
-
-
-def plain(value: Any) -> Any:
-    """Tensors, numpy values and paths as what JSON knows; infinities and NaN as None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return plain(value.tolist())
-    if isinstance(value, Path):
-        return value.name
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class Run:
@@ -237,10 +198,9 @@ class Run:
         if self.world_size == 1:
             return dict(metrics)
         names = sorted(metrics)
-        weights = [1.0 if name == "count" else count for name in names]
-        values = torch.tensor([metrics[n] * w for n, w in zip(names, weights)] + [count],
-                              dtype=torch.float64)
-        *sums, total = self.sum(values.to(self.device)).tolist()
+        sums = [metrics[name] * (1.0 if name == "count" else count) for name in names]
+        sums = torch.tensor([*sums, count], dtype=torch.float64, device=self.device)
+        *sums, total = self.sum(sums).tolist()
         return {name: value if name == "count" else value / total
                 for name, value in zip(names, sums)}
 
@@ -262,7 +222,9 @@ class Run:
 
     def progress(self, items: Iterable, total: int | None = None, label: str = "") -> Iterator:
         """Iterate with a progress line (rate, time left)."""
-        line = ProgressLine(label, total if total is not None else _length(items), self.is_main)
+        if total is None and hasattr(items, "__len__"):
+            total = len(items)
+        line = ProgressLine(label, total, self.is_main)
         for done, item in enumerate(items, 1):
             yield item
             line.update(done)
@@ -329,12 +291,12 @@ class Run:
         step = self._resumed_step(name)
         if step == 0:
             return None
-        path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
+        path = self._snapshot(name, step)
         self.log(f"{name}: going on after step {step}")
         try:
             snapshot = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:                            # how torch reports a torn file varies
-            raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); remove it, and "
+            raise ValueError(f"{path} is damaged ({type(error).__name__}); remove it, and "
                              "--resume goes on from the snapshot before it") from error
         self._last[name] = json.loads(snapshot.pop("last of drive", "{}"))
         return snapshot
@@ -343,16 +305,23 @@ class Run:
         _check_name(name)
         if not self.args.resume:
             return 0
-        steps = [set(_snapshot_steps(self.out, name, rank)) for rank in range(self.world_size)]
+        steps = [set(self._snapshot_steps(name, rank)) for rank in range(self.world_size)]
         return max(set.intersection(*steps), default=0)
 
+    def _snapshot(self, name: str, step: int) -> Path:
+        return self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
+
+    def _snapshot_steps(self, name: str, rank: int) -> list[int]:
+        pattern = re.compile(re.escape(name) + rf"-(\d{{8}})\.rank{rank}\.pt")
+        return sorted(int(m[1]) for m in map(pattern.fullmatch, os.listdir(self.out)) if m)
+
     def _save(self, name: str, step: int, snapshot: dict, last: dict) -> None:
-        path = self.out / f"{name}-{step:08d}.rank{self.rank}.pt"
-        write_tensors(path, {**snapshot, "last of drive": json.dumps(last, default=plain)})
+        snapshot = {**snapshot, "last of drive": json.dumps(last, default=plain)}
+        write_tensors(self._snapshot(name, step), snapshot)
         self._write_recorded()
         self.barrier()                      # all ranks have the new one before an old one goes
-        for old in _snapshot_steps(self.out, name, self.rank)[:-2]:
-            (self.out / f"{name}-{old:08d}.rank{self.rank}.pt").unlink(missing_ok=True)
+        for old in self._snapshot_steps(name, self.rank)[:-2]:
+            self._snapshot(name, old).unlink(missing_ok=True)
 
     def _agree(self, *votes: float) -> list[float]:
         """The largest vote of all processes: they stop, save and look again after the same step."""
@@ -388,11 +357,12 @@ class Run:
 
     def resume_command(self) -> str:
         extra = [] if "--resume" in self.argv else ["--resume"]
-        return shlex.join([*self._launcher(), sys.argv[0], *self.argv, *extra])
+        return self._command_line(sys.argv[0], *self.argv, *extra)
 
-    def _launcher(self) -> list[str]:
+    def _command_line(self, *words: str) -> str:
         several = self.world_size > 1
-        return ["torchrun", f"--nproc_per_node={self.world_size}"] if several else ["python"]
+        launcher = ["torchrun", f"--nproc_per_node={self.world_size}"] if several else ["python"]
+        return shlex.join([*launcher, *words])
 
     # ------------------------------------------------------------ results
 
@@ -406,8 +376,8 @@ class Run:
         self._recorded[name] = plain(value)
         self._write_recorded()
         self.barrier()
-        for step in _snapshot_steps(self.out, name, self.rank):
-            (self.out / f"{name}-{step:08d}.rank{self.rank}.pt").unlink(missing_ok=True)
+        for step in self._snapshot_steps(name, self.rank):
+            self._snapshot(name, step).unlink(missing_ok=True)
         return self._recorded[name]
 
     def _write_recorded(self) -> None:
@@ -430,7 +400,9 @@ class Run:
     def finish(self, rows: list[dict], tables: dict[str, list[dict]] | None = None,
                **more: Any) -> dict:
         """Print the tables, last the claims (paper / this run / holds?), and write the results."""
-        results = {"script": f"benchmarks/{self.script}.py", "command": self._command(),
+        script = f"benchmarks/{self.script}.py"
+        words = [re.sub(r"(^|=)/.*/(?=.)", r"\1", word) for word in self.argv]  # no machine folders
+        results = {"script": script, "command": self._command_line(script, *words),
                    "seed": self.seeds[0], "seeds": self.seeds, "date": time.strftime("%Y-%m-%d"),
                    "wall_seconds": round(self._wall(), 1), "hardware": hardware(self.device),
                    "versions": versions(), "claims": rows, "tables": tables or {},
@@ -450,10 +422,6 @@ class Run:
 
     def _wall(self) -> float:
         return self._wall_before + time.monotonic() - self.began
-
-    def _command(self) -> str:
-        words = [re.sub(r"(^|=)/.*/(?=.)", r"\1", word) for word in self.argv]  # no machine folders
-        return shlex.join([*self._launcher(), f"benchmarks/{self.script}.py", *words])
 
     def _leave(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
@@ -496,75 +464,15 @@ class ProgressLine:
         sys.stderr.flush()
 
 
-def format_table(rows: list[dict]) -> str:
-    """A GitHub table of dicts with the same keys; floats with four significant digits."""
-    if not rows:
-        return "(no rows)"
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    cells.insert(0, list(map(_cell, columns)))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |"
-             for line in cells]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def hardware(device: torch.device) -> dict:
-    names = re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
-    memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
-    return {"device": str(device), "cpu": names[0] if names else platform.processor(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
-
-
-def versions() -> dict:
-    try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-                                capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "pillow": PIL.__version__, "commit": commit}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else " ".join(
-        str(value).replace("|", "\\|").splitlines())
-
-
-def verdict(holds: bool | None) -> str:
-    return "not asserted" if holds is None else "yes" if holds else "NO"
-
-
 def _clock(seconds: float) -> str:
     seconds = int(seconds)
     hours, rest = divmod(seconds, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def _length(items: Iterable) -> int | None:
-    return len(items) if hasattr(items, "__len__") else None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.+=-]+", name):
         raise ValueError(f"name must be made of letters, digits and . + = - _, not {name!r}")
-
-
-def _snapshot_steps(folder: Path, name: str, rank: int) -> list[int]:
-    pattern = re.compile(re.escape(name) + rf"-(\d{{8}})\.rank{rank}\.pt")
-    return sorted(int(m[1]) for m in map(pattern.fullmatch, os.listdir(folder)) if m)
 
 
 def _offset_of_line(file, count: int) -> int:

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 
-from harness import RESULTS, ROOT, format_table, verdict, write_atomically
+from records import RESULTS, ROOT, format_table, verdict, write_atomically
 
 BLOCK = re.compile(r"(<!-- table:([\w.-]+):([^>]+?) -->\n)(?:(?!<!-- table:).)*?(<!-- /table -->)",
                    re.DOTALL)
