@@ -306,6 +306,8 @@ def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequenc
     split = {name: (np.asarray(v, dtype=float), np.nan_to_num(np.asarray(e, dtype=float)))
              for name, (v, e) in split.items()}
     low, high = _extent(np.array([(v - e, v + e, 0 * e) for v, e in split.values()]))
+    if len(split) > 1:                                        # room for the legend above the bars
+        high += (high - low) * 24 * (len(split) + 1) / axes.get("size", (640, 420))[1]
     axes.setdefault("xticks", list(enumerate(map(str, labels))))
     limits = (low * 1.08, high * 1.08) if high > low else (0.0, 1.0)
     chart = Chart((-0.5, len(labels) - 0.5), ylim or limits, **axes)
