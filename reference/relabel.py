@@ -263,8 +263,9 @@ def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: s
     hands (y1, x1, y2, x2) to a function that takes (x1, y1, x2, y2). Right for row-major maps is
     "xy".
 
-    ValueError: coords outside [0, 1] by more than 1e-6, empty crops, classes that are not integers
-    in 0..C-1 or that the dtype of `topk` cannot tell apart, scores that are not finite.
+    ValueError: coords outside [0, 1] by more than 1e-6 (half precision: its eps), empty crops,
+    classes that are not integers in 0..C-1 or that the dtype of `topk` cannot tell apart, scores
+    that are not finite.
     """
     _check_topk(topk, num_classes)
     corner, end = _crop_ends(coords, topk)
@@ -331,15 +332,18 @@ def _crop_ends(coords: Tensor, topk: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(coords, (list, tuple)) and len(coords) == 4 and all(
             isinstance(c, Tensor) and c.ndim == 1 for c in coords):
         coords = torch.stack(list(coords), 1)
+    slack = 1e-6  # or what half precision rounds off
+    if isinstance(coords, Tensor) and coords.is_floating_point():
+        slack = max(slack, torch.finfo(coords.dtype).eps)
     coords = torch.as_tensor(coords, dtype=torch.float64, device=topk.device)
     if coords.shape != (len(topk), 4):
         raise ValueError(f"coords must be ({len(topk)}, 4), one (top, left, height, width) per "
                          f"map, not {tuple(coords.shape)}")
     corner, size = coords.split(2, dim=1)
     end = corner + size
-    if len(coords) and not (float(corner.amin()) >= -1e-6 and float(size.amin()) > 0
-                            and float(end.amax()) <= 1 + 1e-6):  # NaN is not
-        right = ((corner >= -1e-6) & (size > 0) & (end <= 1 + 1e-6)).all(1)
+    if len(coords) and not (float(corner.amin()) >= -slack and float(size.amin()) > 0
+                            and float(end.amax()) <= 1 + slack):  # NaN is not
+        right = ((corner >= -slack) & (size > 0) & (end <= 1 + slack)).all(1)
         row = int((~right).nonzero()[0])
         raise ValueError("coords must lie in [0, 1] with positive height and width; "
                          f"row {row} is {coords[row].tolist()}")
