@@ -294,6 +294,11 @@ def _check_features(features: Tensor, channels: int) -> None:
         raise ValueError(f"features must be (B, {channels}, H, W), not {tuple(features.shape)}")
 
 
+def _check_output(output: Any) -> None:
+    if not isinstance(output, (CALMOutput, CAMOutput)):
+        raise TypeError(f"output must be a CALMOutput or CAMOutput, not {type(output).__name__}")
+
+
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
@@ -316,8 +321,7 @@ def calm_loss(output: CALMOutput | CAMOutput, labels: Tensor, method: str = "em"
     """
     _check_choice("method", method, METHODS)
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if not isinstance(output, (CALMOutput, CAMOutput)):
-        raise TypeError(f"output must be a CALMOutput or CAMOutput, not {type(output).__name__}")
+    _check_output(output)
     if (method == "cam") != isinstance(output, CAMOutput):
         raise ValueError(f"method {method!r} does not go with {type(output).__name__}")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
@@ -362,6 +366,7 @@ def attribution_map(output: CALMOutput | CAMOutput, classes: Any, kind: str = "j
     rescaled. "cam": the location logits of the class. ValueError: a kind that is unknown or that
     the output does not have, classes out of range, a map that is not finite.
     """
+    _check_output(output)
     _check_choice("kind", kind, ("joint", "posterior", "prior", "cam"))
     if classes is None and kind != "prior":
         raise TypeError(f"classes must be given for kind {kind!r}")

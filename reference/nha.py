@@ -493,7 +493,7 @@ def _first_slope(f: Callable, t: Tensor, y: Tensor) -> Tensor:
 def _check_problem(name: str, y0: Tensor, method: str, adaptive: str = "") -> None:
     """`adaptive` names what cannot use a fixed-step method."""
     if not isinstance(y0, Tensor) or not y0.is_floating_point():
-        got = getattr(y0, "dtype", type(y0))
+        got = f"one of {y0.dtype}" if isinstance(y0, Tensor) else type(y0).__name__
         raise TypeError(f"{name} must be a floating point tensor, not {got}")
     if y0.dim() != 2 or y0.numel() == 0:
         raise ValueError(f"{name} must be (B, n) and not empty, not {tuple(y0.shape)}")

@@ -33,6 +33,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import pickle
 import re
 import time
@@ -481,6 +482,8 @@ def init_weights(model: nn.Module, init: str = "official",
 def _factory(cls: type[nn.Module], name: str, **config) -> Callable[..., nn.Module]:
     def build(pretrained: str | None = None, *, resize_pos_embed: bool = False,
               **kwargs) -> nn.Module:
+        if not isinstance(pretrained, (str, os.PathLike, type(None))):
+            raise TypeError(f"pretrained must be the path of a checkpoint, got {pretrained!r}")
         model = cls(**{**config, **kwargs})
         if pretrained is not None:
             state_dict = load_pit_checkpoint(pretrained)
@@ -1140,7 +1143,8 @@ def _check_range(low: float, high: float, **values: float) -> None:
 
 def _check_float(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a float tensor, got {getattr(x, 'dtype', type(x))}")
+        found = f"one of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a float tensor, got {found}")
 
 
 def _check_option(name: str, value: str, accepted: Sequence[str]) -> None:

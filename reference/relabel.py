@@ -320,6 +320,8 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_topk(topk: Tensor, num_classes: int) -> None:
+    if not isinstance(topk, Tensor):
+        raise TypeError(f"topk must be a tensor, not {type(topk).__name__}")
     if topk.ndim != 5 or topk.shape[1] != 2 or not topk.is_floating_point():
         raise ValueError("topk must be floating-point (B, 2, k, h, w), "
                          f"not {topk.dtype} {tuple(topk.shape)}")

@@ -475,6 +475,7 @@ def test_bad_input():
         (lambda: calm.attribution_map(output, 1, "gradient"), ValueError, "kind"),
         (lambda: calm.attribution_map(cam, 1), ValueError, "CALM head"),
         (lambda: calm.attribution_map(output, None), TypeError, "classes must be given"),
+        (lambda: calm.attribution_map(output.logits, 1), TypeError, "output must be"),
         (lambda: calm.attribution_map(output, labels.float()), TypeError, "integers"),
         (lambda: calm.counterfactual_map(output, 0, 1, mode="both"), ValueError, "mode"),
         (lambda: calm.superclass_map(output, [[0], [], [1]]), ValueError, "non-empty"),

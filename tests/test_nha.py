@@ -391,6 +391,7 @@ def test_solver_errors():
     refused([
         (ValueError, "dopri5", solve(method="rk5")),
         (TypeError, "y0", solve(y0=torch.ones(2, 2, dtype=torch.long))),
+        (TypeError, "y0 .* not ndarray", solve(y0=torch.ones(2, 2).numpy())),
         (ValueError, "y0", solve(y0=torch.ones(2))),
         (ValueError, r"\(2, 1\).*\(2, 2\)", solve(lambda t, y: y[:, :1])),
         (TypeError, "f returned", solve(lambda t, y: y.double(), y0.float())),

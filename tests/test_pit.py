@@ -437,6 +437,8 @@ def test_pretrained_and_position_map_of_another_size(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="w.pth holds a list"):
         pit.load_pit_checkpoint(path)
+    with pytest.raises(TypeError, match="path of a checkpoint, got True"):
+        pit.pit_ti(True)
     for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="w.pth is not a torch.save file"):
@@ -592,7 +594,7 @@ def test_bad_constructor_arguments_of_vit(changes, message):
     (torch.rand(1, 1, 32, 32), ValueError, r"\(1, 1, 32, 32\)"),
     (torch.rand(1, 3, 32, 36), ValueError, r"\(32, 36\).*\(32, 32\)"),
     (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "uint8"),
-    (np.zeros((1, 3, 32, 32), np.float32), TypeError, "images.*float tensor")],
+    (np.zeros((1, 3, 32, 32), np.float32), TypeError, "images.*float tensor, got ndarray")],
     ids=["3-D", "channels", "size", "uint8", "numpy"])
 def test_bad_images(model, x, error, message):
     with pytest.raises(error, match=message):

@@ -481,6 +481,8 @@ def test_bad_input():
                              ((topk.long(), coords), "floating-point")]:
         with pytest.raises(ValueError, match=words):
             label_pooling(*arguments)
+    with pytest.raises(TypeError, match="topk must be a tensor, not ndarray"):
+        label_pooling(topk.numpy(), coords)
     annotator = relabel.to_dense_classifier(nn.Identity(), nn.Linear(3, 4))
     for k in (0, 5):
         with pytest.raises(ValueError, match="k must be in 1..4"):
