@@ -32,6 +32,7 @@ import re
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import figures
@@ -62,6 +63,10 @@ METHODS = {
     "relabel+cutmix": ("map", {"cutmix_prob": 1.0}, 80.2),
     "distillation": ("teacher", {}, None),
 }
+# the paper's table 5.1, other test sets
+PAPER = {"V2": {"one-hot": 79.0, "smoothing": 79.5, "cleaning": 79.1, "relabel": 80.5},
+         "ReaL": {"one-hot": 83.6, "smoothing": 84.0, "cleaning": 83.6, "relabel": 85.0},
+         "Shankar et al.": {"one-hot": 85.3, "smoothing": 84.7, "cleaning": 85.2, "relabel": 86.1}}
 # pairs the paper compares: the first above the second
 CLAIMS = [("relabel", "one-hot"), ("relabel", "global-multi"), ("relabel", "localized-single"),
           ("global-multi", "one-hot"), ("localized-single", "one-hot"),
@@ -131,8 +136,9 @@ def folder(run, small):
         train, val = (Rows(part, range(len(part)), in_memory=True) for part in (train, val))
     kinds = len(train.classes)
     evaluation = {"val": (val, None)}
-    if args.real:
-        evaluation["ReaL"] = (val, real_labels(args.real, val, kinds))
+    for name, path in (("ReaL", args.real), ("Shankar et al.", args.shankar)):
+        if path:
+            evaluation[name] = (val, valid_classes(path, val, kinds))
     if args.v2:
         evaluation["V2"] = (imagenet.imagenet_variant(args.v2, "v2", train.classes), None)
     students = train
@@ -143,22 +149,35 @@ def folder(run, small):
     return students, train, None, evaluation, kinds
 
 
-def real_labels(path, validation, kinds):
-    """(N, kinds) valid classes of "Are we done with ImageNet?": entry n - 1 is ..._val_0000000n.
+def valid_classes(path, validation, kinds):
+    """(N, kinds) valid classes of ImageNet's validation images, from a list of several labels.
 
-    Classes from `kinds` on, which the students do not know, are left out.
+    ReaL ("Are we done with ImageNet?", real.json): entry n - 1 is of ILSVRC2012_val_0000000n.
+    Shankar et al. ("Evaluating machine accuracy on ImageNet", human_accuracy_*.json): the
+    "initial_annots" of 20,000 of them, by name; "correct" and "unclear" wnids are valid, and
+    "problematic_images" have none. Classes the students do not know (from `kinds` on) are left out.
     """
+    number = {wnid: label for label, wnid in enumerate(validation.classes)}
     try:
-        entries = [[c for c in classes if c < kinds] for classes in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no list of lists of classes: {error}") from None
+        content, listed = json.loads(path.read_text()), {}
+        if isinstance(content, list):
+            for n, classes in enumerate(content, 1):
+                listed[f"ILSVRC2012_val_{n:08d}"] = [c for c in classes if c < kinds]
+        else:
+            listed = {Path(validation.name(row)).stem: [] for row in range(len(validation))}
+            for image, found in content["initial_annots"].items():
+                wnids = {*found.get("correct", ()), *found.get("unclear", ())} & number.keys()
+                if image not in content["problematic_images"]:
+                    listed[image.split(".")[0]] = [number[wnid] for wnid in wnids]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} holds no lists of labels: {error!r}") from None
     valid = torch.zeros(len(validation), kinds)
     for row in range(len(validation)):
-        number = re.search(r"_(\d+)\.\w+$", validation.name(row))
-        if number is None or not 1 <= int(number[1]) <= len(entries):
+        image = Path(validation.name(row)).stem
+        if image not in listed:
             raise ValueError(f"{path}: no entry for {validation.name(row)}, "
                              "expected names like ILSVRC2012_val_00000001.JPEG")
-        valid[row, entries[int(number[1]) - 1]] = 1
+        valid[row, listed[image]] = 1
     return valid
 
 
@@ -357,6 +376,7 @@ def main(argv=None):
     add("--classes", type=int, help="use the first N classes only")
     add("--images", type=int, help="students see the first N images of a class, the teacher all")
     add("--real", type=harness.Path, help="real.json: multi-label accuracy on the validation set")
+    add("--shankar", type=harness.Path, help="human_accuracy_v3.0.0.json: the same by other labels")
     add("--v2", type=harness.Path, help="folder of ImageNetV2: accuracy there")
     add("--robustness", action="store_true", help="measure attacked and corrupted test images too")
     add("--sets", type=harness.Path, help="and the robustness sets found in this folder, "
@@ -400,8 +420,9 @@ def finish(run, preset, data):
     def table(keys):
         return [{"targets": m, **{key: summary([row[key] for row in rows])[2] for key in keys}}
                 for m, rows in results.items()]
-    tables = {"targets": [{**row, "paper, ImageNet top-1": METHODS[row["targets"]][2]}
-                          for row in table(columns)]}
+    tables = {"targets": [{**row, "paper, ImageNet top-1": METHODS[row["targets"]][2],
+                           **{f"paper, {name}": PAPER[name].get(row["targets"])
+                              for name in PAPER if name in columns}} for row in table(columns)]}
     if extra:
         tables["robustness"] = table(extra)
     if teacher := run.recorded("teacher-accuracy"):

@@ -80,10 +80,17 @@ def test_real_layout_with_robustness_sets(tmp_path, run):
     groups = {"0": 0, "1": 1, "2": -1}
     (sets / "bg_challenge" / "in_to_in9.json").write_text(json.dumps(groups))
     (tmp_path / "real.json").write_text(json.dumps([[0, 1], [2]]))
+    annotated = {"ILSVRC2012_val_00000001.JPEG": {"correct": classes}}
+    (tmp_path / "accuracy.json").write_text(
+        json.dumps({"initial_annots": annotated, "problematic_images": {}}))
     options = ("--data", data, "--sets", sets)
     results = run("relabel_imagenet", tmp_path / "out", *options, "--methods", "one-hot", "relabel",
-                  "--real", tmp_path / "real.json", "--images", 11)
+                  "--real", tmp_path / "real.json", "--shankar", tmp_path / "accuracy.json",
+                  "--images", 11)
     row = results["results"]["relabel-seed0"]
+    assert row.pop("Shankar et al.") == 100
+    targets = results["tables"]["targets"]
+    assert [line["paper, ReaL"] for line in targets[:2]] == [83.6, 85.0]
     assert set(row) == {"val", "ReaL", "FGSM 1/255", "FGSM 4/255", "ImageNet-C", "ImageNet-A",
                         "mixed_same", "mixed_rand", "BGC gap"}
     assert all(0 <= value <= 100 for name, value in row.items() if name != "BGC gap")
@@ -170,19 +177,29 @@ def test_checkpoints_that_fit_and_others(tmp_path, run):
 def test_multi_labels_of_imagenet(tmp_path, run):
     import relabel_imagenet as study
 
-    class Names(list):
+    class Validation(list):
+        classes = ["n0", "n1", "n2"]
+
         def name(self, index):
             return self[index]
 
-    path, names = tmp_path / "real.json", Names(["n1/ILSVRC2012_val_00000002.JPEG",
-                                                 "n0/ILSVRC2012_val_00000001.JPEG"])
-    path.write_text("[[0, 2, 900], [901]]")
-    assert study.real_labels(path, names, 3).tolist() == [[0, 0, 0], [1, 0, 1]]
-    for content, words in (("[[1]]", "no entry for n1/ILSVRC"), ("[1, 2]", "no list of lists"),
-                           ("{", "no list of lists")):
+    path = tmp_path / "labels.json"
+    names = Validation(f"n0/ILSVRC2012_val_0000000{n}.JPEG" for n in (2, 1, 3))
+    path.write_text("[[0, 2, 900], [901], [1]]")
+    real = study.valid_classes(path, names, 3)
+    assert real.tolist() == [[0, 0, 0], [1, 0, 1], [0, 1, 0]]
+    image = "ILSVRC2012_val_0000000{}.JPEG".format
+    annotated = {image(1): {"correct": ["n1"], "unclear": ["n2", "n900"], "wrong": ["n0"]},
+                 image(3): {"correct": ["n1"]}, image(7): {}}
+    path.write_text(json.dumps({"initial_annots": annotated, "problematic_images": {image(3): 1}}))
+    shankar = study.valid_classes(path, names, 3)
+    assert shankar.tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0]]
+    for content, words in (("[[1], [2]]", "no entry for n0/ILSVRC2012_val_00000003.JPEG"),
+                           ("[1, 2]", "no lists of labels"), ("{", "no lists of labels"),
+                           ("{}", "no lists of labels: KeyError")):
         path.write_text(content)
-        with pytest.raises(ValueError, match=f"real.json.* {words}"):
-            study.real_labels(path, names, 3)
+        with pytest.raises(ValueError, match=f"labels.json.* {words}"):
+            study.valid_classes(path, names, 3)
 
 
 def test_mean_average_precision(run):
