@@ -169,8 +169,7 @@ class Run:
                 raise ValueError(
                     f"--resume must repeat the run's own arguments: {'; '.join(changed)}")
             return
-        # an unfinished run: keep it, out of the way
-        if any(self.out.glob("*-*.rank*.pt")):
+        if self._unfinished():                                # keep it, out of the way
             number = next(n for n in range(1, 10000)
                           if not self.out.with_name(f"{self.out.name}.{n}").exists())
             aside = self.out.with_name(f"{self.out.name}.{number}")
@@ -180,6 +179,12 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "recorded.json").unlink(missing_ok=True)
         write_json(description, settings)
+
+    def _unfinished(self) -> bool:
+        """Whether the folder holds snapshots, or records younger than any results."""
+        written = {path.name: path.stat().st_mtime_ns for path in self.out.glob("*.json")}
+        recorded, _ = written.pop("recorded.json", 0), written.pop("run.json", 0)
+        return recorded > max(written.values(), default=0) or any(self.out.glob("*-*.rank*.pt"))
 
     # ------------------------------------------------------------ many processes
 

@@ -218,6 +218,10 @@ def test_a_fresh_run_keeps_an_unfinished_one(toy, tmp_path):
     code, out, err = toy("--out", "a")
     assert code == 0 and "kept in a.1" in out
     assert list((tmp_path / "a.1").glob("*.rank0.pt")) and (tmp_path / "a" / "toy.json").exists()
+    assert "kept in" not in toy("--out", "a", "--steps", "3")[1]    # that run was finished
+    (tmp_path / "a" / "toy.json").unlink()                   # as if killed between its two seeds
+    assert "kept in a.2" in toy("--out", "a", "--steps", "3")[1]
+    assert (tmp_path / "a.2" / "recorded.json").exists()
 
 
 def test_a_full_disk_ends_with_a_clear_line_and_whole_files(toy, tmp_path):
