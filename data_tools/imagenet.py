@@ -272,6 +272,8 @@ def imagenet9_groups(path: str | Path, num_classes: int = 1000) -> Tensor:
         raise ValueError(f"{path}: not a map {{class: group}} ({error})") from None
     if sorted(groups) != list(range(num_classes)):
         raise ValueError(f"{path}: {len(groups)} classes, expected keys 0 .. {num_classes - 1}")
+    if odd := set(groups.values()) - set(range(-1, 9)):
+        raise ValueError(f"{path}: groups must be -1 .. 8, got {min(odd)}")
     return torch.tensor([groups[index] for index in range(num_classes)])
 
 

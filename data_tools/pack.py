@@ -312,7 +312,8 @@ def pack(src: str | Path, dst: str | Path, *, short_side: int = 256, quality: in
                 print(f"left out {message}")
     header["sha256"] = _digest(header)
     write_whole(dst / "pack.json", json.dumps(header, indent=1).encode())
-    (dst / "unfinished.json").unlink()
+    for left in (dst / "unfinished.json", *dst.glob(".*.tmp")):     # by runs that were killed
+        left.unlink(missing_ok=True)
     return header
 
 

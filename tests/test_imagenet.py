@@ -212,6 +212,9 @@ def test_imagenet9(tmp_path):
         (tmp_path / "map.json").write_text(text)
         with pytest.raises(ValueError, match="map.json: not a map"):
             data.imagenet9_groups(tmp_path / "map.json")
+    (tmp_path / "map.json").write_text('{"0": 9, "1": 0}')
+    with pytest.raises(ValueError, match="map.json: groups must be -1 .. 8, got 9"):
+        data.imagenet9_groups(tmp_path / "map.json", 2)
     write_tree(tmp_path, ("00_dog", "09_more"), 1, ("wrong",))
     with pytest.raises(ValueError, match="'09_more' has no class number"):
         data.imagenet_variant(tmp_path / "wrong", "9")

@@ -157,7 +157,9 @@ def test_pack_goes_on_after_a_kill(tmp_path):
     assert 3 <= len(kept) < 12
     with pytest.raises(ValueError, match="not finished; run the same pack command again"):
         data.imagenet(dst)
+    (dst / ".val-00001.npz.7.tmp").write_bytes(b"half")
     packs.pack(tree, dst, workers=1, images_per_shard=10)
+    assert not list(dst.glob(".*"))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     packs.pack(tree, tmp_path / "whole", workers=1, images_per_shard=10)
     for path in (tmp_path / "whole").iterdir():
