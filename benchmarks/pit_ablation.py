@@ -164,9 +164,7 @@ def draw(folder, curves: dict, statistics: dict, pooling: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = base.arguments()
-    parser.description = __doc__
-    run = harness.start(parser, argv)
+    run = harness.start(base.training_arguments(__doc__), argv)
     if run.args.data and run.args.preset == "default":
         run.args.preset = "small32"
     settings = base.settings(run.args)

@@ -66,25 +66,33 @@ PAPER_TOP1 = {  # vanilla, +CutMix, +DeiT, +distillation (arXiv:2103.16302, main
 RECIPES = ("vanilla", "cutmix", "deit", "distill")
 
 
+def training_arguments(description: str) -> argparse.ArgumentParser:
+    """What a script takes that trains by these presets (`settings`, `embedded`, `real`)."""
+    parser = harness.parser(description, presets=tuple(PRESETS))
+    add = parser.add_argument
+    add("--classes", type=int, help="only the first K classes of --data")
+    add("--image-size", type=int)
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="over all processes")
+    add("--lr", type=float)
+    add("--on-bad-image", choices=("raise", "skip"), default="raise")
+    add("--crop", type=float,
+        help="evaluation crop ratio (default 0.9 at 224 pixels; DeiT's script has 0.875)")
+    parser.set_defaults(recipe="vanilla", models=None, checkpoint=None)
+    return parser
+
+
 def arguments() -> argparse.ArgumentParser:
-    parser = harness.parser(__doc__, presets=tuple(PRESETS))
+    parser = training_arguments(__doc__)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="vanilla",
         help="training recipe of the paper's main table")
     add("--models", nargs="+",
         help="rows to run: names of the preset's table, or of models in reference/pit.py")
-    add("--classes", type=int, help="only the first K classes")
-    add("--image-size", type=int)
-    add("--epochs", type=int)
-    add("--batch-size", type=int, help="over all processes")
-    add("--lr", type=float)
     add("--drop-path", type=float,
         help="stochastic depth (default 0.1 with the DeiT recipe, else 0)")
     add("--teacher", nargs=2, metavar=("MODEL", "FILE"),
         help="for --recipe distill: a model of reference/pit.py or resnet.py")
-    add("--on-bad-image", choices=("raise", "skip"), default="raise")
-    add("--crop", type=float,
-        help="evaluation crop ratio (default 0.9 at 224 pixels; DeiT's script has 0.875)")
     add("--checkpoint", type=Path, help="evaluate these weights instead of training")
     add("--eps", type=float, nargs="*", default=[1.0, 8.0], help="FGSM steps in 1/255")
     for name, what in (("a", "A"), ("r", "R"), ("v2", "V2")):
@@ -99,6 +107,8 @@ def arguments() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> dict:
     """The preset with the command line's changes."""
     name = "paper" if args.preset == "default" and args.data else args.preset
+    if args.data is None and name not in ("default", "tiny"):
+        raise SystemExit(f"--preset {name} needs --data (an ImageNet-layout folder)")
     chosen = {"preset": name, **PRESETS[name]}
     given = dict(size=args.image_size, epochs=args.epochs, batch=args.batch_size, lr=args.lr,
                  crop=args.crop)
@@ -357,8 +367,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     run = harness.start(parser, argv)
     config = settings(run.args)
-    if run.args.data is None and config["preset"] not in ("default", "tiny"):
-        parser.error(f"--preset {config['preset']} needs --data (an ImageNet-layout folder)")
     try:
         if run.args.checkpoint:
             return evaluate_checkpoint(run, config)

@@ -84,7 +84,7 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, capsys):
+def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run):
     common = ("--data", tree / "data", "--preset", "small32")
     trained = run(pit_imagenet, "o", *common, "--epochs", 8, "--batch-size", 4, "--models", "PiT",
                   "--figures", tree / "figures")["results"]["PiT-seed0"]
@@ -108,9 +108,9 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, 
     (tree / "data" / "val" / "n03").mkdir()
     with pytest.raises(SystemExit, match="different class folders"):
         run(pit_imagenet, "f", *common)
-    with pytest.raises(SystemExit):
-        run(pit_imagenet, "f", "--preset", "small32")
-    assert "--preset small32 needs --data" in capsys.readouterr().err
+    for script in (pit_imagenet, pit_ablation):
+        with pytest.raises(SystemExit, match="--preset small32 needs --data"):
+            run(script, "f", "--preset", "small32")
 
 
 def test_distillation_recipe_with_a_teacher(tree, run):
@@ -121,7 +121,10 @@ def test_distillation_recipe_with_a_teacher(tree, run):
     assert results["pit_ti_distilled-seed0"]["count"] == 6
 
 
-def test_ablation(run, tmp_path):
+def test_ablation(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(pit_ablation, "a", "--imagenet-a", tmp_path)
+    assert "unrecognized arguments: --imagenet-a" in capsys.readouterr().err
     tables = run(pit_ablation, "a", "--preset", "tiny", "--epochs", 1, "--figures",
                  tmp_path / "f")["tables"]
     assert [len(tables[name]) for name in ("pooling", "dimensions", "attention")] == [6, 4, 8]
