@@ -28,7 +28,6 @@ localized-single 78.4, global-multi 78.5, global-single 77.5.
 """
 
 import json
-import re
 import statistics
 import time
 from functools import partial
@@ -162,7 +161,7 @@ def valid_classes(path, validation, kinds):
         content, listed = json.loads(path.read_text()), {}
         if isinstance(content, list):
             for n, classes in enumerate(content, 1):
-                listed[f"ILSVRC2012_val_{n:08d}"] = [c for c in classes if c < kinds]
+                listed[f"ILSVRC2012_val_{n:08d}"] = [c for c in classes if c in range(kinds)]
         else:
             listed = {Path(validation.name(row)).stem: [] for row in range(len(validation))}
             for image, found in content["initial_annots"].items():
