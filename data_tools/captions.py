@@ -1,4 +1,4 @@
-"""Images with captions: COCO (Karpathy splits), CUB (published splits), Flickr8k; words, batches.
+"""Images with captions: COCO (Karpathy splits), CUB (published splits), Flickr8k; batches of them.
 
     data = coco_captions("/data/coco", "train", "dataset_coco.json")
     data = cub_captions("/data/cub", cub_classes("trainval", "/data/cub/lists"))
@@ -11,7 +11,7 @@
 A `CaptionSet` lists the images in the order in which they first appear and keeps the captions of
 an image together; it is also a data set for `data_tools.loader.Loader` whose labels are image rows.
 `tokenize` (string to list of strings) comes from the caller: `reference.pcme.tokenize` gives the
-tokens of the published vocabularies.
+tokens of the published vocabularies. Words and vocabularies live in `data_tools.words`.
 
 Where the files come from: COCO's 2014 images and annotations with Karpathy's dataset_coco.json;
 CUB-200-2011 with the captions of Reed et al. (`cvpr2016_cub/text_c10`) and the class lists of Xian
@@ -20,14 +20,10 @@ et al.; Flickr8k with its token and split files. Nothing is downloaded here.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,11 +32,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import read_text, write_whole
+from data_tools.files import existing, read_text, reading
 from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, open_image
-
-SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
-PAD, START, END, UNKNOWN = range(4)
+from data_tools.words import (END, PAD, SPECIAL, START, UNKNOWN, Vocabulary,  # noqa: F401
+                              drop_words, pad, read_glove, set_word_vectors)
 
 # ---------------------------------------------------------------- images with captions
 
@@ -112,31 +107,14 @@ def _grouped(rows: Iterable[tuple[int, object, Path, str]],
                       np.repeat(np.arange(len(ids)), [len(group) for group in groups]), labels)
 
 
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong with the contents of a file becomes a ValueError that names it."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError, EOFError,
-            pickle.UnpicklingError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: not {what} ({reason})") from error
-
-
 def _read_json(path: Path) -> dict | list:
-    with _reading(path, "valid JSON"):
+    with reading(path, "valid JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _lines(path: Path, missing: str = "no such file") -> list[str]:
     """The lines of a text file: unlike `splitlines`, rare characters in a caption end none."""
     return read_text(path, missing).removesuffix("\n").split("\n")
-
-
-def _existing(path: Path, what: str) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such {what}")
-    return path
 
 
 def _first_existing(candidates: Sequence[Path], what: str) -> Path:
@@ -160,16 +138,16 @@ def karpathy_ids(source: str | Path, split: str) -> np.ndarray:
     """
     _check_split(split)
     parts = ("train", "restval") if split == "train" else (split,)
-    source, ids = _existing(Path(source), "dataset_coco.json or folder of id lists"), []
+    source, ids = existing(Path(source), "dataset_coco.json or folder of id lists"), []
     if source.is_file():
         wanted, document = {KARPATHY[part] for part in parts}, _read_json(source)
-        with _reading(source, "Karpathy's dataset_coco.json"):
+        with reading(source, "Karpathy's dataset_coco.json"):
             for image in document["images"]:
                 ids += image["sentids"] if image["split"] in wanted else ()
     for part in parts if source.is_dir() else ():
         names = [f"{a}{part}_ids.{b}" for a in ("coco_", "") for b in ("npy", "txt")]
         path = _first_existing([source / name for name in names], f"id list of split {part!r}")
-        with _reading(path, "a list of caption ids"):
+        with reading(path, "a list of caption ids"):
             read = np.load if path.suffix == ".npy" else np.loadtxt
             ids += read(path).reshape(-1).astype(np.int64).tolist()
     if not ids or len(set(ids)) != len(ids):
@@ -193,7 +171,7 @@ def coco_captions(root: str | Path, split: str, ids: str | Path) -> CaptionSet:
     for part in ("train2014", "val2014"):
         path = _annotations(root, f"captions_{part}.json")
         document = _read_json(path)
-        with _reading(path, "a COCO caption file"):
+        with reading(path, "a COCO caption file"):
             names = {image["id"]: image["file_name"] for image in document["images"]}
             captions |= {a["id"]: (a["image_id"], part, names[a["image_id"]], a["caption"])
                          for a in document["annotations"]}
@@ -214,7 +192,7 @@ def coco_instances(root: str | Path) -> list[dict[str, int]]:
     for part in ("train2014", "val2014"):
         path = _annotations(Path(root), f"instances_{part}.json")
         document = _read_json(path)
-        with _reading(path, "a COCO instance file"):
+        with reading(path, "a COCO instance file"):
             found += [{key: a[key] for key in ("image_id", "category_id")}
                       for a in document["annotations"]]
     return found
@@ -231,9 +209,9 @@ def match_lists(path: str | Path, query_ids: Sequence[int],
 
     Returns the rows of the queries that have an entry (Q,), and positives (Q, Ng) bool.
     """
-    document = _read_json(_existing(Path(path), "list of matches"))
+    document = _read_json(existing(Path(path), "list of matches"))
     column = {int(item): index for index, item in enumerate(gallery_ids)}
-    with _reading(path, "a list of matches {query id: [gallery ids]}"):
+    with reading(path, "a list of matches {query id: [gallery ids]}"):
         lists = {int(key): [column[int(item)] for item in items if int(item) in column]
                  for key, items in document.items()}
     rows = [row for row, item in enumerate(query_ids) if int(item) in lists]
@@ -361,127 +339,6 @@ def flickr8k(root: str | Path, split: str) -> CaptionSet:
         raise ValueError(f"{text}: no caption for {len(bare)} images of {listed.name}, "
                          f"first {bare[0]}")
     return _grouped(row for rows in captions.values() for row in rows)
-
-
-# ---------------------------------------------------------------- words
-
-
-class Vocabulary:
-    """Words to ids; <pad> 0, <start> 1, <end> 2, <unk> 3, then words as they first appear.
-
-    `vocabulary(captions)` gives tokens (N, T) int64, padded on the right, and lengths (N,) with
-    both markers.
-    """
-
-    def __init__(self, word2idx: dict[str, int], tokenize: Callable[[str], list[str]]):
-        if [word2idx.get(word) for word in SPECIAL] != list(range(4)):
-            raise ValueError(f"a vocabulary must map {', '.join(SPECIAL)} to 0, 1, 2, 3")
-        if sorted(word2idx.values()) != list(range(len(word2idx))):
-            raise ValueError(f"the ids of a vocabulary must be 0 .. {len(word2idx) - 1}, each once")
-        self.word2idx, self.tokenize = word2idx, tokenize
-
-    @classmethod
-    def of(cls, captions: Iterable[str], tokenize: Callable[[str], list[str]],
-           threshold: int = 4) -> Vocabulary:
-        """The words that occur at least `threshold` times (published: 4)."""
-        if threshold < 1:
-            raise ValueError(f"threshold must be at least 1, got {threshold}")
-        counts = Counter(word for caption in captions for word in tokenize(caption))
-        words = [w for w, count in counts.items() if count >= threshold and w not in SPECIAL]
-        return cls({word: index for index, word in enumerate((*SPECIAL, *words))}, tokenize)
-
-    @classmethod
-    def load(cls, path: str | Path, tokenize: Callable[[str], list[str]]) -> Vocabulary:
-        """From JSON {word: id}, or from a pickled dict of these (nothing else is unpickled)."""
-        path = _existing(Path(path), "vocabulary")
-        with _reading(path, "a vocabulary"):
-            read = json.loads if path.suffix == ".json" else _plain_pickle
-            word2idx = read(path.read_bytes())
-            if not all(isinstance(k, str) and type(v) is int for k, v in word2idx.items()):
-                raise ValueError("words must be strings, ids integers")
-            return cls(word2idx, tokenize)
-
-    def save(self, path: str | Path) -> None:
-        write_whole(path, json.dumps(self.word2idx, ensure_ascii=False).encode())
-
-    def __len__(self) -> int:
-        return len(self.word2idx)
-
-    def ids(self, caption: str) -> list[int]:
-        """Ids of a caption's words, without the markers."""
-        return [self.word2idx.get(word, UNKNOWN) for word in self.tokenize(caption)]
-
-    def __call__(self, captions: Iterable[str]) -> tuple[Tensor, Tensor]:
-        return pad([self.ids(caption) for caption in captions])
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Dicts, strings and numbers need no class; whatever asks for one is refused."""
-
-    def find_class(self, module: str, name: str):
-        raise ValueError(f"holds a {module}.{name}; only a dict of words and ids is read: convert "
-                         "the file to JSON {word: id} where it was made")
-
-
-def _plain_pickle(content: bytes):
-    return _PlainUnpickler(io.BytesIO(content)).load()
-
-
-def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Word ids of captions -> <start> words <end> padded on the right (N, T), and lengths (N,)."""
-    lengths = torch.tensor([len(words) + 2 for words in ids])
-    tokens = torch.full((len(ids), int(lengths.max())), PAD)
-    for row, words in zip(tokens, ids):
-        row[:len(words) + 2] = torch.tensor([START, *words, END])
-    return tokens, lengths
-
-
-def drop_words(words: Sequence[int], probability: float, generator: torch.Generator) -> list[int]:
-    """The published caption drop: words become <unk> with probability p, then int(len * p) go."""
-    draws = torch.rand(len(words), generator=generator)
-    words = [word if draw > probability else UNKNOWN for word, draw in zip(words, draws.tolist())]
-    gone = torch.randperm(len(words), generator=generator)[:int(len(words) * probability)]
-    return np.delete(words, gone.numpy()).tolist()
-
-
-def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
-               progress: Callable[[int], None] | None = None
-               ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Vectors from a GloVe or fastText file: {word: float32 (dim,)}, and the words without one.
-
-    The file is streamed; `progress` gets the number of lines read now and then. A word that is
-    missing is looked up without - . ' and, if it has a slash, as the part before it.
-    """
-    path, words = _existing(Path(path), "file of word vectors"), list(dict.fromkeys(words))
-    plain = {word: word.translate({ord(c): None for c in "-.'"}).split("/")[0] for word in words}
-    wanted, found = {*words, *plain.values()}, {}
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file):
-            word, *values = line.rstrip("\n ").rsplit(" ", dim)  # some words contain spaces
-            header = number == 0 and len(line.split()) == 2  # fastText: count, dimension
-            if header and line.split()[1] == str(dim):
-                continue
-            try:
-                if len(values) != dim or (number == 0 and " " in word):
-                    raise ValueError(f"{len(line.split())} columns")
-                if word in wanted and word not in found:
-                    found[word] = np.array(values, dtype=np.float32)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number + 1}: not a word and {dim} numbers; is dim "
-                                 f"right? ({error})") from error
-            if progress is not None and number % 100_000 == 99_999:
-                progress(number + 1)
-    vectors = {word: found[word if word in found else plain[word]] for word in words
-               if word in found or plain[word] in found}
-    return vectors, [word for word in words if word not in vectors]
-
-
-@torch.no_grad()
-def set_word_vectors(embedding: torch.nn.Embedding, vocabulary: Vocabulary,
-                     vectors: dict[str, np.ndarray]) -> None:
-    """Overwrite the rows of the words that have a vector; the others keep their initial values."""
-    for word, vector in vectors.items():
-        embedding.weight[vocabulary.word2idx[word]] = torch.from_numpy(vector).to(embedding.weight)
 
 
 # ---------------------------------------------------------------- batches

@@ -1,7 +1,9 @@
 """Small files: written whole or not at all, read with errors that name them."""
 
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,3 +32,21 @@ def read_text(path: str | Path, missing: str = "no such file") -> str:
         raise FileNotFoundError(f"{path}: {missing}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def existing(path: Path, what: str) -> Path:
+    """The path itself; FileNotFoundError if there is nothing."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such {what}")
+    return path
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong with the contents of a file becomes a ValueError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError,
+            pickle.UnpicklingError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not {what} ({reason})") from error
