@@ -149,6 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recall", type=int, default=1, metavar="K", help="recall@K in the bins")
     add_data_arguments(parser)
     run = harness.start(parser, argv)
+    if run.args.recall < 1 or run.args.bins < 2:
+        parser.error(f"--recall must be at least 1 and --bins 2, not {run.args.recall} and "
+                     f"{run.args.bins}")
     problem = load(run, PRESETS[run.args.preset])
     for seed in run.seeds:
         if run.recorded(f"study-seed{seed}") is None:

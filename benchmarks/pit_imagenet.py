@@ -366,7 +366,10 @@ def difference(above: list[float], below: list[float]) -> tuple[str, bool | None
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     run = harness.start(parser, argv)
-    config = settings(run.args)
+    config, args = settings(run.args), run.args
+    if not args.checkpoint and any((args.imagenet_a, args.imagenet_r, args.imagenet_v2, args.sketch,
+                                    args.background, args.in9_map)):
+        parser.error("the robustness sets need --checkpoint: they are for trained weights")
     try:
         if run.args.checkpoint:
             return evaluate_checkpoint(run, config)

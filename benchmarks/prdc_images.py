@@ -310,7 +310,13 @@ def main(argv=None):
     parser.add_argument("--nearest-k", type=int, default=5)
     run = harness.start(parser, argv)
     count, side, width, hidden, steps = PRESETS[run.args.preset]
-    count = run.args.count or count
+    count = count if run.args.count is None else run.args.count
+    if count < 2:
+        parser.error(f"--count must be at least 2, not {count}")
+    if run.args.nearest_k < 1:
+        parser.error(f"--nearest-k must be positive, not {run.args.nearest_k}")
+    if run.args.weights is not None and not run.args.weights.is_file():
+        parser.error(f"--weights {run.args.weights}: no such file")
     given = [run.args.real_features or run.args.real, run.args.fake_features or run.args.fake]
     if any(given):
         if not all(given):

@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     run = harness.start(parser, argv)
     generator = torch.Generator().manual_seed(run.seeds[0])
     claims, tables, maps = [], {}, None
+    if run.args.data is None and (run.args.metadata or run.args.store):
+        parser.error("--metadata and --store need --data")
     if run.args.data is None:
         count = 2000 if run.args.preset == "tiny" else 40_000
         tables["crops of a 500 x 375 image"] = geometry(run.seeds[0], count)

@@ -75,7 +75,8 @@ def build_model(arch: str, num_classes: int, seed: int = 0) -> resnet.ResNet:
     elif arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
         model = getattr(resnet, arch)(num_classes, generator=generator)
     else:
-        raise SystemExit(f"--arch must be resnet18/34/50/101/152 or small-WIDTH, not {arch}")
+        raise SystemExit("an architecture must be resnet18/34/50/101/152 or small-WIDTH, not "
+                         f"{arch!r}")
     return model.to(memory_format=torch.channels_last)  # faster, most in half precision
 
 
@@ -213,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128)
     run = harness.start(parser, argv)
     args, tiny = run.args, run.args.preset == "tiny"
+    if args.data is None and args.teacher is not None:
+        parser.error("--teacher needs --data: the images to annotate")
     if args.data is None:
         single = synthetic.colored_objects(200 if tiny else 3000, 1, seed=1)
         single = imagenet.ArrayImages(single["images"], single["labels"])

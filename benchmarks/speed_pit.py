@@ -169,7 +169,12 @@ def loader_rate(run, size: int = 224) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run = harness.start(arguments(), argv)
+    parser = arguments()
+    run = harness.start(parser, argv)
+    unknown = [name for name in run.args.models if not hasattr(pit, full_name(name))]
+    if unknown:
+        parser.error(f"--models: no model {unknown[0]!r}; choose from pit_{{ti,xs,s,b}}[_distilled]"
+                     " and deit_{tiny,small,base}")
     tiny, on_gpu = run.args.preset == "tiny", run.device.type == "cuda"
     batch = run.args.batch_size or (2 if tiny else 128 if on_gpu else 4)
     if timm is None:

@@ -1,6 +1,7 @@
 """The PiT scripts on their smallest presets and on small trees; a killed run ends alike."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run):
+def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, capsys):
     common = ("--data", tree / "data", "--preset", "small32")
     trained = run(pit_imagenet, "o", *common, "--epochs", 8, "--batch-size", 4, "--models", "PiT",
                   "--figures", tree / "figures")["results"]["PiT-seed0"]
@@ -111,6 +112,10 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run):
     for script in (pit_imagenet, pit_ablation):
         with pytest.raises(SystemExit, match="--preset small32 needs --data"):
             run(script, "f", "--preset", "small32")
+    for script, *arguments in ((pit_imagenet, "--sketch", tree), (speed_pit, "--models", "pit")):
+        with pytest.raises(SystemExit, match="2"):
+            run(script, "f", *arguments)
+    assert re.search("need --checkpoint.*no model 'pit'", capsys.readouterr().err, re.DOTALL)
 
 
 def test_distillation_recipe_with_a_teacher(tree, run):

@@ -1,6 +1,7 @@
 """The ReLabel scripts on their smallest preset: a kill loses nothing, misfits are refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -52,6 +53,15 @@ def test_crops_and_speed(tmp_path, run):
     assert len(list((tmp_path / "figures").iterdir())) == 2
     speed = run("speed_relabel", tmp_path / "speed")
     assert [row["way"] for row in speed["tables"]["pooling"]][:2] == ["sparse", "dense"]
+
+
+@pytest.mark.parametrize("script, option", [("relabel_crops", "--store"),
+                                            ("relabel_crops", "--metadata"),
+                                            ("relabel_generate", "--teacher")])
+def test_files_for_real_images_need_these(script, option, tmp_path, run, capsys):
+    with pytest.raises(SystemExit):
+        run(script, tmp_path / "out", option, tmp_path)
+    assert re.search(f"{option}.* need.? --data", capsys.readouterr().err)
 
 
 def tree(root, folders, count=2, size=48):
