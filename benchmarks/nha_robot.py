@@ -1,7 +1,7 @@
 """Hierarchical control: a planner picks the mode (a target), a neural ODE policy drives the robot
 there; both learned at once.
 
-    python benchmarks/nha_robot.py                        # 3 seeds: about 6 minutes on one core
+    python benchmarks/nha_robot.py                        # 3 seeds: a minute on one core
 
 A unicycle (px, py, heading) starts anywhere in [-2.5, 2.5] x [-1, 1] and has 5 time units to reach
 one of five targets on y = 2, spread over [-1, 1] (map 0) or [-2, 2] (map 1). Planner: a softmax

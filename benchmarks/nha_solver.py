@@ -1,7 +1,7 @@
 """Accuracy and cost of the batched ODE solver: orders, event times, gradients, one stiff sample in
 a batch.
 
-    python benchmarks/nha_solver.py                       # half a minute on one core
+    python benchmarks/nha_solver.py                       # ten seconds on one core
     python benchmarks/nha_solver.py --figures figures
 
 Expected: observed orders within 0.1 of theory; impact times of a bouncing ball and level crossings

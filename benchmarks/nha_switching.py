@@ -1,7 +1,7 @@
 """Mode mixing: a switching system learned with a categorical gate and with a softmax gate (NHA,
 appendix).
 
-    python benchmarks/nha_switching.py                  # 3 seeds, 1500 steps: 5 minutes on one core
+    python benchmarks/nha_switching.py                  # 3 seeds, 1500 steps: 3 minutes on one core
     python benchmarks/nha_switching.py --preset paper   # 3000 steps; by 1500 the step size is 3e-8
 
 dx/dt = sum_j w_j(x) f_j(x) with four fields for the three regions of nha.SwitchingLinear. w is the

@@ -1,6 +1,6 @@
 """PCME against deterministic and triplet training: recall, R-Precision, plausible matches (PMRP).
 
-    python benchmarks/pcme_coco.py                                # rendered shapes, about 5 minutes
+    python benchmarks/pcme_coco.py                             # rendered shapes, 2 minutes a seed
     python benchmarks/pcme_coco.py --seeds 3 --figures figures --record
     python benchmarks/pcme_coco.py --data flickr8k_64 --preset small --seeds 2 --record flickr8k_64
     torchrun --nproc_per_node=8 benchmarks/pcme_coco.py --data /data/coco --preset paper \\

@@ -1,6 +1,6 @@
 """PCME on CUB Captions: R-Precision on unseen classes, all scores, ablation of the training.
 
-    python benchmarks/pcme_cub.py                                 # rendered shapes, 2 minutes
+    python benchmarks/pcme_cub.py                              # rendered shapes, 2 minutes a seed
     python benchmarks/pcme_cub.py --seeds 3 --figures figures --record
     python benchmarks/pcme_cub.py --data /data/cub --preset paper \\
         --lists /data/cub/lists --trunk-weights resnet50.pth --glove glove.840B.300d.txt \\

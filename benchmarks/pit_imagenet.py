@@ -1,6 +1,6 @@
 """PiT against ViT: image classification, with the spatial grid reduced on the way or not.
 
-    python benchmarks/pit_imagenet.py              embedded shapes, one seed: 1-2 minutes on 2 cores
+    python benchmarks/pit_imagenet.py              embedded shapes, one seed: 3 minutes on one core
     python benchmarks/pit_imagenet.py --seeds 5    standard errors: the claim is judged on these
     python benchmarks/pit_imagenet.py --data /data/imagenet100_32 --preset small32 --classes 20 \\
         --seeds 2
@@ -11,8 +11,8 @@
         --imagenet-v2 /data/imagenetv2-matched-frequency-format-val
 
 Embedded data: PiT, a ViT of equal MACs with the same overlapping patches, and a ViT of three times
-the MACs on the same grid, on ten classes of 32-pixel shapes. Expect 52, 47 and 56 % (+-1.6, 5
-seeds); the gap of PiT to the ViT of equal MACs is +5.7 +- 3.1 points, so one seed decides nothing.
+the MACs on the same grid, on ten classes of 32-pixel shapes. Expect 52, 48 and 58 % (+-1.4, ten
+seeds); the gap of PiT to the ViT of equal MACs is 4.6 +- 1.7 points, so one seed decides nothing.
 Equal MACs are not equal parameters: PiT has 5.4 times as many.
 
 --data (an ImageNet-layout folder or a pack of one): preset "paper" (the default there) trains

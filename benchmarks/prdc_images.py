@@ -1,7 +1,7 @@
 """Precision, recall, density and coverage of images: do they react as the paper says, in every
 embedding?
 
-    python benchmarks/prdc_images.py --figures figures         # procedural glyphs, about a minute
+    python benchmarks/prdc_images.py --figures figures         # procedural glyphs, 3 minutes
     python benchmarks/prdc_images.py --data imagenet100_32     # ImageNet layout: its val split
     python benchmarks/prdc_images.py --real CelebA/img_align_celeba --fake samples --preset paper \\
         --weights vgg16-397923af.pth

@@ -1,6 +1,6 @@
 """Images per second and core: torchvision's pipeline, this project's folder loader, and its packs.
 
-    python benchmarks/speed_loader.py                        # generated photographs, 3 minutes
+    python benchmarks/speed_loader.py                        # generated photographs, a minute
     python benchmarks/speed_loader.py --data /data/imagenet  # train/ and val/, or class folders
     python benchmarks/speed_loader.py --workers 8 --images 4096      # whole machine, wall time
 

@@ -1,7 +1,7 @@
 """The main table of weakly supervised localization: six methods, few-shot and centre baseline,
 equal search budget.
 
-    python benchmarks/wsol_table.py                    # procedural scenes, about 7 minutes a seed
+    python benchmarks/wsol_table.py                    # procedural scenes, 2 minutes a seed
     python benchmarks/wsol_table.py --preset tiny      # seconds: shows that it runs
     python benchmarks/wsol_table.py --data DIR --pretrain 6 --per-class 40 --shots 5     # 32 pixels
     torchrun --nproc_per_node=8 benchmarks/wsol_table.py --data DIR --preset paper --dataset CUB \\
