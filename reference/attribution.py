@@ -225,12 +225,12 @@ def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
     a = seen[0]
     black = _score(model(torch.zeros_like(images)), output).gather(1, targets)
     scores = black.unsqueeze(1).repeat(1, a.shape[1], 1)                          # (B, K, n)
-    for b, k in _chunks(a.amax((2, 3)) != a.amin((2, 3)), chunk):
-        masks = F.interpolate(a[b, k].unsqueeze(1), images.shape[2:], mode="bilinear",
-                              align_corners=True)
+    for row, image in enumerate(images):                      # no masks of a whole batch: gigabytes
+        masks = F.interpolate(a[row, None], image.shape[1:], mode="bilinear", align_corners=True)
         low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-        masked = model(images[b] * ((masks - low) / (high - low + 1e-8)))
-        scores[b, k] = _score(masked, output).gather(1, targets[b])
+        masks = ((masks - low) / (high - low + 1e-8)).transpose(0, 1)
+        for _, k in _chunks((high != low)[:, :, 0, 0], chunk):
+            scores[row, k] = _score(model(image * masks[k]), output)[:, targets[row]]
     return _weighted(scores.softmax(1).transpose(1, 2), a, single, relu)
 
 
