@@ -1,7 +1,7 @@
 """SGD, SGDP, AdamW, AdamP with and without weight decay: accuracy, norms, effective steps.
 
-    python benchmarks/adamp_imagenet.py                    # embedded textures, 3 seeds, 8 minutes
-    python benchmarks/adamp_imagenet.py --attack linf      # adversarial training, 9 minutes
+    python benchmarks/adamp_imagenet.py                    # embedded textures, 3 seeds, 5 minutes
+    python benchmarks/adamp_imagenet.py --attack linf      # adversarial training, 5 minutes
     python benchmarks/adamp_imagenet.py --data imagenet100_32 --preset small --classes 20 --seeds 2
     torchrun --nproc_per_node=8 benchmarks/adamp_imagenet.py --data /data/imagenet --preset paper \\
         --amp bf16 --workers 16 --arch resnet18            # 8 runs of 100 epochs, or --methods

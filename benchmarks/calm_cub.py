@@ -1,6 +1,6 @@
 """Cue localisation: do the maps of two classes differ where the classes differ? Accuracy, pixel AP.
 
-    python benchmarks/calm_cub.py --seeds 2                   # embedded toys, 6 minutes a seed
+    python benchmarks/calm_cub.py --seeds 2                   # embedded toys, 3 minutes a seed
     python benchmarks/calm_cub.py --data CUB_200_2011 --weights resnet50-19c8e357.pth      # one GPU
 
 Embedded data (32 pixels, networks from scratch):

@@ -1,6 +1,6 @@
 """Remove and classify: how fast accuracy falls when the most attributed pixels are erased.
 
-    python benchmarks/calm_remove.py --seeds 2                # embedded glyphs, 3 minutes a seed
+    python benchmarks/calm_remove.py --seeds 2                # embedded glyphs, a minute a seed
     python benchmarks/calm_remove.py --data CUB --weights resnet50-19c8e357.pth --samples 50 \\
         --paper CUB                                           # one GPU; or ILSVRC, OpenImages30k
     python benchmarks/calm_remove.py --data imagenet100_32 --arch small-8 --size 32 --classes 20 \\

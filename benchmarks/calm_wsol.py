@@ -1,6 +1,6 @@
 """Localising objects with CALM's maps, and asking for a class in all images by one threshold.
 
-    python benchmarks/calm_wsol.py --seeds 2                  # embedded scenes, 3 minutes a seed
+    python benchmarks/calm_wsol.py --seeds 2                  # embedded scenes, a minute a seed
     python benchmarks/calm_wsol.py --data ILSVRC --weights resnet50-19c8e357.pth \\
         --wordnet wordnet.is_a.txt --superclass 7             # one GPU; also CUB and OpenImages30k
     python benchmarks/calm_wsol.py --data imagenet100_32 --arch small-8 --size 32 --classes 20 \\

@@ -1,8 +1,8 @@
 """What makes PiT work: pooling kind, overlap, class token, spatial dimensions of ViT and ResNet,
 and where it looks.
 
-    python benchmarks/pit_ablation.py --figures runs/figures     embedded shapes: 14 minutes a seed
-                                                                 on one core
+    python benchmarks/pit_ablation.py --figures runs/figures     embedded shapes: about 5 minutes on
+                                                                 2 cores per seed
     python benchmarks/pit_ablation.py --seeds 2 --record
     python benchmarks/pit_ablation.py --data /data/imagenet100_32 --classes 20
 

@@ -1,6 +1,6 @@
 """PiT against ViT: image classification, with the spatial grid reduced on the way or not.
 
-    python benchmarks/pit_imagenet.py              embedded shapes, one seed: 3 minutes on one core
+    python benchmarks/pit_imagenet.py              embedded shapes, one seed: 1-2 minutes on 2 cores
     python benchmarks/pit_imagenet.py --seeds 5    standard errors: the claim is judged on these
     python benchmarks/pit_imagenet.py --data /data/imagenet100_32 --preset small32 --classes 20 \\
         --seeds 2

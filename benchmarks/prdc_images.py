@@ -1,7 +1,7 @@
 """Precision, recall, density and coverage of images: do they react as the paper says, in every
 embedding?
 
-    python benchmarks/prdc_images.py --figures figures         # procedural glyphs, 3 minutes
+    python benchmarks/prdc_images.py --figures figures         # procedural glyphs, about a minute
     python benchmarks/prdc_images.py --data imagenet100_32     # ImageNet layout: its val split
     python benchmarks/prdc_images.py --real CelebA/img_align_celeba --fake samples --preset paper \\
         --weights vgg16-397923af.pth
@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from data_tools import imagenet
 from reference import vgg
 from reference.prdc import METRICS, PRDC, bootstrap_prdc, expected_coverage
+from relabel_generate import load_weights
 
 # images per set, side, width and hidden units of the VGG, steps of the autoencoder
 PRESETS = {"default": (600, 32, 16, 256, 300), "small": (2000, 32, 16, 256, 400),
@@ -215,8 +216,7 @@ def embeddings(run, side, width, hidden):
              "R64": [vgg.r64(seed, side, width=width, hidden=hidden).to(run.device)
                      for seed in run.seeds]}
     if run.args.weights:
-        model = vgg.vgg16()
-        model.load_state_dict(torch.load(run.args.weights, map_location="cpu", weights_only=True))
+        model = load_weights(vgg.vgg16(), run.args.weights)
         found["T4096"] = [vgg.Embedding(model).to(run.device)]
     return found
 

@@ -1,7 +1,7 @@
 """What density and coverage are for, on Gaussians: equal sets, outliers, dropped modes, the choice
 of k.
 
-    python benchmarks/prdc_toy.py --figures figures        # n = 2,000, 3 minutes on one core
+    python benchmarks/prdc_toy.py --figures figures        # n = 2,000, about a minute on one core
     python benchmarks/prdc_toy.py --preset paper           # n = 10,000 as in the paper, an hour
 
 1. Equal distributions: precision and recall fall with the dimension and the number of points and

@@ -93,7 +93,7 @@ def load_weights(model: torch.nn.Module, path, head: bool = True) -> torch.nn.Mo
         own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
         model.load_state_dict(state if head else state | own)
     except Exception as error:  # of many types, if the file is damaged
-        reason = str(error) or type(error).__name__
+        reason = f"{type(error).__name__}: {error}"
         raise SystemExit(f"checkpoint {path} does not fit this model: {reason}") from None
     return model
 

@@ -1,6 +1,6 @@
 """ReLabel against one-hot, smoothed, cleaned, global, single and distilled targets.
 
-    python benchmarks/relabel_imagenet.py                  # embedded: pairs of objects; 9 minutes
+    python benchmarks/relabel_imagenet.py                  # embedded: pairs of objects; 4 minutes
     python benchmarks/relabel_imagenet.py --seeds 3        # claims are judged from 3 seeds on
     python benchmarks/relabel_imagenet.py --maps teacher   # not an oracle's: a trained teacher's
     python benchmarks/relabel_imagenet.py --epochs 90 --methods relabel relabel+cutmix --seeds 3

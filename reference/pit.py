@@ -34,7 +34,6 @@ import copy
 import itertools
 import math
 import os
-import pickle
 import re
 import time
 import warnings
@@ -539,7 +538,9 @@ def load_pit_checkpoint(path: str) -> dict[str, Tensor]:
     """A checkpoint file as a plain state_dict with official keys, no wrappers and prefixes."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:                                # how torch reports a torn file varies
         raise ValueError(f"{path} is not a torch.save file of tensors alone") from error
     return convert_timm_state_dict(_unwrap(content, path))
 

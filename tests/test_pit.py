@@ -439,7 +439,7 @@ def test_pretrained_and_position_map_of_another_size(tmp_path):
         pit.load_pit_checkpoint(path)
     with pytest.raises(TypeError, match="path of a checkpoint, got True"):
         pit.pit_ti(True)
-    for content in (b"", b"not a checkpoint", b"PK\x03\x04 cut off"):
+    for content in (b"", b"not a checkpoint", b"junk", b"PK\x03\x04 cut off"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="w.pth is not a torch.save file"):
             pit.load_pit_checkpoint(path)
