@@ -326,9 +326,8 @@ def calm_loss(output: CALMOutput | CAMOutput, labels: Tensor, method: str = "em"
         raise ValueError(f"method {method!r} does not go with {type(output).__name__}")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels must be an int64 tensor, not {getattr(labels, 'dtype', labels)}")
-    batch = len(output.logits)
-    if labels.shape != (batch,):
-        raise ValueError(f"labels must be ({batch},), not {tuple(labels.shape)}")
+    if labels.shape != output.logits.shape[:1]:
+        raise ValueError(f"labels must be ({len(output.logits)},), not {tuple(labels.shape)}")
     _class_index(labels, output.logits, "labels")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
@@ -339,7 +338,7 @@ def calm_loss(output: CALMOutput | CAMOutput, labels: Tensor, method: str = "em"
     else:
         log_joint = output.log_joint(labels).flatten(1)
         if posterior is not None:
-            expected = batch, *output.logits.shape[2:]
+            expected = tuple(output.attention[:, 0].shape)
             if posterior.shape != expected or (posterior < 0).any():
                 raise ValueError(f"posterior must be {expected} and not negative, "
                                  f"not {tuple(posterior.shape)}")
@@ -406,6 +405,7 @@ def superclass_map(output: CALMOutput | CAMOutput, groups: Any, kind: str = "joi
     (B,). kind "joint" (a probability: the class is one of the group), "posterior" (a sum of
     posteriors) or "cam" (each map min-max-normalised first). reduce "sum" or "mean".
     """
+    _check_output(output)
     _check_choice("kind", kind, ("joint", "posterior", "cam"))
     _check_choice("reduce", reduce, ("sum", "mean"))
     if isinstance(groups, dict):
@@ -573,15 +573,11 @@ def merge_cub_parts(part_xyv: Any, width: int, height: int,
     if min(width, height, size) < 1:
         raise ValueError(f"width, height and size must be positive, not {width}, {height}, {size}")
     place, seen = parts[:, :2] * (size / width, size / height), parts[:, 2] > 0
-    points, ids = [], []
+    merged = [(place[part - 1], group) for part, group in _OTHER_PARTS if seen[part - 1]]
     if head := [part - 1 for part in _HEAD_PARTS if seen[part - 1]]:
-        points, ids = [place[head].mean(0)], [1]
-    for part, group in _OTHER_PARTS:
-        if seen[part - 1]:
-            points.append(place[part - 1])
-            ids.append(group)
-    points = np.array(points).reshape(-1, 2).astype(np.int64)                     # truncates
-    return torch.from_numpy(points), torch.tensor(ids, dtype=torch.int64)
+        merged.insert(0, (place[head].mean(0), 1))
+    points = np.array([point for point, _ in merged]).reshape(-1, 2).astype(np.int64)  # truncates
+    return torch.from_numpy(points), torch.tensor([group for _, group in merged]).long()
 
 
 def part_label_map(points: Tensor, point_ids: Tensor, size: int = 224) -> Tensor:
@@ -683,11 +679,10 @@ def _demonstrate() -> None:
     batches = list(zip(images.split(32), labels.split(32)))
     print("share of a class's map, over ALL test images, that lies on objects of the class:")
     for head, method in ((CAMHead(32, 4), "cam"), (CALMHead(32, 4), "em")):
-        convolution = nn.Conv2d(3, 32, 7, padding=3, bias=False)
-        backbone = nn.Sequential(convolution, nn.BatchNorm2d(32), nn.ReLU())
-        for weight in (convolution.weight, *(p for p in head.parameters() if p.ndim > 1)):
-            nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
+        backbone = nn.Sequential(nn.Conv2d(3, 32, 7, padding=3), nn.BatchNorm2d(32), nn.ReLU())
         model = CALM(backbone, head)
+        for weight in (p for p in model.parameters() if p.ndim > 1):
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
         list(train(model, batches, 4, method=method, lr=0.05, head_ratio=2))
         with torch.no_grad():
             output = model.eval()(test)

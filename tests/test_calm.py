@@ -480,6 +480,7 @@ def test_bad_input():
         (lambda: calm.counterfactual_map(output, 0, 1, mode="both"), ValueError, "mode"),
         (lambda: calm.superclass_map(output, [[0], [], [1]]), ValueError, "non-empty"),
         (lambda: calm.superclass_map(output, labels), ValueError, "non-empty"),
+        (lambda: calm.superclass_map(output.logits, [[0]] * 3), TypeError, "output must be"),
         (lambda: calm.superclass_map(output, [[0.5]] * 3), TypeError, "integers"),
         (lambda: calm.superclass_map(output, {0: [1]}), ValueError, "needs labels"),
         (lambda: calm.superclass_map(output, [[0]] * 3, "prior"), ValueError, "kind"),
