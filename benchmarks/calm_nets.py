@@ -26,6 +26,7 @@ from data_tools import glyphs as glyph_data
 from data_tools import synthetic, wsol_data
 from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, Loader
 from reference import attribution, calm, resnet, wsol_evaluation
+from relabel_generate import load_weights
 
 # name: (head, arguments of calm.train). With an online E-step, EM and ML have the same gradient.
 METHODS: dict[str, tuple[Callable, dict]] = {
@@ -123,8 +124,7 @@ def residual(arch: str, weights: harness.Path | None, generator: torch.Generator
     else:
         raise ValueError(f"--arch must be resnet50 or small-WIDTH, not {arch!r}")
     if weights is not None:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        body.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+        load_weights(body, weights, head=False)
     body.forward = body.forward_features
     return body
 

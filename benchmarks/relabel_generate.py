@@ -90,8 +90,10 @@ def load_weights(model: torch.nn.Module, path, head: bool = True) -> torch.nn.Mo
         for wrapper in ("model", "state_dict"):
             state = state.get(wrapper, state)
         state = {key.removeprefix("module."): value for key, value in state.items()}
-        own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
-        model.load_state_dict(state if head else state | own)
+        if not head:
+            own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+            state = {key: v for key, v in state.items() if not key.startswith("fc.")} | own
+        model.load_state_dict(state)
     except Exception as error:  # of many types, if the file is damaged
         reason = f"{type(error).__name__}: {error}"
         raise SystemExit(f"checkpoint {path} does not fit this model: {reason}") from None

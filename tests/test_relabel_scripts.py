@@ -177,6 +177,10 @@ def test_checkpoints_that_fit_and_others(tmp_path, run):
                tmp_path / "a.pt")
     load_weights(other, tmp_path / "a.pt", head=False)
     assert torch.equal(other.conv1.weight, one.conv1.weight) and len(other.fc.bias) == 4
+    headless = build_model("small-2", 3, 4)
+    headless.fc = torch.nn.Identity()
+    load_weights(headless, tmp_path / "a.pt", head=False)
+    assert torch.equal(headless.conv1.weight, one.conv1.weight)
     torch.save({"conv1.weight": one.conv1.weight.data}, tmp_path / "part.pt")
     (tmp_path / "empty.pt").touch()
     for name in ("a.pt", "part.pt", "empty.pt", "none.pt"):
