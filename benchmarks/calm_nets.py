@@ -148,7 +148,7 @@ def trained(run: harness.Run, task: Task, method: str, seed: int,
         if not path.exists():
             raise ValueError(f"{path}: no such file; --models must be the --out of a run with this "
                              "method and seed")
-        model.load_state_dict(torch.load(path, map_location=run.device, weights_only=True))
+        model.load_state_dict(harness.read_tensors(path))
         return model.eval()
     if start is None and run.args.data and run.args.pretrain:
         start = trained(run, pretraining(task, run.args.pretrain), "cam", seed, start={})

@@ -86,8 +86,11 @@ def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> 
     args = arguments.parse_args(argv)
     if args.seeds < 1:
         arguments.error(f"--seeds must be at least 1, not {args.seeds}")
-    if args.workers < 0 or args.threads < 0:
-        arguments.error("--workers and --threads must not be negative")
+    for name, given in vars(args).items():
+        numbers = [v for v in (given if isinstance(given, (list, tuple)) else [given])
+                   if isinstance(v, (int, float))]
+        if name != "seed" and not all(number >= 0 for number in numbers):
+            arguments.error(f"--{name.replace('_', '-')} must not be negative, not {given}")
     if not re.fullmatch(r"[\w.+=-]*", args.record or ""):
         arguments.error(f"--record takes letters, digits and . + = - _, not {args.record!r}")
     if (data := getattr(args, "data", None)) is not None and not data.exists():
@@ -118,6 +121,16 @@ def write_tensors(path: Path, value: dict) -> None:
         write_atomically(path, lambda file: torch.save(value, file))
     except RuntimeError as error:                             # how torch.save reports a full disk
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def read_tensors(path: Path) -> dict:
+    """A checkpoint, on the CPU; ValueError for any other file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:                                # of many types, if it is damaged
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
 class Run:
@@ -299,10 +312,10 @@ class Run:
         path = self._snapshot(name, step)
         self.log(f"{name}: going on after step {step}")
         try:
-            snapshot = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:                            # how torch reports a torn file varies
-            raise ValueError(f"{path} is damaged ({type(error).__name__}); remove it, and "
-                             "--resume goes on from the snapshot before it") from error
+            snapshot = read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it, and --resume goes on from the snapshot before "
+                             "it") from None
         self._last[name] = json.loads(snapshot.pop("last of drive", "{}"))
         return snapshot
 
@@ -400,7 +413,7 @@ class Run:
 
     def saved(self, name: str) -> dict:
         """What `save` kept under this name, on the CPU."""
-        return torch.load(self.out / f"{name}.pt", map_location="cpu", weights_only=True)
+        return read_tensors(self.out / f"{name}.pt")
 
     def finish(self, rows: list[dict], tables: dict[str, list[dict]] | None = None,
                **more: Any) -> dict:

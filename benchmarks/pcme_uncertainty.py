@@ -39,7 +39,7 @@ def trained(run: harness.Run, problem: Problem, seed: int) -> tuple[pcme.PCME, n
     criterion = METHODS["PCME"][0](settings)
     source = (run.args.models or run.out) / f"{name}-weights.pt"
     if run.args.models or (run.args.resume and source.exists()):
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = harness.read_tensors(source)
         model = build_model(settings, len(problem.vocabulary), seed)
         model.load_state_dict(state["model"])
         criterion.load_state_dict(state["criterion"])

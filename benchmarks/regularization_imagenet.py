@@ -85,7 +85,7 @@ def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
     add = parser.add_argument
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(study.METHODS)}")
-    add("--arch", help="a network of reference/resnet.py")
+    add("--arch", choices=("small", *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))))
     add("--epochs", type=int)
     add("--corrupted", type=study.Path, help="ImageNet-C: <corruption>/<severity>/<class>/*.JPEG")
     add("--images", type=int, help="validation images for computed corruptions and PGD")
@@ -97,6 +97,8 @@ def main(argv=None):
     usable = [m for m in study.METHODS if "shakedrop" not in study.METHODS[m]]
     if unknown := [m for m in methods if m not in usable]:
         parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(usable)}")
+    if args.corrupted and args.data is None:
+        parser.error("--corrupted needs --data: its folders have ImageNet's classes")
     if batch % run.world_size:
         parser.error(f"the batch of {batch} does not divide among {run.world_size} processes")
     mean, std = imagenet.IMAGENET_MEAN, imagenet.IMAGENET_STD

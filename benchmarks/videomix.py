@@ -388,6 +388,8 @@ def main(argv: list[str] | None = None) -> None:
     real.add_argument("--fps", type=float, default=10.0,
                       help="of the extracted frames (thumos, ava)")
     run = harness.start(parser, argv)
+    if run.args.data is None and (run.args.init or run.args.inits):
+        parser.error("--init and --inits need --data: the embedded networks start afresh")
     if run.args.data is not None:
         videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run)
     else:

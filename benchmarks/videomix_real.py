@@ -73,7 +73,7 @@ def fit_real(run: harness.Run, setting: Setting, recipe: Recipe, seed: int, inde
         drop_last=len(videos) >= batch, rank=run.rank, world_size=run.world_size, device=run.device)
     model = backbone(setting.backbone, classes, seed, embedded=False)
     if run.args.init is not None:
-        state = torch.load(run.args.init, map_location="cpu", weights_only=True)
+        state = harness.read_tensors(run.args.init)
         inflating = isinstance(model, video_resnet.SlowOnly) and "conv1.weight" in state
         run.log(f"{run.args.init.name}: not loaded: ",
                 video_resnet.inflate(model, state) if inflating else load_fitting(model, state))
@@ -306,7 +306,7 @@ def actions_of_boxes(run: harness.Run) -> None:
             name = f"{setting.name}-seed{seed}"
             if (row := run.recorded(name)) is None:
                 model = BoxNet(backbone(network, 2, seed, embedded=False)).to(run.device)
-                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+                state = harness.read_tensors(checkpoint)
                 run.log(f"{checkpoint.name}: not loaded: {load_fitting(model.network, state)}")
                 loaders = [torch.utils.data.DataLoader(
                     videos, args.batch_size, shuffle=videos is train, num_workers=args.workers,

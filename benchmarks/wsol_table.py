@@ -138,7 +138,7 @@ def real_task(run: harness.Run, args, seed: int) -> Task:
                 args.trials or (30 if paper else 3), seed, workers=args.workers,
                 defaults_first=not paper)
     if args.weights:
-        task.weights = torch.load(args.weights, map_location="cpu", weights_only=True)
+        task.weights = harness.read_tensors(args.weights)
     elif small and args.pretrain:
         task.weights = pretrained(run, task, everything, top, args.pretrain, same=not classes)
     return task
