@@ -55,8 +55,9 @@ class Mixed(NamedTuple):
 # ---- draws and checks ----------------------------------------------------------------------------
 
 def _check_images(x: Tensor, y: Tensor | None = None) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a float image batch, got {x.dtype}; convert integers first")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError("x must be a float image batch, got "
+                        f"{getattr(x, 'dtype', type(x))}; convert integers and arrays first")
     if x.ndim != 4:
         raise ValueError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
     if y is not None and len(x) != len(y):

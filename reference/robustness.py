@@ -127,8 +127,9 @@ def _normaliser(x: Tensor, mean, std) -> Callable[[Tensor], Tensor]:
 
 
 def _check_attack(x: Tensor, y: Tensor, eps: float, clip: Sequence[float]) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a float image batch, got {x.dtype}; divide uint8 images by 255")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a float image batch, got {getattr(x, 'dtype', type(x))}; "
+                        "divide uint8 images by 255")
     if x.ndim < 2 or len(x) != len(y):
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree in the batch size")
     if not eps >= 0:

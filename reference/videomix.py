@@ -150,7 +150,8 @@ def _frame_lambdas(boxes: Box | Tensor, size_thw: Sequence[int]) -> Tensor:
 
 def _check_clips(x: Tensor, floating: bool = False) -> None:
     if not isinstance(x, Tensor) or x.ndim != 5:
-        raise ValueError(f"clips must be (B, C, T, H, W), not {tuple(getattr(x, 'shape', ()))}")
+        raise ValueError("clips must be a (B, C, T, H, W) tensor, not "
+                         f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
     if floating and not x.is_floating_point():
         raise ValueError(f"blending needs floating-point clips, not {x.dtype}")
 
