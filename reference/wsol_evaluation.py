@@ -106,9 +106,10 @@ def resize_scoremap(cam: Array, size: int | Sequence[int]) -> Array:
 
     Keys' kernel with a = -.75, half-pixel centres, borders repeated. Normalise afterwards:
     overshoot belongs to the range. A constant map stays exactly constant."""
-    height, width = map(int, (size, size) if np.ndim(size) == 0 else size)
-    if height < 1 or width < 1:
-        raise ValueError(f"size must be positive, got {size}")
+    sides = (size, size) if np.ndim(size) == 0 else tuple(size)
+    if len(sides) != 2 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in sides):
+        raise ValueError(f"size must be one or two (height, width) positive integers, got {size!r}")
+    height, width = map(int, sides)
     maps = _maps("cam", cam, range(2, 9))
 
     def weights(inputs: int, outputs: int) -> Tensor:         # [outputs, inputs], of one axis
@@ -774,7 +775,7 @@ class MaskEvaluator(_Evaluator):
 
 def _table(path: Path, fields: int, numbers: bool = False) -> Iterator[list]:
     """Rows [image id, ...] of a metadata file; numbers: what follows the id is whole numbers."""
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
         if line.strip():
             image_id, *rest = line.strip().split(",")
             try:
@@ -798,6 +799,8 @@ def _load_scoremap(root: Path, image_id: str) -> np.ndarray:
             try:
                 scoremap = np.load(path, allow_pickle=False)
                 check_scoremap_validity(scoremap)
+                if scoremap.shape != (224, 224):
+                    raise ValueError(f"score map must be 224 x 224, got {scoremap.shape}")
             except (EOFError, TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{path}: {error}") from error
@@ -888,11 +891,14 @@ def search_space(method: str) -> dict[str, tuple]:
 def sample_trial(space: Mapping[str, tuple], rng: np.random.Generator) -> dict:
     """One value per entry of a search space, drawn in the order of the entries; plain numbers."""
     trial = {}
-    for name, (kind, *bounds) in space.items():
-        if kind not in _DRAWS:
-            raise ValueError(f"unknown distribution {kind!r} of {name}")
-        bounds = [trial[bound] if isinstance(bound, str) else bound for bound in bounds]
-        trial[name] = _DRAWS[kind](rng, *bounds)
+    for name, entry in space.items():
+        try:
+            kind, *bounds = entry
+            bounds = [trial[bound] if isinstance(bound, str) else bound for bound in bounds]
+            trial[name] = _DRAWS[kind](rng, *bounds)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"space has no distribution of {name} that search_space describes, "
+                             f"got {entry!r}") from error
     return trial
 
 
@@ -912,10 +918,16 @@ def random_search(evaluate: Callable[[dict], float], space: Mapping[str, tuple],
         config = sample_trial(space, np.random.default_rng([seed, number]))
         record = json.loads(json.dumps({"trial": number, "seed": seed, "config": config}))
         if number < len(lines):
-            done = json.loads(lines[number])
-            if done != record | {"score": done["score"]}:
-                raise ValueError(f"{path}:{number + 1}: trial {done['trial']} of seed "
-                                 f"{done['seed']} is not what seed {seed} and this space draw")
+            try:
+                done = json.loads(lines[number])
+                same = done == record | {"score": done["score"] and float(done["score"])}
+                came = f"trial {done['trial']} of seed {done['seed']}"
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{path}:{number + 1}: not the record of a trial, "
+                                 f"got {lines[number]!r}") from None
+            if not same:
+                raise ValueError(f"{path}:{number + 1}: {came} is not what seed {seed} and "
+                                 "this space draw")
             records.append(done)
             continue
         score = float(evaluate(config))

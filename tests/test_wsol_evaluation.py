@@ -512,7 +512,11 @@ def test_evaluate_wsol_reads_files(tmp_path):
     assert wsol.evaluate_wsol(*call, multi_iou_eval=False) == evaluator.compute()[1]
     with pytest.raises(ValueError, match="dataset_name"):
         wsol.evaluate_wsol(tmp_path, tmp_path, None, "COCO", "test")
-    for broken, error in ((maps[0] * 2, ValueError), (np.float32(maps[0]), TypeError)):
+    for text in folder.glob("*.txt"):                     # as some editors save them
+        text.write_text(text.read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert wsol.evaluate_wsol(*call, multi_iou_eval=False) == evaluator.compute()[1]
+    for broken, error in ((maps[0] * 2, ValueError), (np.float32(maps[0]), TypeError),
+                          (maps[0, :100], ValueError)):
         np.save(tmp_path / "maps" / "class/0.npy", broken)
         with pytest.raises(error, match="class/0.npy: "):
             wsol.evaluate_wsol(*call)
@@ -580,6 +584,9 @@ def test_samples_stay_in_the_space():
         wsol.search_space("grad")
     with pytest.raises(ValueError, match="distribution"):
         wsol.sample_trial({"lr": ("normal", 0, 1)}, rng)
+    for entry in (("uniform", 0), ("uniform", "low", 1), ("loguniform", 0, 1), ("choice", ()), 3):
+        with pytest.raises(ValueError, match="distribution of lr"):
+            wsol.sample_trial({"lr": entry}, rng)
 
 
 def test_search_goes_on_where_it_stopped(tmp_path):
@@ -601,3 +608,7 @@ def test_search_goes_on_where_it_stopped(tmp_path):
         wsol.random_search(score, space, tmp_path / "cut.jsonl", trials=6, seed=5)
     with pytest.raises(ValueError, match="this space"):
         wsol.random_search(score, wsol.search_space("has"), tmp_path / "cut.jsonl", 6, seed=4)
+    for broken in ("junk", "{}", "[]", "null", lines[1].replace("null", '"high"')):
+        (tmp_path / "cut.jsonl").write_text(f"{lines[0]}{broken.strip()}\n{lines[2]}")
+        with pytest.raises(ValueError, match="cut.jsonl:2: not the record"):
+            wsol.random_search(score, space, tmp_path / "cut.jsonl", trials=6, seed=4)
