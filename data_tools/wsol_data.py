@@ -42,7 +42,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 from xml.etree import ElementTree
 
 import numpy as np
@@ -130,6 +130,22 @@ class _Lines:
         except (ValueError, OverflowError):
             self.fail(f"{name} must be numbers, got {','.join(values)!r}")
 
+    def inside(self, box: Iterable[float], size: tuple[int, int]) -> tuple[int, ...]:
+        try:
+            return _inside(box, size)
+        except ValueError as error:
+            self.fail(str(error))
+
+
+def _inside(box: Iterable[float], size: tuple[int, int]) -> tuple[int, ...]:
+    """The part of a box that lies in the image; ValueError if there is none."""
+    x0, y0, x1, y1 = box = tuple(map(int, box))
+    part = max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
+    if part[0] > part[2] or part[1] > part[3]:
+        raise ValueError(f"box {','.join(map(str, box))} has no part in the image of "
+                         f"{size[0]} x {size[1]}")
+    return part
+
 
 def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path | None = None,
                mask_root: str | Path | None = None, outside: str = "raise") -> Split:
@@ -211,20 +227,20 @@ def _read_localization(split: Split, path: Path, mask_root: str | Path | None,
         if min(x0, y0) < 0 or x1 > width or y1 > height:
             if outside == "raise":
                 lines.fail(f"box {x0},{y0},{x1},{y1} leaves the image of {width} x {height}")
-            x0, x1 = np.clip((x0, x1), 0, width).tolist()
-            y0, y1 = np.clip((y0, y1), 0, height).tolist()
+            x0, y0, x1, y1 = lines.inside((x0, y0, x1, y1), (width, height))
         boxes.setdefault(image_id, []).append((x0, y0, x1, y1))
     split.boxes.update((image_id, np.array(rows, dtype=np.int64))
                        for image_id, rows in boxes.items())
 
 
 def write_split(folder: str | Path, split: Split) -> None:
-    """Write the files that `read_split` reads; names with commas are refused."""
+    """Write the files that `read_split` reads; names that it would not give back are refused."""
     folder = Path(folder)
     names = [*split.image_ids, *split.ignore.values(), *chain(*split.masks.values())]
-    if bad := [name for name in names if "," in name or name != name.strip() or "\n" in name]:
-        raise ValueError("names of images and masks must not hold commas or surrounding blanks, "
-                         f"got {bad[0]!r}")
+    if bad := [name for name in names if "," in name or name.splitlines() != [name]
+               or name != name.strip().lstrip("\ufeff")]:
+        raise ValueError("names of images and masks must be one line without commas or surrounding "
+                         f"blanks, got {bad[0]!r}")
     rows = [(i, *box) for i in split.image_ids
             for box in np.asarray(split.boxes.get(i, ())).tolist()]
     rows += [(i, mask, split.ignore.get(i, "") if k == 0 else "")
@@ -308,37 +324,40 @@ class TrainResizeCrop(Resize):
 
 # ----------------------------------------------------------------------------- making metadata
 
-def _inside(box: Iterable[float], size: tuple[int, int]) -> tuple[int, ...]:
-    x0, y0, x1, y1 = map(int, box)
-    return max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
-
-
 def cub_splits(root: str | Path) -> dict[str, Split]:
     """{"train", "test"} from CUB_200_2011 as it is distributed; train without boxes."""
     root = Path(root)
 
-    def column(name: str, fields: int) -> dict[str, list[str]]:
+    def column(name: str, fields: int, kind: Callable = float, low: float = 0,
+               high: float = float("inf")) -> dict[str, list]:
         table = {}
         for number, line in enumerate(read_text(root / name).splitlines(), 1):
-            row = line.split()
-            if len(row) != fields:
+            try:
+                image, *values = line.split()
+                table[image] = values = [kind(value) for value in values]
+                valid = kind is str or all(low <= value < high for value in values)
+            except ValueError:
+                valid = False
+            if not valid or len(values) != fields - 1:
                 raise ValueError(f"{root / name}:{number}: {fields} fields expected, got {line!r}")
-            table[row[0]] = row[1:]
         return table
 
-    names, labels = column("images.txt", 2), column("image_class_labels.txt", 2)
-    boxes, part = column("bounding_boxes.txt", 5), column("train_test_split.txt", 2)
+    names, labels = column("images.txt", 2, str), column("image_class_labels.txt", 2, int, 1)
+    boxes, part = column("bounding_boxes.txt", 5), column("train_test_split.txt", 2, int, 0, 2)
     if not names.keys() == labels.keys() == boxes.keys() == part.keys():
         raise ValueError(f"{root}: the four text files do not number the same images")
     splits = {"train": Split([], {}), "test": Split([], {})}
     for number, (name,) in names.items():
-        split = splits["train" if part[number][0] == "1" else "test"]
+        split = splits["train" if part[number][0] else "test"]
         split.image_ids.append(name)
-        split.labels[name] = int(labels[number][0]) - 1
+        split.labels[name] = labels[number][0] - 1
         split.sizes[name] = open_image(root / "images" / name).size
         if split is splits["test"]:
-            x, y, width, height = map(float, boxes[number])
-            box = _inside((x, y, x + width, y + height), split.sizes[name])
+            x, y, width, height = boxes[number]
+            try:
+                box = _inside((x, y, x + width, y + height), split.sizes[name])
+            except ValueError as error:
+                raise ValueError(f"{root}/bounding_boxes.txt: image {number}: {error}") from None
             split.boxes[name] = np.array([box])
     return splits
 
@@ -392,7 +411,7 @@ def ilsvrc_splits(root: str | Path, annotations: str | Path,
                 if not label.isdecimal():
                     lines.fail(f"image must be <class>/<n>.jpeg, got {row[0]!r}")
                 val.labels[name], val.sizes[name] = int(label), open_image(root / name).size
-            box = _inside(lines.integers(row[1:], "box"), val.sizes[name])
+            box = lines.inside(lines.integers(row[1:], "box"), val.sizes[name])
             boxes.setdefault(name, []).append(box)
         val.boxes.update((name, np.array(rows)) for name, rows in boxes.items())
         splits["val"] = val
@@ -435,6 +454,8 @@ def own_split(images: str | Path, annotations: str | Path) -> tuple[Split, list[
     for row in (lines := _Lines(Path(annotations), (3, 6))):
         if not (images / row[0]).is_file():
             lines.fail(f"no image {images / row[0]}")
+        if not row[1]:
+            lines.fail("the name of the class is empty")
         if names.setdefault(row[0], row[1]) != row[1]:
             lines.fail(f"image {row[0]!r} was given the class {names[row[0]]!r} before")
         if rows and len(rows[0]) != len(row):

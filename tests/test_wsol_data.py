@@ -124,6 +124,10 @@ def test_more_errors_of_metadata(tree):
     path.write_text(path.read_text() + "val/n00/val_0.JPEG,9,2,40,8\n")
     clipped = data.read_split(folder, outside="clip").boxes["val/n00/val_0.JPEG"]
     assert clipped[-1].tolist() == [9, 2, 32, 8]
+    for box in ("40,2,50,8", "-9,2,-3,8", "9,33,20,50"):
+        folder.joinpath("localization.txt").write_text(f"val/n00/val_0.JPEG,{box}\n")
+        with pytest.raises(ValueError, match=f"localization.txt:1: box {box} has no part"):
+            data.read_split(folder, outside="clip")
     with pytest.raises(ValueError, match="outside"):
         data.read_split(folder, outside="ignore")
     labels = folder / "class_labels.txt"
@@ -138,6 +142,9 @@ def test_more_errors_of_metadata(tree):
         data.read_split(folder)
     with pytest.raises(ValueError, match="commas"):
         data.write_split(tree / "x", data.Split(["a,b.jpg"], {"a,b.jpg": 0}))
+    for name in ("", " a", "a\n", "a\rb", "a\u2028b", "\ufeffa"):
+        with pytest.raises(ValueError, match="one line"):
+            data.write_split(tree / "x", data.Split([name], {name: 0}))
     with pytest.raises(ValueError, match="a,m.png"):
         data.write_split(tree / "x", data.Split(["a"], {"a": 0}, masks={"a": ["a,m.png"]}))
     assert not (tree / "x").exists()
@@ -171,7 +178,7 @@ def test_cub(tmp_path):
     names = ["001.A/a.jpg", "001.A/b.jpg", "002.B/c.jpg"]
     for name in names:
         picture(tmp_path / "images" / name, (50, 40))
-    boxes = ["1.0 2.0 30.0 20.0", "5.0 6.0 44.0 35.0", "60.0 27.0 325.0"]
+    boxes = ["1.0 2.0 30.0 20.0", "5.0 6.0 44.0 35.0", "30.0 27.0 325.0"]
     for file, column in (("images.txt", names), ("image_class_labels.txt", [1, 1, 2]),
                          ("train_test_split.txt", [1, 0, 0]), ("bounding_boxes.txt", boxes)):
         (tmp_path / file).write_text("".join(f"{n} {value}\n" for n, value in enumerate(column, 1)))
@@ -183,6 +190,17 @@ def test_cub(tmp_path):
     assert splits["train"].image_ids == names[:1] and not splits["train"].boxes
     assert splits["test"].labels == {names[1]: 0, names[2]: 1}
     assert splits["test"].boxes[names[1]].tolist() == [[5, 6, 49, 40]]          # cut at the image
+    assert splits["test"].boxes[names[2]].tolist() == [[30, 27, 50, 36]]
+    for file, line, message in (
+            ("bounding_boxes.txt", "3 1 2 nan 4", "bounding_boxes.txt:3: 5 fields"),
+            ("bounding_boxes.txt", "3 60 2 9 4", "bounding_boxes.txt: image 3: box 60,2,69,6 has"),
+            ("image_class_labels.txt", "3 0", "image_class_labels.txt:3: 2 fields"),
+            ("train_test_split.txt", "3 no", "train_test_split.txt:3: 2 fields")):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text("".join(text.splitlines(keepends=True)[:2]) + line)
+        with pytest.raises(ValueError, match=message):
+            data.cub_splits(tmp_path)
+        (tmp_path / file).write_text(text)
     boxes.write_text("1 1.0 2.0 30.0 20.0\n")
     with pytest.raises(ValueError, match="the same images"):
         data.cub_splits(tmp_path)
@@ -210,6 +228,9 @@ def test_ilsvrc_with_v2(tmp_path, capsys):
     val = data.read_split(tmp_path / "meta" / "val", image_root=root)
     assert val.labels == {"val2/1/0.jpeg": 1} and len(val.boxes["val2/1/0.jpeg"]) == 2
     assert not data.read_split(tmp_path / "meta" / "train", image_root=root).boxes
+    (tmp_path / "boxes.txt").write_text("1/0.jpeg,40,3,50,20\n")
+    with pytest.raises(ValueError, match="boxes.txt:1: box 40,3,50,20 has no part"):
+        data.ilsvrc_splits(root, tmp_path, tmp_path / "boxes.txt")
     (tmp_path / "ILSVRC2012_val_00000001.xml").write_text("<annotation>")
     assert data.main(call) == 1
     assert "ILSVRC2012_val_00000001.xml" in capsys.readouterr().err
@@ -232,6 +253,7 @@ def test_own_images(tree, tmp_path, capsys):
     for row, message in (("gone.jpg,cat,1,1,2,2", "mine.csv:1: no image"),
                          ("val/n00/val_0.JPEG,cat,1,1,2", "mine.csv:1: 3 or 6"),
                          ("val/n00/val_0.JPEG,cat,1,1,99,2", "does not fit"),
+                         ("val/n00/val_0.JPEG,,1,1,2,2", "mine.csv:1: the name of the class"),
                          ("val/n00/val_0.JPEG,cat,g.png", "no mask"), ("", "no annotation")):
         csv.write_text(row + "\n")
         with pytest.raises(ValueError, match=message):
