@@ -718,6 +718,8 @@ def center_gaussian(size: int | tuple[int, int], sigma: float = 1.0) -> np.ndarr
     if not sigma > 0:
         raise ValueError(f"sigma must be > 0, got {sigma}")
     height, width = (size, size) if np.ndim(size) == 0 else size
+    if min(height, width) < 1:
+        raise ValueError(f"size must be positive, got {size}")
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
     scores = np.exp(-(x**2 + y**2) / (2 * sigma**2))
     span = np.ptp(scores)
@@ -848,6 +850,11 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
     cfg = CONFIG | (cfg or {})
     if cfg["method"] not in (*METHODS, "fewshot"):
         raise ValueError(f"method must be one of {(*METHODS, 'fewshot')}, got {cfg['method']!r}")
+    for name, low in (("epochs", 0), ("decay_frequency", 1), ("cutmix_beta", 0)):
+        if not cfg[name] >= low:
+            raise ValueError(f"{name} must be >= {low}, got {cfg[name]}")
+    _check_unit(**{name: cfg[name] for name in CONFIG
+                   if name in ("has_drop_rate", "cutmix_prob") or name.startswith("spg_")})
     return _train_steps(model, loader, cfg, resume)
 
 

@@ -609,12 +609,16 @@ BAD_VALUES = {
     "targets: mask": ("masks", lambda: wsol.few_shot_targets(4, masks=[np.ones(4)])),
     "targets: size": ("size", lambda: wsol.few_shot_targets(0, [[0, 0, 1, 1]])),
     "centre: sigma": ("sigma", lambda: wsol.center_gaussian(4, 0.0)),
+    "centre: size": ("size", lambda: wsol.center_gaussian((4, -1))),
     "gradient: reduce": ("reduce", lambda: wsol.vanilla_gradient(nonlinear, X, Y, "sum")),
     "ig: steps": ("steps", lambda: wsol.integrated_gradients(nonlinear, X, Y, 0)),
     "smooth: n": ("n must", lambda: wsol.smooth_grad(nonlinear, X, Y, 0)),
     "smooth: sigma": ("sigma", lambda: wsol.smooth_grad(nonlinear, X, Y, sigma=-1.0)),
     "train: key": ("learning_rate", lambda: wsol.train(HEAD, [], {"learning_rate": 1})),
     "train: method": ("method", lambda: wsol.train(HEAD, [], {"method": "gradcam"})),
+    **{f"train: {name}": (name, lambda name=name, value=value: wsol.train(HEAD, [], {name: value}))
+       for name, value in (("epochs", -1), ("decay_frequency", 0), ("cutmix_beta", -1.0),
+                           ("cutmix_prob", 1.5), ("has_drop_rate", 2.0), ("spg_threshold_2l", -1))},
 }
 
 
