@@ -60,7 +60,7 @@ def _maps(name: str, maps: Array, dims: Sequence[int],
     if maps.ndim not in dims:
         raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions, "
                          f"got shape {tuple(maps.shape)}")
-    if not any(kind in str(maps.dtype) for kind in kinds):
+    if not any(kind in getattr(maps.dtype, "name", str(maps.dtype)) for kind in kinds):
         raise TypeError(f"{name} must hold {' or '.join(kinds)} values, got {maps.dtype}")
     if isinstance(maps, np.ndarray):
         maps = torch.from_numpy(maps.astype(np.float64, order="C", copy=not maps.flags.writeable))
@@ -775,9 +775,13 @@ class MaskEvaluator(_Evaluator):
 
 def _table(path: Path, fields: int, numbers: bool = False) -> Iterator[list]:
     """Rows [image id, ...] of a metadata file; numbers: what follows the id is whole numbers."""
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            image_id, *rest = line.strip().split(",")
+            image_id, *rest = map(str.strip, line.split(","))
             try:
                 rest = [int(float(value)) for value in rest] if numbers else rest
             except (OverflowError, ValueError):

@@ -400,6 +400,7 @@ def test_box_evaluator_errors():
     repeated = make(allow_repeat=True)
     repeated.accumulate_batch(np.stack([good, good]), ["a", "a"])
     assert repeated.cnt == 2
+    repeated.accumulate(good.astype(">f8"), "b")          # the other byte order
     with pytest.raises(ValueError, match="scoremap_threshold_list"):
         wsol.compute_bboxes_from_scoremaps(good, [])
     with pytest.raises(ValueError, match="size"):
@@ -513,7 +514,8 @@ def test_evaluate_wsol_reads_files(tmp_path):
     with pytest.raises(ValueError, match="dataset_name"):
         wsol.evaluate_wsol(tmp_path, tmp_path, None, "COCO", "test")
     for text in folder.glob("*.txt"):                     # as some editors save them
-        text.write_text(text.read_text(), encoding="utf-8-sig", newline="\r\n")
+        spaced = text.read_text().replace(",", " , ").replace("\n", " \n")
+        text.write_text(spaced, encoding="utf-8-sig", newline="\r\n")
     assert wsol.evaluate_wsol(*call, multi_iou_eval=False) == evaluator.compute()[1]
     for broken, error in ((maps[0] * 2, ValueError), (np.float32(maps[0]), TypeError),
                           (maps[0, :100], ValueError)):
@@ -524,6 +526,9 @@ def test_evaluate_wsol_reads_files(tmp_path):
         (folder / "localization.txt").write_text(f"{line}\n")
         with pytest.raises(ValueError, match=f"localization.txt:1: {message}"):
             wsol.evaluate_wsol(*call)
+    (folder / "localization.txt").write_bytes(b"class/\xff.jpg,1,2,3,4\n")
+    with pytest.raises(ValueError, match="localization.txt: not UTF-8 text"):
+        wsol.evaluate_wsol(*call)
 
 
 def test_evaluate_wsol_reads_masks(tmp_path):
