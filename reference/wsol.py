@@ -53,6 +53,11 @@ def _check_unit(**values: float) -> None:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def _check_images(name: str, x: Tensor) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be (B, C, H, W), got shape {tuple(x.shape)}")
+
+
 def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     kind = str(labels.dtype if isinstance(labels, Tensor) else type(labels))
     if not kind.startswith(("torch.int", "torch.uint")):
@@ -76,8 +81,7 @@ def has(image: Tensor, grid_size: int, drop_rate: float,
     """Hide-and-Seek (Singh and Lee, ICCV 2017): sets square cells of `grid_size` *pixels* a side
     (0: none) of `image` (B, C, H, W) to 0, the mean of normalised images, with probability
     `drop_rate`: where uniform `draws` (B, ceil(H/g), ceil(W/g)) are <= `drop_rate`."""
-    if image.ndim != 4:
-        raise ValueError(f"image must be (B, C, H, W), got shape {tuple(image.shape)}")
+    _check_images("image", image)
     if not grid_size >= 0 or grid_size % 1:
         raise ValueError(f"grid_size must be a whole number of pixels >= 0, got {grid_size}")
     _check_unit(drop_rate=drop_rate)
@@ -122,8 +126,7 @@ def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | 
     lam ~ Beta(beta, beta) sets the box area. Returns (mixed x, target_a, target_b, lam) with lam
     recomputed from the clipped box; the loss is lam CE(., target_a) + (1 - lam) CE(., target_b).
     `draws` = (lam, permutation, cx, cy) replaces the random numbers."""
-    if x.ndim != 4:
-        raise ValueError(f"x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    _check_images("x", x)
     if len(target) != len(x):
         raise ValueError(f"target must hold {len(x)} labels, got {len(target)}")
     if not beta > 0:
@@ -160,6 +163,7 @@ class ADL(nn.Module):
         self.generator = generator
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_images("x", x)
         if not self.training:
             return x
         attention = x.mean(1, keepdim=True)
@@ -177,6 +181,7 @@ def normalize_tensor(x: Tensor) -> Tensor:
 
     A constant channel is 0/0 = NaN, as published: every comparison with it is false (nothing is
     erased, nothing supervised), and the evaluation turns a NaN map into an empty one."""
+    _check_images("x", x)
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     return (x - low) / (high - low)
 
@@ -217,6 +222,7 @@ def spg_attention(feat_map: Tensor, labels: Tensor, logits_b1: Tensor, logits_b2
 def spg_mask(attention: Tensor, high: float, low: float) -> Tensor:
     """Labels from a map (B, 1, h, w): 1 above `high`, 0 below `low` (which wins), 255 (ignore)
     between. An image with fewer than 30 pixels above `high` takes those above 0.7 of its peak."""
+    _check_images("attention", attention)
     _check_unit(high=high, low=low)
     foreground = attention > high
     few = foreground.sum((1, 2, 3), keepdim=True) < 30
