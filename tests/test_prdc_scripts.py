@@ -76,7 +76,7 @@ def test_feature_files_and_folders(tmp_path):
     assert "3.png: not a readable image" in text and "Traceback" not in text
     text = run("prdc_images", tmp_path / "d", "--real", tmp_path / "real", code=2)
     assert "needs both sets" in text
-    for arguments, message in ((("--count", -1), "--count must be at least 2"),
+    for arguments, message in ((("--count", 1), "--count must be at least 2"),
                                (("--nearest-k", 0), "--nearest-k must be positive"),
                                (("--weights", tmp_path / "none.pth"), "none.pth: no such file")):
         assert message in run("prdc_images", tmp_path / "f", *arguments, code=2)
