@@ -551,9 +551,7 @@ class AdamP(_ProjectedOptimizer):
             step = torch.stack([s["step"] for s in states]).double()       # (T,)
             lr = group["lr"]
         else:
-            step = int(states[0]["step"]) + 1        # one count for the whole bucket
-            for state in states:
-                state["step"] = step
+            step = max(map(self._count, bucket))     # one count for the whole bucket
             lr = float(group["lr"])
         correction1, root2 = 1 - beta1 ** step, (1 - beta2 ** step) ** 0.5
 
