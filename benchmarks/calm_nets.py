@@ -26,7 +26,6 @@ from data_tools import glyphs as glyph_data
 from data_tools import synthetic, wsol_data
 from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, Loader
 from reference import attribution, calm, resnet, wsol_evaluation
-from relabel_generate import load_weights
 
 # name: (head, arguments of calm.train). With an online E-step, EM and ML have the same gradient.
 METHODS: dict[str, tuple[Callable, dict]] = {
@@ -124,7 +123,7 @@ def residual(arch: str, weights: harness.Path | None, generator: torch.Generator
     else:
         raise ValueError(f"--arch must be resnet50 or small-WIDTH, not {arch!r}")
     if weights is not None:
-        load_weights(body, weights, head=False)
+        harness.load_weights(body, weights, head=False)
     body.forward = body.forward_features
     return body
 

@@ -133,6 +133,26 @@ def read_tensors(path: Path) -> dict:
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
+def load_weights(model: torch.nn.Module, path: Path, head: bool = True) -> torch.nn.Module:
+    """A checkpoint of the model: a plain state dict or one under "model" or "state_dict".
+
+    head=False: the last layer stays as it is.
+    """
+    try:
+        state = read_tensors(path)
+        for wrapper in ("model", "state_dict"):
+            state = state.get(wrapper, state)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        if not head:
+            own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+            state = {key: v for key, v in state.items() if not key.startswith("fc.")} | own
+        model.load_state_dict(state)
+    except Exception as error:  # of many types, if the state is not a network's
+        reason = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"checkpoint {path} does not fit this model: {reason}") from None
+    return model
+
+
 class Run:
     """One run of one script: its arguments, device, seeds, folders, rank and world size."""
 

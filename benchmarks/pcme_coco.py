@@ -34,7 +34,6 @@ from torch import nn
 from data_tools import captions, loader, synthetic
 from reference import pcme, resnet
 from reference.adamp import AdamP
-from relabel_generate import load_weights
 
 
 class Settings(NamedTuple):
@@ -180,7 +179,7 @@ def build_trunk(name: str) -> tuple[nn.Module, int]:
 def load_pretrained(run: harness.Run, model: pcme.PCME, vocabulary: captions.Vocabulary) -> None:
     """ImageNet weights of the trunk and GloVe vectors, where the arguments name them."""
     if run.args.trunk_weights:
-        load_weights(model.img_enc.cnn, run.args.trunk_weights, head=False)
+        harness.load_weights(model.img_enc.cnn, run.args.trunk_weights, head=False)
     if run.args.glove:
         vectors, missing = captions.read_glove(run.args.glove, vocabulary.word2idx,
                                                model.txt_enc.embed.embedding_dim)

@@ -37,7 +37,6 @@ from torch.nn import functional as F
 from data_tools import imagenet
 from reference import vgg
 from reference.prdc import METRICS, PRDC, bootstrap_prdc, expected_coverage
-from relabel_generate import load_weights
 
 # images per set, side, width and hidden units of the VGG, steps of the autoencoder
 PRESETS = {"default": (600, 32, 16, 256, 300), "small": (2000, 32, 16, 256, 400),
@@ -216,7 +215,7 @@ def embeddings(run, side, width, hidden):
              "R64": [vgg.r64(seed, side, width=width, hidden=hidden).to(run.device)
                      for seed in run.seeds]}
     if run.args.weights:
-        model = load_weights(vgg.vgg16(), run.args.weights)
+        model = harness.load_weights(vgg.vgg16(), run.args.weights)
         found["T4096"] = [vgg.Embedding(model).to(run.device)]
     return found
 

@@ -22,8 +22,7 @@ and annotations/instances_{train,val}2017.json.
 
 import harness
 import torch
-from relabel_generate import (MEAN_STD, Rows, SquashTransform, annotate, build_model, fingerprint,
-                              load_weights)
+from relabel_generate import (MEAN_STD, Rows, SquashTransform, annotate, build_model, fingerprint)
 from relabel_imagenet import summary
 
 from data_tools import imagenet, synthetic
@@ -100,7 +99,7 @@ def embedded(tiny):
 def train(run, name, loader, arch, kinds, epochs, lr, seed):
     model = build_model(arch, kinds, seed)
     if run.args.init:
-        load_weights(model, run.args.init, head=False)
+        harness.load_weights(model, run.args.init, head=False)
     wrapped = run.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True,
                                 weight_decay=1e-4)
@@ -156,7 +155,7 @@ def main(argv=None):
                 model = train(run, name, loader, arch, kinds, epochs, args.lr, 1000 + seed)
                 run.save(name, model.state_dict())
                 run.record(name, {"mAP": evaluate(run, model, test_set, size)})
-            annotator = load_weights(build_model(arch, kinds), path).to(run.device)
+            annotator = harness.load_weights(build_model(arch, kinds), path).to(run.device)
             store = run.out / f"store-{fingerprint(annotator)}"
             maps["machine"], _ = annotate(run, train_set, annotator, store, size=4 * size // 3,
                                           num_classes=kinds, arch=arch, k=min(args.top, kinds))

@@ -80,26 +80,6 @@ def build_model(arch: str, num_classes: int, seed: int = 0) -> resnet.ResNet:
     return model.to(memory_format=torch.channels_last)  # faster, most in half precision
 
 
-def load_weights(model: torch.nn.Module, path, head: bool = True) -> torch.nn.Module:
-    """A checkpoint of the model: a plain state dict or one under "model" or "state_dict".
-
-    head=False: the last layer stays as it is.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for wrapper in ("model", "state_dict"):
-            state = state.get(wrapper, state)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        if not head:
-            own = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
-            state = {key: v for key, v in state.items() if not key.startswith("fc.")} | own
-        model.load_state_dict(state)
-    except Exception as error:  # of many types, if the file is damaged
-        reason = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"checkpoint {path} does not fit this model: {reason}") from None
-    return model
-
-
 def fingerprint(model: torch.nn.Module) -> str:
     """Eight hex digits that change with the weights."""
     digest = hashlib.sha256()
@@ -162,7 +142,7 @@ def train_teacher(run: harness.Run, name: str, dataset, num_classes: int, *, arc
     model = build_model(arch, num_classes, seed)
     path = run.out / f"{name}.pt"
     if run.recorded(name) is not None and path.exists():
-        return load_weights(model, path).to(run.device)
+        return harness.load_weights(model, path).to(run.device)
     transform = imagenet.TrainTransform(size, scale=scale, interpolation="bilinear")
     loader = OneHot(imagenet.Loader(
         dataset, min(batch_size, len(dataset)) // run.world_size, transform=transform, shuffle=True,
@@ -177,7 +157,7 @@ def train_teacher(run: harness.Run, name: str, dataset, num_classes: int, *, arc
     last = run.drive(name, steps, epochs * len(loader))
     run.save(name, model.state_dict())
     run.record(name, {"loss": last.get("loss")})
-    return load_weights(model, path)  # the same statistics of BatchNorm in every process
+    return harness.load_weights(model, path)  # the same statistics of BatchNorm in every process
 
 
 class OneHot:
@@ -231,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--data needs --teacher CHECKPOINT: the classifier that annotates")
         dataset, arch, size = imagenet.imagenet(args.data, "train"), args.arch, args.size
         num_classes = len(dataset.classes)
-        model = load_weights(build_model(arch, num_classes), args.teacher).to(run.device)
+        model = harness.load_weights(build_model(arch, num_classes), args.teacher).to(run.device)
     store = args.store or run.out / f"store-{fingerprint(model)}"
     maps, spent = annotate(run, dataset, model, store, size=size, num_classes=num_classes,
                            arch=arch, k=args.top, batch_size=args.batch)

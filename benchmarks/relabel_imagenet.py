@@ -41,7 +41,7 @@ import timing
 import torch
 import torch.nn.functional as F
 from PIL import ImageEnhance
-from relabel_generate import (MEAN_STD, Rows, annotate, build_model, fingerprint, load_weights,
+from relabel_generate import (MEAN_STD, Rows, annotate, build_model, fingerprint,
                               train_teacher)
 
 from data_tools import imagenet, synthetic
@@ -332,7 +332,7 @@ def prepare(run, preset):
     if "distillation" in args.methods or (needs_maps and data["maps"] is None):
         arch = args.teacher_arch or preset.teacher
         if args.teacher:
-            teacher = load_weights(build_model(arch, kinds), args.teacher).to(run.device)
+            teacher = harness.load_weights(build_model(arch, kinds), args.teacher).to(run.device)
         else:
             teacher = train_teacher(run, "teacher", teach, kinds, arch=arch, seed=100, lr=preset.lr,
                                     size=preset.teacher_size,
@@ -387,7 +387,7 @@ def main(argv=None):
                              epochs=run.args.epochs or preset.epochs)
     data = prepare(run, preset)
     if run.args.checkpoint:
-        rows = [{"checkpoint": path.name, **accuracies(run, load_weights(build_model(
+        rows = [{"checkpoint": path.name, **accuracies(run, harness.load_weights(build_model(
             preset.arch, data["classes"]), path).to(run.device), data, preset)}
             for path in run.args.checkpoint]
         return run.finish([], {"students": rows})

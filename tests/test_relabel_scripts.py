@@ -170,7 +170,8 @@ def test_ablations_of_teacher_and_classes(tmp_path, run):
 
 
 def test_checkpoints_that_fit_and_others(tmp_path, run):
-    from relabel_generate import build_model, load_weights
+    from harness import load_weights
+    from relabel_generate import build_model
 
     one, other = (build_model("small-2", classes, classes) for classes in (3, 4))
     torch.save({"state_dict": {f"module.{key}": value for key, value in one.state_dict().items()}},
