@@ -26,6 +26,7 @@ Every file is written under a temporary name and renamed: a kill leaves the prev
 """
 
 import argparse
+import atexit
 import json
 import os
 import re
@@ -310,7 +311,7 @@ class Run:
                         line.close()
                         self.log(f"stopped after step {step} of {name}; everything is saved. "
                                  f"To go on:\n  {self.resume_command()}")
-                        self._leave()
+                        self._leave(130)
                         sys.exit(130)
             if log:
                 log.flush()
@@ -461,12 +462,23 @@ class Run:
     def _wall(self) -> float:
         return self._wall_before + time.monotonic() - self.began
 
-    def _leave(self) -> None:
+    def _leave(self, code: int = 0) -> None:
         if self.world_size > 1 and dist.is_initialized():
+            # A thread of gloo may still hold Python objects, which it gives back under the GIL: the
+            # interpreter's shutdown would abort it, and the end of a DistributedDataParallel that
+            # owns the group would wait for it forever. So the group stays, and the process ends.
+            group = dist.group.WORLD
             dist.destroy_process_group()
+            atexit.register(_end_process, group, code)
 
 
 # ---------------------------------------------------------------- small parts
+
+def _end_process(group, code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
 
 class ProgressLine:
     """`name 120/700  12.3/s  0:47 left  loss 1.2`: fresh on a terminal, else now and then."""
