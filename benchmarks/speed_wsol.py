@@ -7,9 +7,9 @@ boxes: milliseconds per 224 x 224 map, boxes and IoU with two true boxes. The pu
 thresholds every map 1000 times and searches contours each time; the tuned loop skips equal grey
 levels and computes all IoU in one call; both need OpenCV (the script says so when it is missing,
 and times this project alone). All three must count the same, else the script stops. The floor is
-reading each map once and writing its grey levels (0.45 MB), timed in the same rounds. Expected on one core, on every row: at
-least 15 (one contour) and 40 (all contours) times the published loop at 1000 thresholds, twice the
-tuned loop, and the same time for 100 and for 1000 thresholds.
+reading each map once and writing its grey levels (0.45 MB), timed in the same rounds. Expected on
+one core, on every row: at least 15 (one contour) and 40 (all contours) times the published loop at
+1000 thresholds, twice the tuned loop, and the same time for 100 and for 1000 thresholds.
 
 other steps: HaS against one draw per cell in Python, PxAP against two histograms per image, one
 forward for logits and maps against two with a graph, as the public code runs them.
@@ -174,7 +174,8 @@ def main(argv=None):
     tiny = run.args.preset == "tiny"
     if cv2 is None:
         run.log("OpenCV is not installed: this project alone is timed")
-    table, size = [], (2, 1) if tiny else (10, 5) if run.device.type == "cpu" else (64, 3)
+    size = (2, 1) if tiny else (10, 5) if run.device.type == "cpu" else (64, 3)  # maps, rounds
+    table = []
     for kind in KINDS[:1] if tiny else KINDS:
         for multi in (False, True):
             table.append(box_row(run, kind, multi, *size))
