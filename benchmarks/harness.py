@@ -109,7 +109,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
         kind = "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device(kind)
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -46,7 +46,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from numbers import Real
 from statistics import fmean
 
@@ -56,6 +56,7 @@ from torch.linalg import vector_norm
 from torch.optim import Optimizer
 
 BLOCK = 1 << 19       # elements of a block on the CPU: what a step touches of it stays in the cache
+GPU_BLOCK = 1 << 25   # on a GPU: large beside the cost of a call
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -139,6 +140,7 @@ class _ProjectedOptimizer(Optimizer):
 
     def __init__(self, params, defaults: dict):
         self._views: list[str | None | Tensor] = []
+        self._rows: dict[tuple, _Rows] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -164,7 +166,7 @@ class _ProjectedOptimizer(Optimizer):
                                  "(FSDP); use DDP, or FSDP 2's fully_shard")
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__({"_views": []} | state)
+        super().__setstate__({"_views": [], "_rows": {}} | state)
         for group in self.param_groups:          # groups of the official package lack our own keys
             group.update(self.defaults | group)
 
@@ -262,16 +264,17 @@ class _ProjectedOptimizer(Optimizer):
         what it leaves is -s u: that is u with s = -1.
         """
         for bucket in self._buckets(group, params):
-            w, g = [_wide(p.data) for p in bucket], [_wide(p.grad) for p in bucket]
+            w, g = [_wide(p) for p in bucket], [_wide(p.grad) for p in bucket]
             moments = [[self.state[p][key] for p in bucket] for key in self._moments]
             if self._kernel_serves(group, w, g, *moments):
                 clock = torch.full((), max(map(self._count, bucket)), device=w[0].device)
                 if w[0].ndim > 1:
-                    u = [torch.empty_like(x) for x in w]
-                    torch._foreach_zero_(u)
+                    room = w[0].new_zeros(sum(x.numel() for x in w))
+                    u = _parts(room, w)
                     self._kernel(group, clock, 0.0, u, g, *moments)
                     decay = -float(group["lr"]) * self._decay(group)
-                    torch._foreach_add_(w, self._project_all(group, bucket, w, g, u, decay))
+                    self._project_all(group, bucket, w, g, room, decay)
+                    torch._foreach_add_(w, u)
                 else:
                     self._kernel(group, clock, self._decay(group), w, g, *moments)
             else:
@@ -279,7 +282,9 @@ class _ProjectedOptimizer(Optimizer):
                     g = torch._foreach_neg(g)
                 u, size, decay = self._directions(group, bucket, g)
                 if w[0].ndim > 1:
-                    u = self._project_all(group, bucket, w, g, u, decay)
+                    room = torch.cat(_vectors(u))
+                    self._project_all(group, bucket, w, g, room, decay)
+                    u = _parts(room, w)
                 elif group["weight_decay"] > 0:
                     torch._foreach_mul_(w, _each(1 - size * decay, len(w)))
                 if isinstance(size, Tensor):
@@ -298,9 +303,8 @@ class _ProjectedOptimizer(Optimizer):
                 or torch.compiler.is_compiling() or not self._has_kernel(group)):
             return False
         strides = [[x.stride() for x in tensors] for tensors in lists]
-        return all(other == strides[0] for other in strides) and all(
-            x.is_contiguous() or x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-            for x in lists[0])
+        return (all(other == strides[0] for other in strides)
+                and all(x.is_contiguous() for x in lists[0]))
 
     def _count(self, p: Tensor) -> float:
         """Counts the step of a parameter; 0 for an optimiser that counts none."""
@@ -312,17 +316,16 @@ class _ProjectedOptimizer(Optimizer):
 
     def _buckets(self, group: dict, params: list[Tensor]) -> Iterator[list[Tensor]]:
         """Matrices or vectors of one device and step count, together no larger than the largest of
-        all (on an accelerator a quarter of all, for fewer kernels): the bound of extra memory."""
+        all, or than GPU_BLOCK on an accelerator: twice that is the extra memory."""
         alike = defaultdict(list)
         for p in params:
             step = 0 if group.get("capturable") else int(self.state[p].get("step", 0))
             alike[p.device, p.ndim > 1, step].append(p)
         largest = max(p.numel() for p in params)
         for (device, *_), tensors in alike.items():
-            total = sum(p.numel() for p in tensors)
-            bound = largest if device.type == "cpu" else max(largest, total // 4)
+            bound = largest if device.type == "cpu" else max(largest, GPU_BLOCK)
             bucket, size = [], 0
-            for p in tensors:
+            for p in sorted(tensors, key=_row_length):
                 if bucket and size + p.numel() > bound:
                     yield bucket
                     bucket, size = [], 0
@@ -330,58 +333,58 @@ class _ProjectedOptimizer(Optimizer):
                 size += p.numel()
             yield bucket
 
-    def _project_all(self, group, params, w, g, u, decay) -> list[Tensor]:
-        """The updates u of the matrices w: their tangent part, plus the decay in units of s."""
+    def _project_all(self, group, params, w, g, u, decay) -> None:
+        """The updates of the matrices w, in place: their tangent part, plus the decay in units of
+        s. u holds all updates in one vector, so that matrices of one row length share their calls:
+        calls are what a step costs on a GPU.
+        """
         eps, delta = group["eps"], group["delta"]
-        dims = [tuple(range(1, x.ndim)) for x in w]
-        counts = [x.shape[0] for x in w]
+        rows, w = self._rows_of(w), _vectors(w)
 
-        def rows(tensors):
-            return torch.cat([x.flatten() for x in tensors])
+        def cosine(dot, norm_w, norm_g, root):       # times the square root of its length
+            return dot.abs() / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps)) * root
 
-        def per_row(values):                         # (k, T) to (k, total rows)
-            return torch.cat([values[:, i:i + 1].expand(-1, n) for i, n in enumerate(counts)], 1)
-
-        def per_tensor(values):                      # (k, total rows) to sums (k, T)
-            return torch.stack([x.sum(1) for x in values.split(counts, 1)], 1)
-
-        def cosine(dot, norm_w, norm_g):
-            return dot.abs() / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
-
-        norm_w = rows([vector_norm(x, dim=d) for x, d in zip(w, dims)])
-        along = rows([x.sum(d) for x, d in zip(torch._foreach_mul(w, u), dims)])
+        flat = torch.cat(w)
+        norm_w = rows.apply(_norms, flat)
+        along = rows.apply(_sums, flat.mul_(u))
         layer_w = layer_along = norm_w.new_zeros(len(w))
         if group["scale_invariant"] is None:
-            norm_g = rows([vector_norm(x, dim=d) for x, d in zip(g, dims)])
-            dot = rows([x.sum(d) for x, d in zip(torch._foreach_mul(w, g), dims)])
-            scaled = cosine(dot, norm_w, norm_g)
-            torch._foreach_mul_(list(scaled.split(counts)), [math.sqrt(x[0].numel()) for x in w])
-            missed, layer_dot, layer_w, layer_g, layer_along = per_tensor(torch.stack(
-                [(~(scaled < delta)).to(dot.dtype), dot, norm_w ** 2, norm_g ** 2, along]))
+            flat = torch.cat(_vectors(g))
+            norm_g = rows.apply(_norms, flat)
+            torch._foreach_mul_(_parts(flat, w), w)
+            dot = rows.apply(_sums, flat)
+            missed, layer_dot, layer_w, layer_g, layer_along = rows.per_tensor(torch.stack(
+                [(~(cosine(dot, norm_w, norm_g, rows.root) < delta)).to(dot.dtype), dot,
+                 norm_w ** 2, norm_g ** 2, along]))
             layer_w = layer_w.sqrt()
-            scaled = cosine(layer_dot, layer_w, layer_g.sqrt())
-            torch._foreach_mul_(list(scaled.unbind()), [math.sqrt(x.numel()) for x in w])
             channel = missed == 0
-            layer = ~channel & (scaled < delta)
+            layer = ~channel & (cosine(layer_dot, layer_w, layer_g.sqrt(), rows.layer_root) < delta)
         else:
             layer = torch.zeros_like(layer_w, dtype=torch.bool)
             channel = torch.full_like(layer, group["scale_invariant"])
+        del flat
         self._views.extend(torch.stack([channel, layer], 1).unbind())
 
         layer_part = torch.where(layer, layer_along / (layer_w + eps) ** 2, 0)
         decay = decay * (1 + (channel | layer).to(norm_w.dtype) * (group["wd_ratio"] - 1))
-        channel_row, layer_row, decay_row = per_row(torch.stack(
-            [x.to(norm_w.dtype) for x in (channel, layer_part, decay)]))
+        channel_row, layer_row, decay_row = torch.stack(
+            [x.to(norm_w.dtype) for x in (channel, layer_part, decay)])[:, rows.tensor]
         part = torch.where(channel_row > 0, along / (norm_w + eps) ** 2, layer_row)
-
-        def shaped(values):
-            return [x.view(-1, *[1] * len(d)) for x, d in zip(values.split(counts), dims)]
-
         if self._stores_projection(group):       # the official SGDP: the buffer itself is projected
-            torch._foreach_addcmul_(u, w, shaped(-part))
-            torch._foreach_copy_([self.state[p]["momentum"] for p in params], u)
+            rows.add_multiples(u, torch.cat(w), -part)
+            torch._foreach_copy_([self.state[p]["momentum"] for p in params], _parts(u, params))
             part = torch.zeros_like(part)
-        return torch._foreach_addcmul(u, w, shaped(decay_row - part))
+        rows.add_multiples(u, torch.cat(w), decay_row - part)
+
+    def _rows_of(self, matrices: list[Tensor]) -> "_Rows":
+        """Made once: a step in a CUDA graph, or without waiting, copies no numbers to the GPU."""
+        shapes = tuple((len(x), _row_length(x)) for x in matrices)
+        if torch.compiler.is_compiling():
+            return _Rows(shapes, matrices[0])
+        key = shapes, matrices[0].device, matrices[0].dtype
+        if key not in self._rows:
+            self._rows[key] = _Rows(shapes, matrices[0])
+        return self._rows[key]
 
     def _stores_projection(self, group: dict) -> bool:
         return group.get("project_buffer", False) and not group["nesterov"]
@@ -446,6 +449,70 @@ class _ProjectedOptimizer(Optimizer):
             self._kernel(group, clock, 0.0, [update], *([x] for x in rest))
             factor = keep - _row_dots(w, update).div_(square)
             torch.addcmul(update, w, factor.unsqueeze(1), out=w)
+
+
+class _Rows:
+    """The rows of several matrices, all of whose numbers lie in one vector, matrix after matrix.
+
+    `tensor`: of each row its matrix; `root`, `layer_root`: square roots of the lengths of each row
+    and of each matrix."""
+
+    def __init__(self, shapes: tuple[tuple[int, int], ...], like: Tensor):
+        counts = torch.tensor([count for count, _ in shapes])
+        root = torch.tensor([[length, count * length] for count, length in shapes]).double().sqrt()
+        self.counts, self.sizes = counts.to(like.device), counts.tolist()
+        self.tensor = torch.arange(len(shapes)).repeat_interleave(counts).to(like.device)
+        root, self.layer_root = root.to(like.device, like.dtype).unbind(1)
+        self.root = root[self.tensor]
+        self.lengths = [length for length, _ in groupby(shapes, _second)]
+        self.spans = [sum(math.prod(shape) for shape in alike)
+                      for _, alike in groupby(shapes, _second)]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """(rows, n) views, one for all neighbours of one row length."""
+        return [part.view(-1, n) for part, n in zip(flat.split(self.spans), self.lengths)]
+
+    def apply(self, function: Callable, flat: Tensor) -> Tensor:
+        return torch.cat([function(part) for part in self.split(flat)])
+
+    def per_tensor(self, values: Tensor) -> Tensor:
+        """(k, rows) to the sums over the rows of each matrix (k, matrices)."""
+        if values.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            sums = torch.segment_reduce(values.flatten(), "sum", unsafe=True,
+                                        lengths=self.counts.repeat(len(values)))
+            return sums.view(len(values), -1)
+        return torch.stack([x.sum(1) for x in values.split(self.sizes, 1)], 1)
+
+    def add_multiples(self, u: Tensor, w: Tensor, factor: Tensor) -> None:
+        """u += factor w, with one factor for each row."""
+        heights = [span // n for span, n in zip(self.spans, self.lengths)]
+        for a, b, c in zip(self.split(u), self.split(w), factor.split(heights)):
+            a.addcmul_(b, c.unsqueeze(1))
+
+
+def _second(pair: tuple) -> int:
+    return pair[1]
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return vector_norm(rows, dim=1)
+
+
+def _sums(rows: Tensor) -> Tensor:
+    return rows.sum(1)
+
+
+def _row_length(x: Tensor) -> int:
+    return x.numel() // len(x) if x.ndim > 1 else 1
+
+
+def _vectors(tensors: list[Tensor]) -> list[Tensor]:
+    return [x.reshape(-1) for x in tensors]
+
+
+def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of a vector in the shapes of `like`."""
+    return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in like]), like)]
 
 
 def _each(value: float | Tensor, count: int) -> list:
