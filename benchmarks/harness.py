@@ -106,8 +106,8 @@ def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     if name is None:
-        kind = "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device(kind)
+        name = ("cuda" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)

@@ -2,6 +2,8 @@
 
     python benchmarks/speed_calm.py                           # one thread, then all: 3 minutes
     python benchmarks/speed_calm.py --device cuda --arch resnet50 --side 224 --batch 32
+    python benchmarks/speed_calm.py --device cuda --arch resnet50 --side 224 --batch 128 \\
+        --tables map training
 
 Three tables, and on a GPU a fourth:
   loss       bytes allocated by loss and gradient at B = 64, C = 1000, 28 x 28, logits given: with
@@ -30,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from reference import attribution, calm, resnet
+
+TABLES = ("baselines", "map", "loss", "training")
 
 
 def installed(name: str):
@@ -236,7 +240,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES,
+                        help="only these (default: all; training on a GPU alone)")
     run = harness.start(parser, argv)
+    if set(run.args.tables) == {"training"} and run.device.type == "cpu":
+        parser.error("--tables training is measured on a GPU only")
     if run.args.preset == "tiny":
         run.args.batch, run.args.side, run.args.repeats = 2, 32, 2
     generator = torch.Generator().manual_seed(run.seeds[0])
@@ -248,14 +256,17 @@ def main(argv: list[str] | None = None) -> None:
     counts = sorted({1, torch.get_num_threads()}) if on_cpu else [torch.get_num_threads()]
     parts = {}
     for count in counts:                                      # the packages on a clean heap: first
-        for baseline, measure in baseline_tables(run, model, images, labels).items():
-            parts[f"baselines {baseline}", count] = measure
+        if "baselines" in run.args.tables:
+            for baseline, measure in baseline_tables(run, model, images, labels).items():
+                parts[f"baselines {baseline}", count] = measure
         parts["map", count] = lambda: map_table(run, model, heads, images, labels)
     parts["loss", None] = lambda: loss_table(run)
     if not on_cpu:
         parts["training", None] = lambda: training_table(run)
     tables: dict[str, list[dict]] = {}
     for (part, count), measure in parts.items():
+        if part.split()[0] not in run.args.tables:
+            continue
         name = part.replace(" ", "-") + ("" if count is None else f"-{count}-threads")
         if run.recorded(name) is None:
             run.log(f"{name} ...")
@@ -265,21 +276,25 @@ def main(argv: list[str] | None = None) -> None:
         threads = {} if count is None else {"threads": count}
         rows = [{**threads, **row} for row in run.recorded(name)]
         tables.setdefault(part.split()[0], []).extend(rows)
-    packages = sorted({row["package"] for row in tables["baselines"]} - {"this project"})
+    packages = sorted({row["package"] for row in tables.get("baselines", ())} - {"this project"})
     run.log(f"packages beside this project: {', '.join(packages) or 'none is installed'}")
     run.finish(claims_of(tables), tables, packages=packages)
 
 
 def claims_of(tables: dict[str, list[dict]]) -> list[dict]:
-    largest = max(row["with the logits GB"] for row in tables["loss"][:2])
-    claims = [("loss and gradient, logits included, GB (at most 0.5)", largest, largest <= 0.5)]
-    for row in tables["map"]:
+    claims = []
+    if "loss" in tables:
+        largest = max(row["with the logits GB"] for row in tables["loss"][:2])
+        claims.append(("loss and gradient, logits included, GB (at most 0.5)", largest,
+                       largest <= 0.5))
+    for row in tables.get("map", ()):
         if row["what"].endswith(" map"):
             ratio = row["x its prediction"]
             claims.append((f"{row['what']} over its prediction, {row['threads']} threads (at most "
                            "1.05)", ratio, ratio <= 1.05))
-    for key in dict.fromkeys((row["map"], row["threads"]) for row in tables["baselines"]):
-        others = [row for row in tables["baselines"]
+    baselines = tables.get("baselines", ())
+    for key in dict.fromkeys((row["map"], row["threads"]) for row in baselines):
+        others = [row for row in baselines
                   if (row["map"], row["threads"]) == key and row["package"] != "this project"]
         if others:
             fastest = min(others, key=lambda row: row["x this project"])

@@ -65,7 +65,7 @@ def test_photographs_survive_a_kill_and_lend_their_weights(run, kill_script, tmp
     data = image_folder(tmp_path / "data")
     (tmp_path / "is_a").write_text("top n00000000\ntop n00000001\nother n00000002\n")
     arguments = ["--data", data, *FOLDER, "--pretrain", 1, "--methods", "cam", "calm-em",
-                 "--wordnet", tmp_path / "is_a", "--superclass", "top"]
+                 "--device", "cpu", "--wordnet", tmp_path / "is_a", "--superclass", "top"]
     whole = run(calm_wsol, "whole", *arguments)
     assert len(whole["tables"]["query"]) == 8
     assert {"pretrained-cam-seed0", "folder-calm-em-seed0"} <= whole["results"].keys()

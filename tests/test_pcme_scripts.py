@@ -30,15 +30,15 @@ def flickr(tmp_path_factory):
 
 
 def test_the_study_survives_a_kill(tmp_path, finish, kill_script):
-    whole = finish("pcme_coco", tmp_path / "whole", "--methods", "PCME", "triplet", "--figures",
-                   tmp_path / "figures")
+    cpu = ("--device", "cpu", "--checkpoint-seconds", "0")
+    whole = finish("pcme_coco", tmp_path / "whole", "--methods", "PCME", "triplet", *cpu,
+                   "--figures", tmp_path / "figures")
     assert [row["method"] for row in whole["tables"]["retrieval"]] == [
         "PCME, match probability", "PCME, mean only", "triplet, mean only"]
     assert (tmp_path / "figures" / "pcme_retrieval.png").exists()
     kill_script("pcme_coco", tmp_path / "part", "PCME-seed0-*.pt", *TINY, "--methods", "PCME",
-                "--checkpoint-seconds", "0")
-    part = finish("pcme_coco", tmp_path / "part", "--methods", "PCME", "--checkpoint-seconds", "0",
-                  "--resume")
+                *cpu)
+    part = finish("pcme_coco", tmp_path / "part", "--methods", "PCME", *cpu, "--resume")
     assert part["results"]["PCME-seed0"] == whole["results"]["PCME-seed0"]
 
 

@@ -31,10 +31,11 @@ def write_frames(folder, clip):
 
 
 def test_the_study_survives_a_kill(tmp_path, finish, kill_script):
-    whole = finish(tmp_path / "whole", "--seeds", 1, "--figures", tmp_path / "figures")
-    kill_script("videomix", tmp_path / "part", "S-1.0-4-*.pt", *TINY, "--seeds", 1,
+    one = ("--seeds", 1, "--device", "cpu")
+    whole = finish(tmp_path / "whole", *one, "--figures", tmp_path / "figures")
+    kill_script("videomix", tmp_path / "part", "S-1.0-4-*.pt", *TINY, *one,
                 "--checkpoint-seconds", 0)
-    again = finish(tmp_path / "part", "--seeds", 1, "--resume")
+    again = finish(tmp_path / "part", *one, "--resume")
     assert again["results"] == whole["results"] and again["tables"] == whole["tables"]
     rows = whole["tables"]["variants"]
     assert {row["augmentation"] for row in rows} == {"none", "S", "T", "ST"}
