@@ -313,9 +313,9 @@ def actions_of_boxes(run: harness.Run) -> None:
                     collate_fn=collate, generator=torch.Generator()) for videos in (train, test)]
                 with torch.no_grad():                 # gives the head its size
                     model.eval()(*as_input(next(iter(loaders[1])), run.device))
-                nn.init.normal_(model.head.weight, 0, 0.01,
-                                generator=torch.Generator().manual_seed(seed))
-                nn.init.zeros_(model.head.bias)
+                    start = torch.empty(model.head.weight.shape)      # drawn on the CPU
+                    start.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+                    model.head.weight.copy_(start), model.head.bias.zero_()
                 rate = 0.1 * args.batch_size / 64
                 steps = train_boxes(model, loaders[0], recipe.epochs, rate, seed, run.resumed(name))
                 run.drive(name, steps, total=recipe.epochs * len(loaders[0]))

@@ -48,6 +48,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 from numbers import Real
+from operator import itemgetter
 from statistics import fmean
 
 import torch
@@ -347,12 +348,14 @@ class _ProjectedOptimizer(Optimizer):
         flat = torch.cat(w)
         norm_w = rows.apply(_norms, flat)
         along = rows.apply(_sums, flat.mul_(u))
+        del flat                                     # before there is the next
         layer_w = layer_along = norm_w.new_zeros(len(w))
         if group["scale_invariant"] is None:
             flat = torch.cat(_vectors(g))
             norm_g = rows.apply(_norms, flat)
-            torch._foreach_mul_(_parts(flat, w), w)
+            torch._foreach_mul_(flat.split(rows.numels), w)
             dot = rows.apply(_sums, flat)
+            del flat
             missed, layer_dot, layer_w, layer_g, layer_along = rows.per_tensor(torch.stack(
                 [(~(cosine(dot, norm_w, norm_g, rows.root) < delta)).to(dot.dtype), dot,
                  norm_w ** 2, norm_g ** 2, along]))
@@ -362,7 +365,6 @@ class _ProjectedOptimizer(Optimizer):
         else:
             layer = torch.zeros_like(layer_w, dtype=torch.bool)
             channel = torch.full_like(layer, group["scale_invariant"])
-        del flat
         self._views.extend(torch.stack([channel, layer], 1).unbind())
 
         layer_part = torch.where(layer, layer_along / (layer_w + eps) ** 2, 0)
@@ -378,7 +380,7 @@ class _ProjectedOptimizer(Optimizer):
 
     def _rows_of(self, matrices: list[Tensor]) -> "_Rows":
         """Made once: a step in a CUDA graph, or without waiting, copies no numbers to the GPU."""
-        shapes = tuple((len(x), _row_length(x)) for x in matrices)
+        shapes = tuple((x.size(0), _row_length(x)) for x in matrices)
         if torch.compiler.is_compiling():
             return _Rows(shapes, matrices[0])
         key = shapes, matrices[0].device, matrices[0].dtype
@@ -461,12 +463,12 @@ class _Rows:
         counts = torch.tensor([count for count, _ in shapes])
         root = torch.tensor([[length, count * length] for count, length in shapes]).double().sqrt()
         self.counts, self.sizes = counts.to(like.device), counts.tolist()
+        self.numels = [math.prod(shape) for shape in shapes]
         self.tensor = torch.arange(len(shapes)).repeat_interleave(counts).to(like.device)
         root, self.layer_root = root.to(like.device, like.dtype).unbind(1)
         self.root = root[self.tensor]
-        self.lengths = [length for length, _ in groupby(shapes, _second)]
-        self.spans = [sum(math.prod(shape) for shape in alike)
-                      for _, alike in groupby(shapes, _second)]
+        alike = groupby(shapes, itemgetter(1))
+        self.lengths, self.spans = zip(*((n, sum(map(math.prod, those))) for n, those in alike))
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """(rows, n) views, one for all neighbours of one row length."""
@@ -490,10 +492,6 @@ class _Rows:
             a.addcmul_(b, c.unsqueeze(1))
 
 
-def _second(pair: tuple) -> int:
-    return pair[1]
-
-
 def _norms(rows: Tensor) -> Tensor:
     return vector_norm(rows, dim=1)
 
@@ -503,7 +501,7 @@ def _sums(rows: Tensor) -> Tensor:
 
 
 def _row_length(x: Tensor) -> int:
-    return x.numel() // len(x) if x.ndim > 1 else 1
+    return x.numel() // x.size(0) if x.ndim > 1 else 1
 
 
 def _vectors(tensors: list[Tensor]) -> list[Tensor]:
