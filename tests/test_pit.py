@@ -621,3 +621,17 @@ def test_image_smaller_than_a_patch():
 def test_other_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("size, stride, image", [(8, 4, (37, 50)), (6, 2, (20, 23)),
+                                                 (4, 4, (17, 16)), (3, 1, (5, 7))])
+def test_the_patch_convolution_in_blocks_is_the_convolution(size, stride, image):
+    conv = pit.PatchConv(3, 5, size, stride).double()
+    x = torch.randn(2, 3, *image, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for way in (conv, conv.in_blocks):
+        leaf = x.clone().requires_grad_()
+        out = way(leaf)
+        results.append([out, *torch.autograd.grad(out.cos().sum(), [leaf, *conv.parameters()])])
+    for a, b in zip(*results):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
