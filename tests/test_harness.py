@@ -360,3 +360,11 @@ def test_charts_of_odd_values(tmp_path):
     assert np.array_equal(figures.heat_colors(heat)[[0, 2], [0, 3]], plain[[0, 2], [0, 3]])
     assert len(np.unique(figures.heat_colors(heat).reshape(-1, 3), axis=0)) > 9
     figures.heat_colors(np.full((2, 2), nan))
+
+
+def test_every_process_takes_its_own_gpu(monkeypatch):
+    import harness
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)          # as if there were GPUs
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert harness.pick_device("cuda", 1) == harness.pick_device(None, 1) == torch.device("cuda:1")
+    assert harness.pick_device("cuda:0", 1) == torch.device("cuda:0")
