@@ -363,7 +363,6 @@ def test_charts_of_odd_values(tmp_path):
 
 
 def test_every_process_takes_its_own_gpu(monkeypatch):
-    import harness
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)          # as if there were GPUs
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert harness.pick_device("cuda", 1) == harness.pick_device(None, 1) == torch.device("cuda:1")
