@@ -346,15 +346,15 @@ class _ProjectedOptimizer(Optimizer):
             return dot.abs() / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps)) * root
 
         flat = torch.cat(w)
-        norm_w = rows.apply(_norms, flat)
-        along = rows.apply(_sums, flat.mul_(u))
+        norm_w = rows.norms(flat)
+        along = rows.sums(flat.mul_(u))
         del flat                                     # before there is the next
         layer_w = layer_along = norm_w.new_zeros(len(w))
         if group["scale_invariant"] is None:
             flat = torch.cat(_vectors(g))
-            norm_g = rows.apply(_norms, flat)
+            norm_g = rows.norms(flat)
             torch._foreach_mul_(flat.split(rows.numels), w)
-            dot = rows.apply(_sums, flat)
+            dot = rows.sums(flat)
             del flat
             missed, layer_dot, layer_w, layer_g, layer_along = rows.per_tensor(torch.stack(
                 [(~(cosine(dot, norm_w, norm_g, rows.root) < delta)).to(dot.dtype), dot,
@@ -474,8 +474,11 @@ class _Rows:
         """(rows, n) views, one for all neighbours of one row length."""
         return [part.view(-1, n) for part, n in zip(flat.split(self.spans), self.lengths)]
 
-    def apply(self, function: Callable, flat: Tensor) -> Tensor:
-        return torch.cat([function(part) for part in self.split(flat)])
+    def norms(self, flat: Tensor) -> Tensor:
+        return torch.cat([vector_norm(part, dim=1) for part in self.split(flat)])
+
+    def sums(self, flat: Tensor) -> Tensor:
+        return torch.cat([part.sum(1) for part in self.split(flat)])
 
     def per_tensor(self, values: Tensor) -> Tensor:
         """(k, rows) to the sums over the rows of each matrix (k, matrices)."""
@@ -490,14 +493,6 @@ class _Rows:
         heights = [span // n for span, n in zip(self.spans, self.lengths)]
         for a, b, c in zip(self.split(u), self.split(w), factor.split(heights)):
             a.addcmul_(b, c.unsqueeze(1))
-
-
-def _norms(rows: Tensor) -> Tensor:
-    return vector_norm(rows, dim=1)
-
-
-def _sums(rows: Tensor) -> Tensor:
-    return rows.sum(1)
 
 
 def _row_length(x: Tensor) -> int:
