@@ -58,6 +58,7 @@ from torch.optim import Optimizer
 
 BLOCK = 1 << 19       # elements of a block on the CPU: what a step touches of it stays in the cache
 GPU_BLOCK = 1 << 25   # on a GPU: large beside the cost of a call
+LAYOUTS = 128         # buckets whose rows are remembered
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -66,10 +67,21 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def _clock(step: float, device: torch.device | str = "cpu") -> Tensor:
+    """A step count for torch's kernels and CUDA graphs. A default dtype of 16 bits stops at 256."""
+    return torch.full((), step, dtype=torch.float32, device=device)
+
+
 def _is_number(value, top: float = math.inf) -> bool:
     """A number or a tensor of one number, in [0, top]."""
     single = isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1
     return single and bool(0 <= value <= top)
+
+
+def _check_shapes(**tensors: Tensor) -> None:
+    if len(shapes := [tuple(x.shape) for x in tensors.values()]) != shapes.count(shapes[0]):
+        raise ValueError(f"{' and '.join(tensors)} must have one shape, got "
+                         f"{' and '.join(map(str, shapes))}")
 
 
 # ---------------------------------------------------------------- the test and the projection
@@ -95,6 +107,7 @@ def scale_invariance(p: Tensor, grad: Tensor, delta: float = 0.1, eps: float = 1
     vectors, which is about 1 / sqrt(n), gives such a weight away. Random gradients pass with
     probability 0.08 per row.
     """
+    _check_shapes(p=p, grad=grad)
     if p.ndim < 2 or p.numel() == 0:
         return None
     w, g = _wide(p.detach()), _wide(grad.detach())
@@ -116,6 +129,7 @@ def projection(p: Tensor, grad: Tensor, perturb: Tensor, delta: float, wd_ratio:
 
     All tensors have p's shape and stay untouched. Reads a number back from the device.
     """
+    _check_shapes(p=p, perturb=perturb)
     view = scale_invariance(p, grad, delta, eps)
     if view is None:
         return perturb, 1
@@ -127,9 +141,7 @@ def effective_step(p_before: Tensor, p_after: Tensor) -> float:
 
     NaN for a zero weight; ValueError for different shapes.
     """
-    if p_before.shape != p_after.shape:
-        raise ValueError(f"p_before and p_after must have one shape, got {tuple(p_before.shape)} "
-                         f"and {tuple(p_after.shape)}")
+    _check_shapes(p_before=p_before, p_after=p_after)
     before, after = p_before.detach().double(), p_after.detach().double()
     return (after / after.norm() - before / before.norm()).norm().item()
 
@@ -268,7 +280,7 @@ class _ProjectedOptimizer(Optimizer):
             w, g = [_wide(p) for p in bucket], [_wide(p.grad) for p in bucket]
             moments = [[self.state[p][key] for p in bucket] for key in self._moments]
             if self._kernel_serves(group, w, g, *moments):
-                clock = torch.full((), max(map(self._count, bucket)), device=w[0].device)
+                clock = _clock(max(map(self._count, bucket)), w[0].device)
                 if w[0].ndim > 1:
                     room = w[0].new_zeros(sum(x.numel() for x in w))
                     u = _parts(room, w)
@@ -379,12 +391,18 @@ class _ProjectedOptimizer(Optimizer):
         rows.add_multiples(u, torch.cat(w), decay_row - part)
 
     def _rows_of(self, matrices: list[Tensor]) -> "_Rows":
-        """Made once: a step in a CUDA graph, or without waiting, copies no numbers to the GPU."""
+        """Made once: a step in a CUDA graph, or without waiting, copies no numbers to the GPU.
+
+        The first layouts stay, for the graphs that hold them; where gradients come and go, later
+        ones take turns.
+        """
         shapes = tuple((x.size(0), _row_length(x)) for x in matrices)
         if torch.compiler.is_compiling():
             return _Rows(shapes, matrices[0])
         key = shapes, matrices[0].device, matrices[0].dtype
         if key not in self._rows:
+            if len(self._rows) >= LAYOUTS:
+                self._rows.popitem()
             self._rows[key] = _Rows(shapes, matrices[0])
         return self._rows[key]
 
@@ -408,11 +426,11 @@ class _ProjectedOptimizer(Optimizer):
                 continue
             step = self._count(p)
             if p.ndim > 1:
-                self._fused_matrix(group, rows, torch.tensor(step), room)
+                self._fused_matrix(group, rows, _clock(step), room)
             else:
                 vectors[step].append(rows)
         for step, alike in vectors.items():
-            self._kernel(group, torch.tensor(step), self._decay(group), *map(list, zip(*alike)))
+            self._kernel(group, _clock(step), self._decay(group), *map(list, zip(*alike)))
         if others:
             self._foreach_step(group, others)
 
@@ -585,7 +603,7 @@ class AdamP(_ProjectedOptimizer):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
 
     def _new_state(self, p: Tensor, group: dict) -> dict:
-        step = torch.zeros((), device=p.device) if group["capturable"] else 0
+        step = _clock(0, p.device) if group["capturable"] else 0
         return {"step": step} | super()._new_state(p, group)
 
     def _direction(self, group: dict, state: dict, g: Tensor, lr: float) -> tuple[Tensor, float]:
@@ -606,7 +624,7 @@ class AdamP(_ProjectedOptimizer):
         if group["capturable"]:
             for p, state in zip(bucket, states):
                 if not isinstance(state["step"], Tensor):
-                    state["step"] = torch.full((), float(state["step"]), device=p.device)
+                    state["step"] = _clock(state["step"], p.device)
             torch._foreach_add_([s["step"] for s in states], 1)
             step = torch.stack([s["step"] for s in states]).double()       # (T,)
             lr = group["lr"]

@@ -332,6 +332,16 @@ def test_effective_step():
         adamp.effective_step(a, b[0])
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (4,)])
+def test_tensors_of_several_shapes_are_an_error(shape):
+    p, other = torch.ones(shape), torch.ones(3, 1)
+    for call in (lambda: adamp.projection(p, p, other, 0.1, 0.1, 1e-8),
+                 lambda: adamp.projection(p, other, p, 0.1, 0.1, 1e-8),
+                 lambda: adamp.scale_invariance(p, other)):
+        with pytest.raises(ValueError, match=r"p and (perturb|grad) .*one shape.*\(3, 1\)"):
+            call()
+
+
 # ---------------------------------------------------------------- groups, closures, dtypes, state
 
 @pytest.mark.parametrize("path", ["readable", "foreach", "default"])
@@ -416,6 +426,53 @@ def test_parameters_without_gradient_and_empty_ones_are_skipped():
         optimizer.step()
         assert optimizer.stats["tested"] == 1
         assert torch.equal(lazy, torch.ones(2, 2)) and len(optimizer.state) == 1
+
+
+@pytest.mark.parametrize("make, options", [(AdamP, {"lr": 0.01, "capturable": True}),
+                                           (SGDP, {"lr": 0.01, "foreach": True})])
+def test_gradients_that_come_and_go_keep_few_layouts(monkeypatch, make, options):
+    monkeypatch.setattr(adamp, "LAYOUTS", 3)
+    generator, results = rng(), []
+    grads = torch.randn(30, 3, 4, generator=generator).double()
+    present = torch.rand(30, 6, generator=generator) < 0.5
+    for path in (options, {"lr": 0.01, "foreach": False}):
+        params = [nn.Parameter(torch.ones(3, 4).double() + i) for i in range(6)]
+        big = nn.Parameter(torch.ones(99).double())  # no bucket is larger than the largest
+        optimizer = make([*params, big], **path)
+        big.grad = torch.ones_like(big)
+        for grad, there in zip(grads, present.tolist()):
+            for p, some in zip(params, there):
+                p.grad = grad if some else None
+            optimizer.step()
+        assert len(optimizer._rows) <= 3
+        results.append(params)
+    assert_same(*results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ADAMP_PATHS)
+def test_a_default_dtype_of_16_bits_still_counts_steps(path):
+    params, optimizer = replay(AdamP, **ADAMP_PATHS[path])
+    expected, counted = replay(AdamP, foreach=False)
+    torch.set_default_dtype(torch.bfloat16)              # which has no 257
+    try:
+        for state in (*optimizer.state.values(), *counted.state.values()):
+            state["step"] = 256
+        for _ in range(3):
+            for p, q in zip(params, expected):
+                p.grad = q.grad = torch.ones_like(p)
+            optimizer.step()
+            counted.step()
+        new = AdamP(twins := [nn.Parameter(p.detach().clone()) for p in params],
+                    **ADAMP_PATHS[path])
+        for p in twins:
+            p.grad = torch.ones_like(p)
+        new.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(params, expected, rtol=1e-9, atol=1e-12)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {259}
+    if path == "capturable":
+        assert all(state["step"].dtype == torch.float32 for state in new.state.values())
 
 
 @pytest.mark.parametrize("make, options, keys", [
