@@ -46,11 +46,12 @@ The code follows the text: points, bounds (`_Screen`), pass 1 radii, pass 2 coun
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ from torch import Tensor
 
 METRICS = ("precision", "recall", "density", "coverage")
 CHOICES = {"ties": ("strict", "inclusive"), "precision": ("screened", "float64", "float32"),
-           "rounding": ("none", "float32")}
+           "rounding": ("none", "float32"), "realism": (False, True), "details": (False, True)}
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE = (*NARROW, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -81,7 +82,7 @@ class _Points:
         self.x, self.center, self.scale, self.group = x, center, scale, None
         self.norms, self.keys = x.new_zeros(2, len(x), dtype=torch.float64)
         direction = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(0),
-                               dtype=torch.float64).to(x.device)
+                               dtype=torch.float64, device="cpu").to(x.device)
         for a in range(0, len(x), rows):
             part = slice(a, a + rows)
             block = self.block(part, torch.float64)
@@ -491,7 +492,8 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
         return mine if group is None else _gather(mine.T.contiguous(), group).T
 
     # other scales would lose digits; in a group, one process may have added rows
-    reuse = real_radii is not None and 2.0**-100 < scale / real_radii[1] < 2.0**100
+    reuse = (real_radii is not None and real_radii[0].shape[1] == n
+             and 2.0**-100 < scale / real_radii[1] < 2.0**100)
     if group is not None:
         flag = torch.tensor(int(reuse), device=real.device)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
@@ -574,6 +576,7 @@ def compute_pairwise_distance(data_x: Any, data_y: Any = None) -> Any:
     y = x if data_y is None else _features(data_y, "data_y", x.device)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"data_x has {x.shape[1]} features per row, data_y {y.shape[1]}")
+    _check_finite(data_x=x, data_y=y)
     scale = _scale((x, y), 1024) if len(x) and len(y) else 1.0
     out = torch.cdist(x.double() * scale, y.double() * scale,
                       compute_mode="donot_use_mm_for_euclid_dist") / scale
@@ -592,6 +595,7 @@ def expected_coverage(nearest_k: int, num_real: int, num_fake: int) -> float:
 
     A real ball is empty iff the k nearest of the N + M - 1 other points are all real (lemma 2).
     """
+    _check_integers(nearest_k=nearest_k, num_real=num_real, num_fake=num_fake)
     if not (1 <= nearest_k <= num_real - 1 and num_fake >= 1):
         raise ValueError("need 1 <= nearest_k <= num_real - 1 and num_fake >= 1, not nearest_k="
                          f"{nearest_k}, num_real={num_real}, num_fake={num_fake}")
@@ -636,16 +640,20 @@ class PRDC:
     """
 
     def __init__(self, nearest_k: int | Sequence[int] = 5, **options: Any):
-        self.nearest_k, self.options = nearest_k, _check_options(options)
+        self.nearest_k, self.options = copy.deepcopy(nearest_k), _check_options(options)
         self._radii_of = [*_check_k(nearest_k), self.options["precision"] == "float32"]
         self.reset()
 
     def update(self, features: Any, real: bool) -> None:
-        """Append rows (n, D) to the real or the fake set."""
-        rows = _features(features, "features", self.options["device"])
+        """Append rows (n, D) to the real or the fake set; after an error the sets are as before."""
+        if not isinstance(real, (bool, np.bool_)):
+            raise TypeError(f"real must be True or False, not {real!r}")
+        name = "real_features" if real else "fake_features"
+        rows = _features(features, name, self.options["device"])
+        _check_finite(**{name: rows})
         before = next((c for c in (*self._real, *self._fake)), rows)
         if before.shape[1] != rows.shape[1]:
-            raise ValueError(f"features have {rows.shape[1]} columns, earlier ones "
+            raise ValueError(f"{name} have {rows.shape[1]} columns, earlier features "
                              f"{before.shape[1]}")
         (self._real if real else self._fake).append(rows.clone())
         if real:
@@ -683,10 +691,11 @@ class PRDC:
         chunks = {"real": self._real, "fake": self._fake}
         empty = next((c[:0] for c in (*self._real, *self._fake)), torch.zeros(0, 0))
         return {name: torch.cat(rows) if rows else empty for name, rows in chunks.items()} | {
-            "radii": self._radii, "radii_of": self._radii_of}
+            "radii": copy.deepcopy(self._radii), "radii_of": list(self._radii_of)}
 
     def load_state_dict(self, d: dict) -> None:
         """Take over what `state_dict` returned; radii for another nearest_k are computed anew."""
+        d = copy.deepcopy({name: d[name] for name in ("real", "fake", "radii", "radii_of")})
         self._real, self._fake = ([d[name]] if len(d[name]) else [] for name in ("real", "fake"))
         self._radii = d["radii"] if d["radii_of"] == self._radii_of else None
 
@@ -699,11 +708,14 @@ class PRDC:
                     kept = {name: file[name] for name in file.files}
                 known, scale = kept["nearest_k"].tolist(), float(kept["scale"])
                 rows, squared = kept["real_features"], torch.from_numpy(kept["squared_radii"])
+                if squared.shape[:-1] != (len(known),) or not (squared / scale).isfinite().all():
+                    raise ValueError("its radii are not finite numbers, one row for each nearest_k")
             except Exception as error:
                 raise ValueError(f"{path} was not written by cache_real: {error}") from error
             if missing := [k for k in ks if k not in known]:
                 raise ValueError(f"{path} holds radii for nearest_k {known}, not for {missing}")
             rows = _features(rows, "real_features", self.options["device"])
+            _check_finite(real_features=rows)
             self._real = [rows] if len(rows) else []
             self._radii = squared[[known.index(k) for k in ks]], scale
             return
@@ -734,22 +746,28 @@ def bootstrap_prdc(real_features: Any, fake_features: Any, nearest_k: int = 5, *
     half the smaller set: an error bar for that size, which is larger than that of the whole.
     """
     _check_k(nearest_k, one=True)
+    _check_integers(num_subsets=num_subsets, seed=seed,
+                    **{} if subset_size is None else {"subset_size": subset_size})
     if num_subsets < 2:
         raise ValueError(f"num_subsets must be at least 2, not {num_subsets}")
-    real = _features(real_features, "real_features", None)
-    fake = _features(fake_features, "fake_features", None)
+    real = _features(real_features, "real_features", options.get("device"))
+    fake = _features(fake_features, "fake_features", options.get("device"))
+    rank, world, group = 0, 1, options.get("group")
+    if group is not None:                                     # each takes its share of every subset
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        real, fake = _gather(real, group), _gather(fake, group)
     size = min(len(real), len(fake)) // 2 if subset_size is None else subset_size
     if not 1 <= size <= min(len(real), len(fake)):
         raise ValueError(f"subset_size must be in 1..{min(len(real), len(fake))}, not {size}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     results = []
     for _ in range(num_subsets):
-        x, y = (z[torch.randperm(len(z), generator=generator)[:size].to(z.device)]
-                for z in (real, fake))
+        x, y = (z[torch.randperm(len(z), generator=generator, device="cpu")[rank:size:world]
+                  .to(z.device)] for z in (real, fake))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results.append(compute_prdc(x, y, nearest_k, **options))
-    samples = {name: torch.tensor([r[name] for r in results], dtype=torch.float64)
+    samples = {name: torch.tensor([r[name] for r in results], dtype=torch.float64, device="cpu")
                for name, value in results[0].items() if isinstance(value, float)}
     return tuple({name: f(values).item() for name, values in samples.items()}
                  for f in (torch.mean, torch.std))
@@ -776,6 +794,12 @@ def _check_k(nearest_k: Any, one: bool = False) -> list[int]:
     return [int(k) for k in ks]
 
 
+def _check_integers(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+
+
 def _check_options(options: dict) -> dict:
     """All options of `compute_prdc`, the given and the default ones, checked."""
     if unknown := sorted(set(options) - set(compute_prdc.__kwdefaults__)):
@@ -784,11 +808,15 @@ def _check_options(options: dict) -> dict:
     options = compute_prdc.__kwdefaults__ | options
     if isinstance(options["metrics"], str):
         options["metrics"] = [options["metrics"]]
+    if not isinstance(options["metrics"], Iterable):
+        raise TypeError(f"metrics must be names, not {options['metrics']!r}")
+    options["metrics"] = tuple(options["metrics"])
     chosen = [(name, options[name], accepted) for name, accepted in CHOICES.items()]
     for name, value, accepted in chosen + [("metrics", m, (*METRICS, "f_score"))
                                            for m in options["metrics"]]:
         if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(accepted)}, not {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, accepted))}, "
+                             f"not {value!r}")
     budget = options["memory_budget"]
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, Real)
                                or not budget >= 1):
@@ -807,12 +835,12 @@ def _features(value: Any, name: str, device: Any) -> Tensor:
             raise ValueError(f"{name} must be real numbers, not {value.dtype}")
         kind = value.dtype.newbyteorder("=") if value.dtype.itemsize <= 8 else np.float64
         value = torch.from_numpy(np.require(value, kind, ["C", "W"]))
-    if value.is_complex():
-        raise ValueError(f"{name} must be real numbers, not {value.dtype}")
+    if value.is_complex() or value.layout != torch.strided:
+        raise ValueError(f"{name} must be dense real numbers, not {value.dtype} {value.layout}")
     if value.ndim != 2:
         raise ValueError(f"{name} must be (rows, features), not {tuple(value.shape)}; "
                          "use .flatten(1) on maps")
-    value = value.detach().to(value.device if device is None else device)
+    value = value.detach().to(device=value.device if device is None else device)
     return value if value.dtype in NATIVE else value.to(torch.float64)
 
 
@@ -827,7 +855,11 @@ def _check_sets(real: Tensor, fake: Tensor, kmax: int, with_recall: bool) -> Non
                                         f"fake rows, there are {m}")):
         if wrong:
             raise ValueError(text)
-    for name, z in (("real_features", real), ("fake_features", fake)):
+    _check_finite(real_features=real, fake_features=fake)
+
+
+def _check_finite(**sets: Tensor) -> None:
+    for name, z in sets.items():
         bad = sum(int((~part.isfinite()).any(1).sum()) for part in z.split(1024))
         if bad:
             raise ValueError(f"{name} has {bad} rows with NaN or infinite values, of {len(z)}")

@@ -361,6 +361,40 @@ def test_batches_reset_cache_and_state(tmp_path):
         metric.update(torch.zeros(2, 3), False)
 
 
+def test_a_metric_owns_what_it_holds_and_survives_bad_batches(tmp_path):
+    real, fake, ks = normal(60, 4), normal(50, 4, seed=1), [3, 2]
+    expected = compute_prdc(real, fake, ks)
+    metric, other = PRDC(ks), PRDC(ks)
+    metric.update(real, True)
+    metric.update(fake, False)
+    ks[0] = 1
+    for bad, side, error, words in [
+            (fake * math.inf, False, ValueError, "fake_features has 50 rows with NaN"),
+            (fake, "fake", TypeError, "real must be True or False, not 'fake'"),
+            (fake, None, TypeError, "real must be")]:
+        with pytest.raises(error, match=words):
+            metric.update(bad, side)
+    assert metric.compute() == expected
+    state = metric.state_dict()
+    other.load_state_dict(state)
+    for tensor in (state["real"], state["fake"], state["radii"][0]):
+        tensor.zero_()
+    assert metric.compute() == other.compute() == expected
+    with pytest.raises(KeyError, match="radii_of"):
+        other.load_state_dict({name: state[name] for name in ("real", "fake", "radii")})
+    assert other.compute() == expected
+    metric.cache_real(tmp_path / "real.npz")
+    with np.load(tmp_path / "real.npz") as file:
+        kept = dict(file)
+    for name in ("real_features", "squared_radii", "scale"):
+        np.savez(tmp_path / "broken.npz", **kept | {name: kept[name] * math.nan})
+        with pytest.raises(ValueError, match="not finite|with NaN"):
+            metric.cache_real(tmp_path / "broken.npz")
+    np.savez(tmp_path / "fewer.npz", **kept | {"real_features": kept["real_features"][:40]})
+    metric.cache_real(tmp_path / "fewer.npz")                 # radii of other rows: not used
+    assert metric.compute() == compute_prdc(real[:40], fake, [3, 2])
+
+
 def test_kept_radii_serve_only_where_they_are_right(tmp_path):
     real, fake = normal(80, 4) + 1e4, normal(70, 4, seed=1) + 1e4
     rough = PRDC(5, precision="float32")
@@ -460,17 +494,20 @@ def test_subsets_and_progress():
     assert {s["stage"] for s in steps} == {"real radii", "fake radii", "counting", "done"}
     assert all(1 <= s["done"] <= s["total"]
                for s in steps) and steps[-1]["result"] == compute_prdc(real, fake, 3)
-    for arguments, words in [({"num_subsets": 1}, "num_subsets"),
-                             ({"subset_size": 500}, "subset_size")]:
-        with pytest.raises(ValueError, match=words):
+    for arguments, words in [({"num_subsets": 1}, "num_subsets"), ({"seed": 0.5}, "seed"),
+                             ({"num_subsets": "3"}, "num_subsets must be an integer"),
+                             ({"subset_size": 500}, "subset_size"), ({"subset_size": 9.5}, "9.5")]:
+        with pytest.raises((ValueError, TypeError), match=words):
             prdc.bootstrap_prdc(real, fake, 3, **arguments)
+    with torch.device("meta"):                                # any default device of the caller
+        assert prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=np.int64(1)) == again
 
 
 DISTRIBUTED = '''
 import sys, torch, torch.distributed as dist, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
-from reference.prdc import PRDC, compute_prdc
+from reference.prdc import PRDC, bootstrap_prdc, compute_prdc
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 g = torch.Generator().manual_seed(0)
@@ -486,6 +523,8 @@ shared = compute_prdc(real if rank == 0 else nothing, fake[part], [2, 5], detail
 for name, value in alone.items():
     same = torch.equal(shared[name], value) if torch.is_tensor(value) else shared[name] == value
     assert same, name
+assert bootstrap_prdc(real if rank == 0 else nothing, fake[part], group=dist.group.WORLD) == (
+    bootstrap_prdc(real, fake))
 metric = PRDC(5, group=dist.group.WORLD)
 metric.update(real[mine], True); metric.update(fake[part], False)
 assert metric.compute() == compute_prdc(real, fake, 5)
@@ -555,6 +594,9 @@ def test_errors_name_the_numbers():
         ((good.numpy().astype("<U3"), good, 2), {}, "real numbers"),
         ((good[0], good, 2), {}, "flatten"), ((good[None], good, 2), {}, "flatten"),
         ((good, good, 2), {"metrics": ["fid"]}, "metrics must be"),
+        ((good, good, 2), {"metrics": None}, "metrics must be"),
+        ((good, good, 2), {"realism": "yes"}, "realism must be one of False, True"),
+        ((good.to_sparse(), good, 2), {}, "dense real numbers"),
         ((good, good, 2), {"ties": "open"}, "ties must be"),
         ((good, good, 2), {"precision": "half"}, "precision must be"),
         ((good, good, 2), {"rounding": "up"}, "rounding must be"),
@@ -563,7 +605,7 @@ def test_errors_name_the_numbers():
         ((good, [[1, 2, 3], [4]], 2), {}, "fake_features must be an array"),
         ((good[:, :0], good[:, :0], 2), {}, "no columns"),
     ]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, TypeError), match=words):
             compute_prdc(*arguments, **options)
     # M <= k is fine without recall
     assert compute_prdc(good, good[:3] + 0.1, 3, metrics=["density"])["density"] > 0
@@ -577,6 +619,11 @@ def test_errors_name_the_numbers():
             function(good, good, [2, 3])
     with pytest.raises(ValueError, match="columns|features per row"):
         prdc.compute_pairwise_distance(good, good[:, :2])
+    with pytest.raises(ValueError, match="data_y has 2 rows with NaN"):
+        prdc.compute_pairwise_distance(good, bad)
+    for wrong in ((2.0, 9, 9), (True, 9, 9), (2, 9.5, 9), (2, 9, "9")):
+        with pytest.raises(TypeError, match="must be an integer"):
+            prdc.expected_coverage(*wrong)
 
 
 def test_warnings_tell_what_to_expect():
