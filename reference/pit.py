@@ -41,6 +41,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0:
             return x
         draws = _draw(torch.rand, (len(x),) + (1,) * (x.ndim - 1), self.generator, x.device)
-        return x * ((draws >= self.drop_prob) / (1 - self.drop_prob)).to(x.dtype)
+        return x * ((draws >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob))
 
 
 class PatchConv(nn.Conv2d):
@@ -87,9 +88,12 @@ class PatchConv(nn.Conv2d):
     def in_blocks(self, x: Tensor) -> Tensor:
         (size, _), (s, _) = self.kernel_size, self.stride
         height, width = ((side - size) // s * s + size for side in x.shape[-2:])     # what it sees
-        weight = self.weight.unflatten(2, (-1, s)).unflatten(4, (-1, s))
-        weight = weight.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        return F.conv2d(F.pixel_unshuffle(x[..., :height, :width], s), weight, self.bias)
+
+        def blocks(x: Tensor) -> Tensor:        # F.pixel_unshuffle, but for empty batches too
+            x = x.unflatten(2, (-1, s)).unflatten(4, (-1, s))
+            return x.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+        return F.conv2d(blocks(x[..., :height, :width]), blocks(self.weight), self.bias)
 
 
 class Attention(nn.Module):
@@ -206,8 +210,8 @@ class _Classifier(nn.Module):
         super().__init__()
         _check_sizes(patch_size=patch_size, stride=stride, in_chans=in_chans)
         _check_rates(**rates)
-        if not min(widths) * mlp_ratio >= 1:
-            raise ValueError(f"mlp_ratio must leave hidden units, got {mlp_ratio}")
+        if not _is_number(mlp_ratio) or not 1 <= min(widths) * mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must leave hidden units, got {mlp_ratio!r}")
         self.image_size, self.in_chans = _pair("image_size", image_size), in_chans
         self.patch_size, self.stride = patch_size, stride
         self.widths, self.depth, self.mlp_ratio = widths, tuple(depth), mlp_ratio
@@ -226,8 +230,8 @@ class _Classifier(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A fresh head for `num_classes` (0: features) on the same device, of the same dtype."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be >= 0, got {num_classes}")
+        if not isinstance(num_classes, Integral) or num_classes < 0:
+            raise ValueError(f"num_classes must be an int >= 0, got {num_classes!r}")
         self.num_classes = num_classes
         for name in ("head", "head_dist")[:self.num_tokens]:
             head = nn.Linear(self.widths[-1], num_classes) if num_classes else nn.Identity()
@@ -318,9 +322,9 @@ class PoolingTransformer(_Classifier):
                  *, init: str = "official", drop_path_rule: str = "official",
                  attention: str = "sdpa", pool: str = "conv", grad_checkpointing: bool = False,
                  dynamic_image_size: bool = False) -> None:
-        if not len(base_dims) == len(depth) == len(heads) or not len(depth):
+        if {np.shape(per) for per in (base_dims, depth, heads)} != {(max(np.size(depth), 1),)}:
             raise ValueError("base_dims, depth and heads need one entry per stage, at least one: "
-                             f"got {tuple(base_dims)}, {tuple(depth)}, {tuple(heads)}")
+                             f"got {base_dims}, {depth}, {heads}")
         _check_sizes(base_dims=base_dims, depth=depth, heads=heads)
         _check_option("drop_path_rule", drop_path_rule, ("official", "timm"))
         _check_option("attention", attention, ("sdpa", "math"))
@@ -604,6 +608,8 @@ def cosine_lr(epoch: int, lr: float, epochs: int = 300, warmup_epochs: int = 5,
     With `lag`, that of the epoch before, as DeiT's loop has it (epochs 0 and 1 at `warmup_lr`).
     """
     _check_sizes(epochs=epochs)
+    _check_range(0, math.inf, epoch=epoch, lr=lr, warmup_epochs=warmup_epochs, min_lr=min_lr,
+                 warmup_lr=warmup_lr)
     t = max(epoch - 1, 0) if lag else epoch
     if t < warmup_epochs:
         return warmup_lr + t * (lr - warmup_lr) / warmup_epochs
@@ -680,7 +686,7 @@ class RandAugment:
         self.prob, self.generator = prob, generator
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if image.mode != "RGB":
+        if _check_image(image).mode != "RGB":
             raise ValueError(f"image must be RGB, got mode {image.mode}: convert it first")
         uniform = torch.rand(self.num_ops, 3, generator=self.generator).tolist()
         normal = torch.randn(self.num_ops, generator=self.generator).tolist()
@@ -697,7 +703,7 @@ def train_transform(image: Image.Image, size: int = 224,
                     generator: torch.Generator | None = None) -> Tensor:
     """Random resized crop (area 0.08-1, ratio 3/4-4/3, bicubic), flip, `augment`, normalise."""
     _check_sizes(size=size)
-    image, (width, height) = image.convert("RGB"), image.size
+    image, (width, height) = _check_image(image).convert("RGB"), image.size
     for area, ratio, x, y in torch.rand(10, 4, generator=generator).tolist():
         area = width * height * (0.08 + 0.92 * area)
         ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))
@@ -719,7 +725,7 @@ def eval_transform(image: Image.Image, size: int = 224, crop: float = 0.9) -> Te
     _check_sizes(size=size)
     if not 0 < crop <= 1:
         raise ValueError(f"crop must be in (0, 1], got {crop}")
-    image, short = image.convert("RGB"), int(size / crop)
+    image, short = _check_image(image).convert("RGB"), int(size / crop)
     scale = [int(short * side / min(image.size)) for side in image.size]
     image = image.resize(scale, Image.Resampling.BICUBIC)
     left, top = (round((side - size) / 2) for side in image.size)
@@ -782,7 +788,8 @@ class RepeatedAugSampler:
 
     def __init__(self, data_source, num_replicas: int = 1, rank: int = 0, shuffle: bool = True,
                  num_repeats: int = 3) -> None:
-        self.count = data_source if isinstance(data_source, int) else len(data_source)
+        self.count = data_source if isinstance(data_source, Integral) else len(data_source)
+        _check_range(0, math.inf, data_source=self.count)
         _check_sizes(num_replicas=num_replicas, num_repeats=num_repeats)
         _check_range(0, num_replicas - 1, rank=rank)
         self.num_replicas, self.rank, self.shuffle = num_replicas, rank, shuffle
@@ -806,6 +813,8 @@ class RepeatedAugSampler:
 def smooth_one_hot(y: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """`(B,) int64 -> (B, K)` targets: smoothing / K everywhere, 1 - smoothing more at the label."""
     _check_range(0, 1, smoothing=smoothing)
+    if y.ndim != 1 or y.dtype != torch.int64:
+        raise ValueError(f"y must be (B,) int64, got {tuple(y.shape)} of {y.dtype}")
     if ((y < 0) | (y >= num_classes)).any():
         raise ValueError(f"y must be in 0..{num_classes - 1}, got {y.min()}..{y.max()}")
     return F.one_hot(y, num_classes).float() * (1 - smoothing) + smoothing / num_classes
@@ -831,6 +840,7 @@ def cutmix_batch(x: Tensor, lam: float, center: tuple[int, int] | None = None,
         center = [int(u * side) for u, side in zip(uniform, sides)]
     boxes = []
     for at, side in zip(center, sides):
+        _check_range(0, side - 1, center=at)
         cut = int(side * math.sqrt(1 - lam))
         boxes.append((max(int(at) - cut // 2, 0), min(int(at) + (cut + 1) // 2, side)))
     (y0, y1), (x0, x1) = boxes
@@ -851,6 +861,7 @@ class Mixup:
         _check_range(0, math.inf, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
         _check_range(0, 1, prob=prob, switch_prob=switch_prob)
         _check_rates(label_smoothing=label_smoothing)
+        _check_sizes(num_classes=num_classes)
         if mixup_alpha == cutmix_alpha == 0:
             raise ValueError("one of mixup_alpha and cutmix_alpha must be positive, not both 0")
         self.mixup_alpha, self.cutmix_alpha, self.prob = mixup_alpha, cutmix_alpha, prob
@@ -861,6 +872,8 @@ class Mixup:
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if len(x) % 2:
             raise ValueError(f"mixing needs an even batch, got {len(x)} images: drop_last=True")
+        if len(x) != len(y):
+            raise ValueError(f"x and y must be of one length, got {len(x)} and {len(y)}")
         target = smooth_one_hot(y, self.num_classes, self.label_smoothing)
         mix, switch, seed = _draw(torch.rand, (3,), self.generator).tolist()
         if mix >= self.prob:
@@ -1147,20 +1160,30 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _check_sizes(**sizes: int | Sequence[int]) -> None:
     for name, size in sizes.items():
-        if np.min(size) < 1:
-            raise ValueError(f"{name} must be positive, got {size}")
+        if np.asarray(size).dtype.kind not in "iu" or np.min(size) < 1:
+            raise ValueError(f"{name} must be positive and whole, got {size!r}")
 
 
 def _check_rates(**rates: float) -> None:
     for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {rate}")
+        if not _is_number(rate) or not 0 <= rate < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
 
 
 def _check_range(low: float, high: float, **values: float) -> None:
     for name, value in values.items():
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        if not _is_number(value) or not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1
+
+
+def _check_image(image: Image.Image) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
+    return image
 
 
 def _check_float(name: str, x: Tensor) -> None:
@@ -1176,8 +1199,9 @@ def _check_option(name: str, value: str, accepted: Sequence[str]) -> None:
 
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     pair = (size, size) if np.ndim(size) == 0 else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
+    if len(pair) != 2:
         raise ValueError(f"{name} must be a positive int or (H, W), got {size}")
+    _check_sizes(**{name: pair})
     return pair
 
 

@@ -499,6 +499,8 @@ def test_drop_path_keeps_the_expectation():
     assert drop(torch.ones(3, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
     x = torch.ones(5)
     assert drop.eval()(x) is x and pit.DropPath()(x) is x
+    kept = pit.DropPath(0.3)(torch.ones(50, dtype=torch.float64)).max()
+    assert kept.item() == pytest.approx(1 / 0.7, rel=1e-15)
 
 
 def test_inference_without_gradients_gives_the_same_numbers():
@@ -563,7 +565,8 @@ def test_docstring_example():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(depth=[1, 2]), "one entry per stage"),
+    (dict(depth=[1, 2]), "one entry per stage"), (dict(heads=None), "heads.*None"),
+    (dict(depth=3), "one entry per stage.*, 3,"), (dict(depth=[1, 2.0, 1]), r"depth.*2\.0"),
     (dict(base_dims=[], depth=[], heads=[]), "at least one"),
     (dict(heads=[2, 3, 8]), r"multiple.*\[16, 24, 64\]"), (dict(image_size=7), "7x7.*patch of 8"),
     (dict(image_size=(32, 5)), "32x5"), (dict(image_size=(1, 2, 3)), "image_size"),
@@ -572,7 +575,10 @@ def test_docstring_example():
     (dict(init="normal"), "init.*'normal'"), (dict(attention="flash"), "attention.*'flash'"),
     (dict(pool="mean"), "pool.*'mean'"), (dict(pool="none"), "pool='none'.*one stage"),
     (dict(drop_path_rule="x"), "drop_path_rule"), (dict(depth=[1, 0, 1]), "depth.*positive"),
-    (dict(patch_size=0), "patch_size.*positive"), (dict(mlp_ratio=0), "mlp_ratio.*0")])
+    (dict(patch_size=0), "patch_size.*positive"), (dict(mlp_ratio=0), "mlp_ratio.*0"),
+    (dict(mlp_ratio=float("inf")), "mlp_ratio.*inf"), (dict(image_size="32"), "image_size.*'32'"),
+    (dict(image_size=32.5), "image_size.*32.5"), (dict(patch_size=7.5), "patch_size.*7.5"),
+    (dict(num_classes=2.5), "num_classes.*2.5"), (dict(drop_rate="0.1"), "drop_rate.*'0.1'")])
 def test_bad_constructor_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         pit.PoolingTransformer(**{**CONFIG_A, **changes})
@@ -635,3 +641,4 @@ def test_the_patch_convolution_in_blocks_is_the_convolution(size, stride, image)
         results.append([out, *torch.autograd.grad(out.cos().sum(), [leaf, *conv.parameters()])])
     for a, b in zip(*results):
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+    assert conv.in_blocks(x[:0]).shape == conv(x[:0]).shape
