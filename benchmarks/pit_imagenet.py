@@ -50,7 +50,7 @@ PRESETS = {
     "default": dict(models=TOY, size=32, epochs=10, batch=64, lr=2e-3, warmup=1, min_lr=0.0,
                     images=(3000, 1000)),
     "tiny": dict(models=TOY, size=32, epochs=2, batch=16, lr=2e-3, warmup=1, min_lr=0.0,
-                 images=(48, 50)),
+                 images=(48, 50), scale=(0.5, 1.0), crop=1.0),
     "small32": dict(models={k: TOY[k] for k in ("PiT", "ViT")}, size=32, epochs=25, batch=64,
                     lr=2e-3, warmup=1, min_lr=0.0, scale=(0.5, 1.0), crop=1.0),
     "medium32": dict(models=MEDIUM, size=32, epochs=100, batch=512, lr=1e-3, warmup=5, min_lr=1e-5,
@@ -269,11 +269,16 @@ def teacher(run: harness.Run, num_classes: int):
     if run.args.teacher is None:
         raise SystemExit("--recipe distill needs --teacher MODEL FILE (the paper's: RegNetY-16GF)")
     name, file = run.args.teacher
-    source = pit if hasattr(pit, name) else resnet
-    if not hasattr(source, name):
+    make = name.startswith(("pit_", "deit_", "resnet")) and (getattr(pit, name, None)
+                                                             or getattr(resnet, name, None))
+    if not make:
         raise SystemExit(f"--teacher: no model {name!r} in reference/pit.py or reference/resnet.py")
-    model = getattr(source, name)(num_classes=num_classes)
-    model.load_state_dict(pit.load_pit_checkpoint(file))
+    model, state = make(num_classes=num_classes), pit.load_pit_checkpoint(file)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"--teacher: {file} does not fit {name} with {num_classes} classes: "
+                         f"{error}") from None
     return model.to(run.device)
 
 

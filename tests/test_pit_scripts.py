@@ -103,9 +103,16 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, 
             (("--models", "resnet"), "no model 'resnet'.*PiT, ViT"),
             (("--models", "pit_ti", "--recipe", "distill", "--batch-size", 4),
              "distill needs --teacher"),
+            (("--models", "pit_ti", "--recipe", "distill", "--batch-size", 4, "--teacher",
+              "resnet18", weights), "teacher.*PiT-seed0.pt does not fit resnet18 with 2 classes"),
+            (("--models", "pit_ti", "--recipe", "distill", "--batch-size", 4, "--teacher",
+              "ResNet", weights), "teacher: no model 'ResNet'"),
             (("--models", "PiT"), "whole batch")):
         with pytest.raises(SystemExit, match=message):
             run(pit_imagenet, "f", *common, *arguments)
+    results = run(pit_imagenet, "t", "--data", tree / "data", "--preset", "tiny", "--models", "PiT",
+                  "--batch-size", 4)["results"]
+    assert results["PiT-seed0"]["count"] == 6
     (tree / "data" / "val" / "n03").mkdir()
     with pytest.raises(SystemExit, match="different class folders"):
         run(pit_imagenet, "f", *common)
