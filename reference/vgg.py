@@ -60,8 +60,8 @@ class VGG(nn.Module):
             raise ValueError(f"depth must be one of {', '.join(map(str, STACKS))}, got {depth}")
         for name, value, least in (("num_classes", num_classes, 1), ("fc2", fc2, 1),
                                    ("width", width, 1), ("hidden", hidden, 1), ("side", side, 32)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         with torch.random.fork_rng(devices=[], enabled=seed is not None):  # torch draws too
             layers, channels = [], 3
             for entry in STACKS[depth]:
@@ -131,7 +131,7 @@ class Embedding(nn.Module):
     """uint8 images of any size to feature vectors, in eval mode and without gradients.
 
     ``(B, 3, H, W)`` uint8 -> resized to `side` with antialiasing, normalised with ImageNet's mean
-    and standard deviation -> ``(B, fc2)`` float32. TypeError for other images.
+    and standard deviation -> ``(B, fc2)`` of the weights' type. TypeError for other images.
     """
 
     def __init__(self, model: VGG, side: int = 224):
@@ -148,7 +148,7 @@ class Embedding(nn.Module):
         x = images.to(self.mean.device).float() / 255
         if x.shape[-2:] != (self.side, self.side):
             x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
-        return self.model.eval().embed((x - self.mean) / self.std)
+        return self.model.eval().embed(((x - self.mean) / self.std).to(self.mean.dtype))
 
 
 def r64(seed: int = 0, side: int = 224, **options) -> Embedding:

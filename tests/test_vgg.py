@@ -76,6 +76,8 @@ def test_the_random_embedding_is_reproducible_and_resizes():
     assert torch.equal(features, again(images)) and features.min() >= 0 and features.std() > 0
     same = torch.nn.functional.interpolate(images / 255, (32, 32), mode="bilinear", antialias=True)
     torch.testing.assert_close(embed.model.embed((same - embed.mean) / embed.std), features)
+    low = again.to(torch.bfloat16)(images)
+    assert low.dtype == torch.bfloat16 and (low - features).norm() < 0.05 * features.norm()
     for wrong in (images.float(), images[0], images[:, :2]):
         with pytest.raises(TypeError, match=r"images must be \(B, 3, H, W\) uint8"):
             embed(wrong)
@@ -83,7 +85,8 @@ def test_the_random_embedding_is_reproducible_and_resizes():
 
 @pytest.mark.parametrize("options, words", [
     ({"depth": 12}, "depth.*11, 13, 16, 19.*12"), ({"fc2": 0}, "fc2.*0"),
-    ({"width": 0}, "width.*0"), ({"side": 31}, "side.*31"), ({"hidden": 0}, "hidden.*0"),
+    ({"width": 0}, "width.*0"), ({"width": 2.5}, "width must be an integer.*2.5"),
+    ({"side": 31}, "side.*31"), ({"hidden": 0}, "hidden.*0"),
     ({"num_classes": 0}, "num_classes.*0")], ids=str)
 def test_bad_arguments_are_named(options, words):
     with pytest.raises(ValueError, match=words):
