@@ -123,14 +123,15 @@ def array(path):
         if isinstance(value, np.lib.npyio.NpzFile):
             with value as file:
                 value = file[file.files[0]]
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: not a .npy or .npz file of one array ({error})") from error
+        found = torch.from_numpy(value)
+    except Exception as error:                                # of many types, if it is damaged
+        raise ValueError(f"{path}: not a .npy or .npz file of numbers ({error})") from error
     if value.ndim == 4 and value.dtype == np.uint8 and value.shape[3] == 3:
-        return torch.from_numpy(value).permute(0, 3, 1, 2)
+        return found.permute(0, 3, 1, 2)
     if value.ndim != 2:
         raise ValueError(f"{path}: holds {value.dtype} {value.shape}; expected (N, D) features or "
                          "uint8 (N, H, W, 3) images")
-    return torch.from_numpy(value)
+    return found
 
 
 def photographs(run, count):
@@ -207,7 +208,29 @@ def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
                    "generator": generator.get_state(), "step": step + 1}
 
 
+def trained_autoencoder(run, images, steps):
+    model = Autoencoder().to(run.device)
+    with torch.no_grad():
+        initial = torch.Generator().manual_seed(6)
+        for p in model.parameters():
+            fan = p[0].numel() if p.ndim > 1 else 0
+            p.copy_(torch.randn(p.shape, generator=initial) * math.sqrt(1.5 / fan) if fan
+                    else torch.zeros_like(p))
+    if run.recorded("autoencoder") is None:
+        state = run.resumed("autoencoder")
+        run.drive("autoencoder", train_autoencoder(model, images, steps, seed=7, resume=state),
+                  total=steps)
+        run.save("autoencoder", model.state_dict())
+        run.record("autoencoder", {"steps": steps})
+    model.load_state_dict(run.saved("autoencoder"))
+    return model
+
+
 # ---------------------------------------------------------------- embeddings and the comparison
+
+def is_features(given):
+    return isinstance(given, torch.Tensor) and given.ndim == 2
+
 
 def embeddings(run, side, width, hidden):
     """{name: [functions of (B, 3, H, W) uint8 that give features], one per seed of R64}."""
@@ -223,7 +246,7 @@ def embeddings(run, side, width, hidden):
 def embed(images, embedding, side, batch=100):
     """Features (N, D) of a tensor of images, of image files read `batch` at a time, or the features
     given."""
-    if isinstance(images, torch.Tensor) and images.ndim == 2:
+    if is_features(images):
         return images
     parts = []
     for start in range(0, len(images), batch):
@@ -322,7 +345,10 @@ def main(argv=None):
             parser.error("a comparison needs both sets: --real or --real-features, and --fake or "
                          "--fake-features")
         real, fake = (array(path) if path.is_file() else folder(path, count) for path in given)
-        fakes, images = {"given": fake}, None
+        if is_features(real) != is_features(fake):
+            raise ValueError("one set is of features, the other of images: "
+                             + " and ".join(map(str, given)))
+        fakes = {"given": fake}
     else:
         if run.args.data is not None:
             real, other, half, training = photographs(run, count)
@@ -331,29 +357,17 @@ def main(argv=None):
             training = glyphs(5 * count, 4)
         fakes = {"other reals": other, "half of the classes": half, "blurred": blurred(other),
                  "noisy": noisy(other, 5), "JPEG": jpeg(other)}
-        if real.shape[-1] == 32:
-            model = Autoencoder().to(run.device)
-            with torch.no_grad():
-                initial = torch.Generator().manual_seed(6)
-                for p in model.parameters():
-                    fan = p[0].numel() if p.ndim > 1 else 0
-                    p.copy_(torch.randn(p.shape, generator=initial) * math.sqrt(1.5 / fan) if fan
-                            else torch.zeros_like(p))
-            if run.recorded("autoencoder") is None:
-                state = run.resumed("autoencoder")
-                run.drive("autoencoder", train_autoencoder(model, training, steps, seed=7,
-                                                           resume=state), total=steps)
-                run.save("autoencoder", model.state_dict())
-                run.record("autoencoder", {"steps": steps})
-            model.load_state_dict(run.saved("autoencoder"))
-            fakes |= {f"psi {psi}": model.sample(len(real), psi, seed=8) for psi in PSI}
-        images = {"real": real} | fakes
-    if isinstance(real, torch.Tensor) and real.ndim == 2:
-        found = {"features": [None]}
-    else:
-        found = embeddings(run, side, width, hidden)
-    rows = compare(run, real, fakes, found, side, run.args.nearest_k)
-    expected = expected_coverage(run.args.nearest_k, len(real), len(next(iter(fakes.values()))))
+    k, smallest = run.args.nearest_k, min(map(len, (real, *fakes.values())))
+    if smallest < 2 * k + 2:
+        raise ValueError(f"--nearest-k {k} needs sets of at least {2 * k + 2} (spreads are those "
+                         f"of half a set), the smallest has {smallest}")
+    found = {"features": [None]} if is_features(real) else embeddings(run, side, width, hidden)
+    if not any(given) and real.shape[-1] == 32:
+        model = trained_autoencoder(run, training, steps)
+        fakes |= {f"psi {psi}": model.sample(len(real), psi, seed=8) for psi in PSI}
+    images = None if any(given) else {"real": real} | fakes
+    rows = compare(run, real, fakes, found, side, k)
+    expected = expected_coverage(k, len(real), len(next(iter(fakes.values()))))
     if run.figures is not None and run.is_main and images is not None:
         figures.image_grid(run.figures / "prdc-images.png",
                            [image for batch in images.values() for image in batch[:8]],
@@ -367,7 +381,7 @@ def main(argv=None):
                               title=f"Embedding: {name}", size=(900, 420))
     judged = images is not None and run.args.preset != "tiny"
     run.finish(rows=claims(rows, expected, judged) if images is not None else
-               [{"claim": f"expected coverage of equal sets, k = {run.args.nearest_k}",
+               [{"claim": f"expected coverage of equal sets, k = {k}",
                  "paper": expected, "this run": rows[0]["coverage"], "holds": None}],
                tables={"images": rows})
 

@@ -46,6 +46,10 @@ def pair(seed, n, dimension):
     return both[0], both[1]
 
 
+def standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
 def measured(run, label, cells):
     """{key: mean and standard error of each metric} of `cells` {key: [functions that give (real,
     fake)]}."""
@@ -56,8 +60,7 @@ def measured(run, label, cells):
     for key, rows in results.items():
         values = {name: [row[name] for row in rows] for name in METRICS}
         summary[key] = {name: statistics.mean(v) for name, v in values.items()} | {
-            f"{name} s.e.": statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.inf
-            for name, v in values.items()}
+            f"{name} s.e.": standard_error(v) for name, v in values.items()}
     return summary
 
 
@@ -80,8 +83,7 @@ def by_k(run, n):
         table.append({"k": k} | {name: statistics.mean(row[name][at] for row in rows)
                                  for name in METRICS}
                      | {"expected coverage": expected_coverage(k, n, n),
-                        "coverage s.e.": statistics.stdev(row["coverage"][at] for row in rows)
-                        / math.sqrt(len(rows))})
+                        "coverage s.e.": standard_error([row["coverage"][at] for row in rows])})
     return table
 
 

@@ -155,8 +155,11 @@ def main(argv=None):
     tiny, one_thread = run.args.preset == "tiny", torch.get_num_threads() == 1
     try:
         sizes = [(int(n), int(d)) for n, d in (size.split("x") for size in run.args.sizes or ())]
+        if any(n < 7 or d < 1 for n, d in sizes):
+            raise ValueError
     except ValueError:
-        parser.error(f"--sizes must be like 5000x64, not {' '.join(run.args.sizes)}")
+        parser.error("--sizes must be like 5000x64, of at least 7x1, not "
+                     + " ".join(run.args.sizes))
     if run.args.growth:
         counts = [n for n, _ in sizes] or ((200, 400) if tiny else (5000, 10_000, 20_000, 50_000))
         rows = growth(run, counts, 64)

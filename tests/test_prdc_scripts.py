@@ -32,6 +32,7 @@ def test_gaussians(tmp_path):
     results = run("prdc_toy", tmp_path, "--seeds", 2, "--figures", tmp_path / "figures")
     assert set(results["tables"]) == {"equal sets", "k", "outliers", "modes", "variance"}
     assert len(list((tmp_path / "figures").iterdir())) == 6
+    assert len(run("prdc_toy", tmp_path / "one", "--seeds", 1)["tables"]) == 5
     last = results["tables"]["outliers"][-1]
     assert last[
         "real outlier at 3, precision"] == 1 and 0.2 <= last["real outlier at 3, density"] < 0.22
@@ -87,6 +88,21 @@ def test_feature_files_and_folders(tmp_path):
     text = run("prdc_images", tmp_path / "f", "--real-features", tmp_path / "cube.npy",
                "--fake-features", tmp_path / "fake.npz", code=1)
     assert "cube.npy: holds float64 (2, 2, 2)" in text
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
+    for arguments, message in (
+            (("--fake-features", tmp_path / "broken.npz"), "broken.npz: not a .npy or .npz file"),
+            (("--fake", tmp_path / "fake"), "one set is of features, the other of images"),
+            (("--fake-features", tmp_path / "fake.npz", "--nearest-k", 20),
+             "--nearest-k 20 needs sets of at least 42 (spreads are those of half a set), the "
+             "smallest has 40")):
+        text = run("prdc_images", tmp_path / "f", "--real-features", tmp_path / "real.npy",
+                   *arguments, code=1)
+        assert message in text and "Traceback" not in text
+    (tmp_path / "w.pth").write_bytes(b"broken")
+    for arguments, message in ((("--count", 11), "needs sets of at least 12"),
+                               (("--weights", tmp_path / "w.pth"), "w.pth is damaged")):
+        assert message in run("prdc_images", tmp_path / "g", *arguments, code=1)
+        assert not (tmp_path / "g" / "autoencoder.jsonl").exists()      # before any training
 
 
 def test_speed(tmp_path):
@@ -97,7 +113,9 @@ def test_speed(tmp_path):
                  tmp_path / "figures")["tables"]["growth"]
     assert [row["N = M"] for row in growth] == [200, 400]
     assert (tmp_path / "figures" / "prdc-cost-per-pair.png").exists()
-    assert "--sizes must be like" in run("speed_prdc", tmp_path / "bad", "--sizes", "12", code=2)
+    for size in ("12", "6x4", "9x0"):
+        text = run("speed_prdc", tmp_path / "bad", "--sizes", size, code=2)
+        assert "--sizes must be like" in text
 
 
 def test_glyphs_are_reproducible_and_differ_by_seed():
