@@ -212,6 +212,8 @@ def main(argv=None):
         parser.error("--amp fp16 needs loss scaling, which this loop does not do; use bf16")
     if run.args.data is None and preset.side != 16:
         parser.error(f"--preset {run.args.preset} needs --data")
+    if 0 in (run.args.epochs, run.args.width):
+        parser.error("--epochs and --width must be at least 1")
     train_loader, val_loader, classes = data(run, preset.side, preset.batch)
     methods = run.args.methods or (("adamw", "adamp") if run.args.attack else METHODS)
     results = {method: [] for method in methods}
@@ -222,6 +224,8 @@ def main(argv=None):
                 model = run.wrap(build_model(arch, classes, seed, run.args.width or preset.width))
                 optimizer = build_optimizer(method, model.parameters(), preset.sgd, preset.adam)
                 loader, state = train_loader(seed), run.resumed(name)
+                if len(loader) == 0:
+                    parser.error(f"--data: fewer images than a batch of {preset.batch}")
                 if run.args.attack:
                     loader = Attacked(loader, model, run.args.attack, steps=3)
                 steps = adamp.train(model, loader, optimizer, epochs, resume=state,

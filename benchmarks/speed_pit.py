@@ -171,6 +171,8 @@ def loader_rate(run, size: int = 224) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     run = harness.start(parser, argv)
+    if 0 in (run.args.batch_size, run.args.rounds):
+        parser.error("--batch-size and --rounds must be at least 1")
     unknown = [name for name in run.args.models if not hasattr(pit, full_name(name))]
     if unknown:
         parser.error(f"--models: no model {unknown[0]!r}; choose from pit_{{ti,xs,s,b}}[_distilled]"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timing
 import torch
+from PIL import Image
 from torch import nn
 
 from reference import adamp
@@ -699,6 +700,23 @@ def test_speed_script(tmp_path):
     results = script("speed_adamp", tmp_path)
     names = {row["optimiser"] for row in results["tables"]["AdamP"]}
     assert names >= {"AdamW fused", "AdamP", "AdamP foreach"}
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("speed_adamp", ["--rounds", 0], "--rounds must be at least 1"),
+    ("adamp_imagenet", ["--epochs", 0], "--epochs and --width must be at least 1"),
+    ("adamp_imagenet", ["--width", 0], "--epochs and --width must be at least 1"),
+    ("adamp_imagenet", ["--data", "."], "fewer images than a batch of 128")])
+def test_what_a_script_cannot_do_is_one_line(run_script, tmp_path, capsys, name, arguments,
+                                             message):
+    for split in ("train", "val"):
+        (tmp_path / split / "n01").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / split / "n01" / "a.JPEG")
+    if "--data" in arguments:
+        arguments = ["--data", tmp_path, "--preset", "small"]
+    with pytest.raises(SystemExit, match="2"):
+        run_script(name, tmp_path / "out", "--device", "cpu", *arguments)
+    assert capsys.readouterr().err.strip().endswith(message)
 
 
 # ---------------------------------------------------------------- GPU
