@@ -56,7 +56,7 @@ def _one_of(name: str, value: Any, accepted: Iterable[str]) -> None:
 
 
 def _in_unit(name: str, value: float, one: bool = True) -> None:
-    if not (0 <= value < 1 or one and value == 1):
+    if np.ndim(value) or not (0 <= value < 1 or one and value == 1):
         raise ValueError(f"{name} must be in [0, 1{']' if one else ')'}, not {value}")
 
 
@@ -95,14 +95,15 @@ def sample_cuboid(size_thw: Sequence[int], lam: float, variant: str = "S", round
     """
     _check_options(variant, rounding, placement)
     size = [int(n) for n in size_thw]
-    if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"size_thw must be three positive numbers, not {tuple(size_thw)}")
+    if len(size) != 3 or min(size) < 1 or size != [*size_thw]:
+        raise ValueError(f"size_thw must be three positive integers, not {tuple(size_thw)}")
+    if center is not None and len(center) != 3:
+        raise ValueError(f"center must be (ct, ch, cw), not {center}")
     _in_unit("lam", lam)
     if placement == "suffix":
         return (int(lam * size[0]), size[0], 0, size[1], 0, size[2])
-    axes = [axis for axis in VARIANTS[variant] if size[axis] > 1]
-    if variant == "T" and not axes:
-        axes = [axis for axis in VARIANTS["S"] if size[axis] > 1]
+    cut = VARIANTS["S" if variant == "T" and size[0] == 1 else variant]
+    axes = [axis for axis in cut if size[axis] > 1]
     if not axes:
         raise ValueError(f"variant {variant!r} has no axis to cut in a clip of {tuple(size)}")
     share = math.sqrt(1 - lam) if len(axes) == 2 else (1 - lam) ** (1 / len(axes))
@@ -110,10 +111,10 @@ def sample_cuboid(size_thw: Sequence[int], lam: float, variant: str = "S", round
     for axis in axes:
         n, half = size[axis], size[axis] * share / 2
         middle = n * _uniform(generator) if center is None else center[axis]
-        if not 0 <= middle <= n:
-            raise ValueError(f"center must lie in the clip {tuple(size)}, not at {tuple(center)}")
         if rounding == "cutmix":
-            middle, half = int(middle), int(n * share) // 2
+            middle, half = math.floor(middle), int(n * share) // 2
+        if not 0 <= middle <= n - (rounding == "cutmix"):
+            raise ValueError(f"center must lie in the clip {tuple(size)}, not at {tuple(center)}")
         low, high = max(middle - half, 0), min(middle + half, n)
         edges[axis] = (math.floor(low + 0.5), math.floor(high + 0.5))
     return (*edges[0], *edges[1], *edges[2])
@@ -121,7 +122,7 @@ def sample_cuboid(size_thw: Sequence[int], lam: float, variant: str = "S", round
 
 def _check_boxes(boxes: Any, size_thw: Sequence[int], count: int | None = None) -> Tensor:
     """(N, 6) int64 on the CPU: one box, or (count, 6) of them, each inside the clip."""
-    rows = torch.as_tensor(boxes).cpu()
+    rows = torch.as_tensor(() if boxes is None else boxes).cpu()
     batch = rows.shape[0] if count is None and rows.ndim == 2 else count
     if rows.dtype.is_floating_point or rows.shape not in ((6,), (batch, 6)):
         raise ValueError(f"boxes must be 6 integers, or ({batch or 'B'}, 6), not {[*rows.shape]}")
@@ -149,8 +150,8 @@ def _frame_lambdas(boxes: Box | Tensor, size_thw: Sequence[int]) -> Tensor:
 
 
 def _check_clips(x: Tensor, floating: bool = False) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 5:
-        raise ValueError("clips must be a (B, C, T, H, W) tensor, not "
+    if not isinstance(x, Tensor) or x.ndim != 5 or 0 in x.shape[2:]:
+        raise ValueError("clips must be a (B, C, T, H, W) tensor with pixels, not "
                          f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))}")
     if floating and not x.is_floating_point():
         raise ValueError(f"blending needs floating-point clips, not {x.dtype}")
@@ -159,8 +160,9 @@ def _check_clips(x: Tensor, floating: bool = False) -> None:
 def _order(perm: Tensor, like: Tensor) -> Tensor:
     """`perm` (B,) on the device of `like` (B, ...)."""
     perm, count = torch.as_tensor(perm), len(like)
-    if perm.shape != (count,) or perm.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"perm must be ({count},) integers, not {perm.dtype} {tuple(perm.shape)}")
+    fits = perm.shape == (count,) and perm.dtype in (torch.int64, torch.int32)
+    if not fits or count and not 0 <= min(order := perm.tolist()) <= max(order) < count:
+        raise ValueError(f"perm must be ({count},) integers below {count}, not {perm}")
     return perm.to(like.device)
 
 
@@ -235,7 +237,7 @@ def mixup_clips(x: Tensor, perm: Tensor, lam: float | Tensor) -> Tensor:
 def fade_mixup_clips(x: Tensor, perm: Tensor, lam: float, adj: float) -> Tensor:
     """Mixup whose weight of x at frame t is linspace(lam - adj, lam + adj, T)[t]."""
     _check_clips(x, floating=True)
-    lam = _weights(lam, x)
+    _in_unit("lam", lam)
     weights = torch.linspace(lam - adj, lam + adj, x.shape[2], dtype=torch.float64)
     return _blend(x, perm, weights.view(-1, 1, 1).to(x))
 
@@ -264,14 +266,16 @@ def cut_mixup_clips(x: Tensor, box: Box, perm: Tensor, lamt: float,
 def _soft_labels(y: Tensor, num_classes: int | None, smoothing: float) -> Tensor:
     """(B, K): integer labels one-hot in float32, soft ones as they are; then (1 - e) y + e / K."""
     _in_unit("smoothing", smoothing, one=False)
-    if y.ndim == 1 and not y.is_floating_point():
+    kind = (y.ndim, y.is_floating_point()) if isinstance(y, Tensor) else type(y).__name__
+    if kind == (1, False):
         if num_classes is None:
             raise ValueError("num_classes is needed with integer labels")
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
             raise ValueError(f"labels must be in 0..{num_classes - 1}, not {y.tolist()}")
         y = F.one_hot(y.long(), num_classes).float()
-    elif y.ndim != 2 or not y.is_floating_point():
-        raise ValueError(f"y must be (B,) integers or (B, K) floats, not {y.dtype} {[*y.shape]}")
+    elif kind != (2, True) or num_classes not in (None, y.shape[1]):
+        raise ValueError(f"y must be a tensor, (B,) integers or (B, {num_classes or 'K'}) floats,"
+                         f" not {getattr(y, 'dtype', kind)} {[*getattr(y, 'shape', ())]}")
     return (1 - smoothing) * y + smoothing / y.shape[1]
 
 
@@ -307,8 +311,8 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def mixed_accuracy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | Tensor) -> float:
     """Mean of lam [prediction = y_a] + (1 - lam) [prediction = y_b], in [0, 1]: logits (B, K),
     y_a and y_b (B,) integers, lam a number or (B,)."""
-    if any(y.shape != logits.shape[:1] or y.is_floating_point() for y in (y_a, y_b)):
-        raise ValueError(f"y_a and y_b must be ({len(logits)},) integers")
+    if any(y.shape != logits.shape[:-1] or y.is_floating_point() for y in (y_a, y_b)):
+        raise ValueError(f"logits {[*logits.shape]} must be (B, K), y_a and y_b (B,) integers")
     hits = [(logits.argmax(1) == y.to(logits.device)).double() for y in (y_a, y_b)]
     lam = _weights(lam, hits[0])
     return (lam * hits[0] + (1 - lam) * hits[1]).mean().item()
@@ -346,6 +350,8 @@ class _Mix(nn.Module):
         super().__init__()
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be positive, not {alpha}")
+        if num_classes is not None and (num_classes != int(num_classes) or num_classes < 1):
+            raise ValueError(f"num_classes must be a positive integer, not {num_classes!r}")
         _in_unit("prob", prob)
         _in_unit("smoothing", smoothing, one=False)
         _one_of("pairing", pairing, ("perm", "flip"))
@@ -363,13 +369,13 @@ class _Mix(nn.Module):
         slow, fast = x if pathways else (x, x)
         _check_clips(slow), _check_clips(fast)
         count, _, *size = fast.shape
-        stride = size[0] // max(slow.shape[2], 1)
+        stride = size[0] // slow.shape[2]
         if slow[:, :, :1].shape != fast[:, :, :1].shape or stride * slow.shape[2] != size[0]:
             raise ValueError(f"slow {[*slow.shape]} and fast {[*fast.shape]} must agree in B, C, H "
                              f"and W, and the fast frames be a multiple of the slow")
+        plain = _soft_labels(y, self.num_classes, self.smoothing if self.training else 0.0)
         if len(y) != count:
             raise ValueError(f"y has {len(y)} labels for {count} clips")
-        plain = _soft_labels(y, self.num_classes, self.smoothing if self.training else 0.0)
         everywhere = plain.unsqueeze(2).repeat(1, 1, size[0]) if self.frame_labels else None
         unchanged = MixResult(x, plain, 1.0, torch.arange(count, device=fast.device), None, y, y,
                               everywhere)
@@ -581,13 +587,14 @@ class RandAugment:
     for all frames (frame-wise draws destroy the motion)."""
 
     def __init__(self, num_ops: int = 2, magnitude: float = 9, consistent: bool = True):
-        if num_ops < 0 or not 0 <= magnitude <= 10:
+        if num_ops < 0 or num_ops != int(num_ops) or not 0 <= magnitude <= 10:
             raise ValueError(f"num_ops must be >= 0, magnitude 0..10, not {num_ops}, {magnitude}")
         self.num_ops, self.magnitude, self.consistent = num_ops, magnitude, consistent
 
     def __call__(self, clip: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
-        if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8:
-            raise ValueError(f"clip must be uint8 (T, H, W, 3), not {clip.dtype} {clip.shape}")
+        if not isinstance(clip, np.ndarray) or clip.dtype != np.uint8 or clip.shape[3:] != (3,):
+            raise ValueError("clip must be a uint8 array (T, H, W, 3), not "
+                             f"{getattr(clip, 'dtype', type(clip).__name__)} {np.shape(clip)}")
         shape = (1 if self.consistent else len(clip), self.num_ops)
         picks = torch.randint(len(_OPS), shape, generator=generator).expand(len(clip), -1).tolist()
         signs = torch.randint(2, shape, generator=generator).expand(len(clip), -1).tolist()
@@ -618,6 +625,8 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
     the `mixed_accuracy`, `lam` the mean weight of the own label. `steps.send("state")` returns a
     snapshot; `resume=snapshot` goes on from it (also with the same generator state).
     """
+    if epochs < 0 or not 0 <= warmup_epochs < math.inf:
+        raise ValueError(f"epochs and warmup_epochs must be >= 0, not {epochs} and {warmup_epochs}")
     device, per_epoch = next(model.parameters()).device, len(loader)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0,
                                 weight_decay=weight_decay)
@@ -626,7 +635,7 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
     first, skip, total, warm = 0, 0, epochs * per_epoch, warmup_epochs * per_epoch
     if resume is not None:
         for key, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(resume[key])
+            part.load_state_dict(copy.deepcopy(resume[key]))      # training would change it
         generator.set_state(resume["generator"])
         first, skip = resume["epoch"], resume["batch"]
     seekable = hasattr(loader, "set_epoch")
@@ -640,9 +649,8 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
                 continue
             step = epoch * per_epoch + batch
             cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
-            rate = lr * ((step + 1) / warm if step < warm else cosine)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = lr * (min((step + 1) / warm, 1) if step < warm else cosine)
+            optimizer.param_groups[0]["lr"] = rate
             x, y, lam, partner = _to(x, device), y.to(device), 1.0, y.to(device)
             if mix is not None:
                 x, target, lam, _, _, _, partner, _ = mix(x, y, generator)
@@ -677,12 +685,14 @@ def evaluate(model: nn.Module, loader: Iterable, num_clips: int = 1, num_crops: 
             x, y = _to(x, device), y.to(device)
             parts = [p.unsqueeze(1) if p.ndim == 5 else p
                      for p in (x if isinstance(x, tuple) else (x,))]
-            if any(p.ndim != 6 or p.shape[1] != views for p in parts):
-                raise ValueError(f"x must be (B, {views}, C, T, H, W), not {tuple(parts[0].shape)}")
+            if any(p.ndim != 6 or p.shape[:2] != (*y.shape, views) for p in parts):
+                raise ValueError(f"x must be (B, {views}, C, T, H, W) for B = {len(y)} labels, not "
+                                 f"{tuple(parts[0].shape)}")
             parts = tuple(p.flatten(0, 1) for p in parts)
             logits = model(parts if len(parts) > 1 else parts[0])
             probs = logits.float().softmax(1).unflatten(0, (-1, views)).mean(1)
-            best = probs.topk(min(5, probs.shape[1]), dim=1).indices == y.unsqueeze(1)
+            ranked = probs.argsort(dim=1, descending=True, stable=True)   # of ties, the first
+            best = ranked[:, :5] == y.unsqueeze(1)
             top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
             count += len(y)
     finally:

@@ -501,7 +501,25 @@ def test_more_bad_input():
         (lambda: apply_cuboid(x, (0, 1, 0, 1), torch.arange(4)), "boxes"),
         (lambda: vm.mixup_clips(x, torch.zeros(4), 0.5), "perm"),
         (lambda: sample_cuboid((4, 8, 8), 0.5, center=(0, 9, 0)), "center"),
+        (lambda: sample_cuboid((4, 8, 8), 0.5, center=(0, 8, 0)), "center"),
+        (lambda: sample_cuboid((4, 8, 8), 0.5, center=(0, 4)), "center"),
+        (lambda: sample_cuboid((4, 8.5, 8), 0.5), "size_thw"),
+        (lambda: cuboid_lambda(None, size), "boxes"),
         (lambda: cuboid_lambda(box, size), "outside"),
+        (lambda: vm.mixup_clips(x, torch.tensor([0, 1, 2, 4]), 0.5), "perm must be .* below 4"),
+        (lambda: mix_labels(y, torch.tensor([0, 1, 2, -1]), 0.5, 3), "perm must be .* below 4"),
+        (lambda: vm.fade_mixup_clips(x, torch.arange(4), torch.full((4,), 0.5), 0.1), "lam"),
+        (lambda: mix_labels(y.tolist(), torch.arange(4), 0.5, 3), "y must be .*list"),
+        (lambda: mix_labels(torch.rand(4, 3), torch.arange(4), 0.5, 5), r"y must be .*\(B, 5\)"),
+        (lambda: VideoMix(num_classes=0), "num_classes"),
+        (lambda: vm.VideoMixup(num_classes=2.5), "num_classes"),
+        (lambda: vm.FrameCutMix(num_classes=3)(x[:, :, :0], y), "with pixels"),
+        (lambda: vm.mixed_accuracy(torch.zeros(4), y, y, 0.5), "logits"),
+        (lambda: vm.RandAugment(num_ops=1.5), "num_ops"),
+        (lambda: vm.RandAugment()([1, 2]), "clip must be .*list"),
+        (lambda: vm.evaluate(nn.Linear(2, 2), [(x, y[:1])]), "for B = 1"),
+        (lambda: next(vm.train(nn.Linear(2, 2), [(x, y)], epochs=-1)), "epochs"),
+        (lambda: next(vm.train(nn.Linear(2, 2), [(x, y)], warmup_epochs=-1.0)), "warmup_epochs"),
         (lambda: vm.mix_frame_labels(y, torch.arange(4), box, size, 3), "outside"),
         (lambda: vm.mix_frame_labels(y, torch.arange(4), [box] * 3, size, 3), "boxes"),
         (lambda: vm.mixed_accuracy(torch.zeros(4, 3), y, y, 1.5), "lam"),
@@ -517,3 +535,42 @@ def test_more_bad_input():
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+class PixelMeans(nn.Module):
+    """Logits: a linear map of the channels' means."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3, 4)))
+
+
+def test_of_equal_scores_the_first_class_wins():
+    model, x = PixelMeans(2, 10), torch.rand(3, 2, 2, 4, 4)
+    nn.init.zeros_(model.fc.weight), nn.init.zeros_(model.fc.bias)
+    for label in range(10):
+        found = vm.evaluate(model, [(x, torch.full((3,), label))])
+        assert found == {"top1": float(label == 0), "top5": float(label < 5)}
+
+
+@pytest.mark.parametrize("warmup", [0.3, 0.9, 1.6])
+def test_a_broken_warm_up_never_exceeds_the_rate(warmup):
+    data = [(torch.rand(2, 2, 2, 4, 4), torch.tensor([0, 1]))] * 4
+    rates = [row["lr"] for row in vm.train(PixelMeans(2, 2), data, epochs=3, lr=0.1,
+                                           warmup_epochs=warmup)]
+    warm = int(4 * warmup)
+    assert max(rates) <= 0.1 and rates[:warm + 1] == sorted(rates[:warm + 1])
+    assert rates[warm + 1:] == sorted(rates[warm + 1:], reverse=True)
+
+
+def test_one_snapshot_starts_two_runs():
+    data = [(torch.rand(2, 2, 2, 4, 4), torch.tensor([0, 1])) for _ in range(4)]
+    steps = vm.train(PixelMeans(2, 2), data, VideoMix(num_classes=2))
+    next(steps)
+    snapshot = steps.send("state")
+    first, second = (list(vm.train(PixelMeans(2, 2), data, VideoMix(num_classes=2),
+                                   generator=seeded(9), resume=snapshot)) for _ in range(2))
+    assert first == second == list(steps)
