@@ -388,8 +388,17 @@ def main(argv: list[str] | None = None) -> None:
     real.add_argument("--fps", type=float, default=10.0,
                       help="of the extracted frames (thumos, ava)")
     run = harness.start(parser, argv)
-    if run.args.data is None and (run.args.init or run.args.inits):
-        parser.error("--init and --inits need --data: the embedded networks start afresh")
+    args = run.args
+    unused = [action.option_strings[0] for action in real._group_actions
+              if getattr(args, action.dest) != action.default]
+    if args.data is None and unused:
+        parser.error(f"{', '.join(unused)}: only with --data")
+    if not args.p <= 1 or 0 in (args.epochs, args.batch_size, args.fps):
+        parser.error("--p must be at most 1, --epochs, --batch-size and --fps positive, not "
+                     f"{args.p}, {args.epochs}, {args.batch_size} and {args.fps}")
+    for name in ("networks", "methods"):
+        if len(set(chosen := getattr(args, name) or ())) < len(chosen):
+            parser.error(f"--{name} names one twice: {' '.join(chosen)}")
     if run.args.data is not None:
         videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run)
     else:
