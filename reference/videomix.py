@@ -56,7 +56,7 @@ def _one_of(name: str, value: Any, accepted: Iterable[str]) -> None:
 
 
 def _in_unit(name: str, value: float, one: bool = True) -> None:
-    if np.ndim(value) or not (0 <= value < 1 or one and value == 1):
+    if getattr(value, "ndim", 0) or not (0 <= value < 1 or one and value == 1):
         raise ValueError(f"{name} must be in [0, 1{']' if one else ')'}, not {value}")
 
 
@@ -676,7 +676,7 @@ def evaluate(model: nn.Module, loader: Iterable, num_clips: int = 1, num_crops: 
     """{"top1", "top5"} in [0, 1]: softmax averaged over the num_clips * num_crops views of a video.
 
     loader: of (x, y), x (B, views, C, T, H, W), or (B, C, T, H, W) for one view, or (slow, fast).
-    """
+    Of equal scores the first class wins."""
     device, views = next(model.parameters()).device, num_clips * num_crops
     modes, top1, top5, count = {m: m.training for m in model.modules()}, 0, 0, 0
     model.eval()
@@ -691,8 +691,7 @@ def evaluate(model: nn.Module, loader: Iterable, num_clips: int = 1, num_crops: 
             parts = tuple(p.flatten(0, 1) for p in parts)
             logits = model(parts if len(parts) > 1 else parts[0])
             probs = logits.float().softmax(1).unflatten(0, (-1, views)).mean(1)
-            ranked = probs.argsort(dim=1, descending=True, stable=True)   # of ties, the first
-            best = ranked[:, :5] == y.unsqueeze(1)
+            best = probs.argsort(dim=1, descending=True, stable=True)[:, :5] == y.unsqueeze(1)
             top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
             count += len(y)
     finally:
