@@ -339,8 +339,12 @@ def main(argv=None):
         parser.error(f"--nearest-k must be positive, not {run.args.nearest_k}")
     if run.args.weights is not None and not run.args.weights.is_file():
         parser.error(f"--weights {run.args.weights}: no such file")
+    if (run.args.real and run.args.real_features) or (run.args.fake and run.args.fake_features):
+        parser.error("a set is given once: --real or --real-features, --fake or --fake-features")
     given = [run.args.real_features or run.args.real, run.args.fake_features or run.args.fake]
     if any(given):
+        if run.args.data is not None:
+            parser.error("--data has sets of its own: leave out --real and --fake")
         if not all(given):
             parser.error("a comparison needs both sets: --real or --real-features, and --fake or "
                          "--fake-features")

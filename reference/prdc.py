@@ -49,6 +49,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,6 +67,7 @@ CHOICES = {"ties": ("strict", "inclusive"), "precision": ("screened", "float64",
            "rounding": ("none", "float32"), "realism": (False, True), "details": (False, True)}
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE = (*NARROW, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SETTING = threading.Lock()
 
 
 # ---------------------------------------------------------------- a set of points, block by block
@@ -188,12 +190,13 @@ class _Screen:
         out = self.buffer[:len(left) * len(right)].view(len(left), len(right))
         rows, columns = (((1 - self.relative) * p.norms[s] - self.absolute).to(self.dtype)
                          for p, s in ((a, part_a), (b, part_b)))
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")         # no TF32, no bfloat16
-        try:                                                  # the norms come last, each added once
-            torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)
-        finally:
-            torch.set_float32_matmul_precision(before)
+        with SETTING:                                         # it is that of all threads
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")     # no TF32, no bfloat16
+            try:                                              # the norms come last, each added once
+                torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)
+            finally:
+                torch.set_float32_matmul_precision(before)
         return out.add_(columns).add_(rows.unsqueeze(1))
 
     def gap(self, a: _Points, i: Tensor, b: _Points, j: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -430,6 +431,28 @@ def test_sums_do_not_depend_on_blocks_and_threads():
         found += [compute_prdc(real, fake, 3, details=True, memory_budget=budget)["real_radii"]
                   for budget in (1, 2**21, None)]
     assert all(torch.equal(radii, found[0]) for radii in found)
+
+
+def test_threads_leave_the_setting_of_products_alone():
+    sets = [(normal(200, 8, seed=s), normal(200, 8, seed=s + 9)) for s in range(4)]
+    expected, found, interval = [compute_prdc(*pair) for pair in sets], {}, sys.getswitchinterval()
+
+    def work(number):
+        for _ in range(5):
+            found[number] = compute_prdc(*sets[number], memory_budget=20_000)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(sets))]
+    torch.set_float32_matmul_precision("medium")
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_float32_matmul_precision("highest")
+    assert [found[number] for number in range(len(sets))] == expected
 
 
 def test_inputs_are_left_alone_and_may_be_of_any_kind():

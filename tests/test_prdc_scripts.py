@@ -79,6 +79,8 @@ def test_feature_files_and_folders(tmp_path):
     assert "needs both sets" in text
     for arguments, message in ((("--count", 1), "--count must be at least 2"),
                                (("--nearest-k", 0), "--nearest-k must be positive"),
+                               (("--real", tmp_path, "--real-features", tmp_path), "given once"),
+                               (("--data", tmp_path, "--real", tmp_path), "sets of its own"),
                                (("--weights", tmp_path / "none.pth"), "none.pth: no such file")):
         assert message in run("prdc_images", tmp_path / "f", *arguments, code=2)
     (tmp_path / "empty").mkdir()
