@@ -35,6 +35,7 @@ import itertools
 import math
 import os
 import re
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -376,8 +377,13 @@ class PoolingTransformer(_Classifier):
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """Softmax weights `(B, heads, N, N)` of every block in eval mode, class tokens first."""
         maps: list[Tensor] = []
-        hooks = [block.norm1.register_forward_hook(
-                     lambda _, __, out, attn=block.attn: maps.append(attn.weights(out)))
+        caller = threading.get_ident()                  # other threads may run the model meanwhile
+
+        def keep(attn: Attention, norm: nn.Module, args: tuple, out: Tensor) -> None:
+            if threading.get_ident() == caller:
+                maps.append(attn.weights(out))
+
+        hooks = [block.norm1.register_forward_hook(partial(keep, block.attn))
                  for stage in self.transformers for block in stage.blocks]
         try:
             with _eval_mode(self):

@@ -4,6 +4,7 @@ import copy
 import doctest
 import math
 import re
+import threading
 import zlib
 from pathlib import Path
 
@@ -550,6 +551,24 @@ def test_train_eval_modes_of_the_distilled_model():
     model = small(pit.DistilledPoolingTransformer)
     logits, logits_dist = model(images())
     close(model.eval()(images()), (logits + logits_dist) / 2)
+
+
+def test_attention_maps_are_those_of_the_calling_thread():
+    model = small().eval()
+    wanted = model.attention_maps(images())
+
+    def interrupt():
+        other = threading.Thread(target=model, args=(images(3, 3, 32, 32),))
+        other.start()
+        other.join()
+
+    hook = model.pools[0].register_forward_hook(
+        lambda *_: interrupt() if threading.current_thread() is threading.main_thread() else None)
+    found = model.attention_maps(images())
+    hook.remove()
+    assert len(found) == 4
+    for a, b in zip(found, wanted):
+        close(a, b)
 
 
 def test_model_compiles_without_breaks():
