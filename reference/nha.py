@@ -563,7 +563,8 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     _check_choice("on_failure", on_failure, ("raise", "mask"))
     _check_positive(rtol=rtol, atol=atol, step_size=step_size, max_steps=max_steps,
                     first_step=first_step)
-    times, ts = _check_times(t, y0), torch.as_tensor(t)
+    ts = torch.as_tensor(t).clone()                         # a caller may reuse t, and y0
+    times, y0 = _check_times(ts, y0), y0.clone() if dense else y0
     if not per_sample and ts.dim() == 2:
         raise ValueError("per_sample=False takes one time grid t (T,), not one per sample")
     field = f
@@ -1758,6 +1759,8 @@ class NHA(nn.Module):
         if self.event_module is None:
             raise ValueError("generate needs an event_module")
         _check_problem("x0", x0, "rk4")
+        if x0.shape[1] != self.decoder.state_dim:
+            raise ValueError(f"x0 must be (B, {self.decoder.state_dim}), not {tuple(x0.shape)}")
         _check_positive(t_end=t_end, n_points=n_points)
         m, n_in = len(self.decoder.bias), len(range(x0.shape[1])[self.decoder.inputs])
         solver = "exact" if self.decoder.hidden is None and n_in == 1 else "rk4"
@@ -1782,6 +1785,8 @@ class NHA(nn.Module):
         """Drop modes that fewer than eps of the pieces use; merge mode j into a more used k when
         the mean of |f_j - f_k| / (|f_j| + |f_k|) over the states of both is below delta. Returns
         the modes kept, labelled 0..len - 1 from now on; fit the event module again."""
+        if not (eps >= 0 and delta >= 0):
+            raise ValueError(f"eps and delta must not be negative, not {eps}, {delta}")
         labels, m = self.encode(pieces.features, mode="argmax").argmax(-1), len(self.decoder.bias)
         usage = torch.bincount(labels, minlength=m) / len(labels)
         f = self.decoder.fields(pieces.x[pieces.mask])
@@ -1838,6 +1843,8 @@ def v_measure(true, pred, beta: float = 1.0) -> tuple[float, float, float]:
     if len(true) != len(pred) or len(true) == 0:
         lengths = f"{len(true)}, {len(pred)}"
         raise ValueError(f"true and pred must have one length above 0, not {lengths}")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and not negative, not {beta}")
     joint = torch.stack([v.unique(return_inverse=True)[1] for v in (true, pred)])
     table = torch.zeros(*(joint.amax(1) + 1), dtype=torch.float64)
     table.index_put_(tuple(joint), torch.ones(len(true), dtype=torch.float64), accumulate=True)

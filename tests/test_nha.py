@@ -216,6 +216,17 @@ def test_dense_output_and_adjoint_of_a_fixed_step_method(t):
     close(by_adjoint, by_backprop, 1e-6)
 
 
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_solution_keeps_its_times_and_states_when_the_caller_reuses_its_own(method):
+    y, t = torch.ones(2, 1).double(), torch.linspace(0, 1, 3).double()
+    solution = nha.odeint(lambda t, y: -y, y, t, method=method, dense=True)
+    before = solution.dense(0.5), solution.dense(0.0)
+    y.fill_(9), t.fill_(7)
+    assert solution.ts.tolist() == [0, 0.5, 1]
+    assert torch.equal(solution.dense(0.5), before[0])
+    assert torch.equal(solution.dense(0.0), before[1])
+
+
 def test_checks_every_few_attempts_change_nothing():
     z, f, start = load("ode_vdp1"), SYSTEMS["vdp1"], torch.zeros(3, dtype=F64)
     once, seldom = (nha._march(f, z["y0"], f(start, z["y0"]), start, start + 5, "dopri5",

@@ -462,3 +462,16 @@ def test_scripts_run(script, tmp_path, capsys):
                                           "--out", str(tmp_path / "out"),
                                           "--figures", str(tmp_path / "figures")])
     assert "holds" in capsys.readouterr().out
+
+
+def test_thresholds_weights_and_states_out_of_range_are_named():
+    model = nha.NHA(nha.ModeEncoder(10, 2), nha.ModeDecoder(2, 2), nha.EventModule(2))
+    pieces = nha.pack_pieces([nha.Piece(torch.arange(3.0), torch.rand(3, 2), None, False)])
+    for bad in ({"eps": -0.1}, {"delta": -1.0}, {"delta": math.nan}):
+        with pytest.raises(ValueError, match="eps and delta"):
+            model.prune(pieces, **bad)
+    for beta in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="beta must be finite"):
+            nha.v_measure([0, 1], [0, 1], beta)
+    with pytest.raises(ValueError, match=r"x0 must be \(B, 2\)"):
+        model.generate(torch.ones(1, 3), 0, 1.0)
