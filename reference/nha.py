@@ -134,6 +134,10 @@ METHODS = {
                  [37.50931341651104, -88.1789048947664, 47.37952196281928],
                  [-27.896526289197286, 65.09189467479366, -34.87065786149661], [1.5, -4, 2.5]]),
 }  # fmt: skip
+# torchdiffeq's middle state of bosh3 is of first order: no event can be found on it. The cubic
+# through both ends and slopes instead.
+METHODS["bosh3_cubic"] = _adaptive(
+    3, *METHODS["bosh3"][1:3], METHODS["bosh3"].error, mid=[17 / 72, 1 / 6, 2 / 9, -1 / 8])
 
 
 @lru_cache(maxsize=64)
@@ -695,7 +699,7 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
     step is taken again to the event). With t*, y* of that constant-size step attached to the graph,
         t_event = t* - g(t*, y*) / (g_t + g_y f),   y_event = y* + f(y*) (t_event - t*)
     have the right values (g = 0) and, by the implicit function theorem, the right derivatives."""
-    begin = start.detach()
+    method, begin = "bosh3_cubic" if method == "bosh3" else method, start.detach()
     f0, g0 = _first_slope(f, start, y0), guard(begin.to(y0.dtype), y0)
     if g0.dim() not in (1, 2) or len(g0) != len(y0):
         raise ValueError(f"guard returned shape {tuple(g0.shape)}, not ({len(y0)},) or "
@@ -995,7 +999,8 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
                                                    direction, method, 0.0, rtol=rtol, atol=atol)
         clocks.record(rows, which[:, None] == torch.tensor(ids, device=device))
         x_post, z_post = system.jump(which, stop.to(x.dtype), y[:, :n], z)
-        state = lambda row, k: _interpolate(steps, (t[k] - start[row])[:, None], s, method,
+        dense = "bosh3_cubic" if method == "bosh3" else method
+        state = lambda row, k: _interpolate(steps, (t[k] - start[row])[:, None], s, dense,
                                             row)[:, 0, :n]
         return _Leg(torch.where(fired, stop, math.inf), which, y[:, :n], x_post, z_post, state)
 

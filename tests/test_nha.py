@@ -526,6 +526,16 @@ def test_bouncing_balls_in_a_batch_follow_the_analytic_solution(i):
     assert found.n_events[0] == 6
 
 
+@pytest.mark.parametrize("method", ["bosh3", "dopri5", "tsit5"])
+def test_every_adaptive_method_finds_the_impacts(method):
+    ball = nha.BouncingBall(e=1.0)
+    t, first = torch.linspace(0, 2, 9).double(), math.sqrt(0.6 / 9.81)
+    s = nha.odeint_hybrid(ball, torch.tensor([[0.3, 0.0]]).double(), 0, t, method=method)
+    assert s.event_times[0].tolist() == pytest.approx([first * k for k in (1, 3, 5, 7)], abs=1e-7)
+    since = (t + first) % (2 * first) - first
+    assert s.ys[:, 0, 0].tolist() == pytest.approx((0.3 - 9.81 * since**2 / 2).tolist(), abs=1e-6)
+
+
 def test_parameters_of_a_guard_alone_get_gradients():
     level = torch.tensor(0.4, dtype=F64, requires_grad=True)    # y = t reaches it at t = level
     start = torch.zeros(1, 1, dtype=F64)
