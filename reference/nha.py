@@ -1664,21 +1664,30 @@ class _Phi2(torch.autograd.Function):
     their series where the quotients cancel."""
 
     @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:
-        small = z.abs() < 0.1
-        safe, value, slope = torch.where(small, 1.0, z), torch.zeros_like(z), torch.zeros_like(z)
+    def value(z: Tensor) -> Tensor:
+        small, series = z.abs() < 0.1, torch.zeros_like(z)
+        safe = torch.where(small, 1.0, z)
         for k in range(9, 1, -1):
-            slope = slope * z + value
-            value = value * z + 1 / math.factorial(k)
-        phi1 = torch.expm1(safe) / safe
-        quotient = (phi1 - 1) / safe
-        ctx.save_for_backward(torch.where(small, slope, (phi1 - 2 * quotient) / safe))
-        return torch.where(small, value, quotient)
+            series = series * z + 1 / math.factorial(k)
+        return torch.where(small, series, (torch.expm1(safe) / safe - 1) / safe)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, z: Tensor) -> Tensor:
+        value = _Phi2.value(z)
+        ctx.save_for_backward(z, value)
+        return value
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0]
+        z, value = ctx.saved_tensors
+        if torch.is_grad_enabled():                           # for second derivatives
+            (slope,) = torch.autograd.grad(_Phi2.value(z).sum(), z, create_graph=True)
+            return grad * slope
+        small, slope, series = z.abs() < 0.1, torch.zeros_like(z), torch.zeros_like(z)
+        safe = torch.where(small, 1.0, z)
+        for k in range(9, 1, -1):
+            slope, series = slope * z + series, series * z + 1 / math.factorial(k)
+        return grad * torch.where(small, slope, (torch.expm1(safe) / safe - 2 * value) / safe)
 
 
 class JumpMaps(nn.Module):

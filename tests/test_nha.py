@@ -620,3 +620,9 @@ def test_simulated_tcp_follows_the_same_law_and_the_exact_flow():
         survived = tcp.survival(tau[valid & (z == mode) & (began[:, :-1] < 12)], mode, w)
         middle = (torch.arange(len(survived)) + 0.5) / len(survived)
         assert (survived.sort().values - middle).abs().max() < 0.2
+
+
+def test_the_closed_form_has_two_derivatives():
+    z = torch.tensor([0, 1e-9, -1e-3, 0.0999, 0.1001, 0.5, -4, 30], dtype=torch.float64)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(nha._Phi2.apply, z.requires_grad_())

@@ -329,9 +329,7 @@ def test_decoder_counts_starts_constant_and_the_exact_flow_is_rk4s_limit():
              (ValueError, "affine", lambda: bent.decode(x0, q, t, solver="exact")),
              (ValueError, "agree", lambda: model.decode(x0, q, t[:1])),
              (ValueError, "agree", lambda: model.decode(x0, q[:3], t, solver="exact")),
-             (ValueError, "modes", lambda: nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 4))),
-             (RuntimeError, "used in", lambda: torch.autograd.grad(torch.autograd.grad(
-                 nha._Phi2.apply(at).square().sum(), at, create_graph=True)[0].sum(), at))])
+             (ValueError, "modes", lambda: nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 4)))])
 
 
 def test_losses_refuse_other_shapes():
