@@ -46,6 +46,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import groupby, islice
 from numbers import Real
 from operator import itemgetter
@@ -418,7 +419,7 @@ class _ProjectedOptimizer(Optimizer):
     def _fused_step(self, group: dict, params: list[Tensor]) -> None:
         """Matrices one by one, vectors together; the foreach path where memory layouts differ."""
         room = params[0].new_empty(min(BLOCK, max(p.numel() for p in params)))
-        vectors, others = defaultdict(list), []
+        vectors, others, clock = defaultdict(list), [], lru_cache(None)(_clock)
         for p in params:
             rows = _same_rows(p.data, p.grad, *[self.state[p][key] for key in self._moments])
             if rows is None:
@@ -426,11 +427,11 @@ class _ProjectedOptimizer(Optimizer):
                 continue
             step = self._count(p)
             if p.ndim > 1:
-                self._fused_matrix(group, rows, _clock(step), room)
+                self._fused_matrix(group, rows, clock(step), room)
             else:
                 vectors[step].append(rows)
         for step, alike in vectors.items():
-            self._kernel(group, _clock(step), self._decay(group), *map(list, zip(*alike)))
+            self._kernel(group, clock(step), self._decay(group), *map(list, zip(*alike)))
         if others:
             self._foreach_step(group, others)
 
@@ -533,28 +534,35 @@ def _each(value: float | Tensor, count: int) -> list:
 
 def _blocks(tensors: list[Tensor], height: int) -> Iterable:
     """The same `height` rows of every tensor, in turn."""
-    return zip(*(x.split(height) for x in tensors)) if len(tensors[0]) > height else [tensors]
+    return zip(*(x.split(height) for x in tensors)) if tensors[0].size(0) > height else [tensors]
+
+
+# A gradient of embedding_bag is <a_i, b_i> in half of vecdot's time; torch keeps it private.
+_DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
+
+
+@lru_cache(256)
+def _counting(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> of (rows, n); a gradient of embedding_bag has it in half of vecdot's time."""
-    try:
-        gradient = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
-    except AttributeError:                               # torch keeps it private and may drop it
+    """<a_i, b_i> of (rows, n)."""
+    if _DOTS is None:
         return torch.linalg.vecdot(a, b)
-    rows = torch.arange(len(a))
-    return gradient(a, b, rows, rows, rows, 0)
+    rows = _counting(a.size(0))
+    return _DOTS.default(a, b, rows, rows, rows, 0)
 
 
 def _same_rows(*tensors: Tensor) -> list[Tensor] | None:
     """(shape[0], n) views of equally laid out dense tensors, in memory order, else None."""
     first = tensors[0]
-    if not all(x.is_contiguous() for x in tensors):
+    if not all(map(Tensor.is_contiguous, tensors)):
         order = sorted(range(first.ndim), key=lambda d: (d > 0, -first.stride(d)))
         tensors = [x.permute(order) for x in tensors]
-        if not all(x.is_contiguous() for x in tensors):
+        if not all(map(Tensor.is_contiguous, tensors)):
             return None
-    return [x.view(first.shape[0], -1) for x in tensors] if first.ndim > 1 else list(tensors)
+    return [x.view(first.size(0), -1) for x in tensors] if first.ndim > 1 else list(tensors)
 
 
 # ---------------------------------------------------------------- AdamP
