@@ -419,6 +419,7 @@ class _ProjectedOptimizer(Optimizer):
     def _fused_step(self, group: dict, params: list[Tensor]) -> None:
         """Matrices one by one, vectors together; the foreach path where memory layouts differ."""
         room = params[0].new_empty(min(BLOCK, max(p.numel() for p in params)))
+        numbers = torch.arange(max(p.size(0) if p.ndim else 1 for p in params), device="cpu")
         vectors, others, clock = defaultdict(list), [], lru_cache(None)(_clock)
         for p in params:
             rows = _same_rows(p.data, p.grad, *[self.state[p][key] for key in self._moments])
@@ -427,7 +428,7 @@ class _ProjectedOptimizer(Optimizer):
                 continue
             step = self._count(p)
             if p.ndim > 1:
-                self._fused_matrix(group, rows, clock(step), room)
+                self._fused_matrix(group, rows, clock(step), room, numbers)
             else:
                 vectors[step].append(rows)
         for step, alike in vectors.items():
@@ -435,7 +436,8 @@ class _ProjectedOptimizer(Optimizer):
         if others:
             self._foreach_step(group, others)
 
-    def _fused_matrix(self, group: dict, tensors: list[Tensor], clock: Tensor, room: Tensor):
+    def _fused_matrix(self, group: dict, tensors: list[Tensor], clock: Tensor, room: Tensor,
+                      numbers: Tensor) -> None:
         """torch's fused kernel makes the step, from 0 instead of w; what it leaves is -s u.
 
         Then w = (1 - k) w - s u + c w with k = lr decay and c = <w, s u> / (|w| + eps)^2, in blocks
@@ -445,7 +447,7 @@ class _ProjectedOptimizer(Optimizer):
         """
         w, g, *_ = tensors                               # and the moments: (rows, n)
         eps, delta, decay, length = group["eps"], group["delta"], self._decay(group), w.shape[1]
-        dot, norm_w = _row_dots(w, g), vector_norm(w, dim=1)
+        dot, norm_w = _row_dots(w, g, numbers), vector_norm(w, dim=1)
 
         def test() -> str | None:
             least = vector_norm(g[:, :length // 32 + 1], dim=1)           # of |g|: mostly enough
@@ -468,7 +470,7 @@ class _ProjectedOptimizer(Optimizer):
                 room.resize_(w.numel())
             update = room[:w.numel()].view_as(w).zero_()
             self._kernel(group, clock, 0.0, [update], *([x] for x in rest))
-            factor = keep - _row_dots(w, update).div_(square)
+            factor = keep - _row_dots(w, update, numbers).div_(square)
             torch.addcmul(update, w, factor.unsqueeze(1), out=w)
 
 
@@ -541,16 +543,11 @@ def _blocks(tensors: list[Tensor], height: int) -> Iterable:
 _DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
 
 
-@lru_cache(256)
-def _counting(count: int) -> Tensor:
-    return torch.arange(count, device="cpu")
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> of (rows, n)."""
+def _row_dots(a: Tensor, b: Tensor, numbers: Tensor) -> Tensor:
+    """<a_i, b_i> of (rows, n); numbers: 0, 1, ... for at least as many rows."""
     if _DOTS is None:
         return torch.linalg.vecdot(a, b)
-    rows = _counting(a.size(0))
+    rows = numbers[:a.size(0)]
     return _DOTS.default(a, b, rows, rows, rows, 0)
 
 
