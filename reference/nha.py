@@ -136,15 +136,19 @@ METHODS = {
 }  # fmt: skip
 # torchdiffeq's middle state of bosh3 is of first order: no event can be found on it. The cubic
 # through both ends and slopes instead.
-METHODS["bosh3_cubic"] = _adaptive(
-    3, *METHODS["bosh3"][1:3], METHODS["bosh3"].error, mid=[17 / 72, 1 / 6, 2 / 9, -1 / 8])
+_TABLEAUS = METHODS | {"bosh3_cubic": _adaptive(
+    3, *METHODS["bosh3"][1:3], METHODS["bosh3"].error, mid=[17 / 72, 1 / 6, 2 / 9, -1 / 8])}
+
+
+def _with_events(method: str) -> str:
+    return "bosh3_cubic" if method == "bosh3" else method
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)                        # a solve with gradients may use them next
 def _tensors(method: str, like: tuple[torch.dtype, torch.device]) -> tuple[Tensor, ...]:
     """c (S, 1) and dense (S, 4) in float64; a (S, S) and error (S,) in the state's dtype."""
-    tab, (dtype, device) = METHODS[method], like
+    tab, (dtype, device) = _TABLEAUS[method], like
     a = [row + [0] * (len(tab.c) - len(row)) for row in tab.a]
     times = [torch.tensor(v, dtype=torch.float64).to(device) for v in (tab.c, tab.dense)]
     return times[0][:, None], times[1], *(torch.tensor(v, dtype=dtype).to(device)
@@ -195,7 +199,7 @@ def _norm(x: Tensor, shared: bool) -> Tensor:
 
 def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, method: str):
     """A step h (B,) from (t, y), fy = f(t, y): end state, slope there and all h k_i (S, B, n)."""
-    tab, scale = METHODS[method], h.to(y.dtype)[:, None]
+    tab, scale = _TABLEAUS[method], h.to(y.dtype)[:, None]
     times = (t + _tensors(method, (y.dtype, y.device))[0] * h).to(y.dtype).unbind()
     end, k = y, [fy]
     for time, row in zip(times[1:], tab.a[1:]):
@@ -222,7 +226,7 @@ def _first_step(f, t, y, fy, sign, method, rtol, atol, shared) -> Tensor:
     step = sign * h0
     f1 = f((t + step).to(y.dtype), torch.addcmul(y, fy, step.to(y.dtype)[:, None]))
     largest = torch.maximum(d1, _norm((f1 - fy) / scale, shared) / h0)
-    h1 = (0.01 / largest) ** (1 / METHODS[method].order)
+    h1 = (0.01 / largest) ** (1 / _TABLEAUS[method].order)
     return torch.minimum(100 * h0, torch.where(largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1))
 
 
@@ -251,7 +255,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     pace. Finished samples leave the batch at the next check; on a GPU that is every 8 attempts,
     since the check is the only point where the host waits. Steps overshoot the end, except under
     `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
-    tab, every = METHODS[method], check_every or (1 if y.device.type == "cpu" else 8)
+    tab, every = _TABLEAUS[method], check_every or (1 if y.device.type == "cpu" else 8)
     samples, t, sign, end = len(y), start, torch.ones_like(span).copysign(span), span.abs()
     rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
     h = sign * (first_step or _first_step(f, t, y, fy, sign, method, rtol, atol, shared))
@@ -699,7 +703,7 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
     step is taken again to the event). With t*, y* of that constant-size step attached to the graph,
         t_event = t* - g(t*, y*) / (g_t + g_y f),   y_event = y* + f(y*) (t_event - t*)
     have the right values (g = 0) and, by the implicit function theorem, the right derivatives."""
-    method, begin = "bosh3_cubic" if method == "bosh3" else method, start.detach()
+    begin = start.detach()
     f0, g0 = _first_slope(f, start, y0), guard(begin.to(y0.dtype), y0)
     if g0.dim() not in (1, 2) or len(g0) != len(y0):
         raise ValueError(f"guard returned shape {tuple(g0.shape)}, not ({len(y0)},) or "
@@ -755,6 +759,7 @@ def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, directi
     fire there. A guard that is only touched (slope below grazing_tol) gives no gradient:
     RuntimeError."""
     _check_problem("y0", y0, method, "odeint_event")
+    method = _with_events(method)
     _check_choice("controller", controller, ("I", "PI"))
     _check_positive(rtol=rtol, atol=atol, max_steps=max_steps, first_step=first_step)
     start, end = (_per_sample(name, v, len(y0), y0.device, torch.float64)
@@ -962,6 +967,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
     Random events use the time change: dLambda_i/dt = lambda_i joins the state, and event i is the
     zero of Lambda_i - s_i, s_i ~ Exp(1). At an event's own time `ys` is the state after it."""
     _check_problem("x0", x0, method, "odeint_hybrid")
+    method = _with_events(method)
     _check_positive(max_events=max_events, rtol=rtol, atol=atol)
     t = torch.as_tensor(t, dtype=torch.float64, device=x0.device)
     if t.dim() != 1 or len(t) < 2 or not bool((t.diff() > 0).all()):
@@ -999,8 +1005,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
                                                    direction, method, 0.0, rtol=rtol, atol=atol)
         clocks.record(rows, which[:, None] == torch.tensor(ids, device=device))
         x_post, z_post = system.jump(which, stop.to(x.dtype), y[:, :n], z)
-        dense = "bosh3_cubic" if method == "bosh3" else method
-        state = lambda row, k: _interpolate(steps, (t[k] - start[row])[:, None], s, dense,
+        state = lambda row, k: _interpolate(steps, (t[k] - start[row])[:, None], s, method,
                                             row)[:, 0, :n]
         return _Leg(torch.where(fired, stop, math.inf), which, y[:, :n], x_post, z_post, state)
 
