@@ -273,13 +273,17 @@ def teacher(run: harness.Run, num_classes: int):
                                                              or getattr(resnet, name, None))
     if not make:
         raise SystemExit(f"--teacher: no model {name!r} in reference/pit.py or reference/resnet.py")
-    model, state = make(num_classes=num_classes), pit.load_pit_checkpoint(file)
+    model = make(num_classes=num_classes)
+    load_fitting(model, pit.load_pit_checkpoint(file),
+                 f"--teacher: {file} does not fit {name} with {num_classes} classes")
+    return model.to(run.device)
+
+
+def load_fitting(model: torch.nn.Module, state: dict, otherwise: str) -> None:
     try:
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"--teacher: {file} does not fit {name} with {num_classes} classes: "
-                         f"{error}") from None
-    return model.to(run.device)
+        raise SystemExit(f"{otherwise}: {error}") from None
 
 
 def restricted(classes: torch.Tensor, num_classes: int):
@@ -335,11 +339,8 @@ def evaluate_checkpoint(run: harness.Run, config: dict) -> None:
         raise SystemExit(f"{run.args.checkpoint} knows {len(head)} classes, {run.args.data} has "
                          f"{len(loader.dataset.classes)}")
     model = build(config, name, len(head), 0, 0.0)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"{run.args.checkpoint} does not fit {name} at {config['size']} px: "
-                         f"{error}") from None
+    load_fitting(model, state, f"{run.args.checkpoint} does not fit {name} at "
+                               f"{config['size']} px")
     model = model.to(run.device)
     row = measure(run, model, loader, config["size"], run.args.eps)
     row.update(robustness(run, config, model, len(head)))

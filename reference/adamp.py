@@ -490,6 +490,7 @@ class _Rows:
         self.root = root[self.tensor]
         alike = groupby(shapes, itemgetter(1))
         self.lengths, self.spans = zip(*((n, sum(map(math.prod, those))) for n, those in alike))
+        self.heights = [span // n for span, n in zip(self.spans, self.lengths)]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """(rows, n) views, one for all neighbours of one row length."""
@@ -511,8 +512,7 @@ class _Rows:
 
     def add_multiples(self, u: Tensor, w: Tensor, factor: Tensor) -> None:
         """u += factor w, with one factor for each row."""
-        heights = [span // n for span, n in zip(self.spans, self.lengths)]
-        for a, b, c in zip(self.split(u), self.split(w), factor.split(heights)):
+        for a, b, c in zip(self.split(u), self.split(w), factor.split(self.heights)):
             a.addcmul_(b, c.unsqueeze(1))
 
 
