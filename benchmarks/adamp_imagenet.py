@@ -197,23 +197,23 @@ def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS,
                         help="default: all; adamw and adamp with --attack")
-    parser.add_argument("--classes", type=int, help="use the first so many classes of --data")
+    parser.add_argument("--classes", type=harness.count,
+                        help="use the first so many classes of --data")
     parser.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "stem3", "stem7"),
                         help="default: the preset's")
-    parser.add_argument("--epochs", type=int, help="default: the preset's")
-    parser.add_argument("--width", type=int,
+    parser.add_argument("--epochs", type=harness.count, help="default: the preset's")
+    parser.add_argument("--width", type=harness.count,
                         help="first channels of stem3 and stem7; default: the preset's")
     parser.add_argument("--attack", choices=ATTACKS,
                         help="train on attacked images, judge on clean and attacked ones")
-    run = harness.start(parser, argv)
-    preset = PRESETS[run.args.preset]
-    arch, epochs = run.args.arch or preset.arch, run.args.epochs or preset.epochs
-    if run.args.amp == "fp16":
+    args = parser.parse_args(argv)
+    preset = PRESETS[args.preset]
+    if args.amp == "fp16":
         parser.error("--amp fp16 needs loss scaling, which this loop does not do; use bf16")
-    if run.args.data is None and preset.side != 16:
-        parser.error(f"--preset {run.args.preset} needs --data")
-    if 0 in (run.args.epochs, run.args.width):
-        parser.error("--epochs and --width must be at least 1")
+    if args.data is None and preset.side != 16:
+        parser.error(f"--preset {args.preset} needs --data")
+    run = harness.start(parser, argv)
+    arch, epochs = args.arch or preset.arch, args.epochs or preset.epochs
     train_loader, val_loader, classes = data(run, preset.side, preset.batch)
     methods = run.args.methods or (("adamw", "adamp") if run.args.attack else METHODS)
     results = {method: [] for method in methods}

@@ -258,7 +258,8 @@ def draw(run: harness.Run, task: calm_nets.Task, count: int = 4) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = calm_nets.parser(__doc__, methods=calm_nets.METHODS)
-    parser.add_argument("--samples", type=int, default=50, help="points or copies of the gradient "
+    parser.add_argument("--samples", type=harness.count, default=50,
+                        help="points or copies of the gradient "
                         "baselines on CUB")
     run = harness.start(parser, argv)
     if run.args.data:

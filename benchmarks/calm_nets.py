@@ -72,13 +72,13 @@ def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
     real = p.add_argument_group("with --data")
     add = real.add_argument
     add("--metadata", type=harness.Path, help="train/ and test/ or val/ (default: DATA/metadata)")
-    add("--classes", type=int, help="only the first N classes")
+    add("--classes", type=harness.count, help="only the first N classes")
     add("--arch", default="resnet50", help="resnet50 or small-WIDTH")
     add("--weights", type=harness.Path, help="pretrained backbone, torchvision's state dict")
     add("--pretrain", type=int, default=0, help="epochs of a classifier all start from")
-    add("--size", type=int, default=224, help="side of the crops")
-    add("--epochs", type=int, default=40)
-    add("--batch", type=int, default=64)
+    add("--size", type=harness.count, default=224, help="side of the crops")
+    add("--epochs", type=harness.count, default=40)
+    add("--batch", type=harness.count, default=64)
     add("--lr", type=float, default=0.01)
     add("--head-ratio", type=float, default=10.0)
     return p

@@ -55,11 +55,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def count(text: str) -> int:
+    """The type of arguments that count something: `add_argument("--epochs", type=count)`."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
 def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), seeds: int = 1,
            data: bool = True) -> argparse.ArgumentParser:
     """Arguments common to all scripts; `presets[0]` and `seeds` are the defaults.
 
-    data False: the script has no use for a data set, and refuses --data."""
+    data False: the script has no use for a data set, and refuses --data. What a script itself
+    refuses it best refuses after `parser.parse_args(argv)`, before `start` opens the folder."""
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     if data:
@@ -67,7 +75,7 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), see
     add("--preset", choices=presets, default=presets[0])
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the first accelerator, else cpu)")
     add("--seed", type=int, default=0, help="first seed")
-    add("--seeds", type=int, default=seeds, help="number of seeds")
+    add("--seeds", type=count, default=seeds, help="number of seeds")
     add("--out", type=Path, help="folder of logs, checkpoints and results (default: runs/<script>)")
     add("--figures", type=Path, help="folder for pictures")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -85,8 +93,6 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), see
 def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> "Run":
     """Parse, pick the device, join the process group under torchrun, open the output folder."""
     args = arguments.parse_args(argv)
-    if args.seeds < 1:
-        arguments.error(f"--seeds must be at least 1, not {args.seeds}")
     for name, given in vars(args).items():
         numbers = [v for v in (given if isinstance(given, (list, tuple)) else [given])
                    if isinstance(v, (int, float))]
@@ -198,10 +204,13 @@ class Run:
                                  "or name its folder with --out")
             before = read_json(description)
             changed = [f"--{key.replace('_', '-')} was {before.get(key)}, now {value}"
-                       for key, value in settings.items() if before.get(key) != value]
+                       for key, value in settings.items() if before.get(key) != value
+                       and not (key == "seeds" and value > before.get(key, value))]
             if changed:
                 raise ValueError(
-                    f"--resume must repeat the run's own arguments: {'; '.join(changed)}")
+                    "--resume must repeat the run's own arguments, or have more --seeds: "
+                    + "; ".join(changed))
+            write_json(description, settings)
             return
         if self._unfinished():                                # keep it, out of the way
             number = next(n for n in range(1, 10000)

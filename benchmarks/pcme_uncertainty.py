@@ -145,13 +145,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
     parser.add_argument("--models", type=Path,
                         help="folder of a pcme_coco.py run with PCME-seed*-weights.pt")
-    parser.add_argument("--bins", type=int, default=10)
-    parser.add_argument("--recall", type=int, default=1, metavar="K", help="recall@K in the bins")
+    parser.add_argument("--bins", type=harness.count, default=10, help="at least 2")
+    parser.add_argument("--recall", type=harness.count, default=1, metavar="K",
+                        help="recall@K in the bins")
     add_data_arguments(parser)
+    if parser.parse_args(argv).bins < 2:
+        parser.error("--bins must be at least 2")
     run = harness.start(parser, argv)
-    if run.args.recall < 1 or run.args.bins < 2:
-        parser.error(f"--recall must be at least 1 and --bins 2, not {run.args.recall} and "
-                     f"{run.args.bins}")
     problem = load(run, PRESETS[run.args.preset])
     for seed in run.seeds:
         if run.recorded(f"study-seed{seed}") is None:

@@ -70,10 +70,10 @@ def training_arguments(description: str) -> argparse.ArgumentParser:
     """What a script takes that trains by these presets (`settings`, `embedded`, `real`)."""
     parser = harness.parser(description, presets=tuple(PRESETS))
     add = parser.add_argument
-    add("--classes", type=int, help="only the first K classes of --data")
-    add("--image-size", type=int)
-    add("--epochs", type=int)
-    add("--batch-size", type=int, help="over all processes")
+    add("--classes", type=harness.count, help="only the first K classes of --data")
+    add("--image-size", type=harness.count)
+    add("--epochs", type=harness.count)
+    add("--batch-size", type=harness.count, help="over all processes")
     add("--lr", type=float)
     add("--on-bad-image", choices=("raise", "skip"), default="raise")
     add("--crop", type=float,
@@ -371,11 +371,12 @@ def difference(above: list[float], below: list[float]) -> tuple[str, bool | None
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
-    run = harness.start(parser, argv)
-    config, args = settings(run.args), run.args
+    args = parser.parse_args(argv)
+    config = settings(args)
     if not args.checkpoint and any((args.imagenet_a, args.imagenet_r, args.imagenet_v2, args.sketch,
                                     args.background, args.in9_map)):
         parser.error("the robustness sets need --checkpoint: they are for trained weights")
+    run = harness.start(parser, argv)
     try:
         if run.args.checkpoint:
             return evaluate_checkpoint(run, config)

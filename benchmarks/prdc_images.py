@@ -328,26 +328,25 @@ def main(argv=None):
         parser.add_argument(f"--{side}-features", type=Path,
                             help=f".npy or .npz of {side} features or uint8 images")
     parser.add_argument("--weights", type=Path, help="VGG-16 checkpoint of torchvision, for T4096")
-    parser.add_argument("--count", type=int, help="images per set; default: the preset's")
-    parser.add_argument("--nearest-k", type=int, default=5)
-    run = harness.start(parser, argv)
-    count, side, width, hidden, steps = PRESETS[run.args.preset]
-    count = count if run.args.count is None else run.args.count
+    parser.add_argument("--count", type=harness.count, help="images per set; default: the preset's")
+    parser.add_argument("--nearest-k", type=harness.count, default=5)
+    args = parser.parse_args(argv)
+    count, side, width, hidden, steps = PRESETS[args.preset]
+    count = args.count or count
     if count < 2:
-        parser.error(f"--count must be at least 2, not {count}")
-    if run.args.nearest_k < 1:
-        parser.error(f"--nearest-k must be positive, not {run.args.nearest_k}")
-    if run.args.weights is not None and not run.args.weights.is_file():
-        parser.error(f"--weights {run.args.weights}: no such file")
-    if (run.args.real and run.args.real_features) or (run.args.fake and run.args.fake_features):
+        parser.error("--count must be at least 2, not 1")
+    if args.weights is not None and not args.weights.is_file():
+        parser.error(f"--weights {args.weights}: no such file")
+    if (args.real and args.real_features) or (args.fake and args.fake_features):
         parser.error("a set is given once: --real or --real-features, --fake or --fake-features")
-    given = [run.args.real_features or run.args.real, run.args.fake_features or run.args.fake]
-    if any(given):
-        if run.args.data is not None:
-            parser.error("--data has sets of its own: leave out --real and --fake")
-        if not all(given):
-            parser.error("a comparison needs both sets: --real or --real-features, and --fake or "
-                         "--fake-features")
+    given = [args.real_features or args.real, args.fake_features or args.fake]
+    if any(given) and args.data is not None:
+        parser.error("--data has sets of its own: leave out --real and --fake")
+    if any(given) and not all(given):
+        parser.error("a comparison needs both sets: --real or --real-features, and --fake or "
+                     "--fake-features")
+    run = harness.start(parser, argv)
+    if all(given):
         real, fake = (array(path) if path.is_file() else folder(path, count) for path in given)
         if is_features(real) != is_features(fake):
             raise ValueError("one set is of features, the other of images: "

@@ -474,17 +474,18 @@ def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
     add = parser.add_argument
     add("--methods", nargs="+", metavar="NAME", help=f'of {", ".join(METHODS)}; or "all"')
-    add("--classes", type=int, help="so many classes, spread over those of an image folder")
-    add("--per-class", type=int, help="training images per class of an image folder")
-    add("--epochs", type=int)
+    add("--classes", type=harness.count,
+        help="so many classes, spread over those of an image folder")
+    add("--per-class", type=harness.count, help="training images per class of an image folder")
+    add("--epochs", type=harness.count)
     add("--ood", type=Path, help="folder of out-of-distribution sets, one subfolder each")
     add("--recompute", action="store_true", help="less memory, a third slower")
-    run = harness.start(parser, argv)
-    args = run.args
+    args = parser.parse_args(argv)
     network, epochs, _, lr, decay, methods, few, severities, *subset = PRESETS[args.preset]
     methods = list(METHODS) if args.methods == ["all"] else args.methods or list(methods)
     if unknown := [m for m in methods if m not in METHODS]:
         parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    run = harness.start(parser, argv)
     epochs = args.epochs or epochs
     wanted, per_class = args.classes or subset[0], args.per_class or subset[1]
     loader_of, images, labels, classes, mean, std, extra = load(run, wanted, per_class)

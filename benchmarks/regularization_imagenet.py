@@ -86,11 +86,10 @@ def main(argv=None):
     add = parser.add_argument
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(study.METHODS)}")
     add("--arch", choices=("small", *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))))
-    add("--epochs", type=int)
+    add("--epochs", type=harness.count)
     add("--corrupted", type=study.Path, help="ImageNet-C: <corruption>/<severity>/<class>/*.JPEG")
-    add("--images", type=int, help="validation images for computed corruptions and PGD")
-    run = harness.start(parser, argv)
-    args = run.args
+    add("--images", type=harness.count, help="validation images for computed corruptions and PGD")
+    args = parser.parse_args(argv)
     arch, size, epochs, batch, methods, few, severities = PRESETS[args.preset]
     arch, epochs = args.arch or arch, args.epochs or epochs
     few, methods = args.images or few, args.methods or methods
@@ -99,6 +98,7 @@ def main(argv=None):
         parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(usable)}")
     if args.corrupted and args.data is None:
         parser.error("--corrupted needs --data: its folders have ImageNet's classes")
+    run = harness.start(parser, argv)
     if batch % run.world_size:
         parser.error(f"the batch of {batch} does not divide among {run.world_size} processes")
     mean, std = imagenet.IMAGENET_MEAN, imagenet.IMAGENET_STD

@@ -50,8 +50,9 @@ def top_classes(maps: LabelMaps, ks, kinds: int, seed: int) -> list[dict]:
 
 def main(argv=None):
     parser = harness.parser(__doc__, data=False)
-    parser.add_argument("--teachers", type=int, nargs="+", default=[1, 3, 10], metavar="EPOCHS")
-    parser.add_argument("--epochs", type=int, default=12, help="of the students")
+    parser.add_argument("--teachers", type=harness.count, nargs="+", default=[1, 3, 10],
+                        metavar="EPOCHS")
+    parser.add_argument("--epochs", type=harness.count, default=12, help="of the students")
     run = harness.start(parser, argv)
     run.args.maps, run.args.robustness, run.args.sets = "teacher", False, None
     tiny = run.args.preset == "tiny"

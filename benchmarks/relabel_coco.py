@@ -128,12 +128,14 @@ def main(argv=None):
     parser = harness.parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--arch", default="small-8")
-    parser.add_argument("--size", type=int, help="side of the crops (default: 24 embedded, 224)")
+    parser.add_argument("--size", type=harness.count,
+                        help="side of the crops (default: 24 embedded, 224)")
     parser.add_argument("--init", type=harness.Path, help="first weights, without the last layer")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--epochs", type=harness.count, default=15)
+    parser.add_argument("--batch", type=harness.count, default=64)
     parser.add_argument("--lr", type=float, default=0.2)
-    parser.add_argument("--top", type=int, default=5, help="classes kept per cell by the annotator")
+    parser.add_argument("--top", type=harness.count, default=5,
+                        help="classes kept per cell by the annotator")
     run = harness.start(parser, argv)
     args, tiny = run.args, run.args.preset == "tiny"
     epochs, size = 1 if tiny else args.epochs, args.size or (224 if args.data else 24)

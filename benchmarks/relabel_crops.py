@@ -107,12 +107,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--metadata", type=Path, help="localization.txt and image_sizes.txt")
     parser.add_argument("--store", help="label maps of the images")
-    parser.add_argument("--crops", type=int, default=10, help="crops per image")
+    parser.add_argument("--crops", type=harness.count, default=10, help="crops per image")
+    args = parser.parse_args(argv)
+    if args.data is None and (args.metadata or args.store):
+        parser.error("--metadata and --store need --data")
+    if args.data is not None and args.metadata is None:
+        parser.error("--data needs --metadata: the folder with the boxes")
     run = harness.start(parser, argv)
     generator = torch.Generator().manual_seed(run.seeds[0])
     claims, tables, maps = [], {}, None
-    if run.args.data is None and (run.args.metadata or run.args.store):
-        parser.error("--metadata and --store need --data")
     if run.args.data is None:
         count = 2000 if run.args.preset == "tiny" else 40_000
         tables["crops of a 500 x 375 image"] = geometry(run.seeds[0], count)
@@ -125,8 +128,6 @@ def main(argv: list[str] | None = None) -> None:
         at = np.arange(len(maps))
         given = (pairs["classes"] == pairs["labels"][:, None]).int().argmax(1).numpy()
     else:
-        if run.args.metadata is None:
-            parser.error("--data needs --metadata: the folder with the boxes")
         names, boxes, sizes = read_boxes(run.args.metadata)
         if run.args.store:
             maps = LabelMaps(run.args.store)

@@ -191,13 +191,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--teacher", help="checkpoint of the teacher (a state dict)")
     parser.add_argument("--store", help="folder of the label maps (default: in --out)")
-    parser.add_argument("--size", type=int, default=475, help="side of the squashed images")
-    parser.add_argument("--top", type=int, default=5, help="classes kept per cell")
-    parser.add_argument("--batch", type=int, default=128)
-    run = harness.start(parser, argv)
-    args, tiny = run.args, run.args.preset == "tiny"
+    parser.add_argument("--size", type=harness.count, default=475,
+                        help="side of the squashed images")
+    parser.add_argument("--top", type=harness.count, default=5, help="classes kept per cell")
+    parser.add_argument("--batch", type=harness.count, default=128)
+    args = parser.parse_args(argv)
     if args.data is None and args.teacher is not None:
         parser.error("--teacher needs --data: the images to annotate")
+    if args.data is not None and args.teacher is None:
+        parser.error("--data needs --teacher CHECKPOINT: the classifier that annotates")
+    run, tiny = harness.start(parser, argv), args.preset == "tiny"
     if args.data is None:
         single = synthetic.colored_objects(200 if tiny else 3000, 1, seed=1)
         single = imagenet.ArrayImages(single["images"], single["labels"])
@@ -207,8 +210,6 @@ def main(argv: list[str] | None = None) -> None:
         model = train_teacher(run, "teacher", single, num_classes, arch=arch, size=32,
                               epochs=1 if tiny else 5, seed=run.seeds[0])
     else:
-        if args.teacher is None:
-            parser.error("--data needs --teacher CHECKPOINT: the classifier that annotates")
         dataset, arch, size = imagenet.imagenet(args.data, "train"), args.arch, args.size
         num_classes = len(dataset.classes)
         model = harness.load_weights(build_model(arch, num_classes), args.teacher).to(run.device)

@@ -109,10 +109,8 @@ def parameters(model, device):
 
 def main(argv=None):
     parser = harness.parser(__doc__, data=False)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=harness.count, default=15)
     run = harness.start(parser, argv)
-    if run.args.rounds == 0:
-        parser.error("--rounds must be at least 1")
     tiny = run.args.preset == "tiny"
     model = resnet.resnet18(10, width=8) if tiny else resnet.resnet50()
     count = sum(p.numel() for p in model.parameters())

@@ -244,9 +244,9 @@ def training_table(run: harness.Run) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, data=False)
     parser.add_argument("--arch", default="resnet18", choices=("resnet18", "resnet34", "resnet50"))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--batch", type=harness.count, default=8)
+    parser.add_argument("--side", type=harness.count, default=128)
+    parser.add_argument("--repeats", type=harness.count, default=8)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES,
                         help="only these (default: all; training on a GPU alone)")
     run = harness.start(parser, argv)

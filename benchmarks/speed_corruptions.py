@@ -102,7 +102,7 @@ def package_rows(run, photo, rounds):
 
 def main(argv=None):
     parser = harness.parser(__doc__, data=False)
-    parser.add_argument("--images", type=int, help="32-pixel images per corruption")
+    parser.add_argument("--images", type=harness.count, help="32-pixel images per corruption")
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"
     count = run.args.images or (4 if tiny else 200)

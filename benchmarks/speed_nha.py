@@ -169,7 +169,7 @@ def tcp_training(run, tiny: bool) -> dict:
 
 def main(argv=None):
     parser = harness.parser(__doc__, data=False)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=harness.count, default=9)
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"
     g = torch.Generator().manual_seed(run.args.seed)

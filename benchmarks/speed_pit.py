@@ -42,8 +42,8 @@ def arguments():
     parser = harness.parser(__doc__, presets=("default", "tiny"))
     parser.add_argument("--models", nargs="+", default=["pit_s"],
                         help="pit_{ti,xs,s,b}[_distilled], deit_{tiny,small,base}")
-    parser.add_argument("--batch-size", type=int, help="default 4 on a CPU, 128 on a GPU")
-    parser.add_argument("--rounds", type=int, help="interleaved repetitions (default 11)")
+    parser.add_argument("--batch-size", type=harness.count, help="default 4 on a CPU, 128 on a GPU")
+    parser.add_argument("--rounds", type=harness.count, help="interleaved repetitions (default 11)")
     return parser
 
 
@@ -170,13 +170,11 @@ def loader_rate(run, size: int = 224) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
-    run = harness.start(parser, argv)
-    if 0 in (run.args.batch_size, run.args.rounds):
-        parser.error("--batch-size and --rounds must be at least 1")
-    unknown = [name for name in run.args.models if not hasattr(pit, full_name(name))]
+    unknown = [name for name in parser.parse_args(argv).models if not hasattr(pit, full_name(name))]
     if unknown:
         parser.error(f"--models: no model {unknown[0]!r}; choose from pit_{{ti,xs,s,b}}[_distilled]"
                      " and deit_{tiny,small,base}")
+    run = harness.start(parser, argv)
     tiny, on_gpu = run.args.preset == "tiny", run.device.type == "cuda"
     batch = run.args.batch_size or (2 if tiny else 128 if on_gpu else 4)
     if timm is None:

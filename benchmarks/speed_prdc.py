@@ -150,16 +150,16 @@ def main(argv=None):
                         "with --growth only N counts, by default 5000, 10000, 20000 and 50000")
     parser.add_argument("--growth", action="store_true",
                         help="cost per pair and memory instead of the comparison")
-    run = harness.start(parser, argv)
-    warnings.simplefilter("ignore")
-    tiny, one_thread = run.args.preset == "tiny", torch.get_num_threads() == 1
+    given = parser.parse_args(argv).sizes or []
     try:
-        sizes = [(int(n), int(d)) for n, d in (size.split("x") for size in run.args.sizes or ())]
+        sizes = [(int(n), int(d)) for n, d in (size.split("x") for size in given)]
         if any(n < 7 or d < 1 for n, d in sizes):
             raise ValueError
     except ValueError:
-        parser.error("--sizes must be like 5000x64, of at least 7x1, not "
-                     + " ".join(run.args.sizes))
+        parser.error(f"--sizes must be like 5000x64, of at least 7x1, not {' '.join(given)}")
+    run = harness.start(parser, argv)
+    warnings.simplefilter("ignore")
+    tiny, one_thread = run.args.preset == "tiny", torch.get_num_threads() == 1
     if run.args.growth:
         counts = [n for n, _ in sizes] or ((200, 400) if tiny else (5000, 10_000, 20_000, 50_000))
         rows = growth(run, counts, 64)

@@ -100,8 +100,8 @@ def reading(run: harness.Run, topk, rounds: int) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, data=False)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--batch", type=harness.count, default=256)
+    parser.add_argument("--repeats", type=harness.count, default=31)
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"
     batch, repeats = (8, 3) if tiny else (run.args.batch, run.args.repeats)

@@ -175,12 +175,9 @@ def loading(run: harness.Run, videos: int, rounds: int) -> tuple[list[dict], lis
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, data=False)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=harness.count, default=16)
+    parser.add_argument("--rounds", type=harness.count, default=15)
     run = harness.start(parser, argv)
-    if 0 in (run.args.batch, run.args.rounds):
-        parser.error(f"--batch and --rounds must be positive, not {run.args.batch} and "
-                     f"{run.args.rounds}")
     tiny = run.args.preset == "tiny"
     size = (4, 32, 32) if tiny else (32, 224, 224)
     batch, rounds = (4, 3) if tiny else (run.args.batch, run.args.rounds)

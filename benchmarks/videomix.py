@@ -380,25 +380,25 @@ def main(argv: list[str] | None = None) -> None:
     real.add_argument("--networks", nargs="+", choices=NETWORKS, help="(default: the table's)")
     real.add_argument("--methods", nargs="+", choices=METHODS[:-1], help="(default: the table's)")
     real.add_argument("--p", type=float, default=1.0, help="how often to mix")
-    real.add_argument("--epochs", type=int, help="(default: the preset's)")
-    real.add_argument("--batch-size", type=int, default=64, help="clips, of all processes together")
+    real.add_argument("--epochs", type=harness.count, help="(default: the preset's)")
+    real.add_argument("--batch-size", type=harness.count, default=64,
+                      help="clips, of all processes together")
     real.add_argument("--init", type=harness.Path,
                       help="checkpoint to start from; 2-D ones are inflated")
     real.add_argument("--inits", type=harness.Path, nargs="+", help="one checkpoint a method (ava)")
     real.add_argument("--fps", type=float, default=10.0,
                       help="of the extracted frames (thumos, ava)")
-    run = harness.start(parser, argv)
-    args = run.args
+    args = parser.parse_args(argv)
     unused = [action.option_strings[0] for action in real._group_actions
               if getattr(args, action.dest) != action.default]
     if args.data is None and unused:
         parser.error(f"{', '.join(unused)}: only with --data")
-    if not args.p <= 1 or 0 in (args.epochs, args.batch_size, args.fps):
-        parser.error("--p must be at most 1, --epochs, --batch-size and --fps positive, not "
-                     f"{args.p}, {args.epochs}, {args.batch_size} and {args.fps}")
+    if not args.p <= 1 or args.fps == 0:
+        parser.error(f"--p must be at most 1 and --fps positive, not {args.p} and {args.fps}")
     for name in ("networks", "methods"):
         if len(set(chosen := getattr(args, name) or ())) < len(chosen):
             parser.error(f"--{name} names one twice: {' '.join(chosen)}")
+    run = harness.start(parser, argv)
     if run.args.data is not None:
         videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run)
     else:

@@ -352,15 +352,16 @@ def main(argv=None):
     parser = harness.parser(__doc__, presets=("default", "tiny", "paper"))
     add = parser.add_argument
     add("--methods", nargs="+", default=list(wsol.METHODS), choices=wsol.METHODS)
-    add("--trials", type=int, help="random settings per method (paper: 30)")
-    add("--epochs", type=int)
+    add("--trials", type=harness.count, help="random settings per method (paper: 30)")
+    add("--epochs", type=harness.count)
     add("--arch", default="small", choices=("small", *wsol.ARCHS))
-    add("--width", type=int, default=16, help="of the small network")
+    add("--width", type=harness.count, default=16, help="of the small network")
     add("--weights", type=Path, help="torchvision checkpoint of --arch")
     add("--dataset", default="", choices=("", "CUB", "ILSVRC", "OpenImages"),
         help="folder below metadata/")
-    add("--size", type=int, help="image side (default 32 for the small network, else 224)")
-    add("--classes", type=int, help="keep this many classes, evenly spaced")
+    add("--size", type=harness.count,
+        help="image side (default 32 for the small network, else 224)")
+    add("--classes", type=harness.count, help="keep this many classes, evenly spaced")
     add("--per-class", type=int, default=0,
         help="keep this many training images of a class (0: all)")
     add("--shots", type=int, default=0,
@@ -369,10 +370,10 @@ def main(argv=None):
         help="epochs of the small network on all training labels beforehand")
     add("--no-sweeps", action="store_true",
         help="scenes: the main table without the background and supervision sweeps")
-    run = harness.start(parser, argv)
-    args = run.args
+    args = parser.parse_args(argv)
     if args.preset == "paper" and not args.data:
         parser.error("--preset paper needs --data")
+    run = harness.start(parser, argv)
     methods = ["cam"] + [method for method in args.methods if method != "cam"]
     tiny = args.preset == "tiny"
     preset = EMBEDDED.get(args.preset, EMBEDDED["default"])

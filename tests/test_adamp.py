@@ -703,9 +703,9 @@ def test_speed_script(tmp_path):
 
 
 @pytest.mark.parametrize("name, arguments, message", [
-    ("speed_adamp", ["--rounds", 0], "--rounds must be at least 1"),
-    ("adamp_imagenet", ["--epochs", 0], "--epochs and --width must be at least 1"),
-    ("adamp_imagenet", ["--width", 0], "--epochs and --width must be at least 1"),
+    ("adamp_imagenet", ["--epochs", 0], "--epochs: must be at least 1, not 0"),
+    ("adamp_imagenet", ["--amp", "fp16"], "use bf16"),
+    ("adamp_imagenet", ["--preset", "small"], "--preset small needs --data"),
     ("adamp_imagenet", ["--data", "."], "fewer images than a batch of 128")])
 def test_what_a_script_cannot_do_is_one_line(run_script, tmp_path, capsys, name, arguments,
                                              message):

@@ -189,7 +189,8 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
     for arguments, words in [
         (("--resume", "--out", "none"), "no run in none"),
         (("--data", "nowhere"), "--data nowhere: no such file or folder"),
-        (("--seeds", "0"), "--seeds must be at least 1"),
+        (("--seeds", "0"), "--seeds: must be at least 1, not 0"),
+        (("--seeds", "two"), "--seeds: invalid count value: 'two'"),
         (("--device", "cuda:77"), "--device cuda:77 is not usable here"),
         (("--out", "file/x"), "cannot write the output folder"),
         (("--workers", "-1"), "must not be negative"),
@@ -203,9 +204,12 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         start("--out", "a", "--resume", "--seed", "3")
     assert "--seed was 0, now 3" in capsys.readouterr().err
-    run = start("--out", "a", "--resume")
+    run = start("--out", "a", "--resume", "--seeds", "3")      # more seeds: the others are kept
     assert run.recorded(
         "part") == {"x": 1} and run.recorded("other") is None and run.resumed("other") is None
+    with pytest.raises(SystemExit):
+        start("--out", "a", "--resume")
+    assert "--seeds was 3, now 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="name must be"):
         run.record("a/b", {})
 

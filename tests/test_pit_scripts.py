@@ -120,7 +120,7 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, 
         with pytest.raises(SystemExit, match="--preset small32 needs --data"):
             run(script, "f", "--preset", "small32")
     for script, *arguments in ((pit_imagenet, "--sketch", tree), (speed_pit, "--rounds", 0),
-                               (speed_pit, "--batch-size", 0), (speed_pit, "--models", "pit")):
+                               (speed_pit, "--models", "pit")):
         with pytest.raises(SystemExit, match="2"):
             run(script, "f", *arguments)
     assert re.search("need --checkpoint.*no model 'pit'", capsys.readouterr().err, re.DOTALL)

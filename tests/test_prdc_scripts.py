@@ -78,7 +78,7 @@ def test_feature_files_and_folders(tmp_path):
     text = run("prdc_images", tmp_path / "d", "--real", tmp_path / "real", code=2)
     assert "needs both sets" in text
     for arguments, message in ((("--count", 1), "--count must be at least 2"),
-                               (("--nearest-k", 0), "--nearest-k must be positive"),
+                               (("--nearest-k", 0), "--nearest-k: must be at least 1"),
                                (("--real", tmp_path, "--real-features", tmp_path), "given once"),
                                (("--data", tmp_path, "--real", tmp_path), "sets of its own"),
                                (("--weights", tmp_path / "none.pth"), "none.pth: no such file")):
