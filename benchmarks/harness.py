@@ -75,7 +75,7 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), see
     add("--preset", choices=presets, default=presets[0])
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the first accelerator, else cpu)")
     add("--seed", type=int, default=0, help="first seed")
-    add("--seeds", type=count, default=seeds, help="number of seeds")
+    add("--seeds", type=count, default=seeds, help="number of seeds; --resume may add some")
     add("--out", type=Path, help="folder of logs, checkpoints and results (default: runs/<script>)")
     add("--figures", type=Path, help="folder for pictures")
     add("--resume", action="store_true", help="go on with the run in --out")
