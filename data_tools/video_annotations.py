@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.files import read_text
+
 
 class Labelled(NamedTuple):
     """One video of an annotation file. name: its path or name without the folder of the set; label:
@@ -35,23 +37,16 @@ class Labelled(NamedTuple):
 
 # ---------------------------------------------------------------- reading and checking
 
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text("utf-8-sig")      # a byte order mark is no part of a name
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not text: {error}") from None
-
-
 def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
     """(place, stripped line) of the lines that are not empty; the place is for error messages."""
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             yield f"{path}, line {number}", line.strip()
 
 
 def _json(path: str | Path, kind: type) -> list | dict:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, kind):
@@ -83,7 +78,7 @@ def read_kinetics(path: str | Path,
     """Kinetics: csv with label, youtube_id, time_start, time_end, split. Returns videos, named
     CLASS/ID_START_END as the downloaders do, and the classes (sorted, if not given)."""
     needed = ["youtube_id", "time_start", "time_end"]
-    reader = csv.DictReader(io.StringIO(_text(path)))
+    reader = csv.DictReader(io.StringIO(read_text(path)))
     try:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
@@ -227,7 +222,7 @@ def read_ava(path: str | Path, excluded: str | Path | None = None) -> list[Keyfr
 def read_ava_classes(path: str | Path) -> dict[int, str]:
     """{number: name} of ava_action_list_v2.2.pbtxt (the 60 evaluated classes, or all 80)."""
     classes = {}
-    for block in re.findall(r"\{([^{}]*)\}", _text(path)):
+    for block in re.findall(r"\{([^{}]*)\}", read_text(path)):
         with _expecting('`name: "..." id: ...`', path, block):
             number, name = re.search(r"\b(?:label_)?id:\s*(\d+)", block), re.search(
                 r'\bname:\s*"([^"]*)"', block)

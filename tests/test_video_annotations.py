@@ -161,7 +161,7 @@ def test_other_encodings_and_repeated_rows(tmp_path):
     assert va.read_kinetics(path) == (
         [va.Labelled("m\u00e4hen/x_000000_000010", 0, 0.0, 10.0)], ["m\u00e4hen"])
     path.write_bytes(KINETICS.encode() + b"\xff,x,0,10,train\n")
-    with pytest.raises(ValueError, match="train.csv: is not text"):
+    with pytest.raises(ValueError, match="train.csv: not UTF-8 text"):
         va.read_kinetics(path)
     path.write_text(2 * "v,902,.1,.1,.2,.2,3,1\n" + "v,0902,.10,.1,.2,.2,5,1\n")
     (moment,) = va.read_ava(path)
