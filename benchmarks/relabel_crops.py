@@ -83,15 +83,20 @@ def read_boxes(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
                 out.setdefault(image, []).append([float(v) for v in numbers])
             except ValueError:
                 numbers = []
-            if len(numbers) != columns:
+            if len(numbers) != columns or not np.isfinite(out[image][-1]).all():
                 raise ValueError(f"{folder / name}, line {number}: expected a name and {columns} "
                                  f"numbers, found {line!r}")
         return out
     boxes, sizes = table("localization.txt", 4), table("image_sizes.txt", 2)
     names = sorted(boxes)
+    if not names:
+        raise ValueError(f"{folder / 'localization.txt'} holds no boxes")
     if missing := [name for name in names if name not in sizes]:
         raise ValueError(f"{folder / 'image_sizes.txt'} lacks {missing[0]} ({len(missing)} such)")
     size = np.array([sizes[name][0] for name in names])
+    if size.min() < 1:
+        raise ValueError(f"{folder / 'image_sizes.txt'}: {names[int(size.min(1).argmin())]} has no "
+                         "pixels")
     return names, np.array([boxes[name][0] for name in names]) / np.tile(size, 2), size.astype(int)
 
 

@@ -15,6 +15,7 @@ the teacher's own prediction.
 """
 
 import hashlib
+import re
 import time
 
 import figures
@@ -69,7 +70,7 @@ class Rows:
 def build_model(arch: str, num_classes: int, seed: int = 0) -> resnet.ResNet:
     """resnet18 .. resnet152, or "small-W": one block a stage, width W, for 24 to 64 pixels."""
     generator = torch.Generator().manual_seed(seed)
-    if arch.startswith("small-"):
+    if re.fullmatch(r"small-[1-9]\d*", arch):
         model = resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), num_classes=num_classes,
                               width=int(arch[6:]), small_stem=True, generator=generator)
     elif arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
@@ -188,16 +189,16 @@ def picture(path, images: torch.Tensor, topk: torch.Tensor, names, num_classes: 
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=("default", "tiny"))
-    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--arch", help="of the teacher (default: resnet50)")
     parser.add_argument("--teacher", help="checkpoint of the teacher (a state dict)")
     parser.add_argument("--store", help="folder of the label maps (default: in --out)")
-    parser.add_argument("--size", type=harness.count, default=475,
-                        help="side of the squashed images")
+    parser.add_argument("--size", type=harness.count,
+                        help="side of the squashed images (default: 475)")
     parser.add_argument("--top", type=harness.count, default=5, help="classes kept per cell")
     parser.add_argument("--batch", type=harness.count, default=128)
     args = parser.parse_args(argv)
-    if args.data is None and args.teacher is not None:
-        parser.error("--teacher needs --data: the images to annotate")
+    if args.data is None and (args.teacher or args.arch or args.size):
+        parser.error("--teacher, --arch and --size need --data: the images to annotate")
     if args.data is not None and args.teacher is None:
         parser.error("--data needs --teacher CHECKPOINT: the classifier that annotates")
     run, tiny = harness.start(parser, argv), args.preset == "tiny"
@@ -210,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         model = train_teacher(run, "teacher", single, num_classes, arch=arch, size=32,
                               epochs=1 if tiny else 5, seed=run.seeds[0])
     else:
-        dataset, arch, size = imagenet.imagenet(args.data, "train"), args.arch, args.size
+        dataset = imagenet.imagenet(args.data, "train")
+        arch, size = args.arch or "resnet50", args.size or 475
         num_classes = len(dataset.classes)
         model = harness.load_weights(build_model(arch, num_classes), args.teacher).to(run.device)
     store = args.store or run.out / f"store-{fingerprint(model)}"

@@ -382,6 +382,15 @@ def main(argv=None):
     add("--sets", type=harness.Path, help="and the robustness sets found in this folder, "
                                           "named as in relabel_robustness.py")
     add("--checkpoint", nargs="+", type=harness.Path, help="measure these students, train none")
+    args = parser.parse_args(argv)
+    unused = [name for name in ("classes", "images", "real", "shankar", "v2", "sets")
+              if getattr(args, name)]
+    if args.data is None and unused:
+        parser.error(f"--{', --'.join(unused)}: only with --data")
+    if args.sets and not args.sets.is_dir():
+        parser.error(f"--sets {args.sets}: no such folder")
+    if len(set(args.methods)) < len(args.methods):
+        parser.error(f"--methods names one twice: {' '.join(args.methods)}")
     run = harness.start(parser, argv)
     preset = PRESETS[run.args.preset]
     preset = preset._replace(arch=run.args.arch or preset.arch,

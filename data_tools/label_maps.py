@@ -134,7 +134,8 @@ class StoreWriter:
 
     def __init__(self, folder: str | Path, images: Iterable[str | Path], *, k: int, height: int,
                  width: int, num_classes: int, shard_size: int = 8192, annotator: str = "") -> None:
-        if not 1 <= k <= num_classes or num_classes > 2**15 or min(height, width, shard_size) < 1:
+        sizes = (k, height, width, num_classes, shard_size)
+        if any(int(n) != n or n < 1 for n in sizes) or not k <= num_classes <= 2**15:
             raise ValueError(f"need 1 <= k <= num_classes <= 32768 and positive sizes, not k={k}, "
                              f"num_classes={num_classes}, height={height}, width={width}, "
                              f"shard_size={shard_size}")
@@ -173,7 +174,9 @@ class StoreWriter:
         ValueError names the first image with a bad map.
         """
         size, count = self.meta["shard_size"], self.meta["count"]
-        maps = maps.detach().cpu().numpy() if isinstance(maps, torch.Tensor) else np.asarray(maps)
+        if isinstance(maps, torch.Tensor):
+            maps = maps.detach().cpu().float().numpy()  # NumPy has no bfloat16
+        maps = np.asarray(maps)
         cells = (self.meta["k"], self.meta["height"], self.meta["width"])
         expected = (min(size, count - start), 2, *cells)
         if start % size or not 0 <= start < count or maps.shape != expected:

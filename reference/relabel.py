@@ -50,6 +50,7 @@ import copy
 import io
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -59,6 +60,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 VARIANTS = ("localized-multi", "localized-single", "global-multi", "global-single")
+AXES = ("xy", "official")
+SCHEDULES = ("cos", "linear", "default")
 
 
 # --------------------------------------------------------- the annotator and its maps (section 3.1)
@@ -90,8 +93,9 @@ def to_dense_classifier(features: Callable[[Tensor], Tensor], head: nn.Linear) -
     returns the last feature map; a model that is hidden in any other function is the caller's to
     put into evaluation mode. `head`: its nn.Linear. Nothing is trained or copied.
     """
-    if not isinstance(head, nn.Linear):
-        raise TypeError(f"head must be an nn.Linear, not {type(head).__name__}")
+    if not (callable(features) and isinstance(head, nn.Linear)):
+        raise TypeError("features must be callable and head an nn.Linear, "
+                        f"not {type(features).__name__} and {type(head).__name__}")
     return DenseClassifier(features, head)
 
 
@@ -131,7 +135,7 @@ def save_label_map(path: str | Path, m: Tensor) -> None:
     """Write one map `(2, k, h, w)` as the released `.pt` files hold it, atomically."""
     _check_map(m, "m must be")
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         torch.save(m.detach().cpu().clone(), temporary)
         os.replace(temporary, path)
@@ -152,7 +156,7 @@ def load_label_map(path: str | Path) -> Tensor:
 
 
 def _check_map(m: Tensor, what: str) -> None:
-    if not isinstance(m, Tensor) or m.ndim != 4 or m.shape[0] != 2:
+    if not isinstance(m, Tensor) or m.ndim != 4 or m.shape[0] != 2 or not m.numel():
         found = tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__
         raise ValueError(f"{what} one (2, k, h, w) tensor, not {found}")
 
@@ -203,11 +207,12 @@ def roi_align(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int 
     per image. Returns `(K, C, ph, pw)` in the dtype of `input` (half precision is computed in
     float32).
     """
-    if input.ndim != 4 or not input.is_floating_point():
-        raise ValueError("input must be a floating-point (N, C, H, W) tensor, "
+    if input.ndim != 4 or not input.is_floating_point() or 0 in input.shape[2:]:
+        raise ValueError("input must be a floating-point (N, C, H, W) tensor of at least one cell, "
                          f"not {input.dtype} {tuple(input.shape)}")
     if not isinstance(boxes, Tensor):
-        if len(boxes) != len(input) or any(b.ndim != 2 or b.shape[1] != 4 for b in boxes):
+        if len(boxes) != len(input) or not all(
+                isinstance(b, Tensor) and b.ndim == 2 and b.shape[1] == 4 for b in boxes):
             raise ValueError("boxes as a list must hold one (L, 4) tensor for each of the "
                              f"{len(input)} images")
         boxes = torch.cat([F.pad(b, (1, 0), value=n) for n, b in enumerate(boxes)])
@@ -268,10 +273,9 @@ def label_pooling(topk: Tensor, coords: Tensor, num_classes: int = 1000, axes: s
     that are not finite.
     """
     _check_topk(topk, num_classes)
+    _check_choice("axes", axes, AXES)
     corner, end = _crop_ends(coords, topk)
     rows, columns = topk.shape[3:]
-    if axes not in ("xy", "official"):
-        raise ValueError(f"axes must be 'xy' or 'official', not {axes!r}")
     if axes == "official":
         if rows != columns:
             raise ValueError(f"axes='official' needs square maps, not {rows} x {columns}")
@@ -322,11 +326,19 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 def _check_topk(topk: Tensor, num_classes: int) -> None:
     if not isinstance(topk, Tensor):
         raise TypeError(f"topk must be a tensor, not {type(topk).__name__}")
-    if topk.ndim != 5 or topk.shape[1] != 2 or not topk.is_floating_point():
+    if (topk.ndim != 5 or topk.shape[1] != 2 or 0 in topk.shape[2:]
+            or not topk.is_floating_point()):
         raise ValueError("topk must be floating-point (B, 2, k, h, w), "
                          f"not {topk.dtype} {tuple(topk.shape)}")
+    if int(num_classes) != num_classes or num_classes < 1:
+        raise ValueError(f"num_classes must be a positive integer, not {num_classes!r}")
     if num_classes > 2 / torch.finfo(topk.dtype).eps:
         raise ValueError(f"topk in {topk.dtype} cannot number {num_classes} classes; use float32")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {known}, not {value!r}")
 
 
 def _crop_ends(coords: Tensor, topk: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,8 +371,7 @@ def label_variant(topk: Tensor, coords: Tensor, variant: str, num_classes: int =
     "localized" or "global" (the whole map, whatever the crop), "multi" (soft) or "single" (one-hot
     of the largest).
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {VARIANTS}, not {variant!r}")
+    _check_choice("variant", variant, VARIANTS)
     where, kind = variant.split("-")
     targets = label_pooling(topk, _whole(topk) if where == "global" else coords, num_classes, axes)
     if kind == "single":
@@ -396,9 +407,10 @@ class RandomResizedCropWithCoords:
     def __init__(self, size: int, scale: tuple[float, float] = (0.08, 1),
                  ratio: tuple[float, float] = (3 / 4, 4 / 3),
                  generator: torch.Generator | None = None) -> None:
-        if size < 1 or not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
-            raise ValueError("size must be >= 1, scale and ratio increasing and positive, "
-                             f"not {size}, {scale}, {ratio}")
+        pairs = all(len(p) == 2 and 0 < p[0] <= p[1] < math.inf for p in (scale, ratio))
+        if not (pairs and isinstance(size, int) and size >= 1):
+            raise ValueError("size must be an integer >= 1, scale and ratio pairs of increasing, "
+                             f"positive, finite numbers, not {size!r}, {scale}, {ratio}")
         self.size, self.scale, self.ratio, self.generator = size, scale, ratio, generator
 
     def __call__(self, img: Image.Image) -> tuple[Image.Image, tuple[float, float, float, float]]:
@@ -429,6 +441,8 @@ class RandomResizedCropWithCoords:
 
 
 def _draws_on(generator: torch.Generator | None) -> dict:
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
     return {"generator": generator, "device": generator.device if generator is not None else "cpu"}
 
 
@@ -482,7 +496,7 @@ def cutmix(images: Tensor, targets: Tensor, lam: float | None = None, beta: floa
             spans.append((max(centre - half, 0), min(centre + half, length)))
         (r1, r2), (c1, c2) = spans
         box = (r1, c1, r2, c2)
-    r1, c1, r2, c2 = (int(v) for v in box) if len(box) == 4 else (-1,) * 4
+    r1, c1, r2, c2 = (int(v) if int(v) == v else -1 for v in box) if len(box) == 4 else (-1,) * 4
     if not (0 <= r1 <= r2 <= rows and 0 <= c1 <= c2 <= columns):
         raise ValueError(f"box must be (r1, c1, r2, c2) in the {rows} x {columns} image, not {box}")
     if perm is None:
@@ -519,8 +533,10 @@ def lr_at(epoch: int, iteration: int, iters_per_epoch: int, epochs: int, init_lr
         raise ValueError(f"epoch must be in 0..{epochs} and iteration in "
                          f"0..{iters_per_epoch - 1} (epochs, iters_per_epoch), "
                          f"not {epoch} and {iteration}")
-    if schedule not in ("cos", "linear", "default"):
-        raise ValueError(f"schedule must be 'cos', 'linear' or 'default', not {schedule!r}")
+    if not (warmup_epochs >= 0 and 0 <= init_lr < math.inf and 0 <= warmup_lr < math.inf):
+        raise ValueError("warmup_epochs, init_lr and warmup_lr must be finite and not negative, "
+                         f"not {warmup_epochs}, {init_lr} and {warmup_lr}")
+    _check_choice("schedule", schedule, SCHEDULES)
     if epoch < warmup_epochs:
         done = (iteration + epoch * iters_per_epoch) / (warmup_epochs * iters_per_epoch)
         return warmup_lr + (init_lr - warmup_lr) * done
@@ -554,11 +570,14 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     SoftTargetCrossEntropy. `steps.send("state")` returns a snapshot; `resume=snapshot` goes on from
     it.
     """
-    lr_at(0, 0, 1, 1, 0.0, schedule=schedule)  # an unknown schedule fails here, not later
+    if init_lr is None:  # a resumed optimizer may hold the rate of some step
+        init_lr = optimizer.param_groups[0]["lr"] if resume is None else resume["init_lr"]
+    lr_at(0, 0, 1, epochs, init_lr, warmup_epochs, warmup_lr, schedule)  # fails here, not later
+    _check_choice("axes", axes, AXES)
+    _check_choice("variant", variant, VARIANTS)
     if not 0 <= cutmix_prob <= 1:
         raise ValueError(f"cutmix_prob must be in [0, 1], not {cutmix_prob}")
     device = next(model.parameters()).device
-    init_lr = optimizer.param_groups[0]["lr"] if init_lr is None else init_lr
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     criterion = criterion if criterion is not None else SoftTargetCrossEntropy()
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -566,7 +585,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     seekable = hasattr(loader, "set_epoch")
     if resume is not None:
         model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
         scaler.load_state_dict(resume["scaler"])
         generator.set_state(resume["generator"])
         first_epoch, skip = resume["epoch"], resume["batch"]
@@ -585,8 +604,11 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 targets = images.new_zeros(len(images), 1)  # found below, on what the student sees
             elif len(label) == 2:
                 targets = label_variant(label[0].to(device), label[1], variant, num_classes, axes)
-            else:
+            elif len(label) == 1:
                 targets = label[0].to(device)
+            else:
+                raise ValueError("loader must give (images, targets) or (images, topk, coords), "
+                                 f"not {1 + len(label)} parts")
             mixing = epoch < epochs - cutmix_off_epochs
             if mixing and float(_uniform(1, generator)) < cutmix_prob:
                 images, targets, _ = cutmix(images, targets, beta=cutmix_beta, generator=generator,
@@ -611,7 +633,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),
-                    "epoch": epoch, "batch": batch + 1})
+                    "init_lr": init_lr, "epoch": epoch, "batch": batch + 1})
         if batch < 0:
             raise ValueError(f"loader gave no batches in epoch {epoch}; each iterates over it anew")
         skip = 0

@@ -41,6 +41,9 @@ def test_a_store_gives_back_what_was_written(tmp_path):
     assert store.index("elsewhere/n00000001/n00000001_4.JPEG") == 4
     assert store[[]].shape == (0, 2, 3, 4, 5)
     assert not list(label_maps.verify(tmp_path)) and not list(tmp_path.glob(".*"))
+    StoreWriter(tmp_path, names(10), k=3, height=4, width=5, num_classes=20,
+                shard_size=4).write(0, maps[:4].bfloat16())
+    assert torch.equal(LabelMaps(tmp_path)[0], maps[0].bfloat16().float())
     again = pickle.loads(pickle.dumps(store))
     assert torch.equal(again[7], maps[7])
     with pytest.raises(KeyError, match="n9/x"):
@@ -167,7 +170,7 @@ def test_bad_arguments(tmp_path):
         with pytest.raises(ValueError, match="whole shard"):
             writer.write(start, maps[:2])
     shape = {"k": 3, "height": 4, "width": 5, "num_classes": 20}
-    for change in ({"k": 0}, {"num_classes": 40000}, {"height": 0}):
+    for change in ({"k": 0}, {"num_classes": 40000}, {"height": 0}, {"shard_size": 1.5}):
         with pytest.raises(ValueError, match="need 1 <= k"):
             StoreWriter(tmp_path / "d", names(4), **shape | change)
     with pytest.raises(ValueError, match="repeat"):

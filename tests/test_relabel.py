@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -327,6 +328,21 @@ def test_training_lowers_the_loss_and_resumes_exactly():
     assert list(rest) == whole[7:]
 
 
+def test_a_snapshot_serves_again_and_so_does_the_optimizer():
+    model, data = nn.Linear(4, 3), [(torch.randn(2, 4, generator=seeded()), torch.eye(3)[:2])] * 4
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def training(resume=None):
+        return relabel.train(model, data, optimizer, 3, warmup_epochs=1, resume=resume)
+
+    steps = training()
+    before = [next(steps) for _ in range(7)]
+    snapshot = steps.send("state")
+    rest = list(steps)
+    for _ in range(2):
+        assert list(training(snapshot)) == rest and before[-1]["lr"] != 0.1
+
+
 def saved(state):
     import io
 
@@ -434,7 +450,11 @@ def test_label_map_files(tmp_path):
     for name in ("b.pt", "c.pt"):
         with pytest.raises(ValueError, match=name):
             relabel.load_label_map(tmp_path / name)
-    for wrong in (m[0], m.tolist(), None):
+    with ThreadPoolExecutor(4) as threads:  # each save is whole, and none takes another's file
+        list(threads.map(lambda n: relabel.save_label_map(tmp_path / "a.pt", m + n), range(80)))
+    assert float((relabel.load_label_map(tmp_path / "a.pt") - m).std()) < 1e-4
+    assert len(list(tmp_path.iterdir())) == 3
+    for wrong in (m[0], m[:, :0], m.tolist(), None):
         with pytest.raises(ValueError, match="m must be"):
             relabel.save_label_map(tmp_path / "d.pt", wrong)
 
@@ -472,6 +492,10 @@ def test_bad_input():
                              ((topk, coords, 20, "official"), "square maps"),
                              ((topk, coords, 20, "yx"), "axes must be"),
                              ((topk[0], coords), "topk must be"), ((topk, coords, 3), "0..2"),
+                             ((topk[:, :, :0], coords, 20), "topk must be"),
+                             ((topk[..., :0], coords, 20), "topk must be"),
+                             ((topk, coords, 0), "num_classes"),
+                             ((topk, coords, 20.5), "num_classes"),
                              ((changed(1, -1), coords, 20), "classes"),
                              ((changed(1, 0.5), coords, 20), "classes"),
                              ((changed(1, float("nan")), coords, 20), "classes"),
@@ -491,8 +515,9 @@ def test_bad_input():
         relabel.generate_label_maps(annotator, torch.full((1, 3, 2, 2), float("nan")), 2)
     with pytest.raises(ValueError, match="features must return"):
         annotator(torch.zeros(1, 5, 2, 2))
-    with pytest.raises(TypeError, match="nn.Linear"):
-        relabel.to_dense_classifier(nn.Identity(), nn.Identity())
+    for features, head in ((nn.Identity(), nn.Identity()), (None, nn.Linear(3, 4))):
+        with pytest.raises(TypeError, match="callable and head an nn.Linear"):
+            relabel.to_dense_classifier(features, head)
     for epoch in (0, 9):
         with pytest.raises(ValueError, match="schedule"):
             relabel.lr_at(epoch, 0, 1, 10, 0.1, schedule="step")
@@ -500,15 +525,26 @@ def test_bad_input():
         with pytest.raises(ValueError, match="epoch must be"):
             relabel.lr_at(*position, 0.1)
     assert relabel.lr_at(10, 0, 5, 10, 0.1) == 0 and relabel.lr_at(5, 0, 1, 5, 0.1) == 0.1
-    with pytest.raises(ValueError, match="cutmix_prob must"):
-        next(relabel.train(nn.Linear(1, 1), [], None, 1, init_lr=0.1, cutmix_prob=1.5))
+    for rates in ((-0.1,), (float("nan"),), (0.1, -1), (0.1, 5, float("inf"))):
+        with pytest.raises(ValueError, match="finite and not negative"):
+            relabel.lr_at(0, 0, 1, 10, *rates)
+    for options, words in (({"cutmix_prob": 1.5}, "cutmix_prob must"), ({"axes": "yx"}, "axes"),
+                           ({"variant": "local"}, "variant"), ({"schedule": "step"}, "schedule"),
+                           ({"warmup_epochs": -1}, "warmup_epochs"), ({"epochs": -1}, "epoch must"),
+                           ({}, "loader must give")):
+        model = nn.Linear(1, 1)
+        with pytest.raises((ValueError, TypeError), match=words):
+            next(relabel.train(model, [(torch.zeros(2, 1),)], None, **{
+                "epochs": 1, "init_lr": 0.1, "cutmix_off_epochs": 0} | options))
     with pytest.raises(ValueError, match="bfloat16 cannot number 1000 classes"):
         label_pooling(topk.bfloat16(), coords)
     with pytest.raises(ValueError, match="variant"):
         relabel.label_variant(topk, coords, "local", 20)
+    with pytest.raises(TypeError, match="generator must be a torch.Generator"):
+        relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), generator=3)
     with pytest.raises(ValueError, match="lam must"):
         relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), lam=1.5)
-    for box in ((0, 0, 5, 4), (0, 0, 4)):
+    for box in ((0, 0, 5, 4), (0, 0, 4), (0, 0.5, 4, 4)):
         with pytest.raises(ValueError, match="box must be"):
             relabel.cutmix(torch.zeros(2, 3, 4, 4), torch.eye(2), box=box)
     for beta in (0, float("inf")):
@@ -525,6 +561,10 @@ def test_bad_input():
         relabel.SoftTargetCrossEntropy()(torch.zeros(2, 3), torch.zeros(2))
     with pytest.raises(ValueError, match="boxes"):
         roi_align(torch.zeros(1, 1, 3, 3), torch.zeros(2, 4), 1)
+    with pytest.raises(ValueError, match="boxes as a list"):
+        roi_align(torch.zeros(1, 1, 3, 3), [[0, 0, 1, 1]], 1)
+    with pytest.raises(ValueError, match="at least one cell"):
+        roi_align(torch.zeros(1, 1, 0, 3), torch.zeros(2, 5), 1)
     with pytest.raises(ValueError, match="image index"):
         roi_align(torch.zeros(1, 1, 3, 3), torch.tensor([[1.0, 0, 0, 1, 1]]), 1)
     with pytest.raises(ValueError, match="input must be"):
@@ -535,7 +575,8 @@ def test_bad_input():
     for size in ((1, 0), (1, 2, 3), -1):
         with pytest.raises(ValueError, match="output_size must be positive"):
             roi_align(torch.zeros(1, 1, 3, 3), torch.zeros(1, 5), size)
-    with pytest.raises(ValueError, match="size must be"):
-        relabel.RandomResizedCropWithCoords(0)
+    for options in ((0,), (2.5,), (4, (0.1,)), (4, (0.5, 0.1)), (4, (0.1, 1), (1, float("inf")))):
+        with pytest.raises(ValueError, match="size must be"):
+            relabel.RandomResizedCropWithCoords(*options)
     with pytest.raises(TypeError, match="img must be a PIL image"):
         relabel.RandomResizedCropWithCoords(4)(np.zeros((8, 8, 3)))

@@ -55,13 +55,34 @@ def test_crops_and_speed(tmp_path, run):
     assert [row["way"] for row in speed["tables"]["pooling"]][:2] == ["sparse", "dense"]
 
 
-@pytest.mark.parametrize("script, option", [("relabel_crops", "--store"),
-                                            ("relabel_crops", "--metadata"),
-                                            ("relabel_generate", "--teacher")])
-def test_files_for_real_images_need_these(script, option, tmp_path, run, capsys):
+@pytest.mark.parametrize("script, option, value", [
+    ("relabel_crops", "--store", "x"), ("relabel_crops", "--metadata", "x"),
+    ("relabel_generate", "--teacher", "x"), ("relabel_generate", "--size", 64),
+    ("relabel_imagenet", "--sets", "x"), ("relabel_imagenet", "--images", 3)])
+def test_files_for_real_images_need_these(script, option, value, tmp_path, run, capsys):
     with pytest.raises(SystemExit):
-        run(script, tmp_path / "out", option, tmp_path)
-    assert re.search(f"{option}.* need.? --data", capsys.readouterr().err)
+        run(script, tmp_path / "out", option, value)
+    assert re.search(f"{option}.* (need.?|only with) --data", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments_are_named(tmp_path, run, capsys):
+    for option, *values in (("--methods", "relabel", "relabel"),
+                            ("--sets", tmp_path / "none", "--data", tmp_path)):
+        with pytest.raises(SystemExit):
+            run("relabel_imagenet", tmp_path / "out", option, *values)
+        assert f"error: {option}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="not 'small-x'"):
+        run("relabel_imagenet", tmp_path / "out", "--methods", "one-hot", "--arch", "small-x")
+    with pytest.raises(ValueError, match="128 training images do not fill a batch of 999"):
+        run("relabel_coco", tmp_path / "out", "--methods", "image", "--batch", 999)
+    for boxes, sizes, words in (("", "", "localization.txt holds no boxes"),
+                                ("a/b,1,2,3,nan", "a/b,9,9", "localization.txt, line 1: expected"),
+                                ("a/b,1,2,3,4", "a/b,0,9", "image_sizes.txt: a/b has no pixels")):
+        (tmp_path / "localization.txt").write_text(boxes)
+        (tmp_path / "image_sizes.txt").write_text(sizes)
+        with pytest.raises(ValueError, match=words):
+            run("relabel_crops", tmp_path / "out", "--data", tmp_path, "--metadata", tmp_path)
 
 
 def tree(root, folders, count=2, size=48):
