@@ -57,16 +57,31 @@ def _check_choice(accepted: Iterable[str], **argument: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
 
 
-def _check_count(**arguments: int) -> None:
+def _check_count(least: int = 1, /, **arguments: int) -> None:
     for name, value in arguments.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_finite(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _check_shape(*shape: int, **arrays: Tensor | None) -> None:
     for name, x in arrays.items():
-        if x is None or tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {None if x is None else (*x.shape,)}")
+        given = (*x.shape,) if hasattr(x, "shape") else type(x).__name__
+        if given != shape:
+            raise ValueError(f"{name} must be {shape}, got {given}")
+
+
+def _check_indices(low: int, high: int, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.is_floating_point() or x.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {x.dtype}")
+        if x.min() < low or x.max() > high:
+            raise ValueError(f"{name} must be in {low}..{high}, got {x.min()}..{x.max()}")
 
 
 def _check_binary(**arrays: Tensor) -> None:
@@ -89,16 +104,22 @@ def _check_items(ndim: int, **tensors: Tensor) -> None:
 
 
 def _check_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
-    lengths = torch.as_tensor(lengths)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    lengths = _tensor(tokens.device, lengths=lengths)
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(f"tokens must be non-empty (B, T), got {(*tokens.shape,)}")
     _check_shape(len(tokens), lengths=lengths)
-    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"lengths must be in 1..{tokens.shape[1]}, got {lengths.min().item()}.."
-                         f"{lengths.max().item()}")
-    return lengths.to(tokens.device, torch.int64)
+    _check_indices(1, tokens.shape[1], lengths=lengths)
+    return lengths.long()
+
+
+def _tensor(device: torch.device | None = None, /, **array) -> Tensor:
+    (name, value), = array.items()
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got "
+                        f"{type(value).__name__}") from None
+    return tensor.to(device=device)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -116,14 +137,19 @@ class MultiHeadSelfAttention(nn.Module):
 
     def __init__(self, n_head: int, d_in: int, d_hidden: int):
         super().__init__()
+        _check_count(n_head=n_head, d_in=d_in, d_hidden=d_hidden)
         self.w_1 = nn.Linear(d_in, d_hidden, bias=False)
         self.w_2 = nn.Linear(d_hidden, n_head, bias=False)
         nn.init.xavier_uniform_(self.w_1.weight)
         nn.init.xavier_uniform_(self.w_2.weight)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _check_shape(*x.shape[:2], self.w_1.in_features, x=x)
         scores = self.w_2(torch.tanh(self.w_1(x)))
         if mask is not None:
+            _check_shape(*x.shape[:2], mask=mask)
+            if mask.dtype != torch.bool or mask.all(1).any():
+                raise ValueError("mask must be bool and leave an item of every row")
             scores = scores.masked_fill(mask.unsqueeze(-1), -math.inf)
         attention = scores.softmax(dim=1)
         pooled = attention.transpose(1, 2) @ x
@@ -147,6 +173,7 @@ class PIENet(nn.Module):
     def forward(self, out: Tensor, x: Tensor,
                 pad_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         pooled, attention = self.attention(x, pad_mask)
+        _check_shape(len(x), self.fc.out_features, out=out)
         residual = self.dropout(torch.sigmoid(self.fc(pooled)))
         state = out if residual.ndim == 2 else out.unsqueeze(1)
         return self.layer_norm(state + residual), attention, residual
@@ -166,6 +193,7 @@ class UncertaintyModuleImage(nn.Module):
 
     def forward(self, pooled: Tensor, x: Tensor) -> dict[str, Tensor]:
         residual, attention = self.attention(x)
+        _check_shape(len(x), x.shape[2], pooled=pooled)
         return {"logsigma": self.fc(residual) + self.fc2(pooled), "attention": attention}
 
 
@@ -191,10 +219,14 @@ class GaussianHead(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, init_logsigma: float = -3.0):
         super().__init__()
+        _check_count(d_in=d_in, d_out=d_out)
+        _check_finite(init_logsigma=init_logsigma)
         self.mean, self.logsigma = nn.Linear(d_in, d_out), nn.Linear(d_in, d_out)
         nn.init.constant_(self.logsigma.bias, init_logsigma)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _check_items(2, x=x)
+        _check_shape(len(x), self.mean.in_features, x=x)
         return F.normalize(self.mean(x), dim=-1), self.logsigma(x)
 
 
@@ -236,6 +268,8 @@ class EncoderImage(nn.Module):
     def __init__(self, backbone: nn.Module, cnn_dim: int, embed_dim: int,
                  n_samples_inference: int = 7):
         super().__init__()
+        _check_count(cnn_dim=cnn_dim, embed_dim=embed_dim)
+        _check_count(0, n_samples_inference=n_samples_inference)
         self.n_samples_inference = n_samples_inference
         self.cnn = backbone
         self.fc = nn.Linear(cnn_dim, embed_dim)
@@ -245,8 +279,8 @@ class EncoderImage(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator | None = None,
                 num_samples: int | None = None) -> dict[str, Tensor]:
         features, width = self.cnn(images), self.fc.in_features
-        if features.ndim not in (2, 4) or features.shape[1] != width:
-            raise ValueError(f"backbone must give (B, {width}, H, W) or (B, {width}), "
+        if features.ndim not in (2, 4) or features.shape[1] != width or 0 in features.shape:
+            raise ValueError(f"backbone must give non-empty (B, {width}, H, W) or (B, {width}), "
                              f"got {(*features.shape,)}")
         local = features.reshape(*features.shape[:2], -1).transpose(1, 2)
         pooled = local.mean(1)
@@ -265,6 +299,8 @@ class EncoderText(nn.Module):
     def __init__(self, vocab_size: int, word_dim: int = 300, embed_dim: int = 1024,
                  final_state: str = "last_position", n_samples_inference: int = 7):
         super().__init__()
+        _check_count(vocab_size=vocab_size, word_dim=word_dim, embed_dim=embed_dim)
+        _check_count(0, n_samples_inference=n_samples_inference)
         if embed_dim % 2:
             raise ValueError(f"embed_dim must be even (two GRU directions), got {embed_dim}")
         self.n_samples_inference, self.final_state = n_samples_inference, final_state
@@ -276,7 +312,8 @@ class EncoderText(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor, generator: torch.Generator | None = None,
                 num_samples: int | None = None) -> dict[str, Tensor]:
         lengths = _check_lengths(tokens, lengths)
-        words = self.embed(tokens)
+        _check_indices(0, self.embed.num_embeddings - 1, tokens=tokens)
+        words = self.embed(tokens.long())
         pad_mask = torch.arange(tokens.shape[1], device=tokens.device) >= lengths.unsqueeze(1)
         state = _sentence_state(self.rnn, words, lengths, self.final_state)
         mean = self.pie_net(state, words, pad_mask)
@@ -331,13 +368,16 @@ class PCME(nn.Module):
     def load_official(self, state_dict: dict) -> None:
         """Load a checkpoint of the public implementation (its dict, or the entry "model" alone).
 
-        All names and shapes must fit; batch norm's step counters may be missing.
+        All names and shapes must fit, or the model stays as it is; batch norm's step counters may
+        be missing.
         """
         try:
-            self.load_state_dict({name.removeprefix("module."): value for name, value
-                                  in state_dict.get("model", state_dict).items()})
-        except RuntimeError as error:
+            weights = {name.removeprefix("module."): value for name, value
+                       in state_dict.get("model", state_dict).items()}
+            copy.deepcopy(self).load_state_dict(weights)
+        except (AttributeError, RuntimeError) as error:
             raise ValueError(f"state_dict does not fit: {str(error)[:600]}") from None
+        self.load_state_dict(weights)
 
 
 # ---------------------------------------------------------------- sampling
@@ -359,6 +399,7 @@ def sample_gaussian(mu: Tensor, logsigma: Tensor, num_samples: int,
         eps = torch.randn(count, drawn, dim, generator=generator, device=mu.device, dtype=mu.dtype)
         if antithetic:
             eps = torch.cat([eps, -eps], dim=1)[:, :num_samples]
+    _check_items(3, eps=eps)
     _check_shape(count, num_samples, dim, eps=eps)
     return torch.addcmul(mu.unsqueeze(1), logsigma.exp().unsqueeze(1), eps.to(mu))
 
@@ -394,7 +435,7 @@ def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> 
         if count != other:
             raise ValueError(f"matched is needed for {count} images and {other} captions")
         return torch.eye(count, dtype=torch.bool, device=images.device)
-    matched = torch.as_tensor(matched, device=images.device)
+    matched = _tensor(images.device, matched=matched)
     _check_shape(count, other, matched=matched)
     if not ((matched >= 0) & (matched <= 1)).all():
         raise ValueError("matched must be in [0, 1]")
@@ -411,10 +452,11 @@ class _PairLoss(nn.Module):
 
     def __init__(self, shift: float, negative_scale: float, **weights: float):
         super().__init__()
+        _check_finite(init_shift=shift, init_negative_scale=negative_scale, **weights)
         self.shift, self.negative_scale = (nn.Parameter(torch.full((1,), float(x)))
                                            for x in (shift, negative_scale))
         for name, weight in weights.items():
-            if not weight >= 0:
+            if weight < 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}")
             setattr(self, name, weight)
 
@@ -532,11 +574,11 @@ def _uniformity(x: Tensor, rows: Tensor | None, generator: torch.Generator | Non
     if rows is None and len(x) > 128:                         # the published rule: with replacement
         device = x.device if generator is None else generator.device
         rows = torch.randint(len(x), (128,), generator=generator, device=device)
-    rows = torch.arange(len(x)) if rows is None else torch.as_tensor(rows)
-    if rows.dtype != torch.int64 or len(rows) < 2 or rows.min() < 0 or rows.max() >= len(x):
-        raise ValueError(f"uniform_rows must be at least 2 rows (int64) of 0..{len(x) - 1}, "
-                         f"got {rows.dtype} {rows[:5].tolist()}")
-    squared = F.pdist(x[rows.to(x.device)]).square()          # gradient 0 at duplicates
+    rows = torch.arange(len(x)) if rows is None else _tensor(uniform_rows=rows)
+    if rows.ndim != 1 or len(rows) < 2:
+        raise ValueError(f"uniform_rows must be (N,) with at least 2 rows, got {(*rows.shape,)}")
+    _check_indices(0, len(x) - 1, uniform_rows=rows)
+    squared = F.pdist(x[rows.to(x.device, torch.int64)]).square()        # gradient 0 at duplicates
     return torch.logsumexp(-2 * squared, 0) - math.log(len(squared))
 
 
@@ -733,7 +775,8 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
     `out` (Nq, Ng) is filled. Gradients are not kept.
     """
     _check_choice(METHODS, method=method)
-    q, g = torch.as_tensor(q), torch.as_tensor(g)
+    _check_finite(shift=shift, negative_scale=negative_scale)
+    q, g = _tensor(q=q), _tensor(g=g)
     _check_items(3 if method in SAMPLED else 2, q=q, g=g)
     queries, gallery = [q], [g]
     if method in GAUSSIANS:
@@ -741,8 +784,11 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
         _check_shape(*g.shape, g_logsigma=g_logsigma)
         queries, gallery = [q, torch.as_tensor(q_logsigma)], [g, torch.as_tensor(g_logsigma)]
     device, dtype = device or q.device, dtype or _wide(q).dtype
+    if not getattr(dtype, "is_floating_point", False):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if out is None:
         out = torch.empty(len(q), len(g), dtype=dtype, device=device)
+    _check_items(2, out=out)
     _check_shape(len(q), len(g), out=out)
     if block is None:                                         # tiles of a few MB
         elementwise = method in ("min", "max", "elk", "bhattacharyya")
@@ -750,7 +796,7 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
     _check_count(block=block)
     for row, column in itertools.product(range(0, len(q), block), range(0, len(g), 4 * block)):
         rows, columns = slice(row, row + block), slice(column, column + 4 * block)
-        left, right = ([x[part].to(device, dtype) for x in side]
+        left, right = ([_wide(x[part].to(device, dtype)) for x in side]
                        for side, part in ((queries, rows), (gallery, columns)))
         tile = _tile(method, left, right, (float(shift), float(negative_scale)))
         out[rows, columns] = tile.to(out)
@@ -763,7 +809,7 @@ ROWS = 64                                 # queries ranked at once: bounds memor
 
 
 def _similarity(sim) -> Tensor:
-    sim = torch.as_tensor(sim).detach()
+    sim = _tensor(sim=sim).detach()
     sim = _wide(sim) if sim.is_floating_point() else sim.double()
     if sim.ndim != 2 or 0 in sim.shape:
         raise ValueError(f"sim must be non-empty (queries, gallery), got {(*sim.shape,)}")
@@ -774,7 +820,7 @@ def _similarity(sim) -> Tensor:
 
 def _judged(sim, positives) -> tuple[Tensor, Tensor]:
     sim = _similarity(sim)
-    positives = torch.as_tensor(positives, device=sim.device)
+    positives = _tensor(sim.device, positives=positives)
     _check_shape(*sim.shape, positives=positives)
     _check_binary(positives=positives)
     return sim, positives.bool()
@@ -782,7 +828,7 @@ def _judged(sim, positives) -> tuple[Tensor, Tensor]:
 
 def _labels(sim: Tensor, **rows_and_columns) -> list[Tensor]:
     """Two arrays as tensors, one with an entry per row of sim and one with an entry per column."""
-    arrays = [torch.as_tensor(x, device=sim.device) for x in rows_and_columns.values()]
+    arrays = [_tensor(sim.device, **{name: x}) for name, x in rows_and_columns.items()]
     for name, array, count in zip(rows_and_columns, arrays, sim.shape):
         _check_shape(count, **{name: array})
     return arrays
@@ -858,7 +904,8 @@ def eccv_metrics(sim, positives) -> dict[str, float]:
 
 
 def _folds(n: int, folds: int) -> list[slice]:
-    if folds < 1 or n % folds:
+    _check_count(folds=folds)
+    if n % folds:
         raise ValueError(f"folds must divide the number of images, {n}, got {folds}")
     return [slice(start, start + n // folds) for start in range(0, n, n // folds)]
 
@@ -912,10 +959,11 @@ def plausible_match_codes(instances: dict | list,
     image_ids = [int(image) for image in image_ids]
     held = {image: np.zeros(90, dtype=np.uint8) for image in image_ids}
     for item in items:
-        if item["image_id"] in held:
-            if not 1 <= item["category_id"] <= 90:
-                raise ValueError(f"category_id must be in 1..90, got {item['category_id']}")
-            held[item["image_id"]][item["category_id"] - 1] = 1
+        code, category = held.get(item["image_id"]), item.get("category_id")
+        if code is not None:
+            if category not in range(1, 91):
+                raise ValueError(f"category_id must be in 1..90, got {category!r}")
+            code[category - 1] = 1
     codes = np.stack([held[image] for image in image_ids])
     return codes, codes.any(1)
 
@@ -940,12 +988,11 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
     count = len(sim)
     annotated = np.ones(count, dtype=bool) if annotated is None else annotated
     keep, owner = _labels(sim, annotated=annotated, caption_image_index=caption_image_index)
-    codes = torch.as_tensor(codes, device=sim.device).float()
+    codes = _tensor(sim.device, codes=codes).float()
     if codes.ndim != 2 or len(codes) != count:
         raise ValueError(f"codes must be ({count}, K), got {(*codes.shape,)}")
     _check_binary(codes=codes, annotated=keep)
-    if owner.is_floating_point() or owner.min() < 0 or owner.max() >= count:
-        raise ValueError(f"caption_image_index must be integers in 0..{count - 1}")
+    _check_indices(0, count - 1, caption_image_index=owner)
     if not len(zetas) or any(zeta < 0 or zeta != int(zeta) for zeta in zetas):
         raise ValueError(f"zetas must be integers >= 0, got {zetas!r}")
     parts = []
@@ -1008,7 +1055,7 @@ def _plausible_precision(sim: Tensor, queries: Tensor, gallery: Tensor, q_codes:
 
 def uncertainty(logsigma, kind: str = "geometric_mean") -> Tensor:
     """logsigma (N, D) -> (N,): "geometric_mean" mean_k logsigma, or "trace" sum_k sigma^2."""
-    logsigma = _wide(torch.as_tensor(logsigma))
+    logsigma = _wide(_tensor(logsigma=logsigma))
     _check_items(2, logsigma=logsigma)
     _check_choice(("geometric_mean", "trace"), kind=kind)
     return logsigma.mean(1) if kind == "geometric_mean" else (2 * logsigma).exp().sum(1)
@@ -1063,21 +1110,29 @@ def drop_words(tokens: Tensor, lengths: Tensor, ratio: float,
 def occlusion_curve(model: PCME, images: Tensor, ratios: Sequence[float],
                     seed: int = 0) -> dict[float, float]:
     """Ratio -> mean uncertainty of images with that part of the area hidden (`occlude`)."""
-    return _curve(ratios, model.encode_image, lambda ratio: (occlude(images, ratio, seed),))
+    return _curve(model, ratios, model.encode_image, lambda ratio: (occlude(images, ratio, seed),))
 
 
 def word_drop_curve(model: PCME, tokens: Tensor, lengths: Tensor, ratios: Sequence[float],
                     seed: int = 0) -> dict[float, float]:
     """Ratio -> mean uncertainty of captions without that part of their words (`drop_words`)."""
-    return _curve(ratios, model.encode_text, lambda ratio: drop_words(tokens, lengths, ratio, seed))
+    return _curve(model, ratios, model.encode_text,
+                  lambda ratio: drop_words(tokens, lengths, ratio, seed))
 
 
 @torch.no_grad()
-def _curve(ratios: Sequence[float], encode: Callable, damaged: Callable) -> dict[float, float]:
+def _curve(model: PCME, ratios: Sequence[float], encode: Callable,
+           damaged: Callable) -> dict[float, float]:
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise ValueError(f"ratios must be in [0, 1], got {list(ratios)}")
-    return {ratio: uncertainty(encode(*damaged(ratio), num_samples=0)["logsigma"]).mean().item()
-            for ratio in ratios}
+    training = [module for module in model.modules() if module.training]
+    model.eval()                                              # batch norm's statistics stay
+    try:
+        return {ratio: uncertainty(encode(*damaged(ratio), num_samples=0)["logsigma"]).mean().item()
+                for ratio in ratios}
+    finally:
+        for module in training:
+            module.training = True
 
 
 # ---------------------------------------------------------------- tokens
@@ -1154,9 +1209,15 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
     those of the whole batch (ranks need equal batches). Send "state" for a snapshot; `resume` takes
     it and goes on to the same numbers.
     """
-    counts = [epochs] * len(phases) if isinstance(epochs, int) else list(epochs)
-    if len(counts) != len(phases) or min(counts, default=0) < 1:
-        raise ValueError(f"epochs must be positive, one per phase ({len(phases)}), got {epochs}")
+    counts = [epochs] * len(phases) if isinstance(epochs, (int, np.integer)) else list(epochs)
+    if len(counts) != len(phases) or not counts:
+        raise ValueError(f"epochs must be one per phase ({len(phases)}), got {epochs}")
+    for count, phase in zip(counts, phases):
+        if not isinstance(phase, dict) or not {"lr"} <= phase.keys() <= {"lr", "t_max", "frozen"}:
+            raise ValueError(f"a phase must be a dict of lr, t_max and frozen, got {phase}")
+        _check_count(epochs=count, t_max=phase.get("t_max", 1))
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be above 0 or None, got {clip}")
     device, own = next(model.parameters()).device, list(criterion.parameters())
     generator = torch.Generator(device).manual_seed(seed)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -1169,49 +1230,56 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
         generator.set_state(resume["generator"])
         position = resume["position"]
     first, step = plan.index((position["phase"], position["epoch"])), position["step"]
-    for number, (phase, epoch) in enumerate(plan[first:], first):
-        settings, skip = phases[phase], position["batch"] if number == first else 0
-        if epoch == 0 or number == first:
-            frozen = tuple(settings.get("frozen", ()))
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(trainable[name] and not name.startswith(frozen))
-            weights = [p for p in model.parameters() if p.requires_grad]
-            updates = optimizer(weights + own, lr=settings["lr"])
-        if resume and number == first:
-            updates.load_state_dict(resume["optimizer"])
-            scaler.load_state_dict(resume["scaler"])
-        turn = math.pi * epoch / settings.get("t_max", counts[phase])
-        lr = settings["lr"] * 0.5 * (1 + math.cos(turn))
-        for group in updates.param_groups:
-            group["lr"] = lr
-        model.train()
-        for module in model.modules():
-            if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        for index, batch in _batches(loader, number, skip):
-            batch = [None if part is None else part.to(device) for part in batch]
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                out = model(*batch[:3], num_samples=0)
-            loss, parts = _batch_loss(model, criterion, out, batch[3:], generator)
-            updates.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(updates)
-            _reduce_gradients(weights, own)
-            norm = nn.utils.clip_grad_norm_(weights, math.inf if clip is None else clip)
-            scaler.step(updates)
-            scaler.update()
-            step += 1
-            values = {**parts, "grad_norm": norm.detach()}
-            floats = torch.stack([value.float() for value in values.values()]).tolist()
-            row = {"step": step, "phase": phase, "epoch": epoch, "lr": lr}
-            if (yield row | dict(zip(values, floats))) == "state":
-                position = {"phase": phase, "epoch": epoch, "batch": index + 1, "step": step}
-                yield copy.deepcopy({
-                    "model": model.state_dict(), "criterion": criterion.state_dict(),
-                    "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
-                    "generator": generator.get_state(), "position": position})
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
+    try:
+        for number, (phase, epoch) in enumerate(plan[first:], first):
+            settings, skip = phases[phase], position["batch"] if number == first else 0
+            if epoch == 0 or number == first:
+                frozen = settings.get("frozen", ())
+                frozen = frozen if isinstance(frozen, str) else tuple(frozen)
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(trainable[name] and not name.startswith(frozen))
+                weights = [p for p in model.parameters() if p.requires_grad]
+                updates = optimizer(weights + own, lr=settings["lr"])
+            if resume and number == first:
+                updates.load_state_dict(resume["optimizer"])
+                scaler.load_state_dict(resume["scaler"])
+            turn = math.pi * epoch / settings.get("t_max", counts[phase])
+            lr = settings["lr"] * 0.5 * (1 + math.cos(turn))
+            for group in updates.param_groups:
+                group["lr"] = lr
+            model.train()
+            for module in model.modules():
+                if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            index = skip - 1
+            for index, batch in _batches(loader, number, skip):
+                batch = [None if part is None else part.to(device) for part in batch]
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    out = model(*batch[:3], num_samples=0)
+                loss, parts = _batch_loss(model, criterion, out, batch[3:], generator)
+                updates.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(updates)
+                _reduce_gradients(weights, own)
+                norm = nn.utils.clip_grad_norm_(weights, math.inf if clip is None else clip)
+                scaler.step(updates)
+                scaler.update()
+                step += 1
+                values = {**parts, "grad_norm": norm.detach()}
+                floats = torch.stack([value.float() for value in values.values()]).tolist()
+                row = {"step": step, "phase": phase, "epoch": epoch, "lr": lr}
+                if (yield row | dict(zip(values, floats))) == "state":
+                    position = {"phase": phase, "epoch": epoch, "batch": index + 1, "step": step}
+                    yield copy.deepcopy({
+                        "model": model.state_dict(), "criterion": criterion.state_dict(),
+                        "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
+                        "generator": generator.get_state(), "position": position})
+            if index < 0:
+                raise ValueError(f"loader gave no batch in epoch {epoch} of phase {phase}; "
+                                 "an iterator serves one epoch only")
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
 
 
 def _batches(loader: Iterable, epoch: int, skip: int) -> Iterator[tuple[int, Sequence]]:

@@ -367,6 +367,8 @@ def test_half_out_and_foreign_inputs():
     strided = k.transpose(0, 1).contiguous().transpose(0, 1)
     close(pcme.pairwise_similarity(q.numpy(), strided.numpy()), out)
     assert pcme.pairwise_similarity(q, k, dtype=torch.float64).dtype == torch.float64
+    close(pcme.pairwise_similarity(q, k, "matmul", dtype=torch.float16),
+          pcme.pairwise_similarity(q.half(), k.half(), "matmul").half(), 0, 0)
     before = q.clone()
     pcme.pairwise_similarity(q, k, "matmul")
     assert torch.equal(q, before)
@@ -490,6 +492,19 @@ LOSS = MC()
     (lambda: MC(vib_beta=1.0, kl_convention="std")(
         z(2, 2, 4), z(2, 2, 4), z(2, 4), z(2, 4), caption_mu=z(3, 4)), "caption_mu"),
     (lambda: MC(block=0), "block"),
+    (lambda: MC(num_samples=True), "num_samples"),
+    (lambda: MC(init_shift=math.nan), "init_shift"),
+    (lambda: MC(uniform_lambda=math.inf), "uniform_lambda"),
+    (lambda: pcme.GaussianHead(0, 4), "d_in"),
+    (lambda: pcme.GaussianHead(3, 4)(z(2, 4)), "x must be"),
+    (lambda: pcme.EncoderImage(nn.Identity(), 0, 8), "cnn_dim"),
+    (lambda: pcme.EncoderImage(nn.Identity(), 4, 8, -1), "n_samples_inference"),
+    (lambda: pcme.EncoderImage(nn.Identity(), 4, 8, 0)(z(2, 4, 0, 3)), "backbone"),
+    (lambda: pcme.EncoderText(0, 4, 8), "vocab_size"),
+    (lambda: pcme.MultiHeadSelfAttention(1, 4, 2)(z(2, 4)), "x must be"),
+    (lambda: pcme.MultiHeadSelfAttention(1, 4, 2)(z(2, 3, 4), torch.ones(2, 3).bool()), "mask"),
+    (lambda: pcme.PIENet(1, 4, 6, 2)(z(1, 6), z(2, 3, 4)), "out must be"),
+    (lambda: pcme.UncertaintyModuleImage(4, 6, 2)(z(1, 4), z(2, 3, 4)), "pooled"),
     (lambda: pcme.sample_gaussian(z(2, 3), z(2, 4), 7), "logsigma"),
     (lambda: pcme.sample_gaussian(z(2, 3), z(2, 3), 0), "num_samples"),
     (lambda: pcme.sample_gaussian(z(2, 3), z(2, 3), 2, eps=z(2, 3, 3)), "eps"),
@@ -499,12 +514,15 @@ LOSS = MC()
     (lambda: SIM(z(2, 4), z(2, 4), "csd"), "q_logsigma"),
     (lambda: SIM(z(2, 4), z(2, 5), "l2"), "same D"),
     (lambda: SIM(z(2, 4), z(2, 4), "l2", out=z(3, 3)), "out"),
+    (lambda: SIM(z(2, 4), z(2, 4), "l2", shift=math.nan), "shift"),
     (lambda: pcme.recall_at_k(torch.tensor([[math.nan, 1.0]]), [[True, False]], 1), "NaN"),
     (lambda: pcme.r_precision(z(2, 3), np.eye(2, 3) * [[1], [0]]), r"no positive.*\[1\]"),
     (lambda: pcme.recall_at_k(z(2, 3), torch.ones(3, 2), 1), "positives"),
     (lambda: pcme.r_precision(z(2, 3), torch.full((2, 3), 0.5)), "positives must be 0 or 1"),
     (lambda: pcme.recall_at_k(z(2, 3), torch.ones(2, 3), 1.5), "k must be an integer"),
     (lambda: pcme.plausible_match_codes({"images": []}, [1]), "annotations"),
+    (lambda: pcme.plausible_match_codes([{"image_id": 1}], [1]), "category_id"),
+    (lambda: pcme.coco_recalls(z(5, 5), range(5), range(5), 2.5), "folds must be an integer"),
     (lambda: pcme.cub_metrics(z(2, 3), [0, 1], [0, 1]), "g_labels"),
     (lambda: pcme.coco_recalls(z(3, 6), [0, 1, 2], [0, 0, 1, 1, 2, 2], 2), "folds"),
     (lambda: pcme.coco_recalls(z(3, 6), [0, 1], [0] * 6), "image_ids"),
@@ -521,16 +539,24 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
-def test_lengths_are_checked():
+def test_types_are_checked():
     encoder, tokens = pcme.EncoderText(5, 4, 8), torch.ones(2, 3, dtype=torch.int64)
     for lengths in ([0, 1], [1, 4], [1]):
         with pytest.raises(ValueError, match="lengths"):
             encoder(tokens, torch.tensor(lengths))
     with pytest.raises(TypeError, match="lengths"):
         encoder(tokens, torch.tensor([1.0, 2.0]))
-    with pytest.raises(TypeError, match="caption"):
-        pcme.tokenize(3)
-    with pytest.raises(TypeError, match="caption_samples"):
-        LOSS(z(2, 2, 2), np.zeros((2, 2, 2)))
-    with pytest.raises(TypeError, match="image_samples"):
-        LOSS(torch.ones(2, 2, 2, dtype=torch.int64), z(2, 2, 2))
+    with pytest.raises(ValueError, match=r"tokens must be in 0..4, got 1..5"):
+        encoder(torch.tensor([[1, 5, 2]]), torch.tensor([2]))
+    for name, call in {
+            "lengths": lambda: encoder(tokens, None),
+            "tokens": lambda: encoder(tokens.float(), torch.tensor([1, 2])),
+            "caption": lambda: pcme.tokenize(3),
+            "caption_samples": lambda: LOSS(z(2, 2, 2), np.zeros((2, 2, 2))),
+            "image_samples": lambda: LOSS(torch.ones(2, 2, 2, dtype=torch.int64), z(2, 2, 2)),
+            "eps": lambda: pcme.sample_gaussian(z(2, 3), z(2, 3), 1, eps=tokens.unsqueeze(1)),
+            "out": lambda: SIM(z(2, 4), z(2, 4), "l2", out=tokens),
+            "dtype": lambda: SIM(z(2, 4), z(2, 4), "l2", dtype=torch.int64),
+            "positives": lambda: pcme.r_precision(z(2, 3), None)}.items():
+        with pytest.raises(TypeError, match=name):
+            call()

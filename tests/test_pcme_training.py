@@ -79,8 +79,10 @@ def test_model_outputs_official_checkpoints_and_heads():
     saved = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
     other.load_official({"model": {f"module.{k}": v for k, v in saved.items()}})
     assert all(torch.equal(saved[k], other.state_dict()[k]) for k in saved)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
     with pytest.raises(ValueError, match="Missing key"):
-        other.load_official({"img_enc.fc.weight": torch.zeros(1)})
+        other.load_official({"img_enc.fc.bias": torch.zeros(8)})
+    assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
     heads = pcme.PCME(pcme.GaussianHead(5, 4), pcme.GaussianHead(3, 4))
     out = heads(z(6, 5), z(6, 3))
     assert out["caption_features"].shape == (6, 7, 4) and out["image_attentions"] is None
@@ -88,9 +90,22 @@ def test_model_outputs_official_checkpoints_and_heads():
     assert pcme.EncoderImage(nn.Identity(), 5, 4)(z(6, 5))["mu"].shape == (6, 4)
 
 
-def test_epochs_of_every_phase_are_needed():
-    with pytest.raises(ValueError, match="epochs"):
-        next(pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(), [], epochs=(1, 2)))
+@pytest.mark.parametrize("arguments, message", [
+    ({"epochs": (1, 2)}, "epochs must be one per phase"), ({"epochs": 0}, "epochs must be an int"),
+    ({"epochs": 1, "phases": {"lr": 1.0}}, "phase must be"),
+    ({"epochs": 1, "phases": [{"lr": 1.0, "tmax": 2}]}, "phase must be"),
+    ({"epochs": 1, "phases": [{"lr": 1.0, "t_max": 0}]}, "t_max"),
+    ({"epochs": 1, "clip": 0.0}, "clip"), ({"epochs": 1}, "gave no batch in epoch 0")])
+def test_arguments_of_the_training_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        next(pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(), [], **arguments))
+
+
+def test_an_iterator_that_is_used_up_ends_the_training():
+    steps = pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(5, 5), iter(batches(2)), epochs=2)
+    assert [next(steps)["step"], next(steps)["step"]] == [1, 2]
+    with pytest.raises(ValueError, match="epoch 1 of phase 0"):
+        next(steps)
 
 
 PHASES = ({"lr": 0.02, "frozen": ("img_enc.cnn", "txt_enc.embed")}, {"lr": 0.01})
@@ -125,6 +140,25 @@ def test_resuming_gives_the_same_numbers(stop):
     state = torch.load(file, weights_only=True)
     rest = pcme.train(tiny_model(5), make(), batches(), resume=state, **options)
     assert list(rest) == whole[stop:]
+
+
+def test_a_run_that_is_left_in_phase_one_unfreezes_the_model():
+    options = {"epochs": (1, 1), "phases": PHASES}
+    whole = list(pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(5, 5), batches(), **options))
+    model, criterion = tiny_model(), pcme.MCSoftContrastiveLoss(5, 5)
+    steps = pcme.train(model, criterion, batches(), **options)
+    next(steps)
+    state = steps.send("state")
+    steps.close()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert list(pcme.train(model, criterion, batches(), resume=state, **options)) == whole[1:]
+
+
+def test_one_prefix_may_be_frozen():
+    model = tiny_model()
+    phase = {"lr": 0.02, "frozen": "img_enc.cnn"}
+    next(pcme.train(model, pcme.MCSoftContrastiveLoss(5, 5), batches(1), epochs=1, phases=[phase]))
+    assert model.img_enc.cnn[0].weight.grad is None and model.img_enc.fc.weight.grad is not None
 
 
 def test_captions_of_one_image_are_matches_when_ids_are_given():
@@ -179,6 +213,11 @@ def test_curves_start_at_the_plain_input():
     close(dropped[1.0], mean(model.encode_text(ends, lengths.clamp(max=2))), 1e-5)
     with pytest.raises(ValueError, match="ratios"):
         pcme.occlusion_curve(model, images, [2.0])
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert pcme.occlusion_curve(model, images, [0.0, 0.5]) == hidden
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
 
 
 def losses_and_norms(batches):
