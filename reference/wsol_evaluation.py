@@ -60,6 +60,8 @@ def _maps(name: str, maps: Array, dims: Sequence[int],
     if maps.ndim not in dims:
         raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions, "
                          f"got shape {tuple(maps.shape)}")
+    if 0 in maps.shape[-2:]:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(maps.shape)}")
     if not any(kind in getattr(maps.dtype, "name", str(maps.dtype)) for kind in kinds):
         raise TypeError(f"{name} must hold {' or '.join(kinds)} values, got {maps.dtype}")
     if isinstance(maps, np.ndarray):
@@ -70,8 +72,6 @@ def _maps(name: str, maps: Array, dims: Sequence[int],
 def _scoremaps(maps: Array, name: str = "scoremaps", dims: Sequence[int] = (2, 3)) -> Tensor:
     """A valid score map, or a batch of them, as a contiguous float64 tensor [B, H, W]."""
     maps = _maps(name, maps, dims, ("float",)).contiguous()
-    if 0 in maps.shape[-2:]:
-        raise ValueError(f"{name} must not be empty, got shape {tuple(maps.shape)}")
     if maps.numel():
         low, high = torch.stack(torch.aminmax(maps)).tolist()
         if not (low >= 0 and high <= 1):                      # also true for a NaN
@@ -389,10 +389,15 @@ def _thresholds(values: Sequence[float] | None, interval: float, name: str) -> n
         if not 0 < interval <= 1:
             raise ValueError(f"interval must be in (0, 1], got {interval}")
         return np.arange(0, 1, interval)
-    values = np.asarray(values, dtype=np.float64)
+    values = np.array(values, dtype=np.float64)               # the caller's own may change
     if values.ndim != 1 or len(values) == 0 or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"{name} must hold at least one threshold, all in [0, 1], got {values}")
     return values
+
+
+def _check_side(name: str, value: int) -> None:
+    if not value >= 1 or value % 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value}")
 
 
 def compute_bboxes_from_scoremaps(scoremap: Array, scoremap_threshold_list: Sequence[float],
@@ -424,7 +429,7 @@ def _valid_boxes(boxes: Sequence | np.ndarray, name: str, error: type[Exception]
     if not good.all():
         raise error(f"{name} must have 0 <= x0 <= x1 and 0 <= y0 <= y1, "
                     f"got {array[~good][0].tolist()}")
-    return array
+    return array.astype(np.float64)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -439,15 +444,20 @@ def calculate_multiple_iou(box_a: np.ndarray, box_b: np.ndarray) -> np.ndarray:
     """IoU float64 [A, B] of boxes [A, 4] and [B, 4] (x0, y0, x1, y1), all coordinates inclusive.
 
     RuntimeError for boxes with x1 < x0, y1 < y0 or a negative coordinate."""
-    a = _valid_boxes(box_a, "box_a", RuntimeError).astype(np.float64)
-    b = _valid_boxes(box_b, "box_b", RuntimeError).astype(np.float64)
+    a = _valid_boxes(box_a, "box_a", RuntimeError)
+    b = _valid_boxes(box_b, "box_b", RuntimeError)
     return _iou(a[:, None], b[None])
 
 
 def resize_bbox(box: Sequence[float], image_size: Sequence[int],
                 resize_size: Sequence[int]) -> tuple[int, int, int, int]:
-    """Scale (x0, y0, x1, y1) from image_size = (width, height) to resize_size, each truncated."""
-    corners = _valid_boxes([box], "box", RuntimeError)[0].astype(float).tolist()
+    """Scale (x0, y0, x1, y1) from image_size = (width, height) to resize_size, each truncated.
+
+    RuntimeError for boxes as in `calculate_multiple_iou`."""
+    corners = _valid_boxes([box], "box", RuntimeError)[0].tolist()
+    for name, size in (("image_size", image_size), ("resize_size", resize_size)):
+        if len(size) != 2 or not min(size) > 0:
+            raise ValueError(f"{name} must be a positive (width, height), got {tuple(size)}")
     return tuple(int(x * new / old) for x, new, old in
                  zip(corners, (*resize_size, *resize_size), (*image_size, *image_size)))
 
@@ -463,11 +473,11 @@ class _Evaluator:
     def __init__(self, known: Mapping, cam_threshold_list: Sequence[float] | None, interval: float,
                  resize_length: int, allow_repeat: bool) -> None:
         self.cam_threshold_list = _thresholds(cam_threshold_list, interval, "cam_threshold_list")
-        if resize_length < 1:
-            raise ValueError(f"resize_length must be positive, got {resize_length}")
+        _check_side("resize_length", resize_length)
         if not known:
             raise ValueError("the ground truth is empty: no image to evaluate")
-        self.known, self.resize_length, self.allow_repeat = known, resize_length, allow_repeat
+        self.known: dict[str, object] = dict(known)
+        self.resize_length, self.allow_repeat = resize_length, allow_repeat
         self.image_ids: list[str] = []               # in the order of accumulation
         self._seen: set[str] = set()
         self._batches: list[tuple[np.ndarray, ...]] = []
@@ -521,8 +531,7 @@ class _Evaluator:
     def _ready(self, strict: bool = False) -> None:
         if self.cnt == 0:
             raise RuntimeError("nothing to compute: no score map was accumulated")
-        if strict and len(self._seen) < len(self.known):
-            missing = [image_id for image_id in self.known if image_id not in self._seen]
+        if strict and (missing := [known for known in self.known if known not in self._seen]):
             raise ValueError(f"{len(missing)} of {len(self.known)} images were never accumulated, "
                              f"first {missing[0]!r}")
 
@@ -666,8 +675,7 @@ def get_mask(instance_masks: Sequence[np.ndarray], ignore_mask: np.ndarray | Non
     Each mask is resized as by OpenCV's INTER_NEAREST: no half pixel, its rounding of the scale."""
     if len(instance_masks) == 0:
         raise ValueError("instance_masks must hold at least one mask")
-    if size < 1:
-        raise ValueError(f"size must be positive, got {size}")
+    _check_side("size", size)
 
     def inside(mask: np.ndarray) -> np.ndarray:
         mask = np.asarray(mask)
@@ -708,6 +716,7 @@ class MaskEvaluator(_Evaluator):
             if np.setdiff1d(mask, (0, 1, 255)).size:
                 raise ValueError(f"gt_masks of {image_id!r} must hold 0, 1 and 255, "
                                  f"got {np.unique(mask)[:6].tolist()}")
+            self.known[image_id] = np.array(mask, dtype=np.uint8)
         self._edges = np.append(self.cam_threshold_list, [1.0, 2.0, 3.0])
         self.gt_true_score_hist, self.gt_false_score_hist = np.zeros((2, len(self._edges) - 1),
                                                                      np.int64)
@@ -717,7 +726,7 @@ class MaskEvaluator(_Evaluator):
 
     def _measure(self, maps: Tensor, image_ids: Sequence[str]) -> tuple[np.ndarray, tuple]:
         """Rows: histograms int32 [B, 2, bins] of the scores of negative and positive pixels."""
-        truth = np.stack([np.asarray(self.known[i]).astype(np.uint8) for i in image_ids])
+        truth = np.stack([self.known[image_id] for image_id in image_ids])
         truth, bins = torch.from_numpy(truth).to(maps.device), len(self._edges) - 1
         index = self._bin(maps)
         counted = (truth != 255) & (index >= 0)
@@ -765,6 +774,7 @@ class MaskEvaluator(_Evaluator):
     def confidence_interval(self, level: float = 0.95, resamples: int = 1000,
                             seed: int = 0) -> np.ndarray:
         """[2]: bootstrap interval of PxAP over images."""
+        self.compute()
         hist, = self._rows()
         false, true = np.float64(hist[:, 0]), np.float64(hist[:, 1])
         return self._bootstrap(level, resamples, seed,
@@ -836,8 +846,8 @@ def evaluate_wsol(scoremap_root: str | Path, metadata_root: str | Path,
             found.setdefault(image_id, []).append(_read_grey(Path(mask_root) / dataset_name / mask))
             if ignored:
                 ignore[image_id] = _read_grey(Path(mask_root) / dataset_name / ignored)
-        truth = {i: get_mask(masks, ignore.get(i)) for i, masks in found.items()}
-        evaluator = MaskEvaluator(truth, interval=cam_curve_interval)
+        evaluator = MaskEvaluator({i: get_mask(masks, ignore.get(i)) for i, masks in found.items()},
+                                  interval=cam_curve_interval)
     else:
         if not multi_iou_eval and 50 not in iou_threshold_list:
             raise ValueError("multi_iou_eval=False needs 50 in iou_threshold_list, "

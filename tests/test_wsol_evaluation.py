@@ -208,6 +208,9 @@ def test_broken_and_constant_maps_become_zero():
     assert wsol.normalize_scoremap(torch.tensor([[0, 1], [2, 4]])).tolist() == [[0, .25], [.5, 1]]
     with pytest.raises(TypeError, match="cam must hold float or int values, got complex128"):
         wsol.normalize_scoremap(np.ones((2, 2), complex))
+    for function in (wsol.normalize_scoremap, lambda cam: wsol.resize_scoremap(cam, 4)):
+        with pytest.raises(ValueError, match="cam must not be empty"):
+            function(np.zeros((2, 0, 3)))
     mixed = torch.tensor([[[0.0, 2], [1, 4]], [[0, np.inf], [1, 2]], [[5, 5], [5, 5]]])
     zero = [[0, 0], [0, 0]]
     assert wsol.normalize_scoremap(mixed).tolist() == [[[0, 0.5], [0.25, 1]], zero, zero]
@@ -254,6 +257,10 @@ def test_resize_bbox():
         map(tuple, data["gt_boxes_224"].tolist()))
     with pytest.raises(RuntimeError, match="box"):
         wsol.resize_bbox((5, 0, 4, 1), (10, 10), (224, 224))
+    for sizes, message in ((((0, 10), (4, 4)), "image_size"), (((10,), (4, 4)), "image_size"),
+                           (((10, 10), (4, -4)), "resize_size")):
+        with pytest.raises(ValueError, match=message):
+            wsol.resize_bbox((0, 0, 4, 1), *sizes)
 
 
 def box_truth():
@@ -301,6 +308,38 @@ def test_one_by_one_merged_and_pickled_equal_one_batch():
         whole.merge(wsol.BoxEvaluator(boxes, sizes, multi_contour_eval=False))
     with pytest.raises(ValueError, match="never accumulated"):
         whole.compute(strict=True)
+    first, second = (wsol.BoxEvaluator({f"{n}": boxes[f"{n}"] for n in some}, sizes, interval=0.1)
+                     for some in ((0, 1), (2, 3)))
+    first.accumulate(maps[0], "0")
+    second.accumulate(maps[2], "2")
+    with pytest.raises(ValueError, match="1 of 2 images were never accumulated, first '1'"):
+        first.merge(second).compute(strict=True)
+
+
+def test_evaluators_own_their_ground_truth_and_thresholds():
+    rng = np.random.default_rng(0)
+    maps, taus = rng.random((2, 8, 8)), np.arange(0, 1, 0.1)
+    boxes = {name: np.array([[1, 1, 5, 6]], np.float16) for name in "ab"}
+    sizes = dict.fromkeys("ab", (900, 700))
+    masks = {name: rng.integers(0, 2, (8, 8)) for name in "ab"}
+    results = []
+    for changed in (False, True):
+        evaluators = (wsol.BoxEvaluator(boxes, sizes, taus, resize_length=8),
+                      wsol.MaskEvaluator(masks, taus, resize_length=8))
+        if changed:
+            taus += 0.05
+            for truth in (boxes, masks):
+                truth["a"][:] = 0
+                del truth["b"]
+        for evaluator in evaluators:
+            evaluator.accumulate_batch(maps, ["a", "b"])
+        results.append((evaluators[0].result().curve.tolist(), evaluators[0].cam_threshold_list[1],
+                        evaluators[1].compute()))
+    assert results[0] == results[1]
+    large = np.array([[300, 300, 600, 600]])              # times 224 no float16
+    half, whole = (wsol.BoxEvaluator({"a": large.astype(kind)}, {"a": (900, 700)}).gt_boxes["a"]
+                   for kind in (np.float16, np.int64))
+    assert np.array_equal(half, whole)
 
 
 def test_many_true_boxes_and_low_maps_against_the_definition():
@@ -375,7 +414,8 @@ def test_box_evaluator_errors():
             ({"iou_threshold_list": (50, 50)}, "distinct"),
             ({"cam_threshold_list": []}, "cam_threshold_list"),
             ({"cam_threshold_list": [1.5]}, "cam_threshold_list"),
-            ({"interval": 0}, "interval"), ({"resize_length": 0}, "resize_length")):
+            ({"interval": 0}, "interval"), ({"resize_length": 0}, "resize_length"),
+            ({"resize_length": 2.5}, "resize_length")):
         with pytest.raises(ValueError, match=message):
             make(**options)
     evaluator = make()
@@ -470,6 +510,8 @@ def test_mask_errors():
         wsol.get_mask([np.zeros((2, 2, 3))])
     with pytest.raises(ValueError, match="size"):
         wsol.get_mask([np.zeros((2, 2))], size=0)
+    with pytest.raises(ValueError, match="size"):
+        wsol.get_mask([np.zeros((2, 2))], size=2.5)
     zeros = np.zeros((4, 4))
     for masks, options, message in (
             ({"a": zeros[:3]}, {}, "4 x 4"), ({"a": zeros + 2}, {}, "0, 1 and 255"),
@@ -480,8 +522,9 @@ def test_mask_errors():
     with pytest.raises(RuntimeError, match="accumulated"):
         evaluator.compute()
     evaluator.accumulate(zeros, "a")
-    with pytest.raises(RuntimeError, match="positive"):
-        evaluator.compute()
+    for result in (evaluator.compute, evaluator.confidence_interval):
+        with pytest.raises(RuntimeError, match="positive"):
+            result()
     with pytest.raises(TypeError, match="merge"):
         evaluator.merge(wsol.BoxEvaluator({"a": [[0, 0, 1, 1]]}, {"a": (4, 4)}))
 
