@@ -303,22 +303,35 @@ def run_name(method: str, seed: int) -> str:
 def start_study(parser: argparse.ArgumentParser, presets: dict[str, Settings],
                 argv: list[str] | None) -> tuple[harness.Run, Settings]:
     """Add the arguments of a training study and start it."""
-    parser.add_argument("--epochs", type=int, nargs="+", help="of each phase, not the preset's")
-    add_data_arguments(parser)
-    run = harness.start(parser, argv)
-    settings = presets[run.args.preset]
-    if run.args.epochs:
-        settings = settings._replace(epochs=tuple(run.args.epochs))
-    return run, settings
+    parser.add_argument("--epochs", type=harness.count, nargs="+",
+                        help="of each phase, not the preset's")
+    args = parse(parser, argv)
+    settings = presets[args.preset]
+    if len(set(args.methods)) < len(args.methods):
+        parser.error("--methods names one twice")
+    if args.epochs:
+        if len(args.epochs) != len(settings.phases):
+            parser.error(f"--epochs takes one number per phase, here {len(settings.phases)}")
+        settings = settings._replace(epochs=tuple(args.epochs))
+    return harness.start(parser, argv), settings
 
 
-def add_data_arguments(parser) -> None:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Add the arguments of the data and refuse what does not exist before a run is opened."""
     parser.add_argument("--ids", type=Path,
                         help="COCO: Karpathy's dataset_coco.json, or a folder of *_ids.npy or .txt")
     parser.add_argument("--vocabulary", type=Path,
                         help="JSON {word: id} (default: words that occur 4 times in training)")
     parser.add_argument("--trunk-weights", type=Path, help="ImageNet checkpoint of the trunk")
     parser.add_argument("--glove", type=Path, help="text file of word vectors")
+    args = parser.parse_args(argv)
+    for name, path in vars(args).items():
+        if isinstance(path, Path) and name not in ("out", "figures") and not path.exists():
+            parser.error(f"--{name.replace('_', '-')} {path}: no such file or folder")
+    for name in ("ids", "lists", "vocabulary"):
+        if args.data is None and getattr(args, name, None) is not None:
+            parser.error(f"--{name} needs --data")
+    return args
 
 
 def standard_error(values: list[float]) -> float:

@@ -1,6 +1,5 @@
 """The PCME scripts run on their smallest preset, on Flickr8k's layout too, and survive a kill."""
 
-
 import pytest
 from PIL import Image
 
@@ -53,10 +52,26 @@ def test_real_folders_and_the_uncertainty_of_trained_models(flickr, tmp_path, fi
         finish("pcme_coco", tmp_path / "wrong", "--data", tmp_path)
 
 
+@pytest.mark.parametrize("script, arguments, message", [
+    ("pcme_coco", ("--epochs", 0), "must be at least 1"),
+    ("pcme_coco", ("--epochs", 1, 2), "--epochs takes one number per phase, here 1"),
+    ("pcme_coco", ("--methods", "PCME", "PCME"), "--methods names one twice"),
+    ("pcme_coco", ("--vocabulary", __file__), "--vocabulary needs --data"),
+    ("pcme_coco", ("--glove", "nowhere"), "--glove nowhere: no such file"),
+    ("pcme_cub", ("--lists", "nowhere"), "--lists nowhere: no such file"),
+    ("pcme_uncertainty", ("--models", "nowhere"), "--models nowhere: no such file"),
+    ("pcme_uncertainty", ("--bins", 1), "--bins must be at least 2")])
+def test_wrong_arguments_are_refused_at_once(script, arguments, message, tmp_path, finish, capsys):
+    with pytest.raises(SystemExit) as stop:
+        finish(script, tmp_path / "out", *arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_uncertainty_and_the_plane_on_embedded_scenes(tmp_path, finish, capsys):
-    with pytest.raises(SystemExit):
-        finish("pcme_uncertainty", tmp_path / "out", "--bins", 1)
-    assert "--bins must be at least 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):                           # 25 images: known before training
+        finish("pcme_uncertainty", tmp_path / "out", "--bins", 26)
+    assert "--bins must be at most the 25 images" in capsys.readouterr().err
     result = finish("pcme_uncertainty", tmp_path / "out", "--figures", tmp_path / "figures")
     assert len(result["tables"]["recall by uncertainty"]) == 10
     assert (tmp_path / "figures" / "pcme_plane.png").exists()
