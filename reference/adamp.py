@@ -766,7 +766,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
     start_epoch = start_batch = 0
     if resume is not None:
         model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
         base_rates = resume["base_rates"]
         start_epoch, start_batch = resume["epoch"], resume["batch"]
     total = epochs * len(loader)

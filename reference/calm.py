@@ -478,7 +478,7 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
     first, skip, step = 0, 0, 0
     if resume is not None:
         bare.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
         if teacher is not None:
             teacher.load_state_dict(resume["teacher"])
         first, skip, step = resume["epoch"], resume["batch"], resume["step"]

@@ -1241,7 +1241,7 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
                 weights = [p for p in model.parameters() if p.requires_grad]
                 updates = optimizer(weights + own, lr=settings["lr"])
             if resume and number == first:
-                updates.load_state_dict(resume["optimizer"])
+                updates.load_state_dict(copy.deepcopy(resume["optimizer"]))   # it would keep it
                 scaler.load_state_dict(resume["scaler"])
             turn = math.pi * epoch / settings.get("t_max", counts[phase])
             lr = settings["lr"] * 0.5 * (1 + math.cos(turn))

@@ -1017,7 +1017,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     step = first_epoch = skip = 0
     if resume is not None:
         for name, part in moving.items():
-            part.load_state_dict(resume[name])
+            part.load_state_dict(copy.deepcopy(resume[name]))       # optimisers keep it
         for name, g in generators.items():
             g.set_state(resume["generators"][name])
         step, first_epoch, skip, lr = (resume[k] for k in ("step", "epoch", "batch", "lr"))

@@ -90,6 +90,8 @@ def _weight(lam: float | Tensor | None, alpha: float, generator: torch.Generator
         lam = _check_lam(lam, count)
     elif alpha <= 0:
         lam = 1.0
+    elif not alpha < float("inf"):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     else:
         draw = np.random.default_rng(int(_randint(2**62, (), generator)))
         lam = draw.beta(alpha, alpha, count if per_sample else None)
@@ -142,8 +144,9 @@ def cutout(x: Tensor, length: int, n_holes: int = 1, fill: float = 0.0,
     centers: (B, n_holes, 2) integers (row, column) replace the draw. Returns a new tensor.
     """
     _check_images(x)
-    if length < 0 or n_holes < 0:
-        raise ValueError(f"length and n_holes must be >= 0, got {length} and {n_holes}")
+    for name, value in (("length", length), ("n_holes", n_holes)):
+        if not isinstance(value, (int, np.integer)) or value < 0:
+            raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
     height, width = x.shape[-2:]
     if centers is None:
         rows = _randint(height, (len(x), n_holes), generator)
@@ -329,6 +332,8 @@ class _FeatureMixing:
         self._box = None
 
     def _hook(self, module: nn.Module, args: tuple) -> tuple:
+        if not args:
+            raise ValueError("a mixed module must get its input by position, not by name")
         x, *others = args
         self.perm = _permutation(self.perm, x, self._generator)
         if self.mode == "mixup":
@@ -596,7 +601,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     amp: False, a dtype, or True for bfloat16; float16 is loss-scaled.
     generator: source of every draw; ShakeDrop and DropBlock2d layers get their own, seeded by it.
     `steps.send("state")` returns a snapshot; `train(..., resume=snapshot)` goes on to the same
-    numbers.
+    numbers, also where a loader shuffles with the generator or with torch's global one.
+    ValueError if the loader gives no batch in an epoch, or fewer than were done of a resumed one.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     regularizer = Regularizer() if regularizer is None else regularizer
@@ -615,31 +621,34 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     step, first_epoch, first_batch = 0, 0, 0
     if resume is not None:
         model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
         scaler.load_state_dict(resume["scaler"])
         step, first_epoch, first_batch = resume["step"], resume["epoch"], resume["batch"]
-        if generator is not None:  # as when the epoch began: a loader may shuffle with it, too
-            generator.set_state(resume["epoch_generator"])
+
+    def restore(states: dict[str, Tensor]) -> None:
+        for name in states.keys() & generators.keys():
+            generators[name].set_state(states[name])
 
     try:
         for module in stochastic:
             module.generator = layers
         for epoch in range(first_epoch, epochs):
-            model.train()
             skip = first_batch if epoch == first_epoch else 0
             seeks = hasattr(loader, "set_epoch")
             if seeks:
                 loader.set_epoch(epoch, skip)
-            epoch_generator = None if generator is None else generator.get_state()
-            batches = iter(loader)
-            for _ in range(0 if seeks else skip):
-                next(batches)
-            if resume is not None:  # only now: what was skipped has drawn from the generators again
-                for name, state in resume["draws"].items():
-                    if name in generators:
-                        generators[name].set_state(state)
+            if resume is not None:  # as when the epoch began: the loader may shuffle with them
+                restore(resume["epoch_draws"])
+            epoch_draws = {name: one.get_state() for name, one in generators.items()}
+            batches, done = iter(loader), skip
+            if resume is not None:  # what is skipped draws from the generators again
+                for number in range(0 if seeks else skip):
+                    if next(batches, None) is None:
+                        raise ValueError(f"loader gives {number} batches, {skip} were done before")
+                restore(resume["draws"])
                 resume = None
-            for batch_index, (x, y) in enumerate(batches, skip):
+            for done, (x, y) in enumerate(batches, skip + 1):
+                model.train()  # every time: the caller may evaluate in between
                 lr = schedule(step) if schedule else optimizer.param_groups[0]["lr"]
                 for group in optimizer.param_groups if schedule else ():
                     group["lr"] = lr
@@ -662,8 +671,11 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                     yield copy.deepcopy({
                         "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(), "step": step, "epoch": epoch,
-                        "batch": batch_index + 1, "epoch_generator": epoch_generator,
+                        "batch": done, "epoch_draws": epoch_draws,
                         "draws": {name: one.get_state() for name, one in generators.items()}})
+            if not done:
+                raise ValueError(f"loader gave no batch in epoch {epoch}: it must start anew each "
+                                 "time")
     finally:
         for module in stochastic:
             module.generator = None

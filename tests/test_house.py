@@ -35,9 +35,11 @@ def test_a_method_imports_only_torch_numpy_pillow_and_the_standard_library(path)
 
 @pytest.mark.parametrize("path", METHODS, ids=name_of)
 def test_snapshots_of_training_are_copies(path):
-    """Training that goes on must not change what `send("state")` handed out."""
+    """Training that goes on must not change what `send("state")` handed out, nor training that is
+    resumed what it was given: an optimiser keeps the tensors it loads."""
     source = path.read_text(encoding="utf-8")
     assert source.count('== "state":') == source.count("yield copy.deepcopy({")
+    assert not re.search(r'load_state_dict\(resume\["optimi[sz]er"\]\)', source)
 
 
 def run_all(commands: list[list[str]], folders: list[Path],
