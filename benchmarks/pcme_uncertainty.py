@@ -39,10 +39,9 @@ def trained(run: harness.Run, problem: Problem, seed: int) -> tuple[pcme.PCME, n
     criterion = METHODS["PCME"][0](settings)
     source = (run.args.models or run.out) / f"{name}-weights.pt"
     if run.args.models or (run.args.resume and source.exists()):
-        state = harness.read_tensors(source)
         model = build_model(settings, len(problem.vocabulary), seed)
-        model.load_state_dict(state["model"])
-        criterion.load_state_dict(state["criterion"])
+        harness.load_weights(model, source)
+        criterion.load_state_dict(harness.read_tensors(source)["criterion"])
         return model.to(run.device), criterion.to(run.device)
     return train_method(run, name, problem, settings, criterion, True, seed), criterion
 

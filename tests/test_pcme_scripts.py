@@ -48,6 +48,8 @@ def test_real_folders_and_the_uncertainty_of_trained_models(flickr, tmp_path, fi
                     tmp_path / "study", "--figures", tmp_path / "figures")
     assert len(result["tables"]["uncertainty"]) == 5
     assert len(list((tmp_path / "figures").iterdir())) == 4
+    with pytest.raises(SystemExit, match="does not fit this model"):      # trained on other words
+        finish("pcme_uncertainty", tmp_path / "other", "--models", tmp_path / "study")
     with pytest.raises(FileNotFoundError, match="no Flickr8k here"):
         finish("pcme_coco", tmp_path / "wrong", "--data", tmp_path)
 
