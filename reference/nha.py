@@ -54,8 +54,16 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def _check_positive(**values: float | None) -> None:
     """Numbers above 0 (whole ones: at least 1); None stands for "not given"."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, not {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {value}")
+
+
+def _check_width(width: int, **values: Tensor | None) -> None:
+    """Size of the last dimension; None has none."""
+    for name, value in values.items():
+        shape = value if value is None else tuple(value.shape)
+        if (shape[-1] if shape else 0) != width:
+            raise ValueError(f"{name} must be (..., {width}), not {shape}")
 
 
 def _per_sample(name: str, value, samples: int, device, dtype=None) -> Tensor:
@@ -150,9 +158,9 @@ def _tensors(method: str, like: tuple[torch.dtype, torch.device]) -> tuple[Tenso
     """c (S, 1) and dense (S, 4) in float64; a (S, S) and error (S,) in the state's dtype."""
     tab, (dtype, device) = _TABLEAUS[method], like
     a = [row + [0] * (len(tab.c) - len(row)) for row in tab.a]
-    times = [torch.tensor(v, dtype=torch.float64).to(device) for v in (tab.c, tab.dense)]
+    times = [torch.tensor(v, dtype=torch.float64).to(device) for v in (tab.c, tab.dense or [])]
     return times[0][:, None], times[1], *(torch.tensor(v, dtype=dtype).to(device)
-                                          for v in (a, tab.error))
+                                          for v in (a, tab.error or []))
 
 
 class Stats(NamedTuple):
@@ -197,17 +205,23 @@ def _norm(x: Tensor, shared: bool) -> Tensor:
     return (norm / x.numel() ** 0.5).expand(len(x)) if shared else norm / x.shape[1] ** 0.5
 
 
-def _attempt(f: Callable, t: Tensor, h: Tensor, y: Tensor, fy: Tensor, method: str):
-    """A step h (B,) from (t, y), fy = f(t, y): end state, slope there and all h k_i (S, B, n)."""
-    tab, scale = _TABLEAUS[method], h.to(y.dtype)[:, None]
+def _step(f: Callable, t: Tensor, h: Tensor, y: Tensor, method: str, fy: Tensor | None = None):
+    """A step h (B,) from (t, y), where f is fy if that is known: state at the end, slope at the
+    last stage, the h k_i. That slope is f's own tensor, which f may fill again when next called."""
+    tab, scale, hk = _TABLEAUS[method], h.to(y.dtype)[:, None], []
+
+    def moved(weights):
+        state = y
+        for weight, change in zip(weights, hk):
+            state = torch.add(state, change, alpha=weight) if weight else state
+        return state
+
     times = (t + _tensors(method, (y.dtype, y.device))[0] * h).to(y.dtype).unbind()
-    end, k = y, [fy]
-    for time, row in zip(times[1:], tab.a[1:]):
-        end = y
-        for weight, slope in zip(row, k):
-            end = torch.addcmul(end, slope, scale, value=weight) if weight else end
-        k.append(f(time, end))
-    return end, k[-1], torch.stack(k) * scale
+    for time, row in zip(times, tab.a):
+        end = moved(row)
+        slope = f(time, end) if fy is None or hk else fy
+        hk.append(slope * scale)
+    return moved(tab.b) if tab.error is None else end, slope, hk
 
 
 def _dense(y: Tensor, hk: Tensor, theta: Tensor, method: str) -> Tensor:
@@ -257,13 +271,12 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     `watch`. Where gradients are enabled, `y` and `hk` carry them; step sizes are constants."""
     tab, every = _TABLEAUS[method], check_every or (1 if y.device.type == "cpu" else 8)
     samples, t, sign, end = len(y), start, torch.ones_like(span).copysign(span), span.abs()
-    rows, offset = torch.arange(samples, device=y.device), torch.zeros_like(span)
+    rows, offset, fy = torch.arange(samples, device=y.device), torch.zeros_like(span), fy.clone()
     h = sign * (first_step or _first_step(f, t, y, fy, sign, method, rtol, atol, shared))
     memory = [torch.ones_like(h), torch.full_like(h, 10.0)] if controller == "PI" else []
     active, failed = end > 0, torch.zeros_like(rows, dtype=torch.bool)
     least, tail = y.new_full((), atol), None
-    # Over all samples: the row within the batch, the distance; both after every attempt: `path`.
-    place, reached, path, history, starts = rows, offset, [], [], [0]
+    history, reached, starts = [], [], [0]
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         for attempt in itertools.count():
             if attempt % every == 0 or attempt >= max_steps:
@@ -275,7 +288,6 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
                     rows, t, offset, y, fy, h, end, active, *memory = (
                         v.index_select(0, keep) for v in
                         (rows, t, offset, y, fy, h, end, active, *memory))
-                    place = place.index_copy(0, rows, torch.arange(alive, device=y.device))
                 if (torch.is_grad_enabled() and len(rows) <= FEW and y.shape[1] <= NARROW
                         and y.itemsize >= 4                 # torch solves no system in half
                         and bool(((end - offset.abs()) / h.abs() > MANY).any())):
@@ -285,7 +297,8 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
             if watch:
                 left = end - offset.abs()
                 step = torch.where(h.abs() < left, h, left.copysign(h))
-            y1, f1, hk = _attempt(f, t + offset, step, y, fy, method)
+            y1, f1, hk = _step(f, t + offset, step, y, method, fy)
+            hk = torch.stack(hk)
             ratio = _error_ratio(y, y1, hk, method, rtol, least, shared)
             ok = (ratio <= 1) & active
             history.append((rows, offset, step, y, hk, ok, active))
@@ -300,25 +313,26 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
                 there = torch.where(step == h, there, end.copysign(h))
                 factor = torch.where(ok & (step != h) & (factor > 1), h / step, factor)
             if every == 1 and bool(ok.all()):               # elsewhere asking would cost a wait
-                offset, y, fy = there, y1, f1
+                offset, y, fy = there, y1, f1.clone()
             else:
                 offset, took = torch.where(ok, there, offset), ok[:, None]
                 y, fy = torch.where(took, y1, y), torch.where(took, f1, fy)
             h, distance = step * factor, offset.abs()
             active = active & (distance < end)
-            reached = distance if len(rows) == samples else reached.index_copy(0, rows, distance)
-            path.append((reached, place + starts[-1]))
+            reached.append(distance)
             starts.append(starts[-1] + len(rows))
 
     if not history:                                         # every span is 0
         history = [(rows, offset, h, y, torch.stack([y] * len(tab.c)), active, active)]
-        path = [(reached, place)]
+        reached, starts = [offset], [0, samples]
     if alive:
         failed[rows] |= active
     rows, offset, h, y, hk, ok, tried = (torch.cat(v, int(i == 4)) for i, v in
                                          enumerate(zip(*history)))
-    accepted = ok.nonzero()[:, 0]
-    ends, row = (torch.stack(v, 1) for v in zip(*path))
+    accepted, number = ok.nonzero()[:, 0], torch.arange(len(rows), device=y.device)
+    attempt = torch.searchsorted(number.new_tensor(starts), number, right=True) - 1
+    table = lambda v: v.new_zeros(samples, len(starts) - 1).index_put((rows, attempt), v)
+    ends, row = table(torch.cat(reached)).cummax(1).values, table(number)
     message = ""
     if bool(failed.any()):
         reason = f"max_steps={max_steps} exceeded" if alive else "the step size underflowed"
@@ -524,14 +538,6 @@ def _check_times(t, y0: Tensor) -> Tensor:
     return t if t.dim() == 2 else t[:, None].expand(-1, len(y0))
 
 
-def _fixed_step(f: Callable, t: Tensor, h: Tensor, y: Tensor, method: str) -> Tensor:
-    tab, scale, k = METHODS[method], h.to(y.dtype)[:, None], []
-    combine = lambda weights: sum(w * k_i for w, k_i in zip(weights, k) if w)
-    for c, row in zip(tab.c, tab.a):
-        k.append(f((t + c * h).to(y.dtype), y + scale * combine(row)))
-    return y + scale * combine(tab.b)
-
-
 def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tuple[Tensor, int]:
     """Through `times` (T, B) in one step per interval, or equal ones no longer than step_size."""
     ys, count = [y], 0
@@ -541,7 +547,7 @@ def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tup
             parts = max(1, math.ceil(float((t1 - t).detach().abs().max()) / step_size - 1e-9))
         h = (t1 - t) / parts
         for part in range(parts):
-            y = _fixed_step(f, t + part * h, h, y, method)
+            y = _step(f, t + part * h, h, y, method)[0]
         count += parts
         ys.append(y)
     return torch.stack(ys), count
@@ -556,8 +562,9 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
 
     f(t (B,), y (B, n)) -> (B, n); with vector_time=False t is a scalar. Adaptive methods (bosh3,
     dopri5, tsit5) choose steps for each sample (per_sample=False: one step for the batch, as
-    torchdiffeq) and interpolate at t; fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take
-    one step per interval of t, or steps of at most `step_size`. `max_steps` counts attempts.
+    torchdiffeq) and interpolate at t (bosh3 less accurately than it steps, as torchdiffeq);
+    fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take one step per interval of t, or
+    steps of at most `step_size`. `max_steps` counts attempts.
     Gradients (first order): "backprop" of the accepted steps, to y0, t and whatever f uses;
     "adjoint" of a second ODE backwards, with the memory of the outputs only, to y0, t and `params`
     (after a fixed-step method, solved by dopri5).
@@ -722,9 +729,10 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
 
     def step_to(size, t):
         """State after a step `size`, slope there, the h k_i, the guard and its rate along f."""
-        state, slope, hk1 = _attempt(f, t, size, y, hk[0] / h.to(y.dtype)[:, None], method)
+        state, slope, hk1 = _step(f, t, size, y, method, hk[0] / h.to(y.dtype)[:, None])
         g, rate = _along_flow(guard, t + size, state, slope.detach())
-        return state, slope.detach(), hk1, *(v.gather(1, which[:, None])[:, 0] for v in (g, rate))
+        g, rate = (v.gather(1, which[:, None])[:, 0] for v in (g, rate))
+        return state, slope.detach(), torch.stack(hk1), g, rate
 
     with torch.no_grad():
         theta, which = watch.locate(begin + offset, h, y, hk)
@@ -970,8 +978,8 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
     method = _with_events(method)
     _check_positive(max_events=max_events, rtol=rtol, atol=atol)
     t = torch.as_tensor(t, dtype=torch.float64, device=x0.device)
-    if t.dim() != 1 or len(t) < 2 or not bool((t.diff() > 0).all()):
-        raise ValueError("t must be (T,), T >= 2, strictly increasing")
+    if t.dim() != 1 or len(t) < 1 or not bool((t.diff() > 0).all() & t.isfinite().all()):
+        raise ValueError("t must be (T,), T >= 1, finite and strictly increasing")
     (b, n), device = x0.shape, x0.device
     events = system.events or [Event(lambda t, x: torch.ones_like(t))]       # never fires
     ids = [i for i, event in enumerate(events) if isinstance(event, StochasticEvent)]
@@ -1164,9 +1172,14 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
     for name, least in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
         if least * bins > 1:
             raise ValueError(f"{name} {least} is too large for {bins} bins")
-    if h.shape[-1] != bins or d.shape[-1] != (bins - 1 if tails else bins + 1):
-        raise ValueError(f"w, h, d end in {bins}, {h.shape[-1]}, {d.shape[-1]}; expected K, K, "
-                         f"{'K - 1' if tails else 'K + 1'}")
+    try:
+        shape = torch.broadcast_shapes(x.shape, *(v.shape[:-1] for v in (w, h, d)))
+    except RuntimeError:
+        shape = None
+    if shape is None or h.shape[-1] != bins or d.shape[-1] != (bins - 1 if tails else bins + 1):
+        shapes = ", ".join(str(tuple(v.shape)) for v in (x, w, h, d))
+        raise ValueError(f"x (...), w, h (..., K) and d (..., {'K - 1' if tails else 'K + 1'}) "
+                         f"must agree, not {shapes}")
     low, high = (-tail_bound, tail_bound) if tails else (0.0, 1.0)
     inside = (x >= low) & (x <= high)
     if not tails and not bool(inside.all()):
@@ -1182,7 +1195,6 @@ def rational_quadratic_spline(x: Tensor, w: Tensor, h: Tensor, d: Tensor, *, inv
     slopes = F.pad(slopes, (1, 1), value=1.0) if tails else slopes
     xs, ys = knots(w, min_bin_width), knots(h, min_bin_height)
     # Outside points are computed at the bound, then replaced: nothing depends on data-sized masks.
-    shape = torch.broadcast_shapes(x.shape, w.shape[:-1])
     v = x.clamp(low, high).expand(shape)
     edges = (ys if inverse else xs)[..., 1:-1].expand(*shape, bins - 1).contiguous()
     bin_ = torch.searchsorted(edges.detach(), v.detach()[..., None].contiguous(), right=True)
@@ -1234,12 +1246,10 @@ class ConditionalFlow1d(nn.Module):
         self.net = _mlp(context_dim + n_groups, hidden, hidden, size) if context_dim else None
 
     def _rows(self, shape, c: Tensor | None, group) -> tuple[Tensor, Tensor, list]:
+        _check_width(self.context_dim, c=c)
         group = torch.as_tensor(group, device=self.raw.device).expand(shape)
         raw, k = self.raw[group], self.n_bins
-        given = 0 if c is None else c.shape[-1]
-        if given != self.context_dim:
-            raise ValueError(f"the context must have {self.context_dim} features, got {given}")
-        if c is not None:
+        if self.net is not None:
             c = c.expand(*shape, self.context_dim)
             raw = raw + self.net(torch.cat([c, F.one_hot(group, self.n_groups).to(c)], -1))
         layers = [p.split((k, k, k - 1), -1) for p in raw[..., 2:].split(3 * k - 1, -1)]
@@ -1294,6 +1304,7 @@ class _AffineFlow(nn.Module):
     passes = 1
 
     def _shift_and_log_scale(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        _check_width(self.dim, x=x), _check_width(self.context_dim, c=c)
         shift, log_scale = self.conditionals(x, c).chunk(2, -1)
         return shift, 2 * torch.tanh(log_scale / 2)
 
@@ -1325,7 +1336,7 @@ class AffineCoupling(_AffineFlow):
         super().__init__()
         if dim < 2:
             raise ValueError(f"dim must be at least 2, not {dim}")
-        self.dim = dim
+        self.dim, self.context_dim = dim, context_dim
         self.register_buffer("kept", (torch.arange(dim) < dim // 2).logical_xor(torch.tensor(flip)))
         self.net = _mlp(dim + context_dim, hidden, hidden, 2 * dim)
 
@@ -1342,7 +1353,7 @@ class MaskedAutoregressiveFlow(_AffineFlow):
     def __init__(self, dim: int, context_dim: int = 0, hidden: int = 32):
         super().__init__()
         _check_positive(dim=dim)
-        self.dim = self.passes = dim
+        self.dim, self.context_dim, self.passes = dim, context_dim, dim
         inputs, units = torch.arange(1, dim + 1), torch.arange(hidden) % max(dim - 1, 1) + 1
         units = units if dim > 1 else torch.zeros(hidden)        # one dimension: the context alone
         self.register_buffer("mask_in", (units[:, None] >= inputs).float())
@@ -1490,7 +1501,8 @@ class PaddedPieces(NamedTuple):
 
 def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
             jump_threshold: float | None = None, changepoint: float | None = None) -> list[Piece]:
-    """Cut ONE trajectory, t (T,), x (T, n), where a piece starts at sample i:
+    """Cut ONE trajectory, t (T,), x (T, n), where a piece starts at sample i if one of the rules
+    given holds:
 
     mode             the given labels change
     jump_threshold   |x_i - x_{i-1}| >= threshold * x_{i-1} > 0 in the first coordinate (TCP: 0.5)
@@ -1505,8 +1517,6 @@ def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
     if not bool((t.diff() >= 0).all()):
         raise ValueError("t must not decrease")
     _check_positive(jump_threshold=jump_threshold, changepoint=changepoint)
-    if mode is None and jump_threshold is None and changepoint is None:
-        raise ValueError("give mode, jump_threshold or changepoint")
     start = torch.zeros(len(t), dtype=torch.bool, device=x.device)
     if mode is not None:
         start[1:] |= mode[1:] != mode[:-1]
@@ -1609,6 +1619,7 @@ class ModeEncoder(nn.Module):
         self.register_buffer("alive", torch.ones(n_modes, dtype=torch.bool))      # see NHA.prune
 
     def logits(self, features: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        _check_width(self.layers[0].in_features, features=features)
         h = features
         for layer, activation in zip(self.layers, (torch.relu, torch.relu, torch.tanh)):
             h = layer(h)
@@ -1650,49 +1661,48 @@ class ModeDecoder(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_modes, state_dim, hidden or n_in))
         self.bias = nn.Parameter(torch.zeros(n_modes, state_dim))
 
+    @property
+    def n_modes(self) -> int:
+        return len(self.bias)
+
     def fields(self, x: Tensor) -> Tensor:
         """Every f_j at x (S, n): (S, m, n)."""
-        u = x[:, None, self.inputs].expand(-1, len(self.bias), -1)
+        _check_width(self.state_dim, x=x)
+        u = x[:, None, self.inputs].expand(-1, self.n_modes, -1)
         if self.hidden is not None:
             u = torch.tanh(torch.einsum("mhi,smi->smh", self.weight_in, u) + self.bias_in)
         return torch.einsum("mni,smi->smn", self.weight, u) + self.bias
 
     def forward(self, t: Tensor | None, x: Tensor, q: Tensor) -> Tensor:
+        _check_width(self.state_dim, x=x), _check_width(self.n_modes, q=q)
         if self.hidden is None:                                 # mix the maps, not their values
             mixed = torch.einsum("sm,mni->sni", q, self.weight)
             return torch.einsum("sni,si->sn", mixed, x[:, self.inputs]) + q @ self.bias
         return torch.einsum("sm,smn->sn", q, self.fields(x))
 
 
-class _Phi2(torch.autograd.Function):
-    """phi2(z) = (e^z - 1 - z) / z^2, phi2' = (phi1 - 2 phi2) / z with phi1 = (e^z - 1) / z; by
-    their series where the quotients cancel."""
+class _Phi(torch.autograd.Function):
+    """phi_k(z) = sum_j z^j / (j + k)!, that is phi_0 = e^z, phi_k = (phi_{k-1} - 1 / (k-1)!) / z,
+    by its series where the quotient cancels; phi_k' = phi_k - k phi_{k+1}."""
 
     @staticmethod
-    def value(z: Tensor) -> Tensor:
+    def forward(ctx, z: Tensor, k: int) -> Tensor:
         small, series = z.abs() < 0.1, torch.zeros_like(z)
         safe = torch.where(small, 1.0, z)
-        for k in range(9, 1, -1):
-            series = series * z + 1 / math.factorial(k)
-        return torch.where(small, series, (torch.expm1(safe) / safe - 1) / safe)
-
-    @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:
-        value = _Phi2.value(z)
+        for j in range(k + 7, k - 1, -1):
+            series = series * z + 1 / math.factorial(j)
+        value = torch.expm1(safe) / safe
+        for j in range(1, k):
+            value = (value - 1 / math.factorial(j)) / safe
+        value = torch.where(small, series, value)
         ctx.save_for_backward(z, value)
+        ctx.k = k
         return value
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         z, value = ctx.saved_tensors
-        if torch.is_grad_enabled():                           # for second derivatives
-            (slope,) = torch.autograd.grad(_Phi2.value(z).sum(), z, create_graph=True)
-            return grad * slope
-        small, slope, series = z.abs() < 0.1, torch.zeros_like(z), torch.zeros_like(z)
-        safe = torch.where(small, 1.0, z)
-        for k in range(9, 1, -1):
-            slope, series = slope * z + series, series * z + 1 / math.factorial(k)
-        return grad * torch.where(small, slope, (torch.expm1(safe) / safe - 2 * value) / safe)
+        return grad * (value - ctx.k * _Phi.apply(z, ctx.k + 1)), None
 
 
 class JumpMaps(nn.Module):
@@ -1705,6 +1715,7 @@ class JumpMaps(nn.Module):
 
     @torch.no_grad()
     def fit(self, x_pre: Tensor, x_post: Tensor, z: Tensor, z2: Tensor) -> "JumpMaps":
+        _check_width(self.bias.shape[-1], x_pre=x_pre, x_post=x_post)
         for a, b in torch.stack([z, z2], 1).unique(dim=0).tolist():
             rows = (z == a) & (z2 == b)
             design = F.pad(x_pre[rows], (0, 1), value=1.0).double()
@@ -1722,8 +1733,9 @@ class NHA(nn.Module):
     def __init__(self, encoder: ModeEncoder, decoder: ModeDecoder,
                  event_module: EventModule | None = None, jump: Callable | None = None):
         super().__init__()
-        if isinstance(decoder, ModeDecoder) and len(decoder.bias) != encoder.n_modes:
-            raise ValueError(f"decoder has {len(decoder.bias)} modes, encoder {encoder.n_modes}")
+        for name, part in (("decoder", decoder), ("event_module", event_module)):
+            if (modes := getattr(part, "n_modes", encoder.n_modes)) != encoder.n_modes:
+                raise ValueError(f"{name} has {modes} modes, encoder {encoder.n_modes}")
         self.encoder, self.decoder = encoder, decoder
         self.event_module, self.jump = event_module, jump
         # The encoder's modes -> the decoder's, which `prune` reduces.
@@ -1738,8 +1750,8 @@ class NHA(nn.Module):
 
         "rk4": classical, one step per interval, all pieces in parallel. "exact": affine modes
         driven by one coordinate u have u' = a u + b, x_i' = c_i u + d_i, so
-            x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi2(a tau) (a u0 + b),
-            phi2(z) = (e^z - 1 - z) / z^2."""
+            x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi_2(a tau) (a u0 + b),
+            phi_2(z) = (e^z - 1 - z) / z^2."""
         _check_choice("solver", solver, ("rk4", "exact"))
         if t.dim() != 2 or not len(t) == len(x0) == len(q):
             raise ValueError(f"x0 (S, n), q (S, m), t (S, L) must agree, not {tuple(x0.shape)}, "
@@ -1750,7 +1762,7 @@ class NHA(nn.Module):
             return self._exact(x0, q, tau.flatten(), row).view(*tau.shape, x0.shape[1])
         ys, f = [x0], lambda t, x: self.decoder(t, x, q)
         for start, step in zip(t.unbind(1), tau.diff(dim=1).unbind(1)):
-            ys.append(_fixed_step(f, start, step, ys[-1], "rk4"))
+            ys.append(_step(f, start, step, ys[-1], "rk4")[0])
         return torch.stack(ys, 1)
 
     def _exact(self, x0: Tensor, q: Tensor, tau: Tensor, row: Tensor) -> Tensor:
@@ -1758,11 +1770,12 @@ class NHA(nn.Module):
         u, n = range(self.decoder.state_dim)[self.decoder.inputs], x0.shape[1]
         if self.decoder.hidden is not None or len(u) != 1:
             raise ValueError("solver 'exact' needs affine modes (hidden=None) of one coordinate")
+        _check_width(self.decoder.state_dim, x0=x0), _check_width(self.decoder.n_modes, q=q)
         c, d = torch.einsum("sm,mn->sn", q, self.decoder.weight[..., 0]), q @ self.decoder.bias
         slope, a = c * x0[:, u] + d, c[:, u]
         x0, c, slope, a = torch.cat([x0, c, slope, a], 1)[row].split((n, n, n, 1), -1)
         tau = tau[:, None]
-        return x0 + slope * tau + c * (tau.square() * _Phi2.apply(a * tau) * slope[:, u])
+        return x0 + slope * tau + c * (tau.square() * _Phi.apply(a * tau, 2) * slope[:, u])
 
     def reconstruct(self, pieces: PaddedPieces, *, mode: str | None = None, solver: str = "rk4",
                     generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -1777,17 +1790,17 @@ class NHA(nn.Module):
         n_points). The event module's context is the state at the start of the piece."""
         if self.event_module is None:
             raise ValueError("generate needs an event_module")
-        _check_problem("x0", x0, "rk4")
-        if x0.shape[1] != self.decoder.state_dim:
-            raise ValueError(f"x0 must be (B, {self.decoder.state_dim}), not {tuple(x0.shape)}")
+        m, events = self.decoder.n_modes, self.event_module
+        if getattr(events, "n_modes", m) != m:
+            raise ValueError(f"event_module has {events.n_modes} modes, decoder {m}")
+        _check_problem("x0", x0, "rk4"), _check_width(self.decoder.state_dim, x0=x0)
         _check_positive(t_end=t_end, n_points=n_points)
-        m, n_in = len(self.decoder.bias), len(range(x0.shape[1])[self.decoder.inputs])
+        n_in = len(range(x0.shape[1])[self.decoder.inputs])
         solver = "exact" if self.decoder.hidden is None and n_in == 1 else "rk4"
         t = torch.linspace(0, t_end, n_points, dtype=torch.float64, device=x0.device)
 
         def advance(rows, start, x, z) -> _Leg:
-            context = x if self.event_module.context_dim else None
-            tau, z2 = self.event_module.sample(z, context, generator=generator)
+            tau, z2 = events.sample(z, x if events.context_dim else None, generator=generator)
             stop = start + tau.double().clamp(min=1e-9)
             begin, end = start[:, None], stop.clamp(max=2 * t_end)[:, None]
             grid = torch.cat([begin, t.expand(len(rows), -1).clamp(begin, end), end], 1)
@@ -1806,7 +1819,7 @@ class NHA(nn.Module):
         the modes kept, labelled 0..len - 1 from now on; fit the event module again."""
         if not (eps >= 0 and delta >= 0):
             raise ValueError(f"eps and delta must not be negative, not {eps}, {delta}")
-        labels, m = self.encode(pieces.features, mode="argmax").argmax(-1), len(self.decoder.bias)
+        labels, m = self.encode(pieces.features, mode="argmax").argmax(-1), self.decoder.n_modes
         usage = torch.bincount(labels, minlength=m) / len(labels)
         f = self.decoder.fields(pieces.x[pieces.mask])
         owner = labels[:, None].expand_as(pieces.mask)[pieces.mask]
@@ -1881,7 +1894,8 @@ def _descend(model: nn.Module, optimizer, step: Callable, epochs: int,
     first = 0
     if resume is not None:
         first = resume["epoch"]
-        model.load_state_dict(resume["model"]), optimizer.load_state_dict(resume["optimizer"])
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
         if generator is not None:
             generator.set_state(resume["generator"])
     for epoch in range(first, epochs):
@@ -1903,6 +1917,7 @@ def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000,
     """Full-batch training of encoder and decoder; yields {"epoch", "loss", "smape", "n_used"} and,
     with `true_modes`, "v" (of the labels the epoch used). `send("state")` hands out a snapshot for
     `resume`. Dropout and sampled modes draw from `generator`."""
+    _check_positive(epochs=epochs, enc_lr=enc_lr, dec_lr=dec_lr)
     groups = [{"params": model.encoder.parameters(), "lr": enc_lr},
               {"params": model.decoder.parameters(), "lr": dec_lr}]
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -1925,7 +1940,7 @@ def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000,
         return loss, out
 
     model.train()
-    yield from _descend(model, optimizer, step, epochs, generator, resume)
+    return _descend(model, optimizer, step, epochs, generator, resume)
 
 
 def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, *, context=None,
@@ -1934,6 +1949,7 @@ def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, 
                        resume: dict | None = None) -> Iterator[dict[str, float]]:
     """Maximum likelihood, full batch, cosine learning rate; yields {"epoch", "nll"}. Calls
     `initialize` first. `send("state")` hands out a snapshot for `resume`."""
+    _check_positive(epochs=epochs, lr=lr)
     if resume is None:
         module.initialize(tau, z, z2, context=context, censored=censored)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr, fused=True)
@@ -1944,7 +1960,7 @@ def train_event_module(module: EventModule, tau: Tensor, z: Tensor, z2: Tensor, 
         nll = -module.log_prob(tau, z, z2, context=context, censored=censored).mean()
         return nll, {"nll": nll.detach()}
 
-    yield from _descend(module, optimizer, step, epochs, generator, resume)
+    return _descend(module, optimizer, step, epochs, generator, resume)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ def test_conditional_flow_is_a_density_with_its_own_inverse():
     close(half, (1 - torch.distributions.LogNormal(0.0, 1.0).cdf(x)).log(), 2e-3)
     refused([(ValueError, "positive", lambda: plain.log_prob(torch.tensor([0.0]))),
              (ValueError, "positive", lambda: plain.log_prob(torch.tensor([math.nan]))),
-             (ValueError, "context", lambda: plain.log_prob(torch.ones(1), torch.ones(1, 2))),
-             (ValueError, "context", lambda: flow.log_prob(x, c[0, :, :1])),
+             (ValueError, r"c must be \(\.\.\., 0\)",
+              lambda: plain.log_prob(torch.ones(1), torch.ones(1, 2))),
+             (ValueError, "c must", lambda: flow.log_prob(x, c[0, :, :1])),
              (ValueError, "context_dim", lambda: nha.ConditionalFlow1d(-1)),
              (ValueError, "n_bins", lambda: nha.ConditionalFlow1d(n_bins=0))])
 
@@ -219,8 +220,9 @@ def test_segmentation_without_labels_jitter_and_errors():
     assert lengths[0] == lengths[1] != lengths[2]
     assert len(nha.segment(t, x, mode=[0] * 150 + [1] * 151)) == 2
     short, wide = [nha.Piece(t[:1], x[:1], 0, False)], [nha.Piece(t, x.expand(-1, 2), 0, True)]
-    refused([(ValueError, "mode, jump_threshold", lambda: nha.segment(t, x)),
-             (ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
+    whole, = nha.segment(t, x)                                  # no rule, no cut
+    assert torch.equal(whole.x, x) and whole.mode is None and whole.censored
+    refused([(ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
              (ValueError, "jump_threshold", lambda: nha.segment(t, x, jump_threshold=0)),
              (ValueError, "changepoint", lambda: nha.segment(t, x, changepoint=-1.0)),
              (ValueError, "t must not", lambda: nha.segment(t.flip(0), x, changepoint=1.0)),
@@ -320,10 +322,8 @@ def test_decoder_counts_starts_constant_and_the_exact_flow_is_rk4s_limit():
     close(exact, rk4, 1e-8)
     close(exact[0, 149, 0], x0[0, 0] * torch.exp(0.3465 * (t[0, 149] - t[0, 0])), 1e-7)
     for v in (1e-9, 0.0999, 0.1001, -3.0):
-        close(nha._Phi2.apply(double(v)[0]),
+        close(nha._Phi.apply(double(v)[0], 2),
               (math.expm1(v) - v) / v**2 if abs(v) > 1e-3 else 0.5, 1e-9)
-    at = double(-3.0, -0.1001, -0.0999, 0.0, 1e-6, 0.0999, 0.1001, 2.0).requires_grad_()
-    assert torch.autograd.gradcheck(nha._Phi2.apply, (at,), eps=1e-5, atol=1e-7)
     bent = nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 3, hidden=8))
     refused([(ValueError, "solver", lambda: model.decode(x0, q, t, solver="euler")),
              (ValueError, "affine", lambda: bent.decode(x0, q, t, solver="exact")),
@@ -471,5 +471,43 @@ def test_thresholds_weights_and_states_out_of_range_are_named():
     for beta in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="beta must be finite"):
             nha.v_measure([0, 1], [0, 1], beta)
-    with pytest.raises(ValueError, match=r"x0 must be \(B, 2\)"):
-        model.generate(torch.ones(1, 3), 0, 1.0)
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match="epochs must be positive"):
+            nha.train_mode_recovery(model, pieces, epochs=bad)
+        with pytest.raises(ValueError, match="epochs must be positive"):
+            nha.train_event_module(model.event_module, *exponential_race(9, 0), epochs=bad)
+    for rate in ("enc_lr", "dec_lr"):
+        with pytest.raises(ValueError, match=rate):
+            nha.train_mode_recovery(model, pieces, **{rate: -1.0})
+    for end in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="t_end must be positive and finite"):
+            model.generate(torch.ones(1, 2), 0, end)
+
+
+def test_wrong_widths_and_numbers_of_modes_are_named():
+    model = nha.NHA(nha.ModeEncoder(10, 2), nha.ModeDecoder(2, 2), nha.EventModule(2))
+    x, q, t, wide = torch.ones(3, 2), torch.eye(2)[[0, 1, 0]], torch.ones(3, 4), torch.ones(3, 3)
+    spline, flow = nha.rational_quadratic_spline, nha.MaskedAutoregressiveFlow(2, 1)
+    modes = r"event_module has 3 modes, {} 2".format
+    refused([
+        (ValueError, r"features must be \(\.\.\., 10\), not \(3, 3\)", lambda: model.encode(wide)),
+        (ValueError, "features must", lambda: model.encoder.logits(wide)),
+        (ValueError, r"x must be \(\.\.\., 2\)", lambda: model.decoder(None, wide, q)),
+        (ValueError, "x must", lambda: model.decoder.fields(wide)),
+        (ValueError, r"q must be \(\.\.\., 2\)", lambda: model.decoder(None, x, wide)),
+        (ValueError, "x must", lambda: model.decode(wide, q, t)),
+        (ValueError, "x0 must", lambda: model.decode(wide, q, t, solver="exact")),
+        (ValueError, "q must", lambda: model.decode(x, wide, t)),
+        (ValueError, "q must", lambda: model.decode(x, wide, t, solver="exact")),
+        (ValueError, "x0 must", lambda: model.generate(wide, 0, 1.0)),
+        (ValueError, "x_post must", lambda: nha.JumpMaps(2, 2).fit(x, wide, q, q)),
+        (ValueError, "x must", lambda: flow(wide, wide[:, :1])),
+        (ValueError, r"c must be \(\.\.\., 1\), not None", lambda: flow.inverse(x)),
+        (ValueError, "x must", lambda: nha.AffineCoupling(2)(wide)),
+        (ValueError, "must agree", lambda: spline(x[:, 0], wide, x, x, tail_bound=1.0)),
+        (ValueError, "must agree", lambda: spline(x[:2, 0], wide, wide, x, tail_bound=1.0)),
+        (ValueError, modes("encoder"),
+         lambda: nha.NHA(model.encoder, model.decoder, nha.EventModule(3)))])
+    model.event_module = nha.EventModule(3)
+    refused([(ValueError, modes("decoder"), lambda: model.generate(x, 0, 1.0))])
+    assert nha.ConditionalFlow1d().log_prob(x[:, 0], x[:, :0]).shape == (3,)    # a context of none
