@@ -1,6 +1,7 @@
 """The PCME scripts run on their smallest preset, on Flickr8k's layout too, and survive a kill."""
 
 import pytest
+import torch
 from PIL import Image
 
 from data_tools import synthetic
@@ -48,8 +49,9 @@ def test_real_folders_and_the_uncertainty_of_trained_models(flickr, tmp_path, fi
                     tmp_path / "study", "--figures", tmp_path / "figures")
     assert len(result["tables"]["uncertainty"]) == 5
     assert len(list((tmp_path / "figures").iterdir())) == 4
-    with pytest.raises(SystemExit, match="does not fit this model"):      # trained on other words
-        finish("pcme_uncertainty", tmp_path / "other", "--models", tmp_path / "study")
+    torch.save({"model": {}}, tmp_path / "PCME-seed0-weights.pt")
+    with pytest.raises(SystemExit, match="does not fit this model"):
+        finish("pcme_uncertainty", tmp_path / "other", "--models", tmp_path)
     with pytest.raises(FileNotFoundError, match="no Flickr8k here"):
         finish("pcme_coco", tmp_path / "wrong", "--data", tmp_path)
 
