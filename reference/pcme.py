@@ -631,7 +631,7 @@ class _CosineLoss(nn.Module):
         _check_items(3, image_samples=image_samples, caption_samples=caption_samples)
         images, captions = (_wide(x).mean(1) for x in (image_samples, caption_samples))
         parts = self.parts(_cosines(images, captions), _check_matched(matched, images, captions))
-        return parts["loss"], {name: value.detach() for name, value in parts.items()}
+        return parts["loss"], {name: value.detach().clone() for name, value in parts.items()}
 
 
 class TripletLoss(_CosineLoss):
@@ -642,6 +642,7 @@ class TripletLoss(_CosineLoss):
 
     def __init__(self, margin: float = 0.2, max_violation: bool = True):
         super().__init__()
+        _check_finite(margin=margin)
         self.margin, self.max_violation = margin, max_violation
 
     def parts(self, scores: Tensor, matched: Tensor) -> dict[str, Tensor]:
@@ -658,6 +659,8 @@ class InfoNCELoss(_CosineLoss):
 
     def __init__(self, init_temperature: float = 0.07):
         super().__init__()
+        if not 0 < init_temperature < math.inf:
+            raise ValueError(f"init_temperature must be above 0, got {init_temperature}")
         self.log_scale = nn.Parameter(torch.tensor(-math.log(init_temperature)))
 
     def parts(self, scores: Tensor, matched: Tensor) -> dict[str, Tensor]:

@@ -274,6 +274,17 @@ def test_soft_labels_rectangles_and_reductions():
           make()(images, captions, matched=hard.double())[0])
 
 
+@pytest.mark.parametrize("criterion", [
+    pcme.MCSoftContrastiveLoss(), pcme.TripletLoss(), pcme.InfoNCELoss()])
+def test_reported_parts_are_copies(criterion):
+    x, y = torch.randn(2, 4, 3, 8, generator=rng())
+    loss, parts = criterion(x, y)
+    before = loss.item()
+    for part in parts.values():
+        part.add_(1)
+    assert loss.item() == before == criterion(x, y)[0].item()
+
+
 def test_gradients_of_the_loss():
     g = rng(1)
     inputs = [torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
@@ -495,6 +506,8 @@ LOSS = MC()
     (lambda: MC(num_samples=True), "num_samples"),
     (lambda: MC(init_shift=math.nan), "init_shift"),
     (lambda: MC(uniform_lambda=math.inf), "uniform_lambda"),
+    (lambda: pcme.InfoNCELoss(0.0), "init_temperature"),
+    (lambda: pcme.TripletLoss(math.nan), "margin"),
     (lambda: pcme.GaussianHead(0, 4), "d_in"),
     (lambda: pcme.GaussianHead(3, 4)(z(2, 4)), "x must be"),
     (lambda: pcme.EncoderImage(nn.Identity(), 0, 8), "cnn_dim"),
