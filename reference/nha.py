@@ -154,13 +154,14 @@ def _with_events(method: str) -> str:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)                        # a solve with gradients may use them next
-def _tensors(method: str, like: tuple[torch.dtype, torch.device]) -> tuple[Tensor, ...]:
-    """c (S, 1) and dense (S, 4) in float64; a (S, S) and error (S,) in the state's dtype."""
-    tab, (dtype, device) = _TABLEAUS[method], like
+def _tensors(method: str, dtype: torch.dtype, device: torch.device) -> Tableau:
+    """The tableau as tensors: a (S, S) and error (S,) in the state's dtype, c (S, 1) and dense
+    (S, 4) in float64, since times are."""
+    tab = _TABLEAUS[method]
     a = [row + [0] * (len(tab.c) - len(row)) for row in tab.a]
-    times = [torch.tensor(v, dtype=torch.float64).to(device) for v in (tab.c, tab.dense or [])]
-    return times[0][:, None], times[1], *(torch.tensor(v, dtype=dtype).to(device)
-                                          for v in (a, tab.error or []))
+    tensor = lambda v, dtype=torch.float64: torch.tensor(v or [], dtype=dtype).to(device)
+    return tab._replace(a=tensor(a, dtype), error=tensor(tab.error, dtype),
+                        c=tensor(tab.c)[:, None], dense=tensor(tab.dense))
 
 
 class Stats(NamedTuple):
@@ -216,7 +217,7 @@ def _step(f: Callable, t: Tensor, h: Tensor, y: Tensor, method: str, fy: Tensor 
             state = torch.add(state, change, alpha=weight) if weight else state
         return state
 
-    times = (t + _tensors(method, (y.dtype, y.device))[0] * h).to(y.dtype).unbind()
+    times = (t + _tensors(method, y.dtype, y.device).c * h).to(y.dtype).unbind()
     for time, row in zip(times, tab.a):
         end = moved(row)
         slope = f(time, end) if fy is None or hk else fy
@@ -227,7 +228,7 @@ def _step(f: Callable, t: Tensor, h: Tensor, y: Tensor, method: str, fy: Tensor 
 def _dense(y: Tensor, hk: Tensor, theta: Tensor, method: str) -> Tensor:
     """States (..., n) at fractions theta (...) of steps from y (..., n) with hk (S, ..., n)."""
     powers = theta.expand(4, *theta.shape).cumprod(0).flatten(1)
-    weights = (_tensors(method, (theta.dtype, theta.device))[1] @ powers).to(y.dtype)
+    weights = (_tensors(method, y.dtype, y.device).dense @ powers).to(y.dtype)
     return y + (weights.view(len(weights), *theta.shape, 1) * hk).sum(0)
 
 
@@ -246,7 +247,7 @@ def _first_step(f, t, y, fy, sign, method, rtol, atol, shared) -> Tensor:
 
 def _error_ratio(y, y1, hk, method, rtol, least, shared) -> Tensor:
     """Norm (B,) of the error estimate over the tolerance, inf where it is NaN."""
-    weights = _tensors(method, (y.dtype, y.device))[3]
+    weights = _tensors(method, y.dtype, y.device).error
     error = torch.mv(hk.detach().view(len(hk), -1).t(), weights).view_as(y)
     largest = torch.maximum(y.detach().abs(), y1.detach().abs())
     tolerance = torch.add(least, largest, alpha=rtol)
@@ -380,7 +381,7 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, y0, points, steps, kept, begin, samples, method):
         ctx.save_for_backward(k, points)
-        ctx.more = steps, kept, begin, samples, _tensors(method, (y0.dtype, y0.device))[2]
+        ctx.more = steps, kept, begin, samples, _tensors(method, y0.dtype, y0.device).a
         return steps.y[begin:], steps.hk[:, begin:]
 
     @staticmethod
@@ -426,10 +427,10 @@ def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Step
     kept = steps.accepted[steps.accepted >= begin] if begin else steps.accepted
     if len(kept) == 0:
         return steps
-    c, _, a, _ = _tensors(method, (y0.dtype, y0.device))
+    weights = _tensors(method, y0.dtype, y0.device)
     hk = steps.hk.index_select(1, kept)
-    times = start[steps.sample[kept]] + steps.offset[kept] + c[1:] * steps.h[kept]  # of the stages
-    points = steps.y[kept] + (a[1:] @ hk.flatten(1)).view_as(hk[1:])
+    times = start[steps.sample[kept]] + steps.offset[kept] + weights.c[1:] * steps.h[kept]
+    points = steps.y[kept] + (weights.a[1:] @ hk.flatten(1)).view_as(hk[1:])
     points = torch.cat([y0, points.flatten(0, 1)]).detach().requires_grad_()
     k = f(torch.cat([t, times.flatten()]).to(y0.dtype), points)
     if not k.requires_grad:                             # f depends neither on y nor on a parameter
