@@ -34,6 +34,7 @@ lam CE(z, y) + (1 - lam) CE(z, y[perm]) = `mixed_cross_entropy`. Each function d
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -122,9 +123,8 @@ def _blend(x: Tensor, perm: Tensor, lam: float | Tensor) -> Tensor:
 
 def _returned(lam: float | Tensor, x: Tensor) -> float | Tensor:
     """lam as it leaves: a number, or a tensor on x's device, float32 or finer."""
-    if isinstance(lam, Tensor):
-        return lam.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    return lam
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return lam.to(x.device, dtype) if isinstance(lam, Tensor) else lam
 
 
 # ---- input: cutout, mixup, cutmix, noise ---------------------------------------------------------
@@ -332,8 +332,6 @@ class _FeatureMixing:
         self._box = None
 
     def _hook(self, module: nn.Module, args: tuple) -> tuple:
-        if not args:
-            raise ValueError("a mixed module must get its input by position, not by name")
         x, *others = args
         self.perm = _permutation(self.perm, x, self._generator)
         if self.mode == "mixup":
@@ -355,10 +353,9 @@ def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float =
                    ) -> Iterator[_FeatureMixing]:
     """Inside the block, the input of one module drawn from `module_names` is mixed in the batch.
 
-    "" names the model itself, that is mixup of the image. mode "cutmix" pastes a box of the feature
-    map instead (lam is then its adjusted value, known after the forward pass). The hook is gone
-    after the block, whatever happens in it. Mixing is done before the module runs: the published
-    code for layer 0 mixed the labels but convolved the unmixed image.
+    "" names the model itself: mixup of the image. mode "cutmix" pastes a box of the feature map
+    instead (lam is then adjusted, known after the forward pass). The hook is gone after the block.
+    Mixing comes before the module: the published code for layer 0 convolved the unmixed image.
 
         with manifold_mixup(net, ["", "layer1", "layer2"]) as mixed:
             logits = net(x)
@@ -505,10 +502,8 @@ class Regularizer:
     input: None, "noise", "cutout", "mixup", "cutmix" or a list, at most one of the mixing kinds;
         noise and cutout come first. Calling it with (x, y, generator) returns a :class:`Mixed`.
     prob, alpha: how often to mix, and Beta(alpha, alpha). length: side of cutout's hole.
-    sigma, clip: of the noise (clip=None for normalised images).
-    label_smoothing: eps, for the loss.
-    feature, modules: "mixup" or "cutmix" of the input of one of these submodules of the model (in
-        place of input mixing).
+    sigma, clip: of the noise (clip=None for normalised images). label_smoothing: eps of the loss.
+    feature, modules: in place of input mixing, "mixup" or "cutmix" of one of these modules' input.
     adversary: (model, x, y) -> attacked x, for instance functools.partial(fgsm, eps=8/255); the
         loss is (1 - adversary_weight) CE(clean) + adversary_weight CE(attacked) + pairing alp_loss.
     """
@@ -601,8 +596,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     amp: False, a dtype, or True for bfloat16; float16 is loss-scaled.
     generator: source of every draw; ShakeDrop and DropBlock2d layers get their own, seeded by it.
     `steps.send("state")` returns a snapshot; `train(..., resume=snapshot)` goes on to the same
-    numbers, also where a loader shuffles with the generator or with torch's global one.
-    ValueError if the loader gives no batch in an epoch, or fewer than were done of a resumed one.
+    numbers, also where the loader shuffles with the generator or with torch's global one.
+    ValueError for an epoch without batches, or a resumed one with fewer than were done.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     regularizer = Regularizer() if regularizer is None else regularizer
@@ -625,10 +620,6 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
         scaler.load_state_dict(resume["scaler"])
         step, first_epoch, first_batch = resume["step"], resume["epoch"], resume["batch"]
 
-    def restore(states: dict[str, Tensor]) -> None:
-        for name in states.keys() & generators.keys():
-            generators[name].set_state(states[name])
-
     try:
         for module in stochastic:
             module.generator = layers
@@ -638,14 +629,15 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
             if seeks:
                 loader.set_epoch(epoch, skip)
             if resume is not None:  # as when the epoch began: the loader may shuffle with them
-                restore(resume["epoch_draws"])
+                for name in generators.keys() & resume["epoch_draws"].keys():
+                    generators[name].set_state(resume["epoch_draws"][name])
             epoch_draws = {name: one.get_state() for name, one in generators.items()}
             batches, done = iter(loader), skip
-            if resume is not None:  # what is skipped draws from the generators again
-                for number in range(0 if seeks else skip):
-                    if next(batches, None) is None:
-                        raise ValueError(f"loader gives {number} batches, {skip} were done before")
-                restore(resume["draws"])
+            if resume is not None:  # only now: what is skipped draws from the generators again
+                if not seeks and sum(1 for _ in itertools.islice(batches, skip)) < skip:
+                    raise ValueError(f"loader gives fewer than the {skip} batches done before")
+                for name in generators.keys() & resume["draws"].keys():
+                    generators[name].set_state(resume["draws"][name])
                 resume = None
             for done, (x, y) in enumerate(batches, skip + 1):
                 model.train()  # every time: the caller may evaluate in between
@@ -662,20 +654,18 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 scaler.update()
                 predicted, lam = logits.detach().argmax(1), batch.lam
                 hits = lam * (predicted == batch.y_a) + (1 - lam) * (predicted == batch.y_b)
-                numbers = (loss.detach(), hits.float().mean(), torch.as_tensor(lam).float().mean())
-                numbers = torch.stack([number.to(device).float() for number in numbers])
-                loss_value, accuracy, mean_lam = numbers.tolist()  # the step's one host sync
-                step += 1
-                if (yield {"step": step, "epoch": epoch, "lr": lr, "loss": loss_value,
-                           "acc": accuracy, "lam": mean_lam}) == "state":
+                means = {"loss": loss.detach(), "acc": hits, "lam": torch.as_tensor(lam)}
+                values = torch.stack([m.to(device).float().mean() for m in means.values()])
+                step += 1  # and the step's one host sync:
+                if (yield {"step": step, "epoch": epoch, "lr": lr,
+                           **dict(zip(means, values.tolist()))}) == "state":
                     yield copy.deepcopy({
                         "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(), "step": step, "epoch": epoch,
                         "batch": done, "epoch_draws": epoch_draws,
                         "draws": {name: one.get_state() for name, one in generators.items()}})
             if not done:
-                raise ValueError(f"loader gave no batch in epoch {epoch}: it must start anew each "
-                                 "time")
+                raise ValueError(f"loader gave no batch in epoch {epoch}; an iterator serves one")
     finally:
         for module in stochastic:
             module.generator = None

@@ -73,15 +73,20 @@ def _device(model: Callable) -> torch.device | None:
     return None if parameter is None else parameter.device
 
 
+def _full(logits: Tensor) -> Tensor:
+    """float32, or float64 where they are that."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 @torch.no_grad()
 def predict(model: Callable, loader: Iterable) -> tuple[Tensor, Tensor]:
     """Logits (N, K) float32 or float64 and labels (N,) of a loader of (x, y), on the CPU."""
     logits, labels = [], []
     with eval_mode(model):
         for x, y in loader:
-            z = model(x.to(_device(model), non_blocking=True))
-            logits.append((z if z.dtype == torch.float64 else z.float()).cpu())
-            labels.append(y.cpu())
+            z = _full(model(x.to(_device(model), non_blocking=True)))
+            logits.append(z.to("cpu", copy=True))  # copies: model and loader may reuse a buffer
+            labels.append(y.to("cpu", copy=True))
     if not logits:
         raise ValueError("loader is empty; at least one batch is needed")
     return torch.cat(logits), torch.cat(labels)
@@ -116,13 +121,20 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def _normaliser(x: Tensor, mean, std) -> Callable[[Tensor], Tensor]:
     """x -> (x - mean) / std, with mean and std given per channel or as tensors that broadcast."""
 
-    def channels(value, default: float) -> Tensor:
-        value = torch.as_tensor(default if value is None else value, dtype=x.dtype, device=x.device)
-        return value.reshape(-1, 1, 1) if value.ndim == 1 else value
+    def channels(name: str, value, default: float) -> Tensor:
+        value = torch.as_tensor(default if value is None else value, dtype=x.dtype)
+        value = value.reshape(-1, 1, 1) if value.ndim == 1 else value
+        if value.ndim > 1 and value.shape[-3:-2] not in ((), (1,), x.shape[1:2]):
+            raise ValueError(f"{name} must be one number or one of each of the {x.shape[1]} "
+                             f"channels, got {tuple(value.shape)}")
+        return value
 
     if mean is None and std is None:
         return lambda images: images
-    shift, scale = channels(mean, 0.0), channels(std, 1.0)
+    shift, scale = channels("mean", mean, 0.0), channels("std", std, 1.0)
+    if not (scale > 0).all():
+        raise ValueError(f"std must be positive, got {std}")
+    shift, scale = shift.to(x.device), scale.to(x.device)
     return lambda images: (images - shift) / scale
 
 
@@ -144,7 +156,7 @@ def _gradient(model: Callable, normalise: Callable, x: Tensor, loss: Callable) -
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_(True)
         # The sum over the batch, not the mean: the same sign, and half precision underflows later.
-        return torch.autograd.grad(loss(model(normalise(x)).float()).sum(), x)[0]
+        return torch.autograd.grad(loss(_full(model(normalise(x)))).sum(), x)[0]
 
 
 def _cross_entropy(y: Tensor) -> Callable[[Tensor], Tensor]:
@@ -183,7 +195,8 @@ def pgd(model: Callable, x: Tensor, y: Tensor, eps: float, step_size: float, n_s
     normalise, clean = _normaliser(x, mean, std), x.detach()
     attacked = clean
     if random_start:
-        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        device = x.device if generator is None else generator.device
+        noise = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
         attacked = _clamp(clean + (2 * noise - 1) * eps, clip)
     with eval_mode(model):
         for _ in range(n_steps):
@@ -278,7 +291,7 @@ def _check_logits(logits: Tensor, labels: Tensor, from_probs: bool = False) -> N
 
 
 def _probabilities(logits: Tensor, from_probs: bool) -> Tensor:
-    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _full(logits.detach())
     return logits if from_probs else logits.softmax(1)
 
 
@@ -433,7 +446,7 @@ def ood_score(logits: Tensor, kind: str = "msp", temperature: float = 1.0) -> Te
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    z = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    z = _full(logits) / temperature
     if kind == "msp":
         return z.softmax(1).amax(1)
     if kind == "max_logit":

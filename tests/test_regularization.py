@@ -178,7 +178,8 @@ def test_mixing_errors():
         R.gaussian_noise(image, 0.1)
     for call in (lambda: R.rand_bbox(4, 4, -0.1), lambda: R.cutmix(x, y, prob=2),
                  lambda: R.cutmix(x, y, box=(0, 0, 9, 2)), lambda: R.cutmix(x, y, box=(3, 0, 2, 2)),
-                 lambda: R.cutout(x[0], 3), lambda: R.cutout(x, -1),
+                 lambda: R.cutout(x[0], 3), lambda: R.cutout(x, -1), lambda: R.cutout(x, 2.5),
+                 lambda: R.mixup(x, y, float("nan")), lambda: R.cutmix(x, y, float("inf")),
                  lambda: R.cutout(x, 2, centers=torch.zeros(6, 2)),
                  lambda: R.cutout(x, 2, centers=torch.zeros(5, 1, 2)),
                  lambda: R.cutout(x, 2, centers=y), lambda: R.gaussian_noise(x, -1)):
@@ -468,7 +469,7 @@ COMBINATIONS = {
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-@pytest.mark.parametrize("kind", ["seeking", "list", "dataloader"])
+@pytest.mark.parametrize("kind", ["seeking", "list", "dataloader", "global"])
 def test_training_resumes_to_the_same_numbers(name, kind):
     x, y = batch(14)
     draws = gen(9)
@@ -479,9 +480,9 @@ def test_training_resumes_to_the_same_numbers(name, kind):
         net.insert(4, R.DropBlock2d(0.2, 3, warmup_steps=3))
         net.append(nn.Dropout(0.1))
         optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, nesterov=True)
-        generator = gen(7)
+        generator = None if kind == "global" else gen(7)
         loader = {"seeking": Loader(x, y), "list": list(zip(x.split(4), y.split(4)))}.get(kind)
-        if kind == "dataloader":  # shuffles with the very generator that training draws from
+        if loader is None:  # shuffles with the very generator that training draws from
             data = torch.utils.data.TensorDataset(x, y)
             loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=generator)
         regularizer = R.Regularizer(**COMBINATIONS[name])
@@ -530,6 +531,31 @@ def test_training_steps_equal_a_plain_loop():
     assert [(log["step"], log["epoch"]) for log in logs] == [(1, 0), (2, 1), (3, 2)]
     assert logs[0]["lam"] == 1 and logs[0]["lr"] == 0.1
     assert all(isinstance(value, (int, float)) for value in logs[0].values())
+
+
+def test_training_mode_and_loaders_without_batches():
+    x, y = batch(8)
+    batches, losses = [(x[:4], y[:4]), (x[4:], y[4:])], []
+
+    def start(loader, resume=None):
+        net = small_net()
+        return net, R.train(net, loader, torch.optim.SGD(net.parameters(), 0.1), epochs=2,
+                            resume=resume)
+
+    for caller_evaluates in (False, True):
+        net, steps = start(batches)
+        for log in steps:
+            losses.append(log["loss"])
+            if caller_evaluates:
+                net.eval()
+    assert losses[:4] == losses[4:]
+    for loader in ([], iter(batches)):
+        with pytest.raises(ValueError, match="no batch in epoch"):
+            list(start(loader)[1])
+    _, steps = start(batches)
+    next(steps), next(steps)
+    with pytest.raises(ValueError, match="fewer than the 2 batches"):
+        list(start(batches[:1], steps.send("state"))[1])
 
 
 def test_training_learns_with_every_combination_and_half_precision():

@@ -99,6 +99,8 @@ def test_attack_geometry():
     flat = lambda v: v.sum((1, 2, 3))[:, None] * torch.zeros(5)  # sign(0) = 0
     assert torch.equal(R.fgsm(flat, x, y, 0.1), x)
     assert R.fgsm(net.double(), x.double(), y, 0.1).dtype == torch.float64
+    sure = lambda v: v.mean((1, 2, 3))[:, None] * torch.tensor([-200, 200])  # p < 1e-45 in float32
+    assert (R.fgsm(sure, x.double(), torch.ones_like(y), 0.1, clip=None) < x).all()
     half = R.fgsm(net.bfloat16(), x.bfloat16(), y, 0.1)
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
@@ -108,9 +110,10 @@ def test_attack_errors():
     image = torch.rand(1, 3, 4, 4)
     with pytest.raises(TypeError, match="float image batch"):
         R.fgsm(net, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), y, 0.1)
-    for bad in ({"eps": -1}, {"eps": float("nan")}, {"eps": 0.1, "clip": (1, 0)}):
+    for bad in ({"eps": -1}, {"eps": float("nan")}, {"clip": (1, 0)}, {"mean": [0.5, 0.5]},
+                {"std": [1, 0, 1]}, {"std": torch.ones(2, 1, 1)}):
         with pytest.raises(ValueError):
-            R.fgsm(net, image, y, **bad)
+            R.fgsm(net, image, y, **{"eps": 0.1, **bad})
     with pytest.raises(ValueError, match="batch size"):
         R.fgsm(net, image, torch.tensor([0, 1]), 0.1)
     with pytest.raises(ValueError, match="step_size"):
@@ -424,3 +427,7 @@ def test_predict_and_evaluate():
                                           abs=1e-6)
     with pytest.raises(ValueError, match="empty"):
         R.predict(net, [])
+    images, labels, out = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
+    reused = ((images.fill_(k), labels.fill_(k)) for k in range(2))  # buffers of loader and model
+    z, y = R.predict(lambda x: out.copy_(x), reused)
+    assert y.tolist() == z[:, 0].tolist() == [0, 0, 1, 1]
