@@ -10,6 +10,23 @@ from functools import lru_cache
 
 import numpy as np
 
+VARIANTS = ("imagenet", "cifar", "bethge")
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+def check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
+
+
+def _plane(u8: np.ndarray) -> np.ndarray:
+    """A uint8 image (H, W) as a batch of one."""
+    if u8.dtype != np.uint8 or u8.ndim != 2:
+        raise (TypeError if u8.dtype != np.uint8 else ValueError)(
+            f"the image must be uint8 (H, W), not {u8.dtype} {u8.shape}")
+    return u8[None]
+
 
 # ---- filters -------------------------------------------------------------------------------------
 
@@ -70,7 +87,10 @@ def gaussian_filter(x: np.ndarray, sigma, mode: str = "nearest",
     """
     if mode not in ("nearest", "reflect"):
         raise ValueError(f'mode must be "nearest" or "reflect", not {mode!r}')
-    return _gaussian(x, sigma, mode, truncate, axis=0)
+    if not (np.min(sigma) >= 0 and truncate >= 0):
+        raise ValueError(f"sigma and truncate must be >= 0, not {sigma} and {truncate}")
+    out = _gaussian(x, sigma, mode, truncate, axis=0)
+    return out.copy() if out is x else out
 
 
 def _box_sum(x: np.ndarray) -> np.ndarray:
@@ -169,7 +189,10 @@ def _clipped_zoom(x: np.ndarray, zoom: float, trim: bool) -> np.ndarray:
 
 def clipped_zoom(x: np.ndarray, zoom: float, variant: str = "imagenet") -> np.ndarray:
     """The middle 1/zoom of (H, W) or (H, W, C) enlarged back to H x W ("imagenet", "cifar"), or to
-    at least that ("bethge")."""
+    at least that ("bethge"); zoom >= 1."""
+    check_variant(variant)
+    if not 1 <= zoom < math.inf:
+        raise ValueError(f"zoom must be >= 1, not {zoom}")
     out = _clipped_zoom(x.reshape(1, *x.shape[:2], -1), zoom, variant != "bethge")[0]
     return out.reshape(*out.shape[:2], *x.shape[2:])
 
@@ -182,6 +205,12 @@ def motion_blur(x: np.ndarray, radius: float, sigma: float, angle: float,
     "imagenet" and "cifar": uint8 to uint8 with ImageMagick's 16-bit intermediate, bit for bit.
     "bethge": the float sums, cut off where the motion leaves the image.
     """
+    check_variant(variant)
+    if variant != "bethge" and x.dtype != np.uint8:
+        raise TypeError(f"x must be uint8 for {variant}, not {x.dtype}")
+    if not (0 <= radius < math.inf and sigma > 0 and math.isfinite(angle)):
+        raise ValueError(f"radius must be >= 0, sigma > 0 and angle finite, not {radius}, {sigma} "
+                         f"and {angle}")
     width = 2 * math.ceil(radius) + 1
     steps = np.arange(width)
     weights = np.exp(-steps**2 / (2 * sigma**2)) / (np.sqrt(2 * np.pi) * sigma)
@@ -371,7 +400,7 @@ def _canny(x: np.ndarray, low: int, high: int) -> np.ndarray:
 
 def canny(u8: np.ndarray, low: int = 50, high: int = 150) -> np.ndarray:
     """Canny edges (255) of (H, W) uint8: Sobel 3 x 3, L1 magnitude, hysteresis, as OpenCV."""
-    return _canny(u8[None], low, high)[0]
+    return _canny(_plane(u8), low, high)[0]
 
 
 @lru_cache(maxsize=4)
@@ -410,7 +439,7 @@ def _distance_5x5(x: np.ndarray, reach: int) -> np.ndarray:
 def distance_5x5(u8: np.ndarray) -> np.ndarray:
     """Chamfer distance (H, W) float32 to the nearest 0 with steps 1, 1.4 and 2.1969; 8191 where
     there is none."""
-    return _distance_5x5(u8[None], max(u8.shape))[0]
+    return _distance_5x5(_plane(u8), max(u8.shape))[0]
 
 
 def _equalize(x: np.ndarray) -> np.ndarray:
@@ -430,7 +459,7 @@ def _equalize(x: np.ndarray) -> np.ndarray:
 
 def equalize(u8: np.ndarray) -> np.ndarray:
     """Histogram equalisation of (H, W) uint8 as OpenCV has it; a constant image stays."""
-    return _equalize(u8[None])[0]
+    return _equalize(_plane(u8))[0]
 
 
 def _resize(image: np.ndarray, height: int, width: int, cubic: bool) -> np.ndarray:

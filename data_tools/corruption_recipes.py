@@ -28,7 +28,6 @@ GROUPS = {
 }
 CORRUPTIONS = tuple(name for names in GROUPS.values() for name in names)
 TEST_CORRUPTIONS = CORRUPTIONS[:15]
-VARIANTS = ("imagenet", "cifar", "bethge")
 
 # name -> parameters of severities 1..5, of ImageNet (and bethge) and of CIFAR
 PARAMETERS = {

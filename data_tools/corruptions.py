@@ -35,11 +35,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_tools.corruption_filters import (  # noqa: F401  (offered under this module's name, too)
-    canny, clipped_zoom, disk, distance_5x5, equalize, gaussian_filter, hsv_to_rgb,
-    map_coordinates_reflect, motion_blur, plasma, rgb_to_hsv, solve_affine, warp_affine,
+    VARIANTS, canny, check_variant, clipped_zoom, disk, distance_5x5, equalize, gaussian_filter,
+    hsv_to_rgb, map_coordinates_reflect, motion_blur, plasma, rgb_to_hsv, solve_affine, warp_affine,
 )
 from data_tools.corruption_recipes import (  # noqa: F401
-    CORRUPTIONS, GROUPS, PARAMETERS, RECIPES, TEST_CORRUPTIONS, VARIANTS, check_textures,
+    CORRUPTIONS, GROUPS, PARAMETERS, RECIPES, TEST_CORRUPTIONS, check_textures,
 )
 
 
@@ -48,10 +48,11 @@ from data_tools.corruption_recipes import (  # noqa: F401
 def _check(images: np.ndarray, name: str, severity: int, variant: str) -> None:
     if images.dtype != np.uint8:
         raise TypeError(f"image must be uint8, not {images.dtype}")
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(f"images must be (N, H, W, 1) or (N, H, W, 3), not {images.shape}")
     if name not in RECIPES:
         raise ValueError(f"unknown corruption {name!r}; the names are {', '.join(CORRUPTIONS)}")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
+    check_variant(variant)
     if not isinstance(severity, (int, np.integer)) or not 1 <= severity <= 5:
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5, not {severity!r}")
     smallest = 32 if variant == "bethge" else 1
@@ -136,8 +137,6 @@ def corrupt_batch(images: np.ndarray, name: str, severity: int, variant: str = "
     Works through blocks of about 65,000 pixels.
     """
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(f"images must be (N, H, W, 1) or (N, H, W, 3), not {images.shape}")
     _check(images, name, severity, variant)
     indices = range(len(images)) if indices is None else indices
     if len(indices) != len(images):
@@ -317,6 +316,10 @@ def make_imagenet_c(src: str | Path, dst: str | Path, *, names: Sequence[str] = 
     progress(done, total) counts source images.
     """
     src, dst = Path(src), Path(dst)
+    if dst.resolve().is_relative_to(src.resolve()):  # a second call would take these for sources
+        raise ValueError(f"{dst} must not lie in {src}")
+    if size < 1 or not 1 <= quality <= 100:
+        raise ValueError(f"size must be >= 1 and quality 1..100, not {size} and {quality}")
     probe = np.zeros((1, size, size, 3), np.uint8)
     for name in names:
         for severity in severities:
@@ -324,6 +327,8 @@ def make_imagenet_c(src: str | Path, dst: str | Path, *, names: Sequence[str] = 
     files = sorted(f for f in src.rglob("*") if f.suffix.lower() in EXTENSIONS)
     if not files:
         raise ValueError(f"no images under {src}")
+    if twice := {a for a, b in zip(files, files[1:]) if a.with_suffix("") == b.with_suffix("")}:
+        raise ValueError(f"images that differ in the suffix only would get one name: {min(twice)}")
     _settings(dst, {"variant": variant, "seed": seed, "size": size, "quality": quality,
                     "textures": _texture_mark(textures)})
 
@@ -398,9 +403,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--textures", type=Path, help="folder with the frost photographs frost1.png ...")
     add("--sheet", type=Path, metavar="PNG", help="instead: a contact sheet of the image SRC")
     args = parser.parse_args(argv)
-    common = {"names": args.names, "seed": args.seed,
-              "textures": None if args.textures is None else check_textures(args.textures)}
     try:
+        common = {"names": args.names, "seed": args.seed,
+                  "textures": None if args.textures is None else check_textures(args.textures)}
         if args.sheet:
             contact_sheet(_open_cropped(args.src, min(args.size, 128)), args.sheet,
                           severities=args.severity, variant=args.variant or "imagenet", **common)
@@ -424,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             make_imagenet_c(args.src, args.dst, severities=args.severity, size=args.size,
                             quality=args.quality, variant=args.variant or "imagenet", **common)
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped; the same command goes on from here\n")

@@ -289,6 +289,22 @@ def test_errors():
         C.corrupt_batch(image, "fog", 1)
     with pytest.raises(ValueError, match="indices"):
         C.corrupt_batch(image[None], "fog", 1, indices=[1, 2])
+    plane = image[..., 0]
+    for function, *arguments in (
+            (C.gaussian_filter, -1), (C.gaussian_filter, 1, "nearest", -1), (C.clipped_zoom, 0.5),
+            (C.clipped_zoom, 2, "mnist"), (C.motion_blur, -1, 1, 0), (C.motion_blur, 3, 0, 0),
+            (C.motion_blur, 3, 1, np.nan), (C.motion_blur, 3, 1, 0, "mnist")):
+        with pytest.raises(ValueError):
+            function(plane, *arguments)
+    for function in (C.canny, C.distance_5x5, C.equalize):
+        with pytest.raises(ValueError, match="H, W"):
+            function(image)
+        with pytest.raises(TypeError, match="uint8"):
+            function(plane / 255)
+    with pytest.raises(TypeError, match="uint8"):
+        C.motion_blur(plane / 255, 3, 1, 0)
+    same = C.gaussian_filter(plane, 0)
+    assert np.array_equal(same, plane) and not np.shares_memory(same, plane)
 
 
 # ---------------------------------------------------------------- data sets
@@ -343,9 +359,11 @@ def test_cifar_c_workers_and_errors(tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(10) % 2)
     x, y = C.load_cifar_c(tmp_path, "fog", 4)
     assert np.array_equal(x, C.corrupt_batch(images, "fog", 4)) and y.tolist() == [0, 1]
-    for bad in ({"labels": [1]}, {"names": ["fogg"]}, {"images": images / 255}):
+    for bad in ({"labels": [1]}, {"names": ["fogg"]}, {"images": images / 255},
+                {"images": images[..., 0]}):
         with pytest.raises((ValueError, TypeError)):
             C.make_cifar_c(**{"images": images, "out_dir": tmp_path / "x", **bad})
+    assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="severity"):
         C.load_cifar_c(tmp_path, "fog", 6)
     with pytest.raises(FileNotFoundError, match="snow.npy"):
@@ -435,6 +453,12 @@ def test_imagenet_c_folder_command_line_and_resume(tmp_path):
     assert "Traceback" not in broken.stderr
     with pytest.raises(ValueError, match="no images"):
         C.make_imagenet_c(tmp_path / "c" / "nothing", dst)
+    Image.fromarray(picture()).save(src / "n02" / "a.png")
+    for bad, said in (({"dst": src / "c"}, "must not lie in"), ({"quality": 0}, "quality"),
+                      ({"size": -1}, "size"), ({}, "differ in the suffix")):
+        with pytest.raises(ValueError, match=said):
+            C.make_imagenet_c(**{"src": src, "dst": tmp_path / "new", **bad})
+    assert not (tmp_path / "new").exists() and not (src / "c").exists()
 
 
 def test_command_line_arrays_sheet_and_mistakes(tmp_path):
@@ -445,6 +469,11 @@ def test_command_line_arrays_sheet_and_mistakes(tmp_path):
     assert run(tmp_path / "x.npy", tmp_path / "c", "--severity", 1).returncode == 2
     assert "invalid choice" in run(tmp_path / "x.npy", tmp_path / "c", "--names", "fogg").stderr
     assert "DST is missing" in run(tmp_path / "x.npy").stderr
+    np.save(tmp_path / "float.npy", np.zeros((2, 32, 32, 3)))
+    for mistake in ((tmp_path / "float.npy", tmp_path / "d"),
+                    (tmp_path / "x.npy", tmp_path / "d", "--textures", tmp_path / "nothing")):
+        failed = run(*mistake)
+        assert failed.returncode == 1 and failed.stderr.startswith("error: "), failed.stderr
     Image.fromarray(picture()).save(tmp_path / "p.png")
     C.contact_sheet(picture(), tmp_path / "sheet.png", names=("fog", "snow"), severities=(1, 5),
                     groups=2)
