@@ -37,9 +37,10 @@ torch.Size([2, 6, 6])
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -92,11 +93,12 @@ def _check(images: Tensor, targets: Any, output: str, chunk: Any = None) -> tupl
     _check_images(images)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
+    if targets is None:
+        raise TypeError("targets must be given: no class is explained by default")
     targets = torch.as_tensor(targets, device=images.device)
     if targets.dtype.is_floating_point or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers, not {targets.dtype}")
-    if targets.ndim == 0:
-        targets = targets.expand(len(images))
+    targets = targets.expand(len(images)) if targets.ndim == 0 else targets
     if targets.ndim > 2 or len(targets) != len(images) or 0 in targets.shape[1:]:
         raise ValueError(f"targets must be an int, ({len(images)},) or ({len(images)}, n), "
                          f"not {tuple(targets.shape)}")
@@ -114,8 +116,11 @@ def _at(scores: Tensor, targets: Tensor) -> Tensor:
 def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """Keeps what `layer` returns (its last call); the network goes on with change(it)."""
     seen: list[Tensor] = []
+    caller = threading.get_ident()                            # others may run the model meanwhile
 
-    def hook(module: nn.Module, inputs: Any, result: Any) -> Tensor:
+    def hook(module: nn.Module, inputs: Any, result: Any) -> Tensor | None:
+        if threading.get_ident() != caller:
+            return None
         if not isinstance(result, Tensor) or result.ndim != 4:
             raise ValueError(f"layer must return one (B, K, h, w) tensor, not {_found(result)}")
         seen[:] = [result.detach()]
@@ -275,10 +280,9 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
 
     K passes per image, `chunk` at a time, through what lies above the layer: modules that were done
     before it give their first results again. Channels that are 0 everywhere are left out; where the
-    score is exactly 0 the map is 0.
+    score is exactly 0 the map is 0. No other thread may run the model meanwhile.
     """
     targets, single = _check(images, targets, output, chunk)
-    below = {module: [] for module in _beside(model, layer)}
 
     def keep(module: nn.Module, inputs: Any, result: Any) -> None:
         if not seen:
@@ -286,6 +290,7 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
             below[module].append(result.clone() if known else None)
 
     with _output_of(layer, Tensor.clone) as seen, ExitStack() as hooks:
+        below = {module: [] for module in _beside(model, layer)}
         for module in below:
             hooks.enter_context(module.register_forward_hook(keep))
         score = _at(_score(model(images), output), targets)
@@ -372,9 +377,9 @@ def integrated_gradients(model: nn.Module, images: Tensor, targets: Any, *,
         np.arange(steps + 1) / steps, np.full(steps + 1, 1 / steps))
     try:
         base = torch.zeros_like(images) if baseline is None else baseline.expand_as(images)
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         raise ValueError(f"baseline must expand to the images' {tuple(images.shape)}, "
-                         f"not {tuple(baseline.shape)}") from None
+                         f"not {_found(baseline)}") from None
     points, weights = (torch.as_tensor(values).to(images).view(-1, 1, 1, 1, 1)
                        for values in (points, weights))
     total = 0
@@ -463,7 +468,7 @@ def normalize_map(maps: Tensor, mode: str) -> Tensor:
     if not isinstance(maps, Tensor) or maps.ndim < 2:
         raise ValueError(f"maps must be (..., H, W), not {_found(maps)}")
     if mode == "none":
-        return maps
+        return maps.clone()
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     usable = (high > low) & torch.isfinite(high - low) & ((high > 0) | (mode != "max"))
     if mode != "clip":
@@ -581,7 +586,7 @@ def fill_baseline(images: Tensor, fill: str) -> Tensor:
     if fill == "zero":
         return torch.zeros_like(images)
     if fill == "mean":
-        return images.mean((2, 3), keepdim=True).expand_as(images)
+        return images.mean((2, 3), keepdim=True).expand_as(images).contiguous()
     if min(images.shape[2:]) < 16:
         raise ValueError(f"fill 'blur' needs images of at least 16 pixels, not {_found(images)}")
     offset = torch.arange(-15, 16, device=images.device, dtype=images.dtype)
@@ -593,12 +598,10 @@ def fill_baseline(images: Tensor, fill: str) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: Callable) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """eval() on the whole model, and every part back in its own mode afterwards."""
-    parts = model.modules() if isinstance(model, nn.Module) else ()               # else: a function
-    modes = [(module, module.training) for module in parts]
-    if modes:
-        model.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
@@ -623,20 +626,21 @@ def remove_and_classify(model: Callable, loader: Iterable,
     """
     def right(images: Tensor, labels: Tensor) -> Tensor:
         result = model(images)
-        return (result if isinstance(result, Tensor) else result.probs()).argmax(1) == labels
+        scores = _score(result, "logit" if isinstance(result, Tensor) else "prob")
+        return scores.argmax(1) == labels
 
     counts, whole, total = torch.zeros(2, len(fractions), dtype=torch.float64), 0, 0
-    with _evaluating(model):
+    with _evaluating(model) if isinstance(model, nn.Module) else nullcontext():
         for images, labels, *_ in loader:
             if images.ndim != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
                 raise ValueError(f"loader must give images (B, C, H, W) and integer labels (B,), "
                                  f"not {_found(images)} and {_found(labels)}")
             size, count = tuple(images.shape[2:]), len(images)
             with torch.enable_grad():                         # gradient maps need it
-                maps = map_fn(images, labels).detach()
-            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-            if maps.ndim != 3 or len(maps) != count:
+                maps = map_fn(images, labels)
+            if not isinstance(maps, Tensor) or maps.ndim != 3 or len(maps) != count:
                 raise ValueError(f"map_fn must return ({count}, h, w), not {_found(maps)}")
+            maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
             keep = erase_masks(resize_map(maps, size), fractions, order)
             if random_masks is None:
                 source = images.device if generator is None else generator.device
@@ -682,8 +686,7 @@ def _demonstrate() -> None:
     cams = (grad_cam, grad_cam_pp, xgrad_cam, layer_cam, hires_cam, score_cam, ablation_cam)
     maps = {f.__name__: f(model, model[1], images, labels, relu=True) for f in cams}
     maps["input_gradient"] = input_gradient(model, images, labels)
-    maps |= {f.__name__: f(model, images, labels, generator=generator)
-             for f in (smooth_grad, var_grad)}
+    maps["smooth_grad"] = smooth_grad(model, images, labels, generator=generator)
     maps["integrated, positive"] = integrated_gradients(model, images, labels).clamp(min=0).sum(1)
     print("share of each map on the spot (2 % of the image), and AP of its pixels after min-max:")
     for name, values in maps.items():
@@ -691,9 +694,6 @@ def _demonstrate() -> None:
         metric.update(normalize_map(values, "minmax"), spots)
         share = ((values * spots).sum((1, 2)) / values.sum((1, 2))).mean()
         print(f"  {name:22s}{share:.2f}  {metric.compute()['ap']:5.1f}")
-    gap = integrated_gradients(model, images, labels).sum((1, 2, 3))
-    gap = gap - (model(images) - model(0 * images)).gather(1, labels[:, None])[:, 0]
-    print(f"integrated gradients add up to f(x) - f(0): largest error {gap.abs().max().item():.1e}")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ class CALMOutput:
         self._u = attention.to(precise).flatten(1)                                # (B, L)
 
     @cached_property
+    @torch.inference_mode(False)                              # kept: a loss may need it later
     def _norm(self) -> tuple[Tensor, Tensor]:
         """`peak` and `rest` of _LogSoftmaxAt, without gradient, in blocks of bounded memory."""
         f = self._f.detach()
@@ -212,8 +213,7 @@ class CAMOutput:
 
     def pooled(self) -> Tensor:
         """The classifier's logits (B, C): the mean over locations, in float32 or better."""
-        half = self.logits.dtype in (torch.float16, torch.bfloat16)
-        return self.logits.mean((2, 3), dtype=torch.float32 if half else None)
+        return self.logits.mean((2, 3), dtype=torch.promote_types(self.logits.dtype, torch.float32))
 
     def log_probs(self) -> Tensor:
         """log p(y | x), (B, C)."""
@@ -299,6 +299,14 @@ def _check_output(output: Any) -> None:
         raise TypeError(f"output must be a CALMOutput or CAMOutput, not {type(output).__name__}")
 
 
+def _check_finite(name: str, values: Tensor, output: CALMOutput | CAMOutput) -> None:
+    """ValueError for NaN and infinity, also those that leave no trace in `values`."""
+    parts = [t.detach() for t in (values, output.logits, getattr(output, "attention", values))]
+    if not torch.isfinite(sum(part.sum() for part in parts)):  # a finite sum has finite terms
+        if not all(torch.isfinite(part).all() for part in parts):
+            raise ValueError(f"not finite: {name}, or logits, attention or a given posterior")
+
+
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
@@ -350,9 +358,7 @@ def calm_loss(output: CALMOutput | CAMOutput, labels: Tensor, method: str = "em"
         if hard:
             q = F.one_hot(q.argmax(1), q.shape[1]).to(q.dtype)
         losses = -(q * log_joint).sum(1)
-    if not torch.isfinite(losses.detach()).all():
-        raise ValueError("the loss is not finite: the logits, the attention or the given posterior "
-                         "hold NaN or infinite values")
+    _check_finite("the loss", losses, output)
     return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
 
 
@@ -377,9 +383,7 @@ def attribution_map(output: CALMOutput | CAMOutput, classes: Any, kind: str = "j
         raise ValueError(f"kind {kind!r} needs the output of a CALM head; CAM has only 'cam'")
     else:
         maps = output.prior() if kind == "prior" else getattr(output, kind)(classes)
-    if not torch.isfinite(maps.detach()).all():
-        raise ValueError(f"the {kind} map is not finite: the logits or the attention hold NaN or "
-                         "infinite values")
+    _check_finite(f"the {kind} map", maps, output)
     return maps
 
 
@@ -392,9 +396,7 @@ def counterfactual_map(output: CALMOutput | CAMOutput, a: Any, b: Any, kind: str
     """
     _check_choice("mode", mode, ("signed", "positive", "abs"))
     difference = attribution_map(output, a, kind) - attribution_map(output, b, kind)
-    if mode == "signed":
-        return difference
-    return difference.clamp(min=0) if mode == "positive" else difference.abs()
+    return {"signed": difference.clone, "positive": difference.relu, "abs": difference.abs}[mode]()
 
 
 def superclass_map(output: CALMOutput | CAMOutput, groups: Any, kind: str = "joint",
@@ -489,11 +491,11 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
         seekable = hasattr(loader, "set_epoch")
         if seekable:
             loader.set_epoch(epoch, skip)
-        model.train()
         batch = skip - 1                                      # none yet
         for batch, (images, labels, *_) in enumerate(loader, skip if seekable else 0):
             if batch < skip:
                 continue
+            model.train()                                     # the caller may evaluate in between
             images, labels = images.to(device), labels.to(device)
             q = None
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -674,11 +676,10 @@ def _demonstrate() -> None:
             boxes[n, y:y + 7, x:x + 7] = True
         return images, labels, boxes
 
-    images, labels, _ = scenes(1024)
+    batches = list(zip(*(part.split(32) for part in scenes(1024))))
     test, test_labels, boxes = scenes(200)
-    batches = list(zip(images.split(32), labels.split(32)))
     print("share of a class's map, over ALL test images, that lies on objects of the class:")
-    for head, method in ((CAMHead(32, 4), "cam"), (CALMHead(32, 4), "em")):
+    for head, method, kind in ((CAMHead(32, 4), "cam", "cam"), (CALMHead(32, 4), "em", "joint")):
         backbone = nn.Sequential(nn.Conv2d(3, 32, 7, padding=3), nn.BatchNorm2d(32), nn.ReLU())
         model = CALM(backbone, head)
         for weight in (p for p in model.parameters() if p.ndim > 1):
@@ -687,8 +688,7 @@ def _demonstrate() -> None:
         with torch.no_grad():
             output = model.eval()(test)
         accuracy = (output.probs().argmax(1) == test_labels).float().mean()
-        classes, kind = torch.arange(4).expand(200, 4), "cam" if method == "cam" else "joint"
-        maps = attribution_map(output, classes, kind).relu()
+        maps = attribution_map(output, torch.arange(4).expand(200, 4), kind).relu()
         truth = boxes.unsqueeze(1) & (test_labels[:, None] == torch.arange(4))[:, :, None, None]
         rescaled = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)
         for name, shown in (("map / its maximum", rescaled), ("values as they are", maps)):

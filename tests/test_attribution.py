@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -358,6 +359,25 @@ def test_exact_pixel_ap_by_hand_and_underflow():
         assert log.compute()["recall"][-1] == expected
 
 
+def test_threads_do_not_see_the_activations_of_others(case):
+    g, net, images, labels = case
+    def maps(n, function):
+        return function(net, net.relu, images[n % 2:n % 2 + 1], labels[n % 2:n % 2 + 1])
+    for function in (at.grad_cam, at.layer_cam, at.score_cam):
+        alone = [maps(n, function) for n in range(2)]
+        with ThreadPoolExecutor(4) as threads:
+            together = list(threads.map(lambda n: maps(n, function), range(60)))
+        assert all(torch.equal(map_, alone[n % 2]) for n, map_ in enumerate(together))
+
+
+def test_results_are_the_callers_own():
+    maps, images = torch.rand(2, 4, 4, generator=seeded()), torch.rand(2, 3, 16, 16)
+    for mode in ("none", "max", "minmax", "clip"):
+        assert at.normalize_map(maps, mode).data_ptr() != maps.data_ptr()
+    for fill in ("zero", "mean", "blur"):
+        at.fill_baseline(images, fill).add_(1)                # not an expanded view
+
+
 def test_erasing_orders_ties_and_fills():
     maps = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
     assert at.erase_masks(maps, [0.5])[0, 0].tolist() == [[False, False], [True, True]]
@@ -437,6 +457,7 @@ def test_bad_input(case):
         (lambda: at.grad_cam(net, net.relu, images, 9), ValueError, "targets must be in 0"),
         (lambda: at.grad_cam(net, net.relu, images, labels[:1]), ValueError, "targets must be"),
         (lambda: at.grad_cam(net, net.relu, images, labels.float()), TypeError, "integers"),
+        (lambda: at.grad_cam(net, net.relu, images, None), TypeError, "targets must be given"),
         (lambda: at.grad_cam(net, net.relu, images[0], 1), ValueError, "images must be"),
         (lambda: at.grad_cam(net, net.relu, images.numpy(), 1), ValueError, "not ndarray"),
         (lambda: at.resize_map(zeros.numpy(), 2), ValueError, "maps must be"),
@@ -444,6 +465,8 @@ def test_bad_input(case):
         (lambda: at.erase_masks(zeros.numpy(), [0.5]), ValueError, "maps must be"),
         (lambda: at.grad_cam(net, nn.ReLU(), images, 1), ValueError, "layer was not used"),
         (lambda: at.grad_cam(net, "relu", images, 1), TypeError, "layer must be a module"),
+        (lambda: at.ablation_cam(net, None, images, 1), TypeError, "layer must be a module"),
+        (lambda: at.integrated_gradients(net, images, 1, baseline=0.0), ValueError, "not float"),
         (lambda: at.grad_cam(net, net.relu, images, labels[:, None][:, :0]), ValueError, "targets"),
         (lambda: at.integrated_gradients(net, images, 1, baseline=torch.zeros(1, 2)), ValueError,
          "baseline"),
@@ -487,6 +510,10 @@ def test_bad_input(case):
         (lambda: at.remove_and_classify(net, [], None, [0.5]), ValueError, "loader is empty"),
         (lambda: at.remove_and_classify(net, batches, lambda x, y: x, [0.5]), ValueError,
          "map_fn must return"),
+        (lambda: at.remove_and_classify(net, batches, lambda x, y: None, [0.5]), ValueError,
+         "map_fn must return .* not NoneType"),
+        (lambda: at.remove_and_classify(nn.Identity(), batches, lambda x, y: x[:, 0], [0.5]),
+         ValueError, r"\(B, C\) scores"),
         (lambda: at.remove_and_classify(net, batches, lambda x, y: x[:, 0], [0.5],
                                         random_masks=torch.ones(1, 1, 2, 2).bool()), ValueError,
          "random_masks"),

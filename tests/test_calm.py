@@ -274,6 +274,18 @@ def test_half_precision_is_computed_in_float32():
     assert (half.probs() - output.probs()).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_output_that_was_read_without_gradients_still_has_them(mode):
+    given, labels = random_output(), torch.tensor([0, 3, 2])
+    given = given.logits.requires_grad_(), given.attention.requires_grad_()
+    output = CALMOutput(*given)
+    with mode():
+        calm_loss(output, labels), output.posterior(labels), output.joint(labels)
+    fresh = torch.autograd.grad(calm_loss(CALMOutput(*given), labels), given)
+    for a, b in zip(torch.autograd.grad(calm_loss(output, labels), given), fresh):
+        assert torch.equal(a, b)
+
+
 def test_e_steps_from_elsewhere():
     labels = torch.tensor([0, 3, 2])
     output, older = random_output(), random_output(seed=9)
@@ -312,6 +324,10 @@ def test_an_averaged_e_step_is_another_algorithm_and_resumes():
     for _ in range(3):
         next(steps)
     assert losses(steps.send("state"), ema=0.9) == averaged[3:]
+    model = net(0)
+    model.backbone.append(nn.BatchNorm2d(6))
+    steps = calm.train(model, loader, 2, lr=0.1)              # back in training mode every time
+    assert [(step["loss"], model.eval())[0] for step in steps] == online
 
 
 def test_second_derivatives_and_memory_of_the_label_only_loss(monkeypatch):
@@ -454,6 +470,17 @@ def test_bad_input():
     cam = CAMOutput(output.logits)
     bad = random_output()
     bad.logits[0, 0, 0, 0] = float("nan")
+    for value in (float("inf"), -float("inf")):               # -inf: a probability of 0, if let in
+        for part in (0, 1):
+            given = [t.clone() for t in (output.logits, output.attention)]
+            given[part][0, -1, 0, 0] = value
+            for kind in ("em", "ml", "joint", "posterior", "prior", "cam"):
+                function = calm_loss if kind in ("em", "ml") else calm.attribution_map
+                with pytest.raises(ValueError, match="not finite"):
+                    function(CALMOutput(*given), labels, kind)
+        with pytest.raises(ValueError, match="not finite"):
+            given[0][0, -1, 0, 0] = value
+            calm_loss(CAMOutput(given[0]), labels, "cam")
     for call, error, words in [
         (lambda: calm_loss(output, labels + 3), ValueError, "0..4"),
         (lambda: calm_loss(output, labels[:2]), ValueError, "labels must be"),
