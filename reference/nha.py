@@ -1502,8 +1502,7 @@ class PaddedPieces(NamedTuple):
 
 def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
             jump_threshold: float | None = None, changepoint: float | None = None) -> list[Piece]:
-    """Cut ONE trajectory, t (T,), x (T, n), where a piece starts at sample i if one of the rules
-    given holds:
+    """Cut ONE trajectory, t (T,), x (T, n), where a piece starts at sample i:
 
     mode             the given labels change
     jump_threshold   |x_i - x_{i-1}| >= threshold * x_{i-1} > 0 in the first coordinate (TCP: 0.5)
@@ -1518,6 +1517,8 @@ def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
     if not bool((t.diff() >= 0).all()):
         raise ValueError("t must not decrease")
     _check_positive(jump_threshold=jump_threshold, changepoint=changepoint)
+    if mode is None and jump_threshold is None and changepoint is None:
+        raise ValueError("give mode, jump_threshold or changepoint")
     start = torch.zeros(len(t), dtype=torch.bool, device=x.device)
     if mode is not None:
         start[1:] |= mode[1:] != mode[:-1]

@@ -220,9 +220,8 @@ def test_segmentation_without_labels_jitter_and_errors():
     assert lengths[0] == lengths[1] != lengths[2]
     assert len(nha.segment(t, x, mode=[0] * 150 + [1] * 151)) == 2
     short, wide = [nha.Piece(t[:1], x[:1], 0, False)], [nha.Piece(t, x.expand(-1, 2), 0, True)]
-    whole, = nha.segment(t, x)                                  # no rule, no cut
-    assert torch.equal(whole.x, x) and whole.mode is None and whole.censored
-    refused([(ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
+    refused([(ValueError, "mode, jump_threshold", lambda: nha.segment(t, x)),
+             (ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
              (ValueError, "jump_threshold", lambda: nha.segment(t, x, jump_threshold=0)),
              (ValueError, "changepoint", lambda: nha.segment(t, x, changepoint=-1.0)),
              (ValueError, "t must not", lambda: nha.segment(t.flip(0), x, changepoint=1.0)),
