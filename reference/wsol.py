@@ -53,6 +53,12 @@ def _check_unit(**values: float) -> None:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def _check_counts(**values: int) -> None:
+    for name, value in values.items():
+        if not value >= 1 or value % 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+
+
 def _check_images(name: str, x: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(f"{name} must be (B, C, H, W), got shape {tuple(x.shape)}")
@@ -111,12 +117,15 @@ def rand_bbox(size: Sequence[int], lam: float, cx: int | None = None, cy: int | 
     """The CutMix box (x1, y1, x2, y2), exclusive ends, of relative area 1 - `lam` before clipping,
     for images of `size` (B, C, size2, size3): x on axis 2, y on axis 3. Default: random centre."""
     _check_unit(lam=lam)
+    if len(size) != 4 or not min(size[2:]) > 0:
+        raise ValueError(f"size must be (B, C, size2, size3) with pixels, got {tuple(size)}")
     ratio = math.sqrt(1.0 - lam)
     cx = _randint(size[2], generator) if cx is None else int(cx)
     cy = _randint(size[3], generator) if cy is None else int(cy)
     half_x, half_y = int(size[2] * ratio) // 2, int(size[3] * ratio) // 2
-    x2, y2 = min(cx + half_x, size[2]), min(cy + half_y, size[3])
-    return max(cx - half_x, 0), max(cy - half_y, 0), x2, y2
+    inside = lambda value, end: min(max(value, 0), end)                        # noqa: E731
+    return (inside(cx - half_x, size[2]), inside(cy - half_y, size[3]),
+            inside(cx + half_x, size[2]), inside(cy + half_y, size[3]))
 
 
 def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | None = None,
@@ -139,6 +148,9 @@ def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | 
     else:
         lam, order, cx, cy = draws
     order = torch.as_tensor(order, device=x.device)
+    if order.shape != (len(x),):
+        raise ValueError(f"the permutation in draws must have shape ({len(x)},), "
+                         f"got {tuple(order.shape)}")
     x1, y1, x2, y2 = rand_bbox(x.shape, float(lam), cx, cy, generator)
     mixed = x.clone()
     mixed[:, :, x1:x2, y1:y2] = x[order, :, x1:x2, y1:y2]
@@ -341,8 +353,9 @@ def _add_spg(net: nn.Module, b1: int, b2: int, last: int, shared: int = 512, wid
 class _Head(Localizer):
     """`features`: a module from images to (B, channels, h, w), or None: the input is that map."""
 
-    def __init__(self, features: nn.Module | None):
+    def __init__(self, features: nn.Module | None, channels: int, num_classes: int):
         super().__init__()
+        _check_counts(channels=channels, num_classes=num_classes)
         self.features = nn.Identity() if features is None else features
 
     def taps(self, x: Tensor) -> tuple:
@@ -353,7 +366,7 @@ class CAMHead(_Head):
     """Class activation maps (Zhou et al., CVPR 2016)."""
 
     def __init__(self, features: nn.Module | None, channels: int, num_classes: int):
-        super().__init__(features)
+        super().__init__(features, channels, num_classes)
         self.fc = nn.Linear(channels, num_classes)
 
 
@@ -362,7 +375,7 @@ class ACoLHead(_Head):
 
     def __init__(self, features: nn.Module | None, channels: int, num_classes: int,
                  drop_threshold: float = 0.7, width: int = 1024):
-        super().__init__(features)
+        super().__init__(features, channels, num_classes)
         _check_unit(drop_threshold=drop_threshold)
         self.drop_threshold = drop_threshold
         _add_acol(self, channels, num_classes, width)
@@ -373,7 +386,7 @@ class SPGHead(_Head):
 
     def __init__(self, features: nn.Module | None, channels: int, num_classes: int,
                  width: int = 512):
-        super().__init__(features)
+        super().__init__(features, channels, num_classes)
         self.SPG_A_3 = _convs(channels, width, width)
         self.SPG_A_4 = nn.Conv2d(width, num_classes, 1)
         _add_spg(self, channels, channels, width, width, width)
@@ -625,14 +638,14 @@ def build_network(arch: str, method: str, num_classes: int = 1000, large_feature
         raise ValueError(f"arch must be one of {ARCHS}, got {arch!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be >= 1, got {num_classes}")
+    _check_counts(num_classes=num_classes)
     _check_unit(acol_drop_threshold=acol_drop_threshold)
     adl = partial(ADL, adl_drop_rate, adl_drop_threshold)
     adl()  # bad values are an error whatever the method
     method = "cam" if method in ("has", "cutmix") else method
-    network = {"vgg16": VGG16, "resnet50": ResNet50, "inception_v3": InceptionV3}[arch](
-        method, num_classes, large_feature_map, adl)
+    build = {"vgg16": VGG16, "resnet50": ResNet50, "inception_v3": InceptionV3}[arch]
+    with torch.random.fork_rng(devices=[], enabled=generator is not None):     # torch draws too
+        network = build(method, num_classes, large_feature_map, adl)
     network.drop_threshold = acol_drop_threshold
     initialize = nn.init.xavier_uniform_
     if (arch, method) in (("vgg16", "cam"), ("vgg16", "adl"), ("resnet50", "acol")):
@@ -675,6 +688,7 @@ class FewShotHead(nn.Module):
 
     def __init__(self, features: nn.Module | None, channels: int):
         super().__init__()
+        _check_counts(channels=channels)
         self.features = nn.Identity() if features is None else features
         self.saliency = nn.Conv2d(channels, 1, 1)
         if isinstance(features, Localizer):
@@ -695,8 +709,9 @@ def few_shot_targets(size: int, boxes: Sequence | None = None,
     """A float32 target (size, size), 1 on objects: the union of the filled `boxes` [k, 4] (x0, y0,
     x1, y1 inclusive, already scaled to `size`), or of the instance `masks`, a list of 2-d arrays
     (foreground > 0.5) of any size."""
-    if size < 1 or (boxes is None) == (masks is None):
-        raise ValueError(f"size must be >= 1 (got {size}), and either boxes or masks given")
+    _check_counts(size=size)
+    if (boxes is None) == (masks is None):
+        raise ValueError("either boxes or masks must be given, not both")
     target = torch.zeros(size, size)
     for box in [] if boxes is None else np.asarray(boxes).tolist():
         if np.shape(box) != (4,) or not (0 <= box[0] <= box[2] and 0 <= box[1] <= box[3]):
@@ -724,8 +739,8 @@ def center_gaussian(size: int | tuple[int, int], sigma: float = 1.0) -> np.ndarr
     if not sigma > 0:
         raise ValueError(f"sigma must be > 0, got {sigma}")
     height, width = (size, size) if np.ndim(size) == 0 else size
-    if min(height, width) < 1:
-        raise ValueError(f"size must be positive, got {size}")
+    for side in (height, width):
+        _check_counts(size=side)
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
     scores = np.exp(-(x**2 + y**2) / (2 * sigma**2))
     span = np.ptp(scores)
@@ -764,8 +779,7 @@ def integrated_gradients(model: Callable, x: Tensor, y: Tensor, steps: int = 50,
                          baseline: Tensor | None = None, reduce: str | None = "max") -> Tensor:
     """(x - x0) times the mean gradient on the line from x0 to x (Sundararajan et al. 2017; midpoint
     rule): the signed values sum to logit(x) - logit(x0). x0 = `baseline`, default 0, the mean."""
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    _check_counts(steps=steps)
     start = torch.zeros_like(x) if baseline is None else torch.as_tensor(baseline).to(x)
     line = (start + (k + 0.5) / steps * (x - start) for k in range(steps))
     return _reduce((x - start) * _mean_gradient(model, line, y), reduce)
@@ -774,8 +788,9 @@ def integrated_gradients(model: Callable, x: Tensor, y: Tensor, steps: int = 50,
 def smooth_grad(model: Callable, x: Tensor, y: Tensor, n: int = 50, sigma: float = 0.15,
                 reduce: str | None = "max", generator: torch.Generator | None = None) -> Tensor:
     """Mean gradient of `n` noisy copies (Smilkov et al. 2017), noise `sigma` * (max - min) of x."""
-    if n < 1 or sigma < 0:
-        raise ValueError(f"n must be >= 1 and sigma >= 0, got {n} and {sigma}")
+    _check_counts(n=n)
+    if not sigma >= 0:
+        raise ValueError(f"sigma must be >= 0, got {sigma}")
     scale = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
     device = _device_of(generator)
     noisy = (x + scale * torch.randn(x.shape, generator=generator, device=device).to(x)
@@ -856,9 +871,11 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
     cfg = CONFIG | (cfg or {})
     if cfg["method"] not in (*METHODS, "fewshot"):
         raise ValueError(f"method must be one of {(*METHODS, 'fewshot')}, got {cfg['method']!r}")
-    for name, low in (("epochs", 0), ("decay_frequency", 1), ("cutmix_beta", 0)):
-        if not cfg[name] >= low:
-            raise ValueError(f"{name} must be >= {low}, got {cfg[name]}")
+    for name, low in (("lr", 0), ("lr_classifier_ratio", 0), ("weight_decay", 0), ("epochs", 0),
+                      ("decay_frequency", 1), ("has_grid_size", 0), ("cutmix_beta", 0)):
+        whole = isinstance(CONFIG[name], int)
+        if not cfg[name] >= low or whole and cfg[name] % 1:
+            raise ValueError(f"{name} must be {'whole and ' * whole}>= {low}, got {cfg[name]}")
     _check_unit(**{name: cfg[name] for name in CONFIG
                    if name in ("has_drop_rate", "cutmix_prob") or name.startswith("spg_")})
     return _train_steps(model, loader, cfg, resume)
@@ -880,11 +897,10 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
     step = first_epoch = skip = 0
     if resume is not None:
         model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
         step, first_epoch, skip = resume["step"], resume["epoch"], resume["batch"]
         for name, generator in generators.items():
             generator.set_state(resume[name].cpu())
-    model.train()
     for epoch in range(first_epoch, cfg["epochs"]):
         if seeks := hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch, skip)
@@ -895,6 +911,7 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
             if batch < skip:
                 continue
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            model.train()  # every time: the caller may evaluate in between
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg["amp"]):
                 loss = _step_loss(model, x, y, cfg, generators["host"])
             optimizer.zero_grad(set_to_none=True)

@@ -389,7 +389,7 @@ def _thresholds(values: Sequence[float] | None, interval: float, name: str) -> n
         if not 0 < interval <= 1:
             raise ValueError(f"interval must be in (0, 1], got {interval}")
         return np.arange(0, 1, interval)
-    values = np.array(values, dtype=np.float64)               # the caller's own may change
+    values = np.asarray(values, dtype=np.float64).copy()      # the caller's own may change
     if values.ndim != 1 or len(values) == 0 or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"{name} must hold at least one threshold, all in [0, 1], got {values}")
     return values
@@ -716,7 +716,7 @@ class MaskEvaluator(_Evaluator):
             if np.setdiff1d(mask, (0, 1, 255)).size:
                 raise ValueError(f"gt_masks of {image_id!r} must hold 0, 1 and 255, "
                                  f"got {np.unique(mask)[:6].tolist()}")
-            self.known[image_id] = np.array(mask, dtype=np.uint8)
+            self.known[image_id] = np.asarray(mask).astype(np.uint8)
         self._edges = np.append(self.cam_threshold_list, [1.0, 2.0, 3.0])
         self.gt_true_score_hist, self.gt_false_score_hist = np.zeros((2, len(self._edges) - 1),
                                                                      np.int64)

@@ -64,6 +64,7 @@ def test_has_hides_pixels_that_are_not_finite():
 def test_rand_bbox_equals_the_published_box():
     for lam, cx, cy, *box in METHODS["rand_bbox_lam_cx_cy_x1y1x2y2"]:
         assert wsol.rand_bbox((1, 3, 17, 23), lam, cx, cy) == tuple(box)
+    assert wsol.rand_bbox((1, 3, 8, 8), 0.75, 99, -5) == (8, 0, 8, 0)      # centre outside: empty
 
 
 def test_cutmix_equals_the_published_function():
@@ -282,9 +283,11 @@ def test_maps_at_224_pixels(arch, large, side):
 
 
 def test_build_network_is_reproducible_and_accepts_any_memory_format():
+    before = torch.get_rng_state()
     one, two = (wsol.build_network("resnet50", "adl", 3, generator=generator(4)).state_dict()
                 for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    assert torch.equal(torch.get_rng_state(), before)
     network = wsol.build_network("resnet50", "cam", 3, generator=generator(4)).eval()
     x, labels = randn(1, 3, 64, 64), torch.tensor([2])
     maps = network(x, labels, return_cam=True)
@@ -532,8 +535,10 @@ def test_training_resumes_to_the_same_numbers(method):
            "large_feature_map": True}
     rows = list(wsol.train(tiny_network(method), loader, cfg))
     assert len(rows) == 12 and all(np.isfinite(row["loss"]) for row in rows)
-    steps = wsol.train(tiny_network(method), loader, cfg)
+    network = tiny_network(method)
+    steps = wsol.train(network, loader, cfg)
     first = [next(steps) for _ in range(8)]
+    network.eval()                      # as an evaluation in between leaves it
     state, file = steps.send("state"), io.BytesIO()
     assert first + list(steps) == rows  # going on must not touch the snapshot
     torch.save(state, file)
@@ -583,13 +588,20 @@ BAD_VALUES = {
     "cutmix: nan": ("beta", lambda: wsol.cutmix(X, Y, float("nan"))),
     "cutmix: labels": ("target", lambda: wsol.cutmix(X, Y[:1], 1.0)),
     "cutmix: one image": ("x must", lambda: wsol.cutmix(X[0], Y, 1.0)),
+    "cutmix: permutation": ("permutation",
+                            lambda: wsol.cutmix(X, Y, 1.0, draws=(0.5, Y[:1], 1, 1))),
     "rand_bbox: lam": ("lam", lambda: wsol.rand_bbox((1, 3, 4, 4), 1.2)),
+    "rand_bbox: three sides": ("size", lambda: wsol.rand_bbox((3, 4, 4), 0.5)),
+    "rand_bbox: no pixel": ("size", lambda: wsol.rand_bbox((1, 3, 0, 4), 0.5)),
     "adl: rate": ("adl_drop_rate", lambda: wsol.ADL(-0.1)),
     "adl: threshold": ("adl_drop_threshold", lambda: wsol.ADL(0.5, 1.1)),
     "erase: threshold": ("threshold", lambda: wsol.erase_attention(X, X[:, :1], 2.0)),
     "acol: label range": ("labels", lambda: wsol.acol_attention(MAPS, Y + 3)),
     "acol: label shape": ("labels", lambda: wsol.acol_attention(MAPS, Y[:1])),
     "acol head: threshold": ("drop_threshold", lambda: wsol.ACoLHead(None, 4, 2, 1.5)),
+    "cam head: channels": ("channels", lambda: wsol.CAMHead(None, 0, 2)),
+    "spg head: classes": ("num_classes", lambda: wsol.SPGHead(None, 4, 0)),
+    "few-shot head: channels": ("channels", lambda: wsol.FewShotHead(None, 0)),
     "spg: negative label": ("labels", lambda: wsol.spg_attention(MAPS, Y - 1, *[MAPS[:, :1]] * 2)),
     "adl: shape": ("x must be", lambda: wsol.ADL()(MAPS[0])),
     "normalize: shape": ("x must be", lambda: wsol.normalize_tensor(MAPS[0])),
@@ -613,15 +625,19 @@ BAD_VALUES = {
     "targets: size": ("size", lambda: wsol.few_shot_targets(0, [[0, 0, 1, 1]])),
     "centre: sigma": ("sigma", lambda: wsol.center_gaussian(4, 0.0)),
     "centre: size": ("size", lambda: wsol.center_gaussian((4, -1))),
+    "centre: half a pixel": ("size", lambda: wsol.center_gaussian(2.5)),
     "gradient: reduce": ("reduce", lambda: wsol.vanilla_gradient(nonlinear, X, Y, "sum")),
     "ig: steps": ("steps", lambda: wsol.integrated_gradients(nonlinear, X, Y, 0)),
     "smooth: n": ("n must", lambda: wsol.smooth_grad(nonlinear, X, Y, 0)),
     "smooth: sigma": ("sigma", lambda: wsol.smooth_grad(nonlinear, X, Y, sigma=-1.0)),
+    "smooth: nan": ("sigma", lambda: wsol.smooth_grad(nonlinear, X, Y, sigma=float("nan"))),
     "train: key": ("learning_rate", lambda: wsol.train(HEAD, [], {"learning_rate": 1})),
     "train: method": ("method", lambda: wsol.train(HEAD, [], {"method": "gradcam"})),
     **{f"train: {name}": (name, lambda name=name, value=value: wsol.train(HEAD, [], {name: value}))
-       for name, value in (("epochs", -1), ("decay_frequency", 0), ("cutmix_beta", -1.0),
-                           ("cutmix_prob", 1.5), ("has_drop_rate", 2.0), ("spg_threshold_2l", -1))},
+       for name, value in (("epochs", -1), ("decay_frequency", 1.5), ("cutmix_beta", -1.0),
+                           ("cutmix_prob", 1.5), ("has_drop_rate", 2.0), ("spg_threshold_2l", -1),
+                           ("lr", float("nan")), ("lr_classifier_ratio", -1.0),
+                           ("weight_decay", -1.0), ("has_grid_size", -1))},
 }
 
 
