@@ -997,7 +997,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     _check_sizes(epochs=epochs)
     bare = _bare(model)
     device = next(model.parameters()).device if device is None else torch.device(device)
-    model.to(device).train()
+    model.to(device)
     if criterion is None:
         criterion = SoftTargetCrossEntropy()                    # of labels: plain cross entropy
     if teacher is not None:
@@ -1037,6 +1037,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
             images, targets = (t.to(device, non_blocking=True) for t in (images, labels))
             if mixup is not None:
                 images, targets = mixup(images, targets)
+            model.train()                                       # the caller may evaluate in between
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 out = model(images)
                 loss = criterion(out, targets) if teacher is None else distill(images, out, targets)

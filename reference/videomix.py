@@ -642,11 +642,11 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
     for epoch in range(first, epochs):
         if seekable:
             loader.set_epoch(epoch, skip)
-        for module in (model, mix) if mix is not None else (model,):
-            module.train()
         for batch, (x, y, *_) in enumerate(loader, skip if seekable else 0):
             if batch < skip:
                 continue
+            for module in (model, mix) if mix is not None else (model,):
+                module.train()                                    # the caller may evaluate between
             step = epoch * per_epoch + batch
             cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
             rate = lr * (min((step + 1) / warm, 1) if step < warm else cosine)
