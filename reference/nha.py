@@ -539,8 +539,10 @@ def _check_times(t, y0: Tensor) -> Tensor:
     return t if t.dim() == 2 else t[:, None].expand(-1, len(y0))
 
 
-def _fixed(f: Callable, y: Tensor, times: Tensor, method: str, step_size) -> tuple[Tensor, int]:
-    """Through `times` (T, B) in one step per interval, or equal ones no longer than step_size."""
+def _fixed(f: Callable, y: Tensor, times: Tensor, method: str,
+           step_size: float | None = None) -> tuple[Tensor, int]:
+    """Through `times` (T, B) in one step per interval, or equal ones no longer than step_size:
+    states (T, B, n), number of steps."""
     ys, count = [y], 0
     for t, t1 in itertools.pairwise(times):
         parts = 1
@@ -1758,14 +1760,12 @@ class NHA(nn.Module):
         if t.dim() != 2 or not len(t) == len(x0) == len(q):
             raise ValueError(f"x0 (S, n), q (S, m), t (S, L) must agree, not {tuple(x0.shape)}, "
                              f"{tuple(q.shape)}, {tuple(t.shape)}")
+        if solver == "rk4":
+            ys, _ = _fixed(lambda t, x: self.decoder(t, x, q), x0, t.T, "rk4")
+            return ys.transpose(0, 1)
         tau = (t - t[:, :1]).to(x0.dtype)
-        if solver == "exact":
-            row = torch.arange(len(x0), device=x0.device).repeat_interleave(tau.shape[1])
-            return self._exact(x0, q, tau.flatten(), row).view(*tau.shape, x0.shape[1])
-        ys, f = [x0], lambda t, x: self.decoder(t, x, q)
-        for start, step in zip(t.unbind(1), tau.diff(dim=1).unbind(1)):
-            ys.append(_step(f, start, step, ys[-1], "rk4")[0])
-        return torch.stack(ys, 1)
+        row = torch.arange(len(x0), device=x0.device).repeat_interleave(tau.shape[1])
+        return self._exact(x0, q, tau.flatten(), row).view(*tau.shape, x0.shape[1])
 
     def _exact(self, x0: Tensor, q: Tensor, tau: Tensor, row: Tensor) -> Tensor:
         """The closed form (N, n) at times tau (N,) of pieces row (N,)."""
