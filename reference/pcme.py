@@ -34,6 +34,7 @@ R@1 68.8 / 54.6.
 """
 
 import copy
+import functools
 import itertools
 import math
 import re
@@ -122,8 +123,10 @@ def _tensor(device: torch.device | None = None, /, **array) -> Tensor:
     return tensor.to(device=device)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in their common dtype, at least float32."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+    return [x.to(dtype) for x in tensors]
 
 
 # ---------------------------------------------------------------- heads (paper, section 3.2)
@@ -393,7 +396,7 @@ def sample_gaussian(mu: Tensor, logsigma: Tensor, num_samples: int,
     _check_items(2, mu=mu)
     _check_shape(*mu.shape, logsigma=logsigma)
     _check_count(num_samples=num_samples)
-    mu, logsigma, (count, dim) = _wide(mu), _wide(logsigma), mu.shape
+    (mu, logsigma), (count, dim) = _wide(mu, logsigma), mu.shape
     if eps is None:
         drawn = -(-num_samples // 2) if antithetic else num_samples
         eps = torch.randn(count, drawn, dim, generator=generator, device=mu.device, dtype=mu.dtype)
@@ -507,7 +510,7 @@ class MCSoftContrastiveLoss(_PairLoss):
         matched (Ni, Nc): True, 1 or a degree in [0, 1] where the pair matches; None: the diagonal.
         """
         _check_items(3, image_samples=image_samples, caption_samples=caption_samples)
-        images, captions = _wide(image_samples), _wide(caption_samples)
+        images, captions = _wide(image_samples, caption_samples)
         matched = _check_matched(matched, images, captions)
         sides = (("image", images, image_logsigma, image_mu),
                  ("caption", captions, caption_logsigma, caption_mu))
@@ -525,7 +528,7 @@ class MCSoftContrastiveLoss(_PairLoss):
         if self.vib_beta:
             vib = sum(self._kl(*side) for side in sides)
         if self.deterministic_weight:
-            means = (z.mean(1) if mu is None else _wide(mu) for _, z, _, mu in sides)
+            means = (z.mean(1) if mu is None else mu for _, z, _, mu in sides)
             deterministic = _info_nce(_cosines(*means) / 0.07, matched)
         extra = (self.uniform_lambda * uniform + self.vib_beta * vib
                  + self.deterministic_weight * deterministic)
@@ -538,8 +541,8 @@ class MCSoftContrastiveLoss(_PairLoss):
 
     def _pair_logits(self, q: Tensor, g: Tensor) -> Tensor:
         _check_items(3, q=q, g=g)
-        q = _wide(q)
-        return _logits(q, _wide(g), self.shift.to(q.dtype), self.negative_scale.to(q.dtype))
+        q, g = _wide(q, g)
+        return _logits(q, g, self.shift.to(q.dtype), self.negative_scale.to(q.dtype))
 
     def _nll(self, images: Tensor, captions: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
         """(Ni, Nc) negative log-likelihoods, and the share of each that is due to matching."""
@@ -601,8 +604,8 @@ class ClosedFormSampledDistanceLoss(_PairLoss):
         _check_items(2, image_mean=image_mean, caption_mean=caption_mean)
         _check_shape(*image_mean.shape, image_log_var=image_log_var)
         _check_shape(*caption_mean.shape, caption_log_var=caption_log_var)
-        images, captions, image_l, caption_l = map(
-            _wide, (image_mean, caption_mean, image_log_var, caption_log_var))
+        images, captions, image_l, caption_l = _wide(image_mean, caption_mean, image_log_var,
+                                                     caption_log_var)
         matched = _check_matched(matched, images, captions).to(images.dtype)
         pseudo, vib = matched.new_zeros((), dtype=torch.int64), images.new_zeros(())
         csd = _csd(images, image_l / 2, captions, caption_l / 2)
@@ -629,7 +632,7 @@ class _CosineLoss(nn.Module):
                 caption_logsigma=None, matched: Tensor | None = None,
                 **unused) -> tuple[Tensor, dict[str, Tensor]]:
         _check_items(3, image_samples=image_samples, caption_samples=caption_samples)
-        images, captions = (_wide(x).mean(1) for x in (image_samples, caption_samples))
+        images, captions = (x.mean(1) for x in _wide(image_samples, caption_samples))
         parts = self.parts(_cosines(images, captions), _check_matched(matched, images, captions))
         return parts["loss"], {name: value.detach().clone() for name, value in parts.items()}
 
@@ -669,6 +672,7 @@ class InfoNCELoss(_CosineLoss):
 
 
 def _cosines(images: Tensor, captions: Tensor) -> Tensor:
+    images, captions = _wide(images, captions)
     with torch.autocast(images.device.type, enabled=False):
         return F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T
 
@@ -786,7 +790,7 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
         _check_shape(*q.shape, q_logsigma=q_logsigma)
         _check_shape(*g.shape, g_logsigma=g_logsigma)
         queries, gallery = [q, torch.as_tensor(q_logsigma)], [g, torch.as_tensor(g_logsigma)]
-    device, dtype = device or q.device, dtype or _wide(q).dtype
+    device, dtype = device or q.device, dtype or torch.promote_types(q.dtype, torch.float32)
     if not getattr(dtype, "is_floating_point", False):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if out is None:
@@ -797,9 +801,10 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
         elementwise = method in ("min", "max", "elk", "bhattacharyya")
         block = 32 if elementwise else max(1, 448 // q.shape[1]) if method in SAMPLED else 1024
     _check_count(block=block)
+    wide = torch.promote_types(dtype, torch.float32)
     for row, column in itertools.product(range(0, len(q), block), range(0, len(g), 4 * block)):
         rows, columns = slice(row, row + block), slice(column, column + 4 * block)
-        left, right = ([_wide(x[part].to(device, dtype)) for x in side]
+        left, right = ([x[part].to(device, wide) for x in side]
                        for side, part in ((queries, rows), (gallery, columns)))
         tile = _tile(method, left, right, (float(shift), float(negative_scale)))
         out[rows, columns] = tile.to(out)
@@ -813,7 +818,7 @@ ROWS = 64                                 # queries ranked at once: bounds memor
 
 def _similarity(sim) -> Tensor:
     sim = _tensor(sim=sim).detach()
-    sim = _wide(sim) if sim.is_floating_point() else sim.double()
+    sim = _wide(sim)[0] if sim.is_floating_point() else sim.double()
     if sim.ndim != 2 or 0 in sim.shape:
         raise ValueError(f"sim must be non-empty (queries, gallery), got {(*sim.shape,)}")
     if not all(torch.isfinite(part).all() for part in sim.split(ROWS)):
@@ -1058,9 +1063,10 @@ def _plausible_precision(sim: Tensor, queries: Tensor, gallery: Tensor, q_codes:
 
 def uncertainty(logsigma, kind: str = "geometric_mean") -> Tensor:
     """logsigma (N, D) -> (N,): "geometric_mean" mean_k logsigma, or "trace" sum_k sigma^2."""
-    logsigma = _wide(_tensor(logsigma=logsigma))
+    logsigma = _tensor(logsigma=logsigma)
     _check_items(2, logsigma=logsigma)
     _check_choice(("geometric_mean", "trace"), kind=kind)
+    logsigma, = _wide(logsigma)
     return logsigma.mean(1) if kind == "geometric_mean" else (2 * logsigma).exp().sum(1)
 
 

@@ -379,11 +379,26 @@ def test_half_out_and_foreign_inputs():
     close(pcme.pairwise_similarity(q.numpy(), strided.numpy()), out)
     assert pcme.pairwise_similarity(q, k, dtype=torch.float64).dtype == torch.float64
     close(pcme.pairwise_similarity(q, k, "matmul", dtype=torch.float16),
-          pcme.pairwise_similarity(q.half(), k.half(), "matmul").half(), 0, 0)
+          pcme.pairwise_similarity(q, k, "matmul").half(), 0, 0)
     before = q.clone()
     pcme.pairwise_similarity(q, k, "matmul")
     assert torch.equal(q, before)
     close(pcme.pairwise_similarity(q, k, "matmul"), torch.einsum("ijd,nkd->in", q, k), 1e-4, 1e-5)
+
+
+def test_sides_of_two_dtypes_are_computed_in_the_wider_one():
+    x, y, l = torch.randn(3, 4, 2, 8, generator=rng())
+    sampled = pcme.MCSoftContrastiveLoss(2, 2, vib_beta=0.1, uniform_lambda=0.1,
+                                         deterministic_weight=0.1)
+    closed = pcme.ClosedFormSampledDistanceLoss(2, 2, 0.1, 0.1)
+    for criterion, inputs in ((sampled, (x, y, l[:, 0], l[:, 1])), (pcme.InfoNCELoss(), (x, y)),
+                              (pcme.TripletLoss(), (x, y)),
+                              (closed, (x[:, 0], y[:, 0], l[:, 0], l[:, 1]))):
+        expected = criterion(*(part.double() for part in inputs))[0]
+        for dtypes in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+            loss = criterion(*(part.to(d) for part, d in zip(inputs, 2 * dtypes)))[0]
+            assert loss.dtype == torch.float64
+            close(loss, expected)
 
 
 def test_antithetic_samples_average_to_the_mean():

@@ -138,8 +138,9 @@ def test_resuming_gives_the_same_numbers(stop):
     torch.save(steps.send("state"), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    rest = pcme.train(tiny_model(5), make(), batches(), resume=state, **options)
-    assert list(rest) == whole[stop:]
+    for _ in range(2):                                        # the snapshot stays as it is
+        rest = pcme.train(tiny_model(5), make(), batches(), resume=state, **options)
+        assert list(rest) == whole[stop:]
 
 
 def test_a_run_that_is_left_in_phase_one_unfreezes_the_model():
