@@ -42,7 +42,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Iterable, Iterator
 from xml.etree import ElementTree
 
 import numpy as np
@@ -326,39 +326,19 @@ class TrainResizeCrop(Resize):
 
 def cub_splits(root: str | Path) -> dict[str, Split]:
     """{"train", "test"} from CUB_200_2011 as it is distributed; train without boxes."""
-    root = Path(root)
-
-    def column(name: str, fields: int, kind: Callable = float, low: float = 0,
-               high: float = float("inf")) -> dict[str, list]:
-        table = {}
-        for number, line in enumerate(read_text(root / name).splitlines(), 1):
-            try:
-                image, *values = line.split()
-                table[image] = values = [kind(value) for value in values]
-                valid = kind is str or all(low <= value < high for value in values)
-            except ValueError:
-                valid = False
-            if not valid or len(values) != fields - 1:
-                raise ValueError(f"{root / name}:{number}: {fields} fields expected, got {line!r}")
-        return table
-
-    names, labels = column("images.txt", 2, str), column("image_class_labels.txt", 2, int, 1)
-    boxes, part = column("bounding_boxes.txt", 5), column("train_test_split.txt", 2, int, 0, 2)
-    if not names.keys() == labels.keys() == boxes.keys() == part.keys():
-        raise ValueError(f"{root}: the four text files do not number the same images")
-    splits = {"train": Split([], {}), "test": Split([], {})}
-    for number, (name,) in names.items():
-        split = splits["train" if part[number][0] else "test"]
-        split.image_ids.append(name)
-        split.labels[name] = labels[number][0] - 1
-        split.sizes[name] = open_image(root / "images" / name).size
-        if split is splits["test"]:
-            x, y, width, height = boxes[number]
-            try:
-                box = _inside((x, y, x + width, y + height), split.sizes[name])
-            except ValueError as error:
-                raise ValueError(f"{root}/bounding_boxes.txt: image {number}: {error}") from None
-            split.boxes[name] = np.array([box])
+    from data_tools.cub import CUB                     # which itself needs the classes above
+    splits = {}
+    for part in ("train", "test"):
+        birds = CUB(root, part)
+        splits[part] = split = birds.split
+        for index, name in enumerate(birds.names):
+            split.sizes[name] = birds.open(index).size
+            if part == "test":
+                try:
+                    split.boxes[name] = np.array([_inside(birds.boxes[index], split.sizes[name])])
+                except ValueError as error:
+                    raise ValueError(f"{birds.folder / 'bounding_boxes.txt'}: image "
+                                     f"{birds.ids[index]}: {error}") from None
     return splits
 
 

@@ -179,7 +179,8 @@ def test_cub(tmp_path):
     for name in names:
         picture(tmp_path / "images" / name, (50, 40))
     boxes = ["1.0 2.0 30.0 20.0", "5.0 6.0 44.0 35.0", "30.0 27.0 325.0"]
-    for file, column in (("images.txt", names), ("image_class_labels.txt", [1, 1, 2]),
+    for file, column in (("images.txt", names), ("classes.txt", ["001.A", "002.B"]),
+                         ("image_class_labels.txt", [1, 1, 2]),
                          ("train_test_split.txt", [1, 0, 0]), ("bounding_boxes.txt", boxes)):
         (tmp_path / file).write_text("".join(f"{n} {value}\n" for n, value in enumerate(column, 1)))
     with pytest.raises(ValueError, match=r"bounding_boxes.txt:3: 5 fields"):
@@ -192,17 +193,18 @@ def test_cub(tmp_path):
     assert splits["test"].boxes[names[1]].tolist() == [[5, 6, 49, 40]]          # cut at the image
     assert splits["test"].boxes[names[2]].tolist() == [[30, 27, 50, 36]]
     for file, line, message in (
-            ("bounding_boxes.txt", "3 1 2 nan 4", "bounding_boxes.txt:3: 5 fields"),
+            ("bounding_boxes.txt", "3 1 2 nan 4", "bounding_boxes.txt:3: only finite numbers"),
             ("bounding_boxes.txt", "3 60 2 9 4", "bounding_boxes.txt: image 3: box 60,2,69,6 has"),
-            ("image_class_labels.txt", "3 0", "image_class_labels.txt:3: 2 fields"),
-            ("train_test_split.txt", "3 no", "train_test_split.txt:3: 2 fields")):
+            ("image_class_labels.txt", "3 0", "image_class_labels.txt: image 3: classes must be"),
+            ("image_class_labels.txt", "", "image_class_labels.txt: no line for image 3"),
+            ("train_test_split.txt", "3 no", "train_test_split.txt: image 3: 0 or 1 expected")):
         text = (tmp_path / file).read_text()
         (tmp_path / file).write_text("".join(text.splitlines(keepends=True)[:2]) + line)
         with pytest.raises(ValueError, match=message):
             data.cub_splits(tmp_path)
         (tmp_path / file).write_text(text)
     boxes.write_text("1 1.0 2.0 30.0 20.0\n")
-    with pytest.raises(ValueError, match="the same images"):
+    with pytest.raises(ValueError, match="bounding_boxes.txt: no box for image 2"):
         data.cub_splits(tmp_path)
 
 
