@@ -105,21 +105,23 @@ def _check_items(ndim: int, **tensors: Tensor) -> None:
 
 
 def _check_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
-    lengths = _tensor(tokens.device, lengths=lengths)
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(f"tokens must be non-empty (B, T), got {(*tokens.shape,)}")
-    _check_shape(len(tokens), lengths=lengths)
+    lengths = _tensor(tokens.device, len(tokens), lengths=lengths)
     _check_indices(1, tokens.shape[1], lengths=lengths)
     return lengths.long()
 
 
-def _tensor(device: torch.device | None = None, /, **array) -> Tensor:
+def _tensor(device: torch.device | None = None, /, *shape: int, **array) -> Tensor:
+    """The named array as a tensor on `device`, of `shape` where given."""
     (name, value), = array.items()
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a tensor or an array of numbers, got "
                         f"{type(value).__name__}") from None
+    if shape:
+        _check_shape(*shape, **{name: tensor})
     return tensor.to(device=device)
 
 
@@ -223,12 +225,10 @@ class GaussianHead(nn.Module):
     def __init__(self, d_in: int, d_out: int, init_logsigma: float = -3.0):
         super().__init__()
         _check_count(d_in=d_in, d_out=d_out)
-        _check_finite(init_logsigma=init_logsigma)
         self.mean, self.logsigma = nn.Linear(d_in, d_out), nn.Linear(d_in, d_out)
         nn.init.constant_(self.logsigma.bias, init_logsigma)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _check_items(2, x=x)
         _check_shape(len(x), self.mean.in_features, x=x)
         return F.normalize(self.mean(x), dim=-1), self.logsigma(x)
 
@@ -438,8 +438,7 @@ def _check_matched(matched: Tensor | None, images: Tensor, captions: Tensor) -> 
         if count != other:
             raise ValueError(f"matched is needed for {count} images and {other} captions")
         return torch.eye(count, dtype=torch.bool, device=images.device)
-    matched = _tensor(images.device, matched=matched)
-    _check_shape(count, other, matched=matched)
+    matched = _tensor(images.device, count, other, matched=matched)
     if not ((matched >= 0) & (matched <= 1)).all():
         raise ValueError("matched must be in [0, 1]")
     return matched if matched.dtype == torch.bool else matched.to(images.dtype)
@@ -828,18 +827,15 @@ def _similarity(sim) -> Tensor:
 
 def _judged(sim, positives) -> tuple[Tensor, Tensor]:
     sim = _similarity(sim)
-    positives = _tensor(sim.device, positives=positives)
-    _check_shape(*sim.shape, positives=positives)
+    positives = _tensor(sim.device, *sim.shape, positives=positives)
     _check_binary(positives=positives)
     return sim, positives.bool()
 
 
 def _labels(sim: Tensor, **rows_and_columns) -> list[Tensor]:
     """Two arrays as tensors, one with an entry per row of sim and one with an entry per column."""
-    arrays = [_tensor(sim.device, **{name: x}) for name, x in rows_and_columns.items()]
-    for name, array, count in zip(rows_and_columns, arrays, sim.shape):
-        _check_shape(count, **{name: array})
-    return arrays
+    return [_tensor(sim.device, count, **{name: array})
+            for (name, array), count in zip(rows_and_columns.items(), sim.shape)]
 
 
 def _with_positives(counts: Tensor, ignore_empty: bool = False) -> Tensor:
