@@ -1,6 +1,6 @@
 """What the CALM scripts share: methods, data, networks, and `trained`, which trains or loads one.
 
-    run = harness.start(calm_nets.parser(__doc__))
+    run = calm_nets.start(calm_nets.parser(__doc__))
     task = calm_nets.glyphs(run)                              # or birds, scenes; folder with --data
     model = calm_nets.trained(run, task, "calm-em", seed)     # in eval mode
 
@@ -12,6 +12,7 @@ another run left in its --out.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,8 +70,8 @@ def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
     p = harness.parser(description)
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(methods))
     p.add_argument("--models", type=harness.Path, help="weights of an earlier run: its --out")
-    real = p.add_argument_group("with --data")
-    add = real.add_argument
+    p.real = p.add_argument_group("with --data")
+    add = p.real.add_argument
     add("--metadata", type=harness.Path, help="train/ and test/ or val/ (default: DATA/metadata)")
     add("--classes", type=harness.count, help="only the first N classes")
     add("--arch", default="resnet50", help="resnet50 or small-WIDTH")
@@ -82,6 +83,18 @@ def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
     add("--lr", type=float, default=0.01)
     add("--head-ratio", type=float, default=10.0)
     return p
+
+
+def start(p: argparse.ArgumentParser, argv: list[str] | None = None) -> harness.Run:
+    """harness.start, after refusing what embedded data does not use, and methods named twice."""
+    args = p.parse_args(argv)
+    unused = [action.option_strings[0] for action in p.real._group_actions
+              if getattr(args, action.dest) != action.default]
+    if args.data is None and unused:
+        p.error(f"{', '.join(unused)}: only with --data")
+    if len(set(args.methods)) < len(args.methods):
+        p.error(f"--methods names one twice: {' '.join(args.methods)}")
+    return harness.start(p, argv)
 
 
 # ---------------------------------------------------------------- networks
@@ -115,7 +128,7 @@ def residual(arch: str, weights: harness.Path | None, generator: torch.Generator
 
     Called, it gives its last feature map.
     """
-    if arch.startswith("small-") and arch[6:].isdigit():
+    if re.fullmatch(r"small-[1-9]\d*", arch):
         body = resnet.resnet18(num_classes=0, width=int(arch[6:]), small_stem=True, layer4_stride=1,
                                generator=generator)
     elif arch == "resnet50":
@@ -147,14 +160,15 @@ def trained(run: harness.Run, task: Task, method: str, seed: int,
         if not path.exists():
             raise ValueError(f"{path}: no such file; --models must be the --out of a run with this "
                              "method and seed")
-        model.load_state_dict(harness.read_tensors(path))
-        return model.eval()
+        return harness.load_weights(model, path).eval()
     if start is None and run.args.data and run.args.pretrain:
         start = trained(run, pretraining(task, run.args.pretrain), "cam", seed, start={})
         start = start.backbone.state_dict()
     if start:
         model.backbone.load_state_dict(start)
     loader, recipe = task.train(seed), task.recipe | options
+    if not len(loader):
+        raise ValueError(f"--batch: fewer training images than a batch of {run.args.batch}")
     steps = calm.train(run.wrap(model), loader, amp_dtype=run.amp_dtype, resume=run.resumed(name),
                        **recipe)
     last = run.drive(name, steps, recipe["epochs"] * len(loader))

@@ -101,9 +101,10 @@ def draw(run: harness.Run, task: calm_nets.Task, model: calm.CALM, count: int = 
 
 def main(argv: list[str] | None = None) -> None:
     parser = calm_nets.parser(__doc__, methods=("cam", "calm-em", "calm-ml"))
-    parser.add_argument("--wordnet", type=harness.Path, help="wordnet.is_a.txt: 'parent child'")
-    parser.add_argument("--superclass", default="7", help="with --wordnet: a synset or a depth")
-    run = harness.start(parser, argv)
+    add = parser.real.add_argument
+    add("--wordnet", type=harness.Path, help="wordnet.is_a.txt: 'parent child'")
+    add("--superclass", default="7", help="with --wordnet: a synset or a depth")
+    run = calm_nets.start(parser, argv)
     task = calm_nets.folder(run) if run.args.data else calm_nets.scenes(run)
     groups = superclasses(run, task)
     asked = torch.linspace(0, task.classes - 1, min(QUERIES, task.classes)).round().long()

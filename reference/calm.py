@@ -304,7 +304,7 @@ def _check_finite(name: str, values: Tensor, output: CALMOutput | CAMOutput) -> 
     parts = [t.detach() for t in (values, output.logits, getattr(output, "attention", values))]
     if not torch.isfinite(sum(part.sum() for part in parts)):  # a finite sum has finite terms
         if not all(torch.isfinite(part).all() for part in parts):
-            raise ValueError(f"not finite: {name}, or logits, attention or a given posterior")
+            raise ValueError(f"not finite: {name}, the logits, the attention or a given posterior")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

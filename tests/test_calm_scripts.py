@@ -81,6 +81,24 @@ def test_photographs_survive_a_kill_and_lend_their_weights(run, kill_script, tmp
             tmp_path / "whole")
 
 
+def test_wrong_arguments_are_named(run, tmp_path, capsys):
+    data = image_folder(tmp_path / "data")
+    for script, *arguments in ((calm_cub, "--size", 32), (calm_remove, "--arch", "small-4"),
+                               (calm_wsol, "--wordnet", "is_a"), (calm_wsol, "--lr", 0.1),
+                               (calm_remove, "--methods", "cam", "cam")):
+        with pytest.raises(SystemExit):
+            run(script, "out", "--preset", "tiny", *arguments)
+        assert f"error: {arguments[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for options, words in ((("--arch", "small-0"), "--arch must be"),
+                           (("--batch", 999), "a batch of 999")):
+        with pytest.raises(ValueError, match=words):
+            run(calm_remove, "out", "--data", data, *FOLDER, "--methods", "cam", *options)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "glyphs-cam-seed0.pt")
+    with pytest.raises(SystemExit, match="glyphs-cam-seed0.pt does not fit this model"):
+        run(calm_remove, "out", "--preset", "tiny", "--methods", "cam", "--models", tmp_path)
+
+
 def test_birds_in_the_real_layout(run, tmp_path, golden):  # noqa: F811
     root = write_tree(tmp_path / "CUB_200_2011", golden)
     results = run(calm_cub, "cub", "--data", root, *FOLDER, "--size", 32, "--batch", 2, "--samples",
