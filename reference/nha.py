@@ -1694,7 +1694,7 @@ class _Phi(torch.autograd.Function):
         small, series = z.abs() < 0.1, torch.zeros_like(z)
         safe = torch.where(small, 1.0, z)
         for j in range(k + 7, k - 1, -1):
-            series = series * z + 1 / math.factorial(j)
+            series.mul_(z).add_(1 / math.factorial(j))
         value = torch.expm1(safe) / safe
         for j in range(1, k):
             value = (value - 1 / math.factorial(j)) / safe
