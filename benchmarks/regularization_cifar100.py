@@ -197,7 +197,16 @@ def class_arrays(root, split, classes, limit=None):
     data = imagenet.imagenet(root, split, classes=classes)
     labels = np.asarray(data.labels)
     keep = np.concatenate([np.flatnonzero(labels == c)[:limit] for c in range(len(classes))])
-    return np.stack([np.asarray(data[int(i)][0]) for i in keep]), labels[keep]
+    images = [np.asarray(data[int(i)][0]) for i in keep]
+    if len(sizes := {image.shape[:2] for image in images}) > 1:
+        raise SystemExit(f"--data {root}: the images of {split} have {len(sizes)} sizes, not one")
+    return np.stack(images), labels[keep]
+
+
+def check_batch(folder, train, batch):
+    if len(train) < batch:
+        raise SystemExit(f"--data {folder}: {len(train)} training images do not fill a batch of "
+                         f"{batch}")
 
 
 def load(run, wanted, per_class):
@@ -229,6 +238,7 @@ def load(run, wanted, per_class):
         chosen, others = every[::apart][:classes], every[apart // 2::apart][:classes]
         train = imagenet.ArrayImages(*class_arrays(folder, "train", chosen, per_class))
         images, labels = class_arrays(folder, "val", chosen)
+        check_batch(folder, train, batch)
         if apart > 1:
             extra["other classes"] = class_arrays(folder, "val", others)[0]
     transform = imagenet.PadCropTransform(4 if args.preset == "paper" else 0)
@@ -470,6 +480,13 @@ def draw_effects(path, effects):
     chart.save(path)
 
 
+def check_methods(parser, methods, usable):
+    if unknown := [m for m in methods if m not in usable]:
+        parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(usable)}")
+    if len({*methods}) < len(methods):
+        parser.error(f"--methods names one twice: {' '.join(methods)}")
+
+
 def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
     add = parser.add_argument
@@ -483,16 +500,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     network, epochs, _, lr, decay, methods, few, severities, *subset = PRESETS[args.preset]
     methods = list(METHODS) if args.methods == ["all"] else args.methods or list(methods)
-    if unknown := [m for m in methods if m not in METHODS]:
-        parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    check_methods(parser, methods, METHODS)
+    if args.data is None and (args.classes or args.per_class):
+        parser.error("--classes and --per-class need --data with an image folder")
+    ood_folders = sorted(f for f in args.ood.glob("*") if f.is_dir()) if args.ood else []
+    if args.ood and not ood_folders:
+        parser.error(f"--ood {args.ood}: no folder with a subfolder for each set")
     run = harness.start(parser, argv)
     epochs = args.epochs or epochs
     wanted, per_class = args.classes or subset[0], args.per_class or subset[1]
     loader_of, images, labels, classes, mean, std, extra = load(run, wanted, per_class)
     size = images.shape[1]
     ood = noise_images(min(len(images), 2000), size) | {"shuffled": shuffled_pixels(images)} | extra
-    if args.ood:
-        ood |= {f.name: folder_images(f, size) for f in sorted(args.ood.iterdir()) if f.is_dir()}
+    ood |= {f.name: folder_images(f, size) for f in ood_folders}
     ood = {name: batches(data) for name, data in ood.items()}
     chosen = np.random.RandomState(0).permutation(len(images))[:few]
     sample = batches(images[chosen[:few // 2]], labels[chosen[:few // 2]])

@@ -94,10 +94,13 @@ def main(argv=None):
     arch, epochs = args.arch or arch, args.epochs or epochs
     few, methods = args.images or few, args.methods or methods
     usable = [m for m in study.METHODS if "shakedrop" not in study.METHODS[m]]
-    if unknown := [m for m in methods if m not in usable]:
-        parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(usable)}")
+    study.check_methods(parser, methods, usable)
     if args.corrupted and args.data is None:
         parser.error("--corrupted needs --data: its folders have ImageNet's classes")
+    for folder in (args.corrupted / name / str(s) for name in corruptions.TEST_CORRUPTIONS
+                   for s in severities) if args.corrupted else ():
+        if not folder.is_dir():
+            parser.error(f"--corrupted: no folder {folder}")
     run = harness.start(parser, argv)
     if batch % run.world_size:
         parser.error(f"the batch of {batch} does not divide among {run.world_size} processes")
@@ -118,6 +121,7 @@ def main(argv=None):
                 **share), seed, mean, std)
     else:
         data, held = (imagenet.imagenet(args.data, split) for split in ("train", "val"))
+        study.check_batch(args.data, data, batch)
         classes, view = len(data.classes), imagenet.EvalTransform(size, 0.875, "bilinear")
         common = {"workers": args.workers, "device": run.device}
         val = Pixels(imagenet.Loader(held, 256, transform=view, **common))

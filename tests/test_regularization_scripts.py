@@ -1,12 +1,14 @@
 """The study's scripts: their tiny presets, a killed run that is resumed, two processes, the speed
 script."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -85,3 +87,29 @@ def test_speed_script(tmp_path):
     results = json.loads((tmp_path / "speed_corruptions.json").read_text())
     assert len(results["tables"]["set"]) == 19 and results[
         "tables"]["glass"][0]["equal"] is True and "holds" in out
+
+
+def test_wrong_arguments_are_one_line_and_leave_no_folder(tmp_path, capsys, monkeypatch):
+    data = str(folder(tmp_path / "data"))
+    (tmp_path / "empty").mkdir()
+    for script, *arguments in (
+            ("regularization_cifar100", "--methods", "mixup", "mixup"),
+            ("regularization_cifar100", "--per-class", "5"),
+            ("regularization_cifar100", "--ood", str(tmp_path / "empty")),
+            ("regularization_imagenet", "--methods", "mixup", "mixup"),
+            ("regularization_imagenet", "--data", data, "--corrupted", str(tmp_path / "empty"))):
+        monkeypatch.setattr(sys, "argv", [script])
+        with pytest.raises(SystemExit) as left:
+            importlib.import_module(script).main([*arguments, "--out", str(tmp_path / "out")])
+        assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_unfit_image_folders_are_named(tmp_path):
+    images = folder(tmp_path / "data")
+    study = importlib.import_module("regularization_cifar100")
+    with pytest.raises(SystemExit, match="120 training images do not fill a batch of 200"):
+        study.check_batch(images, range(120), 200)
+    Image.new("RGB", (40, 20)).save(images / "train" / "n1" / "0.JPEG")
+    with pytest.raises(SystemExit, match="train have 2 sizes"):
+        study.class_arrays(images, "train", ["n0", "n1"])
