@@ -11,13 +11,14 @@ Images are (H, W), (H, W, 3) or (3, H, W), uint8 or float in [0, 1], arrays or t
 """
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from records import write_atomically
 
 COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#c0392b", "#16858a", "#b8860b", "#555555",
           "#e377c2", "#7f7f00")
@@ -403,10 +404,4 @@ def _dashes(points: list[tuple[float, float]], dash: float = 6) -> list[list[tup
 
 
 def _write(image: Image.Image, path: str | Path) -> None:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: image.save(file, format="PNG", optimize=True))

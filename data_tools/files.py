@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ def write_whole(path: str | Path,
     """`content`, or what it writes when called with the file: under a temporary name beside `path`,
     flushed to disk, then renamed over it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             content(file) if callable(content) else file.write(content)

@@ -50,6 +50,7 @@ import copy
 import math
 import os
 import threading
+import uuid
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -730,7 +731,7 @@ class PRDC:
             self._radii = _radii_alone(real, ks, memory_budget=self.options["memory_budget"],
                                        group=self.options["group"])
         rows = real.cpu().float() if real.dtype == torch.bfloat16 else real.cpu()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
                 np.savez(file, real_features=rows.numpy(), scale=self._radii[1],
