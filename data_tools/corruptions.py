@@ -241,7 +241,8 @@ def make_cifar_c(images: np.ndarray, out_dir: str | Path, labels=None, *,
         if not part.exists():
             marks.write_text("")
             shape = (5 * n, *images.shape[1:])
-            np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape).flush()
+            with _whole(part) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", np.uint8, shape).flush()
         lines = [line for line in marks.read_text().splitlines() if line.endswith(".")]
         finished = {tuple(map(int, line[:-1].split())) for line in lines}
         missing = [b for b in blocks if b not in finished]

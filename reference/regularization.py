@@ -463,8 +463,8 @@ class DropBlock2d(nn.Module):
         super().__init__()
         if not 0 <= drop_prob <= 1:
             raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
-        if block_size < 1 or warmup_steps < 0:
-            raise ValueError("block_size must be >= 1 and warmup_steps >= 0, got "
+        if block_size < 1 or block_size % 1 or warmup_steps < 0:
+            raise ValueError("block_size must be a whole number >= 1 and warmup_steps >= 0, got "
                              f"{block_size} and {warmup_steps}")
         self.drop_prob, self.block_size = drop_prob, block_size
         self.exact_gamma, self.warmup_steps = exact_gamma, warmup_steps

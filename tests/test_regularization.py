@@ -401,7 +401,7 @@ def test_drop_block_gamma_and_warm_up():
     shares = [share(ramp, n=300) for _ in range(6)]
     np.testing.assert_allclose(shares, [0, 0.1, 0.2, 0.3, 0.4, 0.4], atol=0.02)
     assert ramp.state_dict()["passes"] == 6
-    for bad in ({"drop_prob": 2}, {"block_size": 0}, {"warmup_steps": -1}):
+    for bad in ({"block_size": 2.5}, {"drop_prob": 2}, {"block_size": 0}, {"warmup_steps": -1}):
         with pytest.raises(ValueError):
             R.DropBlock2d(**bad)
     with pytest.raises(ValueError, match="B, C, H, W"):
