@@ -136,6 +136,8 @@ def main(argv=None):
         if split.boxes:
             more_table, more_rows, more_curves = box_rows(name, split)
             table, rows, curves = table + more_table, rows + more_rows, curves | more_curves
+    if not table:
+        raise ValueError(f"{run.args.data}: no split with boxes; masks need --masks")
     if run.figures:
         figures.line_chart(run.figures / "wsol_center.png", curves, title="Centre baseline",
                            xlabel="threshold", ylabel="BoxAcc (%)")

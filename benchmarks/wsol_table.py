@@ -113,7 +113,9 @@ def real_task(run: harness.Run, args, seed: int) -> Task:
     size = args.size or (32 if small else 224)
     everything = real_part(metadata / "train", args.data, size, None, small)
     top = 1 + max(everything.split.labels.values())
-    classes = list(range(0, top, max(1, top // args.classes))) if args.classes else None
+    if args.classes and args.classes > top:
+        raise ValueError(f"--classes {args.classes}: {metadata / 'train'} has {top}")
+    classes = [k * top // args.classes for k in range(args.classes)] if args.classes else None
 
     def read(name: str) -> Part:
         return real_part(metadata / name, args.data, size, classes, small)
@@ -129,6 +131,9 @@ def real_task(run: harness.Run, args, seed: int) -> Task:
     else:
         tune = few(val, args.shots or 5)
         test = val.of([name for name in val.split.image_ids if name not in tune.split.labels])
+    if not len(test) or not len(held_out(tune)[1]):
+        raise ValueError(f"--shots {args.shots}: {len(tune)} images to tune on and {len(test)} to "
+                         "test on; both are needed, and two of one class to tune on")
     epochs = args.epochs or ((50 if args.dataset == "CUB" else 10) if paper else 3)
     decay = (15 if args.dataset == "CUB" else 3) if paper else max(2, round(0.7 * epochs))
     recipe = dict(epochs=epochs, decay_frequency=decay, lr_classifier_ratio=10.0, batch=32,

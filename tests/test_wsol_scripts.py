@@ -83,6 +83,27 @@ def test_the_table_reads_released_metadata(tmp_path, run_script, masks):
     metric = "pxap" if masks else "v2"
     assert all(0 <= row[metric] <= 100 for row in result["tables"]["main"])
     assert result["data"] == "8 training, 4 tuning, 4 test images, 2 classes"
+    for options, message in ((["--shots", 1], "--shots 1: 2 images"),
+                             (["--shots", 9], "--shots 9: 8 images to tune on and 0 to test on"),
+                             (["--classes", 3], "--classes 3: .*train has 2")):
+        with pytest.raises(ValueError, match=message):          # before anything is trained
+            run_script("wsol_table", tmp_path / "bad", "--data", tmp_path / "data", *options)
+    assert not list((tmp_path / "bad").glob("*.pt"))
+
+
+def test_classes_are_as_many_as_asked_for_and_evenly_spaced(tmp_path):
+    import wsol_table
+    write_metadata(tmp_path, False)
+    labels = tmp_path / "metadata" / "train" / "class_labels.txt"
+    labels.write_text("".join(f"train/{i}.png,{i % 5}\n" for i in range(12)))
+    args = argparse.Namespace(data=tmp_path, dataset="", preset="default", arch="small", size=8,
+                              classes=2, per_class=0, shots=2, epochs=1, trials=1, width=4,
+                              workers=0, weights=None, pretrain=0)
+    labels = tmp_path / "metadata" / "val" / "class_labels.txt"
+    labels.write_text("".join(f"val/{i}.png,{2 * (i % 2)}\n" for i in range(8)))
+    task = wsol_table.real_task(Alone(), args, 0)
+    assert task.classes == 2 and set(task.train.split.labels.values()) == {0, 1}
+    assert task.train.split.image_ids == [f"train/{i}.png" for i in (0, 2, 5, 7, 10)]
 
 
 def test_published_networks_train_on_released_metadata(tmp_path, run_script):
@@ -109,6 +130,8 @@ def test_the_centre_baseline_from_metadata(tmp_path, run_script):
     assert 0 < pixels["tables"]["center"][0]["PxAP"] < 100
     with pytest.raises(ValueError, match="no localization.txt"):
         run_script("wsol_center", tmp_path / "out", "--data", tmp_path / "figures")
+    with pytest.raises(ValueError, match="no split with boxes; masks need --masks"):
+        run_script("wsol_center", tmp_path / "out", "--data", tmp_path / "masks" / "metadata")
 
 
 def test_the_ill_posedness_step_is_exact(tmp_path, run_script):
