@@ -37,6 +37,7 @@ the rows, so constants of a sample belong into its state, with derivative 0.
 import copy
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -58,12 +59,25 @@ def _check_positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
-def _check_width(width: int, **values: Tensor | None) -> None:
-    """Size of the last dimension; None has none."""
-    for name, value in values.items():
-        shape = value if value is None else tuple(value.shape)
-        if (shape[-1] if shape else 0) != width:
-            raise ValueError(f"{name} must be (..., {width}), not {shape}")
+@lru_cache(maxsize=256)
+def _sizes(shapes: str) -> list[list[str]]:
+    return [[size for size in re.split(", ?", shape) if size]
+            for shape in re.findall(r"\((.*?)\)", shapes)]
+
+
+def _expect(shapes: str, *values: Tensor | None) -> None:
+    """Tensors of shapes such as "x (S, n), q (S, 3)": a letter is one size in all of them, "..."
+    any sizes. None is as good as a size of 0."""
+    found: dict[str, int] = {}
+    for sizes, value in zip(_sizes(shapes), values):
+        shape = value.shape if isinstance(value, Tensor) else (0,) if value is None else ()
+        if sizes[0] == "...":
+            sizes, shape = sizes[1:], shape[1 - len(sizes) :]
+        if len(sizes) != len(shape) or any(
+                size != found.setdefault(name, int(name) if name.isdigit() else size)
+                for name, size in zip(sizes, shape)):
+            given = (tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in values)
+            raise ValueError(f"expected {shapes}, got {', '.join(map(str, given))}")
 
 
 def _per_sample(name: str, value, samples: int, device, dtype=None) -> Tensor:
@@ -74,6 +88,7 @@ def _per_sample(name: str, value, samples: int, device, dtype=None) -> Tensor:
 
 
 def _check_modes(name: str, z: Tensor, n_modes: int) -> Tensor:
+    _expect(f"{name} (N,)", z)
     if z.is_floating_point() or bool(((z < 0) | (z >= n_modes)).any()):
         raise ValueError(f"{name} must be modes (integers) in 0..{n_modes - 1}")
     return z.long()
@@ -1249,7 +1264,7 @@ class ConditionalFlow1d(nn.Module):
         self.net = _mlp(context_dim + n_groups, hidden, hidden, size) if context_dim else None
 
     def _rows(self, shape, c: Tensor | None, group) -> tuple[Tensor, Tensor, list]:
-        _check_width(self.context_dim, c=c)
+        _expect(f"c (..., {self.context_dim})", c)
         group = torch.as_tensor(group, device=self.raw.device).expand(shape)
         raw, k = self.raw[group], self.n_bins
         if self.net is not None:
@@ -1307,7 +1322,7 @@ class _AffineFlow(nn.Module):
     passes = 1
 
     def _shift_and_log_scale(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        _check_width(self.dim, x=x), _check_width(self.context_dim, c=c)
+        _expect(f"x (..., {self.dim}), c (..., {self.context_dim})", x, c)
         shift, log_scale = self.conditionals(x, c).chunk(2, -1)
         return shift, 2 * torch.tanh(log_scale / 2)
 
@@ -1419,10 +1434,9 @@ class EventModule(nn.Module):
         self.transition.copy_(torch.where(self.possible, (counts + 1e-3).log(), 0.0))
 
     def _check(self, tau, z, z2, censored):
+        _expect("tau (N,), z (N,), z2 (N,), censored (N,)", tau, z, z2,
+                z if censored is None else censored)
         censored = torch.zeros_like(z, dtype=torch.bool) if censored is None else censored.bool()
-        if not tau.shape == z.shape == z2.shape == censored.shape or tau.dim() != 1:
-            shapes = ", ".join(str(tuple(v.shape)) for v in (tau, z, z2, censored))
-            raise ValueError(f"tau, z, z2, censored must be (N,), not {shapes}")
         if not bool(((tau > 0) & tau.isfinite()).all()):
             raise ValueError("tau must be positive and finite")
         z2 = _check_modes("z2", torch.where(censored, 0, z2), self.n_modes)
@@ -1513,9 +1527,7 @@ def segment(t: Tensor, x: Tensor, *, mode: Tensor | None = None,
                      a run of such i
     Pieces with fewer than 2 samples are dropped; the last piece is censored."""
     mode = mode if mode is None else torch.as_tensor(mode, device=x.device)
-    if t.dim() != 1 or x.dim() != 2 or not len(t) == len(x) == len(t if mode is None else mode):
-        raise ValueError(f"t (T,), x (T, n) and mode (T,) must agree, got {tuple(t.shape)}, "
-                         f"{tuple(x.shape)}, {None if mode is None else tuple(mode.shape)}")
+    _expect("t (T,), x (T, n), mode (T,)", t, x, t if mode is None else mode)
     if not bool((t.diff() >= 0).all()):
         raise ValueError("t must not decrease")
     _check_positive(jump_threshold=jump_threshold, changepoint=changepoint)
@@ -1591,11 +1603,10 @@ def straight_through(logits: Tensor, *, sample: Tensor | None = None,
                      generator: torch.Generator | None = None) -> Tensor:
     """One-hot draw of Categorical(softmax(logits)) with the gradient of the softmax, (S, m), exact
     up to rounding only. `sample`: the one-hot rows to use instead of a draw."""
+    _expect("logits (S, m), sample (S, m)", logits, logits if sample is None else sample)
     p = logits.softmax(-1)
     if sample is None:
         sample = F.one_hot(_draw_categorical(p, generator), p.shape[-1]).to(p)
-    elif sample.shape != p.shape:
-        raise ValueError(f"sample must be {tuple(p.shape)} like logits, not {tuple(sample.shape)}")
     return (sample - p).detach() + p
 
 
@@ -1623,7 +1634,7 @@ class ModeEncoder(nn.Module):
         self.register_buffer("alive", torch.ones(n_modes, dtype=torch.bool))      # see NHA.prune
 
     def logits(self, features: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        _check_width(self.layers[0].in_features, features=features)
+        _expect(f"features (S, {self.layers[0].in_features})", features)
         h = features
         for layer, activation in zip(self.layers, (torch.relu, torch.relu, torch.tanh)):
             h = layer(h)
@@ -1671,14 +1682,14 @@ class ModeDecoder(nn.Module):
 
     def fields(self, x: Tensor) -> Tensor:
         """Every f_j at x (S, n): (S, m, n)."""
-        _check_width(self.state_dim, x=x)
+        _expect(f"x (S, {self.state_dim})", x)
         u = x[:, None, self.inputs].expand(-1, self.n_modes, -1)
         if self.hidden is not None:
             u = torch.tanh(torch.einsum("mhi,smi->smh", self.weight_in, u) + self.bias_in)
         return torch.einsum("mni,smi->smn", self.weight, u) + self.bias
 
     def forward(self, t: Tensor | None, x: Tensor, q: Tensor) -> Tensor:
-        _check_width(self.state_dim, x=x), _check_width(self.n_modes, q=q)
+        _expect(f"x (S, {self.state_dim}), q (S, {self.n_modes})", x, q)
         if self.hidden is None:                                 # mix the maps, not their values
             mixed = torch.einsum("sm,mni->sni", q, self.weight)
             return torch.einsum("sni,si->sn", mixed, x[:, self.inputs]) + q @ self.bias
@@ -1719,7 +1730,8 @@ class JumpMaps(nn.Module):
 
     @torch.no_grad()
     def fit(self, x_pre: Tensor, x_post: Tensor, z: Tensor, z2: Tensor) -> "JumpMaps":
-        _check_width(self.bias.shape[-1], x_pre=x_pre, x_post=x_post)
+        n = self.bias.shape[-1]
+        _expect(f"x_pre (N, {n}), x_post (N, {n}), z (N,), z2 (N,)", x_pre, x_post, z, z2)
         for a, b in torch.stack([z, z2], 1).unique(dim=0).tolist():
             rows = (z == a) & (z2 == b)
             design = F.pad(x_pre[rows], (0, 1), value=1.0).double()
@@ -1728,6 +1740,7 @@ class JumpMaps(nn.Module):
         return self
 
     def forward(self, x: Tensor, z: Tensor, z2: Tensor) -> Tensor:
+        _expect(f"x (N, {self.bias.shape[-1]}), z (N,), z2 (N,)", x, z, z2)
         return torch.einsum("bij,bj->bi", self.weight[z, z2].to(x), x) + self.bias[z, z2].to(x)
 
 
@@ -1757,9 +1770,7 @@ class NHA(nn.Module):
             x_i = x_i(0) + (c_i u0 + d_i) tau + c_i tau^2 phi_2(a tau) (a u0 + b),
             phi_2(z) = (e^z - 1 - z) / z^2."""
         _check_choice("solver", solver, ("rk4", "exact"))
-        if t.dim() != 2 or not len(t) == len(x0) == len(q):
-            raise ValueError(f"x0 (S, n), q (S, m), t (S, L) must agree, not {tuple(x0.shape)}, "
-                             f"{tuple(q.shape)}, {tuple(t.shape)}")
+        _expect("x0 (S, n), q (S, m), t (S, L)", x0, q, t)
         if solver == "rk4":
             ys, _ = _fixed(lambda t, x: self.decoder(t, x, q), x0, t.T, "rk4")
             return ys.transpose(0, 1)
@@ -1772,7 +1783,7 @@ class NHA(nn.Module):
         u, n = range(self.decoder.state_dim)[self.decoder.inputs], x0.shape[1]
         if self.decoder.hidden is not None or len(u) != 1:
             raise ValueError("solver 'exact' needs affine modes (hidden=None) of one coordinate")
-        _check_width(self.decoder.state_dim, x0=x0), _check_width(self.decoder.n_modes, q=q)
+        _expect(f"x0 (S, {self.decoder.state_dim}), q (S, {self.decoder.n_modes})", x0, q)
         c, d = torch.einsum("sm,mn->sn", q, self.decoder.weight[..., 0]), q @ self.decoder.bias
         slope, a = c * x0[:, u] + d, c[:, u]
         x0, c, slope, a = torch.cat([x0, c, slope, a], 1)[row].split((n, n, n, 1), -1)
@@ -1795,7 +1806,7 @@ class NHA(nn.Module):
         m, events = self.decoder.n_modes, self.event_module
         if getattr(events, "n_modes", m) != m:
             raise ValueError(f"event_module has {events.n_modes} modes, decoder {m}")
-        _check_problem("x0", x0, "rk4"), _check_width(self.decoder.state_dim, x0=x0)
+        _check_problem("x0", x0, "rk4"), _expect(f"x0 (B, {self.decoder.state_dim})", x0)
         _check_positive(t_end=t_end, n_points=n_points)
         n_in = len(range(x0.shape[1])[self.decoder.inputs])
         solver = "exact" if self.decoder.hidden is None and n_in == 1 else "rk4"
@@ -1850,9 +1861,7 @@ class NHA(nn.Module):
 # ---- losses, measures, training ------------------------------------------------------------------
 def _per_piece(error: Callable, xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Sum over state dimensions, mean over a piece's times, mean over pieces."""
-    if xhat.shape != x.shape or x.shape[:-1] != mask.shape:
-        raise ValueError(f"xhat, x (S, L, n) and mask (S, L) must agree, not {tuple(xhat.shape)}, "
-                         f"{tuple(x.shape)}, {tuple(mask.shape)}")
+    _expect("xhat (S, L, n), x (S, L, n), mask (S, L)", xhat, x, mask)
     errors = error(xhat, x).masked_fill(~mask[..., None], 0.0)
     return (errors.flatten(1).sum(1) / mask.sum(1)).mean()
 

@@ -77,9 +77,9 @@ def test_conditional_flow_is_a_density_with_its_own_inverse():
     close(half, (1 - torch.distributions.LogNormal(0.0, 1.0).cdf(x)).log(), 2e-3)
     refused([(ValueError, "positive", lambda: plain.log_prob(torch.tensor([0.0]))),
              (ValueError, "positive", lambda: plain.log_prob(torch.tensor([math.nan]))),
-             (ValueError, r"c must be \(\.\.\., 0\)",
+             (ValueError, r"expected c \(\.\.\., 0\), got \(1, 2\)",
               lambda: plain.log_prob(torch.ones(1), torch.ones(1, 2))),
-             (ValueError, "c must", lambda: flow.log_prob(x, c[0, :, :1])),
+             (ValueError, "expected c", lambda: flow.log_prob(x, c[0, :, :1])),
              (ValueError, "context_dim", lambda: nha.ConditionalFlow1d(-1)),
              (ValueError, "n_bins", lambda: nha.ConditionalFlow1d(n_bins=0))])
 
@@ -221,7 +221,7 @@ def test_segmentation_without_labels_jitter_and_errors():
     assert len(nha.segment(t, x, mode=[0] * 150 + [1] * 151)) == 2
     short, wide = [nha.Piece(t[:1], x[:1], 0, False)], [nha.Piece(t, x.expand(-1, 2), 0, True)]
     refused([(ValueError, "mode, jump_threshold", lambda: nha.segment(t, x)),
-             (ValueError, "agree", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
+             (ValueError, r"x \(T, n\)", lambda: nha.segment(t, x[1:], jump_threshold=0.5)),
              (ValueError, "jump_threshold", lambda: nha.segment(t, x, jump_threshold=0)),
              (ValueError, "changepoint", lambda: nha.segment(t, x, changepoint=-1.0)),
              (ValueError, "t must not", lambda: nha.segment(t.flip(0), x, changepoint=1.0)),
@@ -326,16 +326,16 @@ def test_decoder_counts_starts_constant_and_the_exact_flow_is_rk4s_limit():
     bent = nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 3, hidden=8))
     refused([(ValueError, "solver", lambda: model.decode(x0, q, t, solver="euler")),
              (ValueError, "affine", lambda: bent.decode(x0, q, t, solver="exact")),
-             (ValueError, "agree", lambda: model.decode(x0, q, t[:1])),
-             (ValueError, "agree", lambda: model.decode(x0, q[:3], t, solver="exact")),
+             (ValueError, "expected x0", lambda: model.decode(x0, q, t[:1])),
+             (ValueError, "expected x0", lambda: model.decode(x0, q[:3], t, solver="exact")),
              (ValueError, "modes", lambda: nha.NHA(nha.ModeEncoder(10, 3), nha.ModeDecoder(2, 4)))])
 
 
 def test_losses_refuse_other_shapes():
     x, mask = torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.bool)
     for loss in (nha.reconstruction_loss, nha.smape):
-        refused([(ValueError, "agree", lambda: loss(x, x.expand(-1, -1, 2), mask)),
-                 (ValueError, "agree", lambda: loss(x, x, mask[:1]))])
+        refused([(ValueError, "expected xhat", lambda: loss(x, x.expand(-1, -1, 2), mask)),
+                 (ValueError, "expected xhat", lambda: loss(x, x, mask[:1]))])
 
 
 def test_v_measure():
@@ -487,26 +487,34 @@ def test_wrong_widths_and_numbers_of_modes_are_named():
     model = nha.NHA(nha.ModeEncoder(10, 2), nha.ModeDecoder(2, 2), nha.EventModule(2))
     x, q, t, wide = torch.ones(3, 2), torch.eye(2)[[0, 1, 0]], torch.ones(3, 4), torch.ones(3, 3)
     spline, flow = nha.rational_quadratic_spline, nha.MaskedAutoregressiveFlow(2, 1)
-    modes = r"event_module has 3 modes, {} 2".format
+    modes, jumps, z = "event_module has 3 modes, {} 2".format, nha.JumpMaps(2, 2), q[:, 1].long()
     refused([
-        (ValueError, r"features must be \(\.\.\., 10\), not \(3, 3\)", lambda: model.encode(wide)),
-        (ValueError, "features must", lambda: model.encoder.logits(wide)),
-        (ValueError, r"x must be \(\.\.\., 2\)", lambda: model.decoder(None, wide, q)),
-        (ValueError, "x must", lambda: model.decoder.fields(wide)),
-        (ValueError, r"q must be \(\.\.\., 2\)", lambda: model.decoder(None, x, wide)),
-        (ValueError, "x must", lambda: model.decode(wide, q, t)),
-        (ValueError, "x0 must", lambda: model.decode(wide, q, t, solver="exact")),
-        (ValueError, "q must", lambda: model.decode(x, wide, t)),
-        (ValueError, "q must", lambda: model.decode(x, wide, t, solver="exact")),
-        (ValueError, "x0 must", lambda: model.generate(wide, 0, 1.0)),
-        (ValueError, "x_post must", lambda: nha.JumpMaps(2, 2).fit(x, wide, q, q)),
-        (ValueError, "x must", lambda: flow(wide, wide[:, :1])),
-        (ValueError, r"c must be \(\.\.\., 1\), not None", lambda: flow.inverse(x)),
-        (ValueError, "x must", lambda: nha.AffineCoupling(2)(wide)),
+        (ValueError, r"features \(S, 10\), got \(3, 3\)", lambda: model.encode(wide)),
+        (ValueError, "features", lambda: model.encoder.logits(torch.ones(10))),
+        (ValueError, r"x \(S, 2\), q \(S, 2\), got \(3, 3\)", lambda: model.decoder(None, wide, q)),
+        (ValueError, r"got \(2, 2\), \(3, 2\)", lambda: model.decoder(None, x[:2], q)),
+        (ValueError, r"x \(S, 2\)", lambda: model.decoder.fields(wide)),
+        (ValueError, r"q \(S, 2\), got \(3, 2\), \(3, 3\)", lambda: model.decode(x, wide, t)),
+        (ValueError, r"x \(S, 2\), .*, got \(3, 3\)", lambda: model.decode(wide, q, t)),
+        (ValueError, r"x0 \(S, 2\)", lambda: model.decode(wide, q, t, solver="exact")),
+        (ValueError, r"got \(3, 2\), list, \(3, 4\)", lambda: model.decode(x, [0, 1], t)),
+        (ValueError, r"x0 \(B, 2\)", lambda: model.generate(wide, 0, 1.0)),
+        (ValueError, "x_post", lambda: jumps.fit(x, wide, z, z)),
+        (ValueError, r"x \(N, 2\)", lambda: jumps(wide, z, z)),
+        (ValueError, r"expected z \(N,\), got list", lambda: model.event_module.sample([0, 1])),
+        (ValueError, r"z2 \(N,\), censored", lambda: model.event_module.log_prob(t[0], z, z)),
+        (ValueError, r"x \(\.\.\., 2\)", lambda: flow(wide, wide[:, :1])),
+        (ValueError, r"c \(\.\.\., 1\), got \(3, 2\), NoneType", lambda: flow.inverse(x)),
+        (ValueError, r"x \(\.\.\., 2\)", lambda: nha.AffineCoupling(2)(wide)),
         (ValueError, "must agree", lambda: spline(x[:, 0], wide, x, x, tail_bound=1.0)),
         (ValueError, "must agree", lambda: spline(x[:2, 0], wide, wide, x, tail_bound=1.0)),
         (ValueError, modes("encoder"),
          lambda: nha.NHA(model.encoder, model.decoder, nha.EventModule(3)))])
     model.event_module = nha.EventModule(3)
     refused([(ValueError, modes("decoder"), lambda: model.generate(x, 0, 1.0))])
+    pieces = nha.pack_pieces([nha.Piece(torch.arange(4.0), torch.rand(4, 3), 0, False)])
+    model = nha.NHA(nha.ModeEncoder(15, 2), nha.ModeDecoder(2, 2))
+    for solver in ("rk4", "exact"):
+        with pytest.raises(ValueError, match=r"q \(S, 2\), got \(1, 3\)"):
+            next(nha.train_mode_recovery(model, pieces, solver=solver))
     assert nha.ConditionalFlow1d().log_prob(x[:, 0], x[:, :0]).shape == (3,)    # a context of none
