@@ -111,8 +111,9 @@ class PyramidBlock(nn.Module):
         return self.bn4(self.conv3(F.relu(self.bn3(x)))) if self.bottleneck else self.bn3(x)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
-        if recompute and self.training:
+        if recompute and self.training and not any(m._forward_pre_hooks for m in self.modules()):
             # Only the branch, which draws nothing, is recomputed; its statistics are recorded once.
+            # Not with a hook inside (manifold mixup): at the backward pass it may be gone.
             contexts = lambda: (contextlib.nullcontext(), throwaway_statistics(self))  # noqa: E731
             out = checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False,
                              context_fn=contexts)

@@ -156,6 +156,16 @@ def test_recompute_gives_the_same_gradients_and_statistics(bottleneck):
     assert two.bn1.num_batches_tracked == two.layer1[0].bn1.num_batches_tracked == 1
 
 
+def test_recompute_with_a_hook_that_is_gone_at_the_backward_pass():
+    net, grads = PyramidNet(20, 12, 5, False), []
+    for net.recompute in (False, True):
+        hook = net.layer2[0].conv2.register_forward_pre_hook(lambda _, args: (args[0].flip(0),))
+        out = net(torch.rand(4, 3, 16, 16, generator=gen()))
+        hook.remove()
+        grads.append(torch.autograd.grad(out[0].sum(), net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_recompute_keeps_less_for_the_backward_pass():
     def kept(net):
         storages = {}
