@@ -861,11 +861,11 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
     that is a multiple of `decay_frequency`.
 
     `loader` yields (images (B, 3, H, W), labels (B,)), for the method "fewshot" (images, targets
-    (B, H, W)); further entries are ignored. `cfg` overrides `CONFIG`; the keys in `NETWORK_KEYS`,
-    which belong to `build_network`, may be in it. `amp` computes in bfloat16. Each process of a
-    distributed run draws its own random numbers. `send("state")` returns a snapshot, a copy;
-    `resume=snapshot` goes on from it to the same numbers. Published: batches of 32; epochs /
-    decay_frequency 10 / 3, on CUB 50 / 15; weight decay 5e-4, for ResNet 1e-4."""
+    (B, H, W)), anew in every epoch; further entries are ignored. `cfg` overrides `CONFIG`; the keys
+    in `NETWORK_KEYS`, which belong to `build_network`, may be in it. `amp` computes in bfloat16.
+    Each process of a distributed run draws its own random numbers. `send("state")` returns a
+    snapshot, a copy; `resume=snapshot` goes on from it to the same numbers. Published: batches of
+    32; epochs / decay_frequency 10 / 3, on CUB 50 / 15; weight decay 5e-4, for ResNet 1e-4."""
     if unknown := set(cfg or {}) - set(CONFIG) - set(NETWORK_KEYS):
         raise ValueError(f"cfg has unknown keys {sorted(unknown)}; accepted are {sorted(CONFIG)}")
     cfg = CONFIG | (cfg or {})
@@ -907,6 +907,7 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
         decay = 0.1 ** ((epoch + 1) // cfg["decay_frequency"])
         for group, lr in zip(optimizer.param_groups, base_lrs):
             group["lr"] = lr * decay
+        batch = skip - 1
         for batch, (x, y, *_) in enumerate(loader, skip if seeks else 0):
             if batch < skip:
                 continue
@@ -925,6 +926,8 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
                 yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "step": step, "epoch": epoch, "batch": batch + 1, **states})
+        if batch < 0:
+            raise ValueError(f"loader gave no batch in epoch {epoch}; an iterator serves one")
         skip = 0
 
 

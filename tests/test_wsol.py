@@ -566,6 +566,13 @@ def test_cutmix_of_size_zero_is_plain_training():
     assert rows[0] == rows[1]
 
 
+def test_an_epoch_without_a_batch_is_an_error():
+    batches = [(randn(2, 3, 8, 8), torch.tensor([0, 2]))]
+    for loader, epoch in ((iter(batches), 1), ([], 0)):
+        with pytest.raises(ValueError, match=f"loader gave no batch in epoch {epoch}"):
+            list(wsol.train(tiny_network("cam"), loader, {"epochs": 2}))
+
+
 def test_training_in_bfloat16_runs():
     row, = wsol.train(tiny_network("spg"), [(randn(2, 3, 8, 8), torch.tensor([0, 2]))],
                       {"method": "spg", "epochs": 1, "amp": True})
