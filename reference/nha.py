@@ -932,9 +932,7 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
         go = (start - before) > 1e-12 * start.abs().clamp(min=1)
         if terminal is not None:
             go &= ~terminal[which]
-        last = go & (start >= t[-1])                            # the event falls on the last output
-        outputs.append((torch.full_like(rows[last], len(t) - 1), rows[last], x[last], z[last]))
-        rows, start, x, z = (v[go & ~last] for v in (rows, start, x, z))
+        rows, start, x, z = (v[go] for v in (rows, start, x, z))
     at, row, states, labels = (torch.cat(v) for v in zip(*outputs))
     ys = x0.new_full((len(t), *x0.shape), math.nan).index_put((at, row), states)
     modes = z0.new_full((len(t), b), -1).index_put((at, row), labels)
