@@ -359,6 +359,10 @@ def main(argv=None):
     add("--methods", nargs="+", default=list(wsol.METHODS), choices=wsol.METHODS)
     add("--trials", type=harness.count, help="random settings per method (paper: 30)")
     add("--epochs", type=harness.count)
+    add("--no-sweeps", action="store_true",
+        help="scenes: the main table without the background and supervision sweeps")
+    real = parser.add_argument_group("with --data")
+    add = real.add_argument
     add("--arch", default="small", choices=("small", *wsol.ARCHS))
     add("--width", type=harness.count, default=16, help="of the small network")
     add("--weights", type=Path, help="torchvision checkpoint of --arch")
@@ -373,11 +377,15 @@ def main(argv=None):
         help="tuning images per class (paper: ImageNet 10, others 5; 0: all)")
     add("--pretrain", type=int, default=0,
         help="epochs of the small network on all training labels beforehand")
-    add("--no-sweeps", action="store_true",
-        help="scenes: the main table without the background and supervision sweeps")
     args = parser.parse_args(argv)
     if args.preset == "paper" and not args.data:
         parser.error("--preset paper needs --data")
+    unused = [action.option_strings[0] for action in real._group_actions
+              if getattr(args, action.dest) != action.default]
+    if unused and not args.data:
+        parser.error(f"{', '.join(unused)}: only with --data")
+    if args.weights and args.arch == "small" or args.pretrain and args.arch != "small":
+        parser.error("--weights is for the published networks, --pretrain for --arch small")
     run = harness.start(parser, argv)
     methods = ["cam"] + [method for method in args.methods if method != "cam"]
     tiny = args.preset == "tiny"

@@ -91,6 +91,20 @@ def test_the_table_reads_released_metadata(tmp_path, run_script, masks):
     assert not list((tmp_path / "bad").glob("*.pt"))
 
 
+@pytest.mark.parametrize("script,options,message", [
+    ("wsol_table", ["--arch", "vgg16", "--shots", 3], "--arch, --shots: only with --data"),
+    ("wsol_table", ["--data", ".", "--weights", "x.pth"], "--weights is for the published"),
+    ("wsol_table", ["--data", ".", "--arch", "vgg16", "--pretrain", 1], "--pretrain for --arch sm"),
+    ("wsol_table", ["--preset", "paper"], "--preset paper needs --data"),
+    ("wsol_center", ["--masks", "."], "--masks: only with --data")])
+def test_options_that_would_not_be_used_are_refused(tmp_path, run_script, capsys, script, options,
+                                                    message):
+    with pytest.raises(SystemExit) as end:
+        run_script(script, tmp_path / "out", *options)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_are_as_many_as_asked_for_and_evenly_spaced(tmp_path):
     import wsol_table
     write_metadata(tmp_path, False)
