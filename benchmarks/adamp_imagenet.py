@@ -197,8 +197,7 @@ def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS,
                         help="default: all; adamw and adamp with --attack")
-    parser.add_argument("--classes", type=harness.count,
-                        help="use the first so many classes of --data")
+    parser.real.add_argument("--classes", type=harness.count, help="use the first so many classes")
     parser.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "stem3", "stem7"),
                         help="default: the preset's")
     parser.add_argument("--epochs", type=harness.count, help="default: the preset's")

@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=harness.count, default=50,
                         help="points or copies of the gradient "
                         "baselines on CUB")
-    run = calm_nets.start(parser, argv)
+    run = harness.start(parser, argv)
     if run.args.data:
         train, test = (cub.CUB(run.args.data, split) for split in ("train", "test"))
         task = calm_nets.image_task(run, train, test, len(train.classes), ids=test.names)

@@ -1,6 +1,6 @@
 """What the CALM scripts share: methods, data, networks, and `trained`, which trains or loads one.
 
-    run = calm_nets.start(calm_nets.parser(__doc__))
+    run = harness.start(calm_nets.parser(__doc__))
     task = calm_nets.glyphs(run)                              # or birds, scenes; folder with --data
     model = calm_nets.trained(run, task, "calm-em", seed)     # in eval mode
 
@@ -70,7 +70,6 @@ def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
     p = harness.parser(description)
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(methods))
     p.add_argument("--models", type=harness.Path, help="weights of an earlier run: its --out")
-    p.real = p.add_argument_group("with --data")
     add = p.real.add_argument
     add("--metadata", type=harness.Path, help="train/ and test/ or val/ (default: DATA/metadata)")
     add("--classes", type=harness.count, help="only the first N classes")
@@ -83,18 +82,6 @@ def parser(description: str, methods: Iterable[str]) -> argparse.ArgumentParser:
     add("--lr", type=float, default=0.01)
     add("--head-ratio", type=float, default=10.0)
     return p
-
-
-def start(p: argparse.ArgumentParser, argv: list[str] | None = None) -> harness.Run:
-    """harness.start, after refusing what embedded data does not use, and methods named twice."""
-    args = p.parse_args(argv)
-    unused = [action.option_strings[0] for action in p.real._group_actions
-              if getattr(args, action.dest) != action.default]
-    if args.data is None and unused:
-        p.error(f"{', '.join(unused)}: only with --data")
-    if len(set(args.methods)) < len(args.methods):
-        p.error(f"--methods names one twice: {' '.join(args.methods)}")
-    return harness.start(p, argv)
 
 
 # ---------------------------------------------------------------- networks

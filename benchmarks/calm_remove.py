@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="points or copies of the gradient "
                         "baselines (paper: 50)")
     parser.add_argument("--paper", choices=PAPER, help="whose published curve stands beside")
-    run = calm_nets.start(parser, argv)
+    run = harness.start(parser, argv)
     task = calm_nets.folder(run) if run.args.data else calm_nets.glyphs(run)
     for seed in run.seeds:
         for method in run.args.methods:

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.real.add_argument
     add("--wordnet", type=harness.Path, help="wordnet.is_a.txt: 'parent child'")
     add("--superclass", default="7", help="with --wordnet: a synset or a depth")
-    run = calm_nets.start(parser, argv)
+    run = harness.start(parser, argv)
     task = calm_nets.folder(run) if run.args.data else calm_nets.scenes(run)
     groups = superclasses(run, task)
     asked = torch.linspace(0, task.classes - 1, min(QUERIES, task.classes)).round().long()

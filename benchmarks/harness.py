@@ -54,6 +54,25 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):                            # one line: --help shows the rest
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
+        args = super().parse_args(argv, namespace)
+        for action in self._actions:
+            flag, given = "/".join(action.option_strings), getattr(args, action.dest, None)
+            values = given if isinstance(given, (list, tuple)) else [given]
+            if flag != "--seed" and any(isinstance(v, (int, float)) and not v >= 0 for v in values):
+                self.error(f"{flag} must not be negative, not {given}")
+            if action.choices and len(set(values)) < len(values):
+                self.error(f"{flag} names one twice: {' '.join(map(str, values))}")
+        if not re.fullmatch(r"[\w.+=-]*", args.record or ""):
+            self.error(f"--record takes letters, digits and . + = - _, not {args.record!r}")
+        if (data := getattr(args, "data", None)) is not None and not data.exists():
+            self.error(f"--data {data}: no such file or folder")
+        unused = [action.option_strings[0] for action in self.real._group_actions
+                  if getattr(args, action.dest) != action.default]
+        if data is None and unused:
+            self.error(f"{', '.join(unused)}: only with --data")
+        return args
+
 
 def count(text: str) -> int:
     """The type of arguments that count something: `add_argument("--epochs", type=count)`."""
@@ -66,8 +85,9 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), see
            data: bool = True) -> argparse.ArgumentParser:
     """Arguments common to all scripts; `presets[0]` and `seeds` are the defaults.
 
-    data False: the script has no use for a data set, and refuses --data. What a script itself
-    refuses it best refuses after `parser.parse_args(argv)`, before `start` opens the folder."""
+    data False: the script has no use for a data set, and refuses --data. What embedded data has no
+    use for, a script adds to the group `real`. What the script itself refuses, it refuses after
+    `parser.parse_args(argv)`, before `start` opens the folder."""
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     if data:
@@ -87,21 +107,13 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), see
         help="time between checkpoints (0: every step)")
     add("--record", nargs="?", const="", metavar="SUFFIX",
         help="also write benchmarks/results/<script>[-SUFFIX].json")
+    p.real = p.add_argument_group("with --data")
     return p
 
 
 def start(arguments: argparse.ArgumentParser, argv: list[str] | None = None) -> "Run":
     """Parse, pick the device, join the process group under torchrun, open the output folder."""
     args = arguments.parse_args(argv)
-    for name, given in vars(args).items():
-        numbers = [v for v in (given if isinstance(given, (list, tuple)) else [given])
-                   if isinstance(v, (int, float))]
-        if name != "seed" and not all(number >= 0 for number in numbers):
-            arguments.error(f"--{name.replace('_', '-')} must not be negative, not {given}")
-    if not re.fullmatch(r"[\w.+=-]*", args.record or ""):
-        arguments.error(f"--record takes letters, digits and . + = - _, not {args.record!r}")
-    if (data := getattr(args, "data", None)) is not None and not data.exists():
-        arguments.error(f"--data {data}: no such file or folder")
     try:
         return Run(args, sys.argv[1:] if argv is None else argv)
     except OSError as error:

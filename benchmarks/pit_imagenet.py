@@ -70,11 +70,12 @@ def training_arguments(description: str) -> argparse.ArgumentParser:
     """What a script takes that trains by these presets (`settings`, `embedded`, `real`)."""
     parser = harness.parser(description, presets=tuple(PRESETS))
     add = parser.add_argument
-    add("--classes", type=harness.count, help="only the first K classes of --data")
     add("--image-size", type=harness.count)
     add("--epochs", type=harness.count)
     add("--batch-size", type=harness.count, help="over all processes")
     add("--lr", type=float)
+    add = parser.real.add_argument
+    add("--classes", type=harness.count, help="only the first K classes")
     add("--on-bad-image", choices=("raise", "skip"), default="raise")
     add("--crop", type=float,
         help="evaluation crop ratio (default 0.9 at 224 pixels; DeiT's script has 0.875)")
@@ -93,8 +94,9 @@ def arguments() -> argparse.ArgumentParser:
         help="stochastic depth (default 0.1 with the DeiT recipe, else 0)")
     add("--teacher", nargs=2, metavar=("MODEL", "FILE"),
         help="for --recipe distill: a model of reference/pit.py or resnet.py")
-    add("--checkpoint", type=Path, help="evaluate these weights instead of training")
     add("--eps", type=float, nargs="*", default=[1.0, 8.0], help="FGSM steps in 1/255")
+    add = parser.real.add_argument
+    add("--checkpoint", type=Path, help="evaluate these weights instead of training")
     for name, what in (("a", "A"), ("r", "R"), ("v2", "V2")):
         add(f"--imagenet-{name}", type=Path, help=f"ImageNet-{what} folder")
     add("--sketch", type=Path, help="ImageNet-Sketch folder")
@@ -327,8 +329,6 @@ def robustness(run: harness.Run, config: dict, model, num_classes: int) -> dict:
 
 
 def evaluate_checkpoint(run: harness.Run, config: dict) -> None:
-    if run.args.data is None or len(config["names"]) != 1:
-        raise SystemExit("--checkpoint needs --data and one --models NAME")
     (name,) = config["names"]
     _, loader = real(run, config, 0)
     state = pit.load_pit_checkpoint(run.args.checkpoint)
@@ -376,6 +376,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.checkpoint and any((args.imagenet_a, args.imagenet_r, args.imagenet_v2, args.sketch,
                                     args.background, args.in9_map)):
         parser.error("the robustness sets need --checkpoint: they are for trained weights")
+    if args.checkpoint and len(config["names"]) != 1:
+        parser.error("--checkpoint needs one --models NAME")
     run = harness.start(parser, argv)
     try:
         if run.args.checkpoint:

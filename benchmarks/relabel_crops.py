@@ -110,12 +110,10 @@ def certainty(maps, rows: np.ndarray, crops: np.ndarray, num_classes: int) -> np
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--metadata", type=Path, help="localization.txt and image_sizes.txt")
-    parser.add_argument("--store", help="label maps of the images")
+    parser.real.add_argument("--metadata", type=Path, help="localization.txt and image_sizes.txt")
+    parser.real.add_argument("--store", help="label maps of the images")
     parser.add_argument("--crops", type=harness.count, default=10, help="crops per image")
     args = parser.parse_args(argv)
-    if args.data is None and (args.metadata or args.store):
-        parser.error("--metadata and --store need --data")
     if args.data is not None and args.metadata is None:
         parser.error("--data needs --metadata: the folder with the boxes")
     run = harness.start(parser, argv)

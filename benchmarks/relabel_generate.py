@@ -189,16 +189,14 @@ def picture(path, images: torch.Tensor, topk: torch.Tensor, names, num_classes: 
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=("default", "tiny"))
-    parser.add_argument("--arch", help="of the teacher (default: resnet50)")
-    parser.add_argument("--teacher", help="checkpoint of the teacher (a state dict)")
     parser.add_argument("--store", help="folder of the label maps (default: in --out)")
-    parser.add_argument("--size", type=harness.count,
-                        help="side of the squashed images (default: 475)")
     parser.add_argument("--top", type=harness.count, default=5, help="classes kept per cell")
     parser.add_argument("--batch", type=harness.count, default=128)
+    add = parser.real.add_argument
+    add("--teacher", help="checkpoint of the teacher (a state dict)")
+    add("--arch", default="resnet50", help="of the teacher")
+    add("--size", type=harness.count, default=475, help="side of the squashed images")
     args = parser.parse_args(argv)
-    if args.data is None and (args.teacher or args.arch or args.size):
-        parser.error("--teacher, --arch and --size need --data: the images to annotate")
     if args.data is not None and args.teacher is None:
         parser.error("--data needs --teacher CHECKPOINT: the classifier that annotates")
     run, tiny = harness.start(parser, argv), args.preset == "tiny"
@@ -211,8 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         model = train_teacher(run, "teacher", single, num_classes, arch=arch, size=32,
                               epochs=1 if tiny else 5, seed=run.seeds[0])
     else:
-        dataset = imagenet.imagenet(args.data, "train")
-        arch, size = args.arch or "resnet50", args.size or 475
+        dataset, arch, size = imagenet.imagenet(args.data, "train"), args.arch, args.size
         num_classes = len(dataset.classes)
         model = harness.load_weights(build_model(arch, num_classes), args.teacher).to(run.device)
     store = args.store or run.out / f"store-{fingerprint(model)}"

@@ -372,25 +372,20 @@ def main(argv=None):
     add("--teacher", help="checkpoint of the teacher (default: trained on the single labels)")
     add("--teacher-arch", help="its architecture, instead of the preset's")
     add("--teacher-epochs", type=harness.count, help="instead of the preset's")
+    add("--robustness", action="store_true", help="measure attacked and corrupted test images too")
+    add("--checkpoint", nargs="+", type=harness.Path, help="measure these students, train none")
+    add = parser.real.add_argument
     add("--classes", type=harness.count, help="use the first N classes only")
     add("--images", type=harness.count,
         help="students see the first N images of a class, the teacher all")
     add("--real", type=harness.Path, help="real.json: multi-label accuracy on the validation set")
     add("--shankar", type=harness.Path, help="human_accuracy_v3.0.0.json: the same by other labels")
     add("--v2", type=harness.Path, help="folder of ImageNetV2: accuracy there")
-    add("--robustness", action="store_true", help="measure attacked and corrupted test images too")
-    add("--sets", type=harness.Path, help="and the robustness sets found in this folder, "
-                                          "named as in relabel_robustness.py")
-    add("--checkpoint", nargs="+", type=harness.Path, help="measure these students, train none")
+    add("--sets", type=harness.Path, help="with --robustness: and the robustness sets found in "
+                                          "this folder, named as in relabel_robustness.py")
     args = parser.parse_args(argv)
-    unused = [name for name in ("classes", "images", "real", "shankar", "v2", "sets")
-              if getattr(args, name)]
-    if args.data is None and unused:
-        parser.error(f"--{', --'.join(unused)}: only with --data")
     if args.sets and not args.sets.is_dir():
         parser.error(f"--sets {args.sets}: no such folder")
-    if len(set(args.methods)) < len(args.methods):
-        parser.error(f"--methods names one twice: {' '.join(args.methods)}")
     run = harness.start(parser, argv)
     preset = PRESETS[run.args.preset]
     preset = preset._replace(arch=run.args.arch or preset.arch,

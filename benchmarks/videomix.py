@@ -376,7 +376,7 @@ def energy_on_actor(model: nn.Module, data: dict[str, Tensor]) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, ("default", "tiny", "paper"), seeds=5)
     parser.add_argument("--table", choices=TABLES, default="variants")
-    real = parser.add_argument_group("with --data")
+    real = parser.real
     real.add_argument("--networks", nargs="+", choices=NETWORKS, help="(default: the table's)")
     real.add_argument("--methods", nargs="+", choices=METHODS[:-1], help="(default: the table's)")
     real.add_argument("--p", type=float, default=1.0, help="how often to mix")
@@ -389,15 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     real.add_argument("--fps", type=float, default=10.0,
                       help="of the extracted frames (thumos, ava)")
     args = parser.parse_args(argv)
-    unused = [action.option_strings[0] for action in real._group_actions
-              if getattr(args, action.dest) != action.default]
-    if args.data is None and unused:
-        parser.error(f"{', '.join(unused)}: only with --data")
     if not args.p <= 1 or args.fps == 0:
         parser.error(f"--p must be at most 1 and --fps positive, not {args.p} and {args.fps}")
-    for name in ("networks", "methods"):
-        if len(set(chosen := getattr(args, name) or ())) < len(chosen):
-            parser.error(f"--{name} names one twice: {' '.join(chosen)}")
     run = harness.start(parser, argv)
     if run.args.data is not None:
         videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run)

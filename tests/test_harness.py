@@ -185,7 +185,10 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
     Path("file").touch()
 
     def start(*arguments):
-        return harness.start(harness.parser("toy"), list(arguments))
+        parser = harness.parser("toy")
+        parser.add_argument("--kinds", nargs="+", choices="ab")
+        parser.real.add_argument("--part", default="b")
+        return harness.start(parser, list(arguments))
 
     for arguments, words in [
         (("--resume", "--out", "none"), "no run in none"),
@@ -196,6 +199,8 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
         (("--out", "file/x"), "cannot write the output folder"),
         (("--workers", "-1"), "must not be negative"),
         (("--record", "a/b"), "--record takes letters"),
+        (("--kinds", "a", "a"), "--kinds names one twice: a a"),
+        (("--part", "a", "--kinds", "a"), "--part: only with --data"),
     ]:
         with pytest.raises(SystemExit) as stop:
             start(*arguments)

@@ -119,11 +119,15 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, 
     for script in (pit_imagenet, pit_ablation):
         with pytest.raises(SystemExit, match="--preset small32 needs --data"):
             run(script, "f", "--preset", "small32")
-    for script, *arguments in ((pit_imagenet, "--sketch", tree), (speed_pit, "--rounds", 0),
-                               (speed_pit, "--models", "pit")):
+    data = "--data", tree / "data"
+    for script, *arguments in ((pit_imagenet, "--sketch", tree),
+                               (pit_imagenet, *data, "--sketch", tree),
+                               (pit_imagenet, *data, "--checkpoint", weights),
+                               (speed_pit, "--rounds", 0), (speed_pit, "--models", "pit")):
         with pytest.raises(SystemExit, match="2"):
             run(script, "f", *arguments)
-    assert re.search("need --checkpoint.*no model 'pit'", capsys.readouterr().err, re.DOTALL)
+    assert re.search("only with --data.*need --checkpoint.*needs one --models.*no model 'pit'",
+                     capsys.readouterr().err, re.DOTALL)
 
 
 def test_distillation_recipe_with_a_teacher(tree, run):
