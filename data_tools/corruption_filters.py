@@ -57,7 +57,9 @@ def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str,
         np.add.at(matrix, (np.repeat(np.arange(n), 2 * radius + 1),
                            np.lib.stride_tricks.sliding_window_view(index, 2 * radius + 1).ravel()),
                   np.tile(weights, n))
-        out = (matrix @ x64.reshape(n, -1)).reshape(x64.shape)
+        # a product for each image: the shape decides how BLAS rounds, the batch must not
+        out = np.stack([matrix @ one.reshape(n, -1) for one in x64.swapaxes(0, 1)], 1)
+        out = out.reshape(x64.shape)
     else:  # scipy's order of summation, to the last bit
         padded = x64.take(index, 0)
         out = padded[radius:radius + n] * weights[radius]
@@ -70,10 +72,9 @@ def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str,
     return np.moveaxis(out, 0, axis).astype(x.dtype, copy=False)
 
 
-def _gaussian(x: np.ndarray, sigma, mode: str = "nearest", truncate: float = 4.0,
-              axis: int = 1) -> np.ndarray:
-    for each, sigma in enumerate(np.broadcast_to(sigma, 2), axis):
-        x = _gaussian_axis(x, sigma, each, mode, truncate)
+def _gaussian(x: np.ndarray, sigma, mode: str = "nearest", truncate: float = 4.0) -> np.ndarray:
+    for axis, sigma in enumerate(np.broadcast_to(sigma, 2), 1):
+        x = _gaussian_axis(x, sigma, axis, mode, truncate)
     return x
 
 
@@ -89,8 +90,8 @@ def gaussian_filter(x: np.ndarray, sigma, mode: str = "nearest",
         raise ValueError(f'mode must be "nearest" or "reflect", not {mode!r}')
     if not (np.min(sigma) >= 0 and truncate >= 0):
         raise ValueError(f"sigma and truncate must be >= 0, not {sigma} and {truncate}")
-    out = _gaussian(x, sigma, mode, truncate, axis=0)
-    return out.copy() if out is x else out
+    out = _gaussian(x[None], sigma, mode, truncate)[0]
+    return out.copy() if np.may_share_memory(out, x) else out
 
 
 def _box_sum(x: np.ndarray) -> np.ndarray:

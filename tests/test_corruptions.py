@@ -206,6 +206,13 @@ def test_batches_equal_single_images_in_any_order(name):
     assert part.shape == (2, 32, 32, 3) and part.dtype == np.uint8
 
 
+def test_a_wide_blur_of_small_images_does_not_depend_on_the_batch():
+    images = np.full((3, 24, 20, 3), (200, 99, 31), np.uint8)   # on the edge of every truncation
+    batch = C.corrupt_batch(images, "gaussian_blur", 5, "imagenet")
+    single = C.corrupt(images[0], "gaussian_blur", 5, "imagenet")
+    assert all(np.array_equal(one, single) for one in batch)
+
+
 @pytest.mark.parametrize("variant", C.VARIANTS)
 def test_any_size_grey_and_constant_images(variant):
     grey = picture(1, 40, 57)[..., 0]
