@@ -451,11 +451,11 @@ def linear_drop_rates(L: int, p_last: float = 0.5) -> list[float]:
 class DropBlock2d(nn.Module):
     """Drops block_size x block_size squares of a map (B, C, H, W), the same in all channels.
 
-    Block centres appear with probability gamma = drop_prob / block_size^2, as in the common public
-    code; exact_gamma adds the paper's factor H W / ((H - bs + 1) (W - bs + 1)). What is kept is
-    scaled up so that the mean stays. warmup_steps > 0 raises the probability linearly from 0 over
-    that many training passes (counted in a buffer, so a checkpoint knows them). Append it to a
-    stage: `model.layer3.append(DropBlock2d())`.
+    Block centres appear anywhere with probability gamma = drop_prob / block_size^2, as in the
+    common public code; exact_gamma adds the paper's factor H W / ((H - bs + 1) (W - bs + 1)), which
+    is for centres off the border only. What is kept is scaled up so that the mean stays.
+    warmup_steps > 0 raises the probability linearly from 0 over that many training passes (a buffer
+    counts them). Append it to a stage: `model.layer3.append(DropBlock2d())`.
     """
 
     def __init__(self, drop_prob: float = 0.1, block_size: int = 7, exact_gamma: bool = False,
