@@ -848,6 +848,7 @@ class HybridSystem:
         self.fields, self.events = list(fields), list(events)
 
     def flow(self, t: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """dx/dt (B, n) at times t (B,) and states x (B, n) in modes z (B,)."""
         dx = torch.zeros_like(x)
         for mode, field in enumerate(self.fields):
             dx = _on_rows(z == mode, field, t, x, dx)
@@ -1247,7 +1248,8 @@ class ConditionalFlow1d(nn.Module):
     normal, so log p(tau) = log N(g(u)) + log g'(u) - log scale - log tau.
 
     The parameters are one row per `group` (mode pairs of EventModule), plus a network of the
-    context c (..., context_dim). Starts log-normal."""
+    context c (..., context_dim). Starts log-normal. Times x, probabilities p and all results are
+    (...); x that is not positive and p outside [0, 1] are a ValueError."""
     SPLINE = dict(tail_bound=3.0, identity_init=True)
 
     def __init__(self, context_dim: int = 0, n_layers: int = 1, n_bins: int = 8, hidden: int = 32,
@@ -1728,6 +1730,7 @@ class JumpMaps(nn.Module):
 
     @torch.no_grad()
     def fit(self, x_pre: Tensor, x_post: Tensor, z: Tensor, z2: Tensor) -> "JumpMaps":
+        """States (N, n) before and after events from modes z to z2 (N,)."""
         n = self.bias.shape[-1]
         _expect(f"x_pre (N, {n}), x_post (N, {n}), z (N,), z2 (N,)", x_pre, x_post, z, z2)
         for a, b in torch.stack([z, z2], 1).unique(dim=0).tolist():
@@ -1758,6 +1761,7 @@ class NHA(nn.Module):
 
     def encode(self, features: Tensor, *, mode: str | None = None,
                generator: torch.Generator | None = None) -> Tensor:
+        """q (S, m) of features (S, in_features): m as `prune` left it, `mode` as in ModeEncoder."""
         return self.encoder(features, mode=mode, generator=generator) @ self.merged.to(features)
 
     def decode(self, x0: Tensor, q: Tensor, t: Tensor, *, solver: str = "rk4") -> Tensor:
