@@ -1444,10 +1444,8 @@ class EventModule(nn.Module):
 
     def _scaled(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         """The context standardised, None where there is none."""
-        expected = (len(z), self.context_dim) if self.context_dim else None
-        given = None if context is None else tuple(context.shape)
-        if given != expected:
-            raise ValueError(f"context must be {expected}, got {given}")
+        rows = "..." if context is None else "N"
+        _expect(f"z (N,), context ({rows}, {self.context_dim})", z, context)
         return None if context is None else (context - self.center) / self.spread
 
     def _each_target(self, z: Tensor, scaled: Tensor | None) -> dict:
