@@ -228,6 +228,8 @@ def load(run, wanted, per_class):
                                           ("cifar10", ("cifar-10-batches-py", "data_batch_1")))
                  if (folder / names[0]).is_dir() or (folder / names[1]).is_file()), None)
     if kind:
+        if args.classes or args.per_class:
+            raise SystemExit(f"--classes and --per-class are for image folders, not for {folder}")
         train, test = (imagenet.cifar(folder, kind, train=t) for t in (True, False))
         classes = 100 if kind == "cifar100" else 10
         images, labels = test.images, test.labels
@@ -480,29 +482,22 @@ def draw_effects(path, effects):
     chart.save(path)
 
 
-def check_methods(parser, methods, usable):
-    if unknown := [m for m in methods if m not in usable]:
-        parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(usable)}")
-    if len({*methods}) < len(methods):
-        parser.error(f"--methods names one twice: {' '.join(methods)}")
-
-
 def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
     add = parser.add_argument
-    add("--methods", nargs="+", metavar="NAME", help=f'of {", ".join(METHODS)}; or "all"')
-    add("--classes", type=harness.count,
-        help="so many classes, spread over those of an image folder")
-    add("--per-class", type=harness.count, help="training images per class of an image folder")
+    add("--methods", nargs="+", choices=(*METHODS, "all"), metavar="NAME",
+        help=f'of {", ".join(METHODS)}; or "all"')
+    parser.real.add_argument("--classes", type=harness.count,
+                             help="so many classes, spread over those of an image folder")
+    parser.real.add_argument("--per-class", type=harness.count,
+                             help="training images per class of an image folder")
     add("--epochs", type=harness.count)
     add("--ood", type=Path, help="folder of out-of-distribution sets, one subfolder each")
     add("--recompute", action="store_true", help="less memory, a third slower")
     args = parser.parse_args(argv)
     network, epochs, _, lr, decay, methods, few, severities, *subset = PRESETS[args.preset]
-    methods = list(METHODS) if args.methods == ["all"] else args.methods or list(methods)
-    check_methods(parser, methods, METHODS)
-    if args.data is None and (args.classes or args.per_class):
-        parser.error("--classes and --per-class need --data with an image folder")
+    methods = args.methods or list(methods)
+    methods = list(METHODS) if "all" in methods else methods
     ood_folders = sorted(f for f in args.ood.glob("*") if f.is_dir()) if args.ood else []
     if args.ood and not ood_folders:
         parser.error(f"--ood {args.ood}: no folder with a subfolder for each set")

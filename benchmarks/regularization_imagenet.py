@@ -84,19 +84,17 @@ class Pixels:
 def main(argv=None):
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
     add = parser.add_argument
-    add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(study.METHODS)}")
+    usable = [m for m in study.METHODS if "shakedrop" not in study.METHODS[m]]
+    add("--methods", nargs="+", choices=usable, metavar="NAME", help=f"of {', '.join(usable)}")
     add("--arch", choices=("small", *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))))
     add("--epochs", type=harness.count)
-    add("--corrupted", type=study.Path, help="ImageNet-C: <corruption>/<severity>/<class>/*.JPEG")
+    parser.real.add_argument("--corrupted", type=study.Path,
+                             help="ImageNet-C: <corruption>/<severity>/<class>/*.JPEG")
     add("--images", type=harness.count, help="validation images for computed corruptions and PGD")
     args = parser.parse_args(argv)
     arch, size, epochs, batch, methods, few, severities = PRESETS[args.preset]
     arch, epochs = args.arch or arch, args.epochs or epochs
     few, methods = args.images or few, args.methods or methods
-    usable = [m for m in study.METHODS if "shakedrop" not in study.METHODS[m]]
-    study.check_methods(parser, methods, usable)
-    if args.corrupted and args.data is None:
-        parser.error("--corrupted needs --data: its folders have ImageNet's classes")
     for folder in (args.corrupted / name / str(s) for name in corruptions.TEST_CORRUPTIONS
                    for s in severities) if args.corrupted else ():
         if not folder.is_dir():
