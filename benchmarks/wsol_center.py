@@ -110,10 +110,7 @@ def box_rows(name: str, split: wsol_data.Split) -> tuple[list[dict], list[dict],
 
 def main(argv=None):
     parser = harness.parser(__doc__)
-    parser.add_argument("--masks", type=Path, help="folder of the masks that the metadata name")
-    args = parser.parse_args(argv)
-    if args.masks and not args.data:
-        parser.error("--masks: only with --data")
+    parser.real.add_argument("--masks", type=Path, help="folder of the masks that the metadata name")
     run = harness.start(parser, argv)
     if run.args.data:
         folders = sorted(path.parent for path in run.args.data.rglob("localization.txt"))

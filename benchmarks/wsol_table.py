@@ -361,8 +361,7 @@ def main(argv=None):
     add("--epochs", type=harness.count)
     add("--no-sweeps", action="store_true",
         help="scenes: the main table without the background and supervision sweeps")
-    real = parser.add_argument_group("with --data")
-    add = real.add_argument
+    add = parser.real.add_argument
     add("--arch", default="small", choices=("small", *wsol.ARCHS))
     add("--width", type=harness.count, default=16, help="of the small network")
     add("--weights", type=Path, help="torchvision checkpoint of --arch")
@@ -380,10 +379,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.preset == "paper" and not args.data:
         parser.error("--preset paper needs --data")
-    unused = [action.option_strings[0] for action in real._group_actions
-              if getattr(args, action.dest) != action.default]
-    if unused and not args.data:
-        parser.error(f"{', '.join(unused)}: only with --data")
     if args.weights and args.arch == "small" or args.pretrain and args.arch != "small":
         parser.error("--weights is for the published networks, --pretrain for --arch small")
     run = harness.start(parser, argv)

@@ -93,7 +93,7 @@ def test_the_table_reads_released_metadata(tmp_path, run_script, masks):
 
 @pytest.mark.parametrize("script,options,message", [
     ("wsol_table", ["--arch", "vgg16", "--shots", 3], "--arch, --shots: only with --data"),
-    ("wsol_table", ["--data", ".", "--weights", "x.pth"], "--weights is for the published"),
+    ("wsol_table", ["--data", ".", "--weights", "."], "--weights is for the published"),
     ("wsol_table", ["--data", ".", "--arch", "vgg16", "--pretrain", 1], "--pretrain for --arch sm"),
     ("wsol_table", ["--preset", "paper"], "--preset paper needs --data"),
     ("wsol_center", ["--masks", "."], "--masks: only with --data")])
