@@ -1910,6 +1910,7 @@ def _descend(model: nn.Module, optimizer, step: Callable, epochs: int,
         if generator is not None:
             generator.set_state(resume["generator"])
     for epoch in range(first, epochs):
+        model.train()                                   # the caller may evaluate in between
         loss, row = step(epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1950,7 +1951,6 @@ def train_mode_recovery(model: NHA, pieces: PaddedPieces, *, epochs: int = 8000,
             out["v"] = v_measure(true_modes, labels)[2]
         return loss, out
 
-    model.train()
     return _descend(model, optimizer, step, epochs, generator, resume)
 
 

@@ -81,8 +81,9 @@ def _check_indices(low: int, high: int, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.is_floating_point() or x.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {x.dtype}")
-        if x.min() < low or x.max() > high:
-            raise ValueError(f"{name} must be in {low}..{high}, got {x.min()}..{x.max()}")
+        least, most = torch.stack(torch.aminmax(x)).tolist()               # one wait of the host
+        if least < low or most > high:
+            raise ValueError(f"{name} must be in {low}..{high}, got {least}..{most}")
 
 
 def _check_binary(**arrays: Tensor) -> None:
@@ -1252,12 +1253,12 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
             lr = settings["lr"] * 0.5 * (1 + math.cos(turn))
             for group in updates.param_groups:
                 group["lr"] = lr
-            model.train()
-            for module in model.modules():
-                if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
             index = skip - 1
             for index, batch in _batches(loader, number, skip):
+                model.train()                                 # the caller may evaluate in between
+                for module in model.modules():
+                    if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
                 batch = [None if part is None else part.to(device) for part in batch]
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     out = model(*batch[:3], num_samples=0)

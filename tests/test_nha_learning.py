@@ -369,6 +369,9 @@ def resumed(start):
 
 def test_training_recovers_tcp_modes_resumes_and_prunes():
     packed, truth = tcp_pieces(3, 0)
+    model = new_model(4, 2)
+    steps = lambda model: nha.train_mode_recovery(model, packed, generator=gen(2), epochs=3)
+    assert [model.eval() and row for row in steps(model)] == list(steps(new_model(4, 2)))
     model = new_model(4, 2, dropout=None)
     rows = list(nha.train_mode_recovery(model, packed, generator=gen(2), epochs=400,
                                         solver="exact", true_modes=truth))
