@@ -56,6 +56,10 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
         args = super().parse_args(argv, namespace)
+        unused = [action.option_strings[0] for action in self.real._group_actions
+                  if getattr(args, action.dest) != action.default]
+        if unused and args.data is None:
+            self.error(f"{', '.join(unused)}: only with --data")
         for action in self._actions:
             flag, given = "/".join(action.option_strings), getattr(args, action.dest, None)
             values = given if isinstance(given, (list, tuple)) else [given]
@@ -63,14 +67,11 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"{flag} must not be negative, not {given}")
             if action.choices and len(set(values)) < len(values):
                 self.error(f"{flag} names one twice: {' '.join(map(str, values))}")
+            for path in values if action.dest not in ("out", "figures") else ():
+                if isinstance(path, Path) and not path.exists():
+                    self.error(f"{flag} {path}: no such file or folder")
         if not re.fullmatch(r"[\w.+=-]*", args.record or ""):
             self.error(f"--record takes letters, digits and . + = - _, not {args.record!r}")
-        if (data := getattr(args, "data", None)) is not None and not data.exists():
-            self.error(f"--data {data}: no such file or folder")
-        unused = [action.option_strings[0] for action in self.real._group_actions
-                  if getattr(args, action.dest) != action.default]
-        if data is None and unused:
-            self.error(f"{', '.join(unused)}: only with --data")
         return args
 
 
@@ -86,8 +87,9 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), see
     """Arguments common to all scripts; `presets[0]` and `seeds` are the defaults.
 
     data False: the script has no use for a data set, and refuses --data. What embedded data has no
-    use for, a script adds to the group `real`. What the script itself refuses, it refuses after
-    `parser.parse_args(argv)`, before `start` opens the folder."""
+    use for, a script adds to the group `real`; a Path that is given must exist. What only the
+    script can refuse, it refuses after `parser.parse_args(argv)`, before `start` opens the folder.
+    """
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     if data:

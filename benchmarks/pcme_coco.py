@@ -305,10 +305,9 @@ def start_study(parser: argparse.ArgumentParser, presets: dict[str, Settings],
     """Add the arguments of a training study and start it."""
     parser.add_argument("--epochs", type=harness.count, nargs="+",
                         help="of each phase, not the preset's")
-    args = parse(parser, argv)
+    add_data_arguments(parser)
+    args = parser.parse_args(argv)
     settings = presets[args.preset]
-    if len(set(args.methods)) < len(args.methods):
-        parser.error("--methods names one twice")
     if args.epochs:
         if len(args.epochs) != len(settings.phases):
             parser.error(f"--epochs takes one number per phase, here {len(settings.phases)}")
@@ -316,22 +315,14 @@ def start_study(parser: argparse.ArgumentParser, presets: dict[str, Settings],
     return harness.start(parser, argv), settings
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Add the arguments of the data and refuse what does not exist before a run is opened."""
-    parser.add_argument("--ids", type=Path,
-                        help="COCO: Karpathy's dataset_coco.json, or a folder of *_ids.npy or .txt")
-    parser.add_argument("--vocabulary", type=Path,
-                        help="JSON {word: id} (default: words that occur 4 times in training)")
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trunk-weights", type=Path, help="ImageNet checkpoint of the trunk")
     parser.add_argument("--glove", type=Path, help="text file of word vectors")
-    args = parser.parse_args(argv)
-    for name, path in vars(args).items():
-        if isinstance(path, Path) and name not in ("out", "figures") and not path.exists():
-            parser.error(f"--{name.replace('_', '-')} {path}: no such file or folder")
-    for name in ("ids", "lists", "vocabulary"):
-        if args.data is None and getattr(args, name, None) is not None:
-            parser.error(f"--{name} needs --data")
-    return args
+    add = parser.real.add_argument
+    add("--ids", type=Path,
+        help="COCO: Karpathy's dataset_coco.json, or a folder of *_ids.npy or .txt")
+    add("--vocabulary", type=Path,
+        help="JSON {word: id} (default: words that occur 4 times in training)")
 
 
 def standard_error(values: list[float]) -> float:

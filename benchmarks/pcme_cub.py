@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, presets=tuple(PRESETS))
     parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS),
                         help="rows of the table")
-    parser.add_argument("--lists", type=Path, help="folder of the published lists")
+    parser.real.add_argument("--lists", type=Path, help="folder of the published lists")
     run, settings = start_study(parser, PRESETS, argv)
     problem = folder(run) if run.args.data else embedded(settings, run.args.preset == "tiny")
     for seed in run.seeds:

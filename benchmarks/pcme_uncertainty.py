@@ -21,8 +21,8 @@ import figures
 import harness
 import numpy as np
 import torch
-from pcme_coco import (METHODS, PRESETS, Problem, build_model, encode, image_batches, load, parse,
-                       similarities, train_method)
+from pcme_coco import (METHODS, PRESETS, Problem, add_data_arguments, build_model, encode,
+                       image_batches, load, similarities, train_method)
 from torch import nn
 
 from data_tools import captions, loader, synthetic
@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bins", type=harness.count, default=10, help="at least 2")
     parser.add_argument("--recall", type=harness.count, default=1, metavar="K",
                         help="recall@K in the bins")
-    if parse(parser, argv).bins < 2:
+    add_data_arguments(parser)
+    if parser.parse_args(argv).bins < 2:
         parser.error("--bins must be at least 2")
     run = harness.start(parser, argv)
     problem = load(run, PRESETS[run.args.preset])

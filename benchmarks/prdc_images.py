@@ -335,8 +335,6 @@ def main(argv=None):
     count = args.count or count
     if count < 2:
         parser.error("--count must be at least 2, not 1")
-    if args.weights is not None and not args.weights.is_file():
-        parser.error(f"--weights {args.weights}: no such file")
     if (args.real and args.real_features) or (args.fake and args.fake_features):
         parser.error("a set is given once: --real or --real-features, --fake or --fake-features")
     given = [args.real_features or args.real, args.fake_features or args.fake]

@@ -383,9 +383,6 @@ def main(argv=None):
     add("--v2", type=harness.Path, help="folder of ImageNetV2: accuracy there")
     add("--sets", type=harness.Path, help="with --robustness: and the robustness sets found in "
                                           "this folder, named as in relabel_robustness.py")
-    args = parser.parse_args(argv)
-    if args.sets and not args.sets.is_dir():
-        parser.error(f"--sets {args.sets}: no such folder")
     run = harness.start(parser, argv)
     preset = PRESETS[run.args.preset]
     preset = preset._replace(arch=run.args.arch or preset.arch,

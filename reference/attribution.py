@@ -541,7 +541,7 @@ class PixelAP:
             self.below += positive * int(counts[0])
 
     def compute(self) -> dict[str, Any]:
-        """{"ap" in percent, "precision", "recall" (bins,) from the highest down; 0 / 0 is NaN}."""
+        """{"ap" in percent (NaN if none is positive), "precision", "recall" (bins,) downwards}."""
         histogram = self._exact() if self.edges is None else self.histogram
         false, true = histogram.flip(1).cumsum(1).cpu()
         positives = histogram[1].sum().cpu() + (self.below if self.count_underflow else 0)

@@ -60,9 +60,9 @@ def test_real_folders_and_the_uncertainty_of_trained_models(flickr, tmp_path, fi
     ("pcme_coco", ("--epochs", 0), "must be at least 1"),
     ("pcme_coco", ("--epochs", 1, 2), "--epochs takes one number per phase, here 1"),
     ("pcme_coco", ("--methods", "PCME", "PCME"), "--methods names one twice"),
-    ("pcme_coco", ("--vocabulary", __file__), "--vocabulary needs --data"),
+    ("pcme_coco", ("--vocabulary", __file__), "--vocabulary: only with --data"),
     ("pcme_coco", ("--glove", "nowhere"), "--glove nowhere: no such file"),
-    ("pcme_cub", ("--lists", "nowhere"), "--lists nowhere: no such file"),
+    ("pcme_cub", ("--lists", "nowhere"), "--lists: only with --data"),
     ("pcme_uncertainty", ("--models", "nowhere"), "--models nowhere: no such file"),
     ("pcme_uncertainty", ("--bins", 1), "--bins must be at least 2")])
 def test_wrong_arguments_are_refused_at_once(script, arguments, message, tmp_path, finish, capsys):
