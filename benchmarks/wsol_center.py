@@ -110,7 +110,8 @@ def box_rows(name: str, split: wsol_data.Split) -> tuple[list[dict], list[dict],
 
 def main(argv=None):
     parser = harness.parser(__doc__)
-    parser.real.add_argument("--masks", type=Path, help="folder of the masks that the metadata name")
+    parser.real.add_argument("--masks", type=Path,
+                             help="folder of the masks that the metadata name")
     run = harness.start(parser, argv)
     if run.args.data:
         folders = sorted(path.parent for path in run.args.data.rglob("localization.txt"))
