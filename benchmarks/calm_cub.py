@@ -259,8 +259,7 @@ def draw(run: harness.Run, task: calm_nets.Task, count: int = 4) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = calm_nets.parser(__doc__, methods=calm_nets.METHODS)
     parser.add_argument("--samples", type=harness.count, default=50,
-                        help="points or copies of the gradient "
-                        "baselines on CUB")
+                        help="points or copies of the gradient baselines on CUB")
     run = harness.start(parser, argv)
     if run.args.data:
         train, test = (cub.CUB(run.args.data, split) for split in ("train", "test"))

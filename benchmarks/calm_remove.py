@@ -68,8 +68,7 @@ def record_curves(run: harness.Run, task: calm_nets.Task, method: str, seed: int
 def main(argv: list[str] | None = None) -> None:
     parser = calm_nets.parser(__doc__, methods=("cam", "calm-em", "calm-ml"))
     parser.add_argument("--samples", type=harness.count, default=10,
-                        help="points or copies of the gradient "
-                        "baselines (paper: 50)")
+                        help="points or copies of the gradient baselines (paper: 50)")
     parser.add_argument("--paper", choices=PAPER, help="whose published curve stands beside")
     run = harness.start(parser, argv)
     task = calm_nets.folder(run) if run.args.data else calm_nets.glyphs(run)

@@ -1806,7 +1806,8 @@ class NHA(nn.Module):
         m, events = self.decoder.n_modes, self.event_module
         if getattr(events, "n_modes", m) != m:
             raise ValueError(f"event_module has {events.n_modes} modes, decoder {m}")
-        _check_problem("x0", x0, "rk4"), _expect(f"x0 (B, {self.decoder.state_dim})", x0)
+        _check_problem("x0", x0, "rk4")
+        _expect(f"x0 (B, {self.decoder.state_dim})", x0)
         _check_positive(t_end=t_end, n_points=n_points)
         n_in = len(range(x0.shape[1])[self.decoder.inputs])
         solver = "exact" if self.decoder.hidden is None and n_in == 1 else "rk4"
