@@ -223,8 +223,6 @@ def main(argv=None):
                 model = run.wrap(build_model(arch, classes, seed, run.args.width or preset.width))
                 optimizer = build_optimizer(method, model.parameters(), preset.sgd, preset.adam)
                 loader, state = train_loader(seed), run.resumed(name)
-                if len(loader) == 0:
-                    parser.error(f"--data: fewer images than a batch of {preset.batch}")
                 if run.args.attack:
                     loader = Attacked(loader, model, run.args.attack, steps=3)
                 steps = adamp.train(model, loader, optimizer, epochs, resume=state,

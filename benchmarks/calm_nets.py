@@ -154,8 +154,6 @@ def trained(run: harness.Run, task: Task, method: str, seed: int,
     if start:
         model.backbone.load_state_dict(start)
     loader, recipe = task.train(seed), task.recipe | options
-    if not len(loader):
-        raise ValueError(f"--batch: fewer training images than a batch of {run.args.batch}")
     steps = calm.train(run.wrap(model), loader, amp_dtype=run.amp_dtype, resume=run.resumed(name),
                        **recipe)
     last = run.drive(name, steps, recipe["epochs"] * len(loader))

@@ -237,8 +237,6 @@ def fit(run: harness.Run, config: dict, name: str, seed: int) -> dict:
     if (row := run.recorded(key)) is not None:
         return row
     loader, val = real(run, config, seed) if args.data else embedded(run, config, seed)
-    if len(loader) == 0:
-        raise SystemExit(f"an epoch holds no whole batch of {config['batch']}: lower --batch-size")
     num_classes = len(val.dataset.classes) if args.data else len(CLASSES)
     drop_path = args.drop_path
     if drop_path is None:

@@ -203,12 +203,6 @@ def class_arrays(root, split, classes, limit=None):
     return np.stack(images), labels[keep]
 
 
-def check_batch(folder, train, batch):
-    if len(train) < batch:
-        raise SystemExit(f"--data {folder}: {len(train)} training images do not fill a batch of "
-                         f"{batch}")
-
-
 def load(run, wanted, per_class):
     """(seed -> training loader, test images, labels, classes, mean, std, more OOD images)."""
     args, tiny = run.args, run.args.preset == "tiny"
@@ -240,7 +234,6 @@ def load(run, wanted, per_class):
         chosen, others = every[::apart][:classes], every[apart // 2::apart][:classes]
         train = imagenet.ArrayImages(*class_arrays(folder, "train", chosen, per_class))
         images, labels = class_arrays(folder, "val", chosen)
-        check_batch(folder, train, batch)
         if apart > 1:
             extra["other classes"] = class_arrays(folder, "val", others)[0]
     transform = imagenet.PadCropTransform(4 if args.preset == "paper" else 0)

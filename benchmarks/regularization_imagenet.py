@@ -119,7 +119,6 @@ def main(argv=None):
                 **share), seed, mean, std)
     else:
         data, held = (imagenet.imagenet(args.data, split) for split in ("train", "val"))
-        study.check_batch(args.data, data, batch)
         classes, view = len(data.classes), imagenet.EvalTransform(size, 0.875, "bilinear")
         common = {"workers": args.workers, "device": run.device}
         val = Pixels(imagenet.Loader(held, 256, transform=view, **common))

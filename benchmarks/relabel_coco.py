@@ -45,8 +45,6 @@ class MultiLabelCrops:
             shuffle=True, seed=seed, drop_last=True, device=run.device, workers=run.args.workers,
             rank=run.rank, world_size=run.world_size, normalize=MEAN_STD)
         self.set_epoch = self.loader.set_epoch
-        if not len(self.loader):
-            raise ValueError(f"the {len(dataset)} training images do not fill a batch of {batch}")
 
     def __len__(self):
         return len(self.loader)

@@ -266,9 +266,6 @@ def steps_of(run, method, seed, preset, data, resume=None):
     loader = Crops(run, data["train"], preset, seed, data["classes"],
                    maps=data["maps"] if kind == "map" else None,
                    keep=data["keep"] if kind == "clean" else None)
-    if not len(loader):
-        raise ValueError(f"the {len(loader.loader.dataset)} training images of {method} do not "
-                         f"fill a batch of {preset.batch}")
     if preset.arch.startswith("resnet") and "cutmix_prob" in options:  # the paper's recipe
         optimizer = AdamP(model.parameters(), 2e-3, weight_decay=1e-2, nesterov=True)
     else:

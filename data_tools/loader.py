@@ -438,6 +438,7 @@ class Loader:
     rank, world_size: this process's share of the samples. A shuffled epoch is made equally long
         on every rank (filled up from its beginning, or cut with drop_last); an unshuffled one
         holds each sample once.
+    drop_last: leave out what does not fill a batch; a set smaller than one is a ValueError.
     sampler: indices, already this rank's share (repeated augmentation), with `set_epoch` or not.
     device, normalize: images go there as uint8; normalize=(mean, std) then makes them float32.
     on_bad_image: "raise" BadImage, or "skip": a shuffled epoch takes the next readable image
@@ -467,6 +468,8 @@ class Loader:
         self.normalize, self.on_bad_image = normalize, on_bad_image
         self.bad_images: list[str] = []
         self._epoch = self._start = 0
+        if drop_last and not len(self):
+            raise ValueError(f"{self._samples()} samples do not fill a batch of {batch_size}")
         self._batches = _Batches(self)
         self._loader = DataLoader(_Reader(self), batch_sampler=self._batches, num_workers=workers,
                                   collate_fn=_identity, persistent_workers=workers > 0,

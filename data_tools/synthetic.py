@@ -214,6 +214,8 @@ class Batches:
         self.drop_last, self.transform = drop_last, transform
         self.rank, self.world_size = rank, world_size
         self.epoch = self.start_batch = 0
+        if not len(self):
+            raise ValueError(f"{len(tensors[0])} samples do not fill a batch of {batch_size}")
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """The next iteration is epoch `epoch`, without its first `start_batch` batches."""

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import timing
 import torch
-from PIL import Image
 from torch import nn
 
 from reference import adamp
@@ -707,15 +706,9 @@ def test_speed_script(tmp_path):
 @pytest.mark.parametrize("name, arguments, message", [
     ("adamp_imagenet", ["--epochs", 0], "--epochs: must be at least 1, not 0"),
     ("adamp_imagenet", ["--amp", "fp16"], "use bf16"),
-    ("adamp_imagenet", ["--preset", "small"], "--preset small needs --data"),
-    ("adamp_imagenet", ["--data", "."], "fewer images than a batch of 128")])
+    ("adamp_imagenet", ["--preset", "small"], "--preset small needs --data")])
 def test_what_a_script_cannot_do_is_one_line(run_script, tmp_path, capsys, name, arguments,
                                              message):
-    for split in ("train", "val"):
-        (tmp_path / split / "n01").mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(tmp_path / split / "n01" / "a.JPEG")
-    if "--data" in arguments:
-        arguments = ["--data", tmp_path, "--preset", "small"]
     with pytest.raises(SystemExit, match="2"):
         run_script(name, tmp_path / "out", "--device", "cpu", *arguments)
     assert capsys.readouterr().err.strip().endswith(message)

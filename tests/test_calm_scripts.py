@@ -91,7 +91,7 @@ def test_wrong_arguments_are_named(run, tmp_path, capsys):
         assert f"error: {arguments[0]}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     for options, words in ((("--arch", "small-0"), "--arch must be"),
-                           (("--batch", 999), "a batch of 999")):
+                           (("--batch", 999), "do not fill a batch of 999")):
         with pytest.raises(ValueError, match=words):
             run(calm_remove, "out", "--data", data, *FOLDER, "--methods", "cam", *options)
     torch.save({"x": torch.zeros(1)}, tmp_path / "glyphs-cam-seed0.pt")

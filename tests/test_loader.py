@@ -267,6 +267,7 @@ def test_normalised_batches_and_bad_arguments(tree):
     for wrong, message in (
         (dict(batch_size=0), "batch_size"), (dict(rank=1), "rank"),
         (dict(on_bad_image="x"), "on_bad_image"), (dict(workers=-1), "workers"),
+        (dict(batch_size=16, drop_last=True), "12 samples do not fill a batch of 16"),
     ):
         with pytest.raises(ValueError, match=message):
             data.Loader(dataset, **{"batch_size": 4, **wrong})

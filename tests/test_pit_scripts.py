@@ -107,7 +107,7 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, 
               "resnet18", weights), "teacher.*PiT-seed0.pt does not fit resnet18 with 2 classes"),
             (("--models", "pit_ti", "--recipe", "distill", "--batch-size", 4, "--teacher",
               "ResNet", weights), "teacher: no model 'ResNet'"),
-            (("--models", "PiT"), "whole batch")):
+            (("--models", "PiT"), "12 samples do not fill a batch of 64")):
         with pytest.raises(SystemExit, match=message):
             run(pit_imagenet, "f", *common, *arguments)
     results = run(pit_imagenet, "t", "--data", tree / "data", "--preset", "tiny", "--models", "PiT",

@@ -37,7 +37,7 @@ def test_maps_of_a_teacher_serve_the_study_and_another_set_is_refused(tmp_path, 
     results = run("relabel_imagenet", tmp_path / "a", "--maps", "teacher", "--methods",
                   "global-single", "relabel+cutmix", "localized-single")
     assert results["results"]["generation"]["images"] == 128
-    with pytest.raises(ValueError, match="training images of cleaning do not fill a batch of 32"):
+    with pytest.raises(ValueError, match="samples do not fill a batch of 32"):
         run("relabel_imagenet", tmp_path / "a", "--maps", "teacher", "--methods", "cleaning")
     generated = run("relabel_generate", tmp_path / "b", "--figures", tmp_path / "figures")
     assert (tmp_path / "figures" / "relabel_maps.png").exists()
@@ -74,7 +74,7 @@ def test_wrong_arguments_are_named(tmp_path, run, capsys):
         assert f"error: {option}" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="not 'small-x'"):
         run("relabel_imagenet", tmp_path / "out", "--methods", "one-hot", "--arch", "small-x")
-    with pytest.raises(ValueError, match="128 training images do not fill a batch of 999"):
+    with pytest.raises(ValueError, match="128 samples do not fill a batch of 999"):
         run("relabel_coco", tmp_path / "out", "--methods", "image", "--batch", 999)
     for boxes, sizes, words in (("", "", "localization.txt holds no boxes"),
                                 ("a/b,1,2,3,nan", "a/b,9,9", "localization.txt, line 1: expected"),

@@ -102,6 +102,8 @@ def test_batches_resume_in_the_middle_and_share_among_processes():
     assert [sorted(a.tolist() + b.tolist()) for (a,), (b,) in zip(*parts)] == [sorted(batch)
                                                                                for batch in whole]
     assert len(Batches(rows, batch_size=4, drop_last=True)) == 5
+    with pytest.raises(ValueError, match=f"{len(rows)} samples do not fill a batch of 64"):
+        Batches(rows, batch_size=64, drop_last=True)
     for shuffle, counts in ((True, [4, 4]), (False, [4, 4, 1])):   # nobody trains on an empty batch
         first = Batches(rows[:17], batch_size=8, shuffle=shuffle, world_size=2)
         assert [len(a) for a, in first] == counts and len(first) == len(counts)
