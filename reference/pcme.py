@@ -1300,7 +1300,7 @@ def _batch_loss(model: PCME, criterion: nn.Module, out: dict, ids: list[Tensor],
                 generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """The criterion over the samples of all ranks."""
     j = getattr(model.img_enc, "n_samples_inference", 7)
-    mus, logsigmas = ([_gathered(out[f"{side}_{name}"].float()) for side in ("image", "caption")]
+    mus, logsigmas = ([_gathered(x) for x in _wide(out[f"image_{name}"], out[f"caption_{name}"])]
                       for name in ("mu", "logsigma"))
     samples = [sample_gaussian(mu, logsigma, j, generator) if j else mu.unsqueeze(1)
                for mu, logsigma in zip(mus, logsigmas)]

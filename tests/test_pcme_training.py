@@ -101,6 +101,20 @@ def test_arguments_of_the_training_are_checked(arguments, message):
         next(pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(), [], **arguments))
 
 
+def test_a_model_in_double_precision_is_judged_in_it():
+    kinds = set()
+
+    class Judge(pcme.MCSoftContrastiveLoss):
+        def forward(self, *samples, **more):
+            kinds.update(x.dtype for x in samples[:4])
+            return super().forward(*samples, **more)
+
+    model, (batch,) = tiny_model().double(), batches(1)
+    images = (batch[0].double(), *batch[1:])
+    next(pcme.train(model, Judge(5, 5, vib_beta=1e-4), [images], epochs=1))
+    assert kinds == {torch.float64}
+
+
 def test_an_iterator_that_is_used_up_ends_the_training():
     steps = pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(5, 5), iter(batches(2)), epochs=2)
     assert [next(steps)["step"], next(steps)["step"]] == [1, 2]
