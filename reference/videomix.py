@@ -68,8 +68,9 @@ def _betas(alpha: float, count: int, generator: torch.Generator | None) -> list[
     """`count` draws of Beta(alpha, alpha), a ratio of gammas: torch's Beta takes no generator."""
     shape = torch.full((2, count), float(alpha), dtype=torch.float64)
     a, b = torch._standard_gamma(shape, generator=generator)
-    coin = torch.rand(count, generator=generator, dtype=torch.float64).round()    # both underflowed
-    return torch.where(a + b > 0, a / (a + b), coin).tolist()
+    coin = torch.rand(count, generator=generator, dtype=torch.float64).round()
+    tiny = torch.finfo(torch.float64).tiny                # what torch returns for an underflow
+    return torch.where(torch.maximum(a, b) > tiny, a / (a + b), coin).tolist()
 
 
 # ---------------------------------------------------------------- cuboids
@@ -263,6 +264,11 @@ def cut_mixup_clips(x: Tensor, box: Box, perm: Tensor, lamt: float,
 
 # ---------------------------------------------------------------- labels and losses
 
+def _check_labels(y: Tensor, num_classes: int) -> None:
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}, not {y.tolist()}")
+
+
 def _soft_labels(y: Tensor, num_classes: int | None, smoothing: float) -> Tensor:
     """(B, K): integer labels one-hot in float32, soft ones as they are; then (1 - e) y + e / K."""
     _in_unit("smoothing", smoothing, one=False)
@@ -270,8 +276,7 @@ def _soft_labels(y: Tensor, num_classes: int | None, smoothing: float) -> Tensor
     if kind == (1, False):
         if num_classes is None:
             raise ValueError("num_classes is needed with integer labels")
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
-            raise ValueError(f"labels must be in 0..{num_classes - 1}, not {y.tolist()}")
+        _check_labels(y, num_classes)
         y = F.one_hot(y.long(), num_classes).float()
     elif kind != (2, True) or num_classes not in (None, y.shape[1]):
         raise ValueError(f"y must be a tensor, (B,) integers or (B, {num_classes or 'K'}) floats,"
@@ -313,6 +318,8 @@ def mixed_accuracy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | Tensor
     y_a and y_b (B,) integers, lam a number or (B,)."""
     if any(y.shape != logits.shape[:-1] or y.is_floating_point() for y in (y_a, y_b)):
         raise ValueError(f"logits {[*logits.shape]} must be (B, K), y_a and y_b (B,) integers")
+    for y in (y_a, y_b):
+        _check_labels(y, logits.shape[1])
     hits = [(logits.argmax(1) == y.to(logits.device)).double() for y in (y_a, y_b)]
     lam = _weights(lam, hits[0])
     return (lam * hits[0] + (1 - lam) * hits[1]).mean().item()
@@ -381,9 +388,10 @@ class _Mix(nn.Module):
                               everywhere)
         if not self.training:
             return unchanged
-        if count < 2 and not self.single_clip:
+        if count < (1 if self.single_clip else 2):
             if not self.allow_single:
-                raise ValueError("mixing needs two clips or more (allow_single=True lets one pass)")
+                raise ValueError("mixing needs two clips or more (allow_single=True lets one pass),"
+                                 f" erasing needs one, not {count}")
             warnings.warn("a batch of one clip is not mixed", stacklevel=2)
             return unchanged
         if self.prob < 1 and _uniform(generator) >= self.prob:
@@ -551,7 +559,7 @@ class RandomMix(nn.Module):
         self.mixes, self.probs = nn.ModuleList(mixes), torch.tensor(probs, dtype=torch.float64)
 
     def forward(self, x: Any, y: Tensor, generator: torch.Generator | None = None) -> MixResult:
-        chosen = int(torch.multinomial(self.probs, 1, generator=generator))
+        chosen = int(torch.multinomial(self.probs, 1, generator=generator)) if self.training else 0
         return self.mixes[chosen](x, y, generator)
 
 
@@ -625,8 +633,9 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
     the `mixed_accuracy`, `lam` the mean weight of the own label. `steps.send("state")` returns a
     snapshot; `resume=snapshot` goes on from it (also with the same generator state).
     """
-    if epochs < 0 or not 0 <= warmup_epochs < math.inf:
-        raise ValueError(f"epochs and warmup_epochs must be >= 0, not {epochs} and {warmup_epochs}")
+    if not all(0 <= value < math.inf for value in (epochs, lr, warmup_epochs)):
+        raise ValueError("epochs, lr and warmup_epochs must be >= 0 and finite, not "
+                         f"{epochs}, {lr} and {warmup_epochs}")
     device, per_epoch = next(model.parameters()).device, len(loader)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0,
                                 weight_decay=weight_decay)
@@ -634,14 +643,16 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     first, skip, total, warm = 0, 0, epochs * per_epoch, warmup_epochs * per_epoch
     if resume is not None:
-        for key, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(copy.deepcopy(resume[key]))      # training would change it
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))    # it keeps what it loads
+        scaler.load_state_dict(resume["scaler"])
         generator.set_state(resume["generator"])
         first, skip = resume["epoch"], resume["batch"]
     seekable = hasattr(loader, "set_epoch")
     for epoch in range(first, epochs):
         if seekable:
             loader.set_epoch(epoch, skip)
+        batch = skip - 1                                          # the last one done
         for batch, (x, y, *_) in enumerate(loader, skip if seekable else 0):
             if batch < skip:
                 continue
@@ -668,6 +679,9 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),
                     "epoch": epoch, "batch": batch + 1})
+        if batch < 0:
+            raise ValueError(f"the loader gave no batch in epoch {epoch}: it must not be empty, "
+                             "nor an iterator that ends with the first epoch")
         skip = 0
 
 
@@ -690,6 +704,7 @@ def evaluate(model: nn.Module, loader: Iterable, num_clips: int = 1, num_crops: 
                                  f"{tuple(parts[0].shape)}")
             parts = tuple(p.flatten(0, 1) for p in parts)
             logits = model(parts if len(parts) > 1 else parts[0])
+            _check_labels(y, logits.shape[1])
             probs = logits.float().softmax(1).unflatten(0, (-1, views)).mean(1)
             best = probs.argsort(dim=1, descending=True, stable=True)[:, :5] == y.unsqueeze(1)
             top1, top5 = top1 + int(best[:, 0].sum()), top5 + int(best.any(1).sum())
@@ -697,7 +712,9 @@ def evaluate(model: nn.Module, loader: Iterable, num_clips: int = 1, num_crops: 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return {"top1": top1 / max(count, 1), "top5": top5 / max(count, 1)}
+    if not count:
+        raise ValueError("the loader is empty: nothing to evaluate")
+    return {"top1": top1 / count, "top5": top5 / count}
 
 
 def _demonstrate() -> None:

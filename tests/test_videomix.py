@@ -232,10 +232,11 @@ def test_cutout_random_choice_inplace_and_integer_clips():
         (1 - cuboid_lambda(cut.boxes, (8, 16, 16))).tolist()
     )
     assert vm.VideoCutout(num_classes=3)(x[:1], y[:1], seeded()).x.shape == x[:1].shape
-    only = vm.RandomMix([VideoMix(num_classes=3), vm.VideoMixup(num_classes=3)], [0, 1])(
-        x, y, seeded()
-    )
+    choice = vm.RandomMix([VideoMix(num_classes=3), vm.VideoMixup(num_classes=3)], [0, 1])
+    only = choice(x, y, seeded())
     assert only.boxes is None and only.lam < 1
+    idle = seeded()
+    assert choice.eval()(x, y, idle).x is x and torch.equal(idle.get_state(), seeded().get_state())
     bytes_ = (255 * x).to(torch.uint8)
     mixed = VideoMix(num_classes=3, inplace=True)(bytes_, y, seeded(2))
     assert mixed.x is bytes_ and bytes_.dtype == torch.uint8
@@ -455,6 +456,14 @@ def test_weights_stay_in_the_unit_interval_at_the_extremes(make):
                     and (result.target >= 0).all())
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 1e-5, 1e-12])
+def test_near_zero_alpha_tosses_a_coin(alpha):
+    """Both gammas of a draw underflow then; their ratio would be one half."""
+    mix = vm.VideoMixup(alpha, per_sample=True, num_classes=2)
+    lam = mix(torch.zeros(1000, 1, 1, 1, 1), torch.zeros(1000, dtype=torch.int64), seeded()).lam
+    assert ((lam > 0.01) & (lam < 0.99)).sum() < 20 and abs(lam.mean() - 0.5) < 0.05
+
+
 def test_loss_is_that_of_both_labels_and_its_gradient():
     logits = torch.randn(5, 4, generator=seeded(), dtype=torch.float64, requires_grad=True)
     y, perm, lam = (torch.tensor([0, 1, 2, 3, 0]), torch.tensor([4, 3, 2, 1, 0]),
@@ -520,6 +529,12 @@ def test_more_bad_input():
         (lambda: vm.evaluate(nn.Linear(2, 2), [(x, y[:1])]), "for B = 1"),
         (lambda: next(vm.train(nn.Linear(2, 2), [(x, y)], epochs=-1)), "epochs"),
         (lambda: next(vm.train(nn.Linear(2, 2), [(x, y)], warmup_epochs=-1.0)), "warmup_epochs"),
+        (lambda: next(vm.train(net(), [(x, y)], lr=float("nan"))), "lr"),
+        (lambda: next(vm.train(net(), [])), "no batch in epoch 0"),
+        (lambda: vm.evaluate(net(), []), "nothing to evaluate"),
+        (lambda: vm.evaluate(net(), [(x, y + 2)]), r"labels must be in 0\.\."),
+        (lambda: vm.mixed_accuracy(torch.zeros(4, 3), y, y - 1, 0.5), r"labels must be in 0\.\.2"),
+        (lambda: vm.VideoCutout(num_classes=3, per_sample=True)(x[:0], y[:0]), "needs one, not 0"),
         (lambda: vm.mix_frame_labels(y, torch.arange(4), box, size, 3), "outside"),
         (lambda: vm.mix_frame_labels(y, torch.arange(4), [box] * 3, size, 3), "boxes"),
         (lambda: vm.mixed_accuracy(torch.zeros(4, 3), y, y, 1.5), "lam"),
