@@ -8,9 +8,8 @@
 The paper: only 23.5 % of ImageNet's random crops overlap the object's box by an IoU above 0.5, and
 the largest probability of the pooled label rises with the IoU. Without --data: a 500 x 375 image
 with a box of a given area, and maps of the two-object images (an oracle's scores). With --data and
---metadata (`localization.txt` with `image,x0,y0,x1,y1` lines and `image_sizes.txt` with
-`image,width,height`): the boxes of that set; --store: the maps of its images (a subset of them will
-do).
+--metadata (a folder with localization.txt and image_sizes.txt, see data_tools/wsol_data.py): the
+first box of each image of that set; --store: the maps of its images (a subset of them will do).
 """
 
 from pathlib import Path
@@ -23,6 +22,7 @@ from relabel_imagenet import oracle_maps
 
 from data_tools import synthetic
 from data_tools.label_maps import LabelMaps, image_key
+from data_tools.wsol_data import read_boxes
 from reference import relabel
 
 # Area of the box relative to the image, whether it is in the centre; P(IoU > .5), P(IoU = 0) and
@@ -73,31 +73,12 @@ def statistics(iou: np.ndarray) -> dict[str, float]:
             "mean IoU": float(iou.mean())}
 
 
-def read_boxes(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names, boxes relative to the image (N, 4), sizes (N, 2); ValueError names file and line."""
-    def table(name, columns):
-        out = {}
-        for number, line in enumerate((folder / name).read_text().splitlines(), 1):
-            image, *numbers = line.split(",")
-            try:
-                out.setdefault(image, []).append([float(v) for v in numbers])
-            except ValueError:
-                numbers = []
-            if len(numbers) != columns or not np.isfinite(out[image][-1]).all():
-                raise ValueError(f"{folder / name}, line {number}: expected a name and {columns} "
-                                 f"numbers, found {line!r}")
-        return out
-    boxes, sizes = table("localization.txt", 4), table("image_sizes.txt", 2)
+def first_boxes(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names, first box of each image relative to it (N, 4), sizes (N, 2)."""
+    boxes, sizes = read_boxes(folder, outside="clip")
     names = sorted(boxes)
-    if not names:
-        raise ValueError(f"{folder / 'localization.txt'} holds no boxes")
-    if missing := [name for name in names if name not in sizes]:
-        raise ValueError(f"{folder / 'image_sizes.txt'} lacks {missing[0]} ({len(missing)} such)")
-    size = np.array([sizes[name][0] for name in names])
-    if size.min() < 1:
-        raise ValueError(f"{folder / 'image_sizes.txt'}: {names[int(size.min(1).argmin())]} has no "
-                         "pixels")
-    return names, np.array([boxes[name][0] for name in names]) / np.tile(size, 2), size.astype(int)
+    size = np.array([sizes[name] for name in names])
+    return names, np.array([boxes[name][0] for name in names]) / np.tile(size, 2), size
 
 
 def certainty(maps, rows: np.ndarray, crops: np.ndarray, num_classes: int) -> np.ndarray:
@@ -131,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         at = np.arange(len(maps))
         given = (pairs["classes"] == pairs["labels"][:, None]).int().argmax(1).numpy()
     else:
-        names, boxes, sizes = read_boxes(run.args.metadata)
+        names, boxes, sizes = first_boxes(run.args.metadata)
         if run.args.store:
             maps = LabelMaps(run.args.store)
             there, kinds = set(maps.images), maps.meta["num_classes"]

@@ -53,21 +53,32 @@ def _lines(path: Path, fields: int, last_is_text: bool = False) -> Iterator[tupl
             yield f"{path}:{number}", row
 
 
-def _rows(path: Path, fields: int, last_is_text: bool = False) -> list[list[str]]:
-    return [row for _, row in _lines(path, fields, last_is_text)]
+def _numbered(path: Path, from_one: bool = False) -> dict[str, str]:
+    """{number: name} of lines `number name`, each once; from_one: numbers 1, 2, 3, ..."""
+    names, seen = {}, set()
+    for place, (number, name) in _lines(path, 2, last_is_text=True):
+        if not number.isdecimal() or number in names or name in seen:
+            raise ValueError(f"{place}: a number must be an integer, it and its name stand once; "
+                             f"got {number} {name}")
+        if from_one and int(number) != len(names) + 1:
+            raise ValueError(f"{place}: number {len(names) + 1} expected, got {number}")
+        names[number] = name
+        seen.add(name)
+    if not names:
+        raise ValueError(f"{path}: holds no line")
+    return names
 
 
-def _numbers(path: Path, fields: int, whole: int = 0) -> np.ndarray:
-    """A table of finite numbers, (rows, fields) float64; the first `whole` columns are integers."""
-    table = []
+def _numbers(path: Path, fields: int, whole: int = 0) -> Iterator[tuple[str, list[float]]]:
+    """("file:line", finite numbers) of a table's lines; the first `whole` columns are integers."""
     for place, row in _lines(path, fields):
         try:
-            table.append([*map(int, row[:whole]), *map(float, row[whole:])])
+            numbers = [*map(int, row[:whole]), *map(float, row[whole:])]
         except ValueError as error:
             raise ValueError(f"{place}: only numbers expected; {error}") from None
-        if not all(map(math.isfinite, table[-1])):
+        if not all(map(math.isfinite, numbers)):
             raise ValueError(f"{place}: only finite numbers expected, got {' '.join(row)!r}")
-    return np.array(table, dtype=np.float64).reshape(-1, fields)
+        yield place, numbers
 
 
 def _beside(root: Path, *names: str) -> Path:
@@ -91,53 +102,52 @@ class CUB(SplitImages):
             raise ValueError(f"split must be 'train', 'test' or 'all', not {split!r}")
         self.folder = Path(root)
         self.captions_of = captions_of or self._caption_file
-        self.classes = [name for _, name in _rows(self.folder / "classes.txt", 2)]
-        rows = _rows(self.folder / "images.txt", 2)
-        listed = dict(rows)
-        once = len(rows) == len(listed) == len(set(listed.values()))
-        if not once or not all(number.isdecimal() for number in listed):
-            raise ValueError(f"{self.folder / 'images.txt'}: image numbers must be integers, each "
-                             "once, and the names differ")
-        labels = self._by_image("image_class_labels.txt", listed)
-        part = self._by_image("train_test_split.txt", listed)
-        wanted = {"train": ("1",), "test": ("0",), "all": ("0", "1")}[split]
-        if odd := [number for number in listed if part[number] not in ("0", "1")]:
-            raise ValueError(f"{self.folder / 'train_test_split.txt'}: image {odd[0]}: 0 or 1 "
-                             f"expected, got {part[odd[0]]!r}")
+        self.classes = list(_numbered(self.folder / "classes.txt", from_one=True).values())
+        listed = _numbered(self.folder / "images.txt")
+        classes = [str(n + 1) for n in range(len(self.classes))]
+        labels = self._by_image("image_class_labels.txt", listed, classes)
+        part = self._by_image("train_test_split.txt", listed, ["0", "1"])
+        wanted = {"train": (1,), "test": (0,), "all": (0, 1)}[split]
         kept = [number for number in listed if part[number] in wanted]
         self.ids = np.array(kept, dtype=np.int64)
         self.names = [listed[number] for number in kept]
-        known = {str(n + 1): n for n in range(len(self.classes))}
-        if unknown := [number for number in kept if labels[number] not in known]:
-            raise ValueError(f"{self.folder / 'image_class_labels.txt'}: image {unknown[0]}: "
-                             f"classes must be in 1..{len(known)}, got {labels[unknown[0]]!r}")
-        chosen = Split(self.names, {listed[number]: known[labels[number]] for number in kept})
+        chosen = Split(self.names, {listed[number]: labels[number] for number in kept})
         super().__init__(chosen, self.folder / "images")
 
-    def _by_image(self, name: str, listed: dict[str, str]) -> dict[str, str]:
-        table = dict(_rows(self.folder / name, 2))
+    def _by_image(self, name: str, listed: dict[str, str], values: list[str]) -> dict[str, int]:
+        """{image number: place of its value in values} of a file with one line for each image."""
+        path, table, place_of = self.folder / name, {}, {text: n for n, text in enumerate(values)}
+        for line, (number, text) in _lines(path, 2):
+            if number not in listed or number in table:
+                raise ValueError(f"{line}: image {number} stands twice, or not in images.txt")
+            if text not in place_of:
+                raise ValueError(f"{line}: {values[0]}..{values[-1]} expected, got {text!r}")
+            table[number] = place_of[text]
         if missing := [number for number in listed if number not in table]:
-            raise ValueError(f"{self.folder / name}: no line for image {missing[0]} "
-                             f"({len(missing)} missing)")
+            raise ValueError(f"{path}: no line for image {missing[0]} ({len(missing)} missing)")
         return table
 
     @cached_property
     def boxes(self) -> np.ndarray:
         """(N, 4) float64 x0, y0, x1, y1 in pixels of the original images."""
-        path = self.folder / "bounding_boxes.txt"
-        rows = {int(number): box for number, *box in _numbers(path, 5, whole=1)}
+        path, rows = self.folder / "bounding_boxes.txt", {}
+        for place, (number, x, y, width, height) in _numbers(path, 5, whole=1):
+            if number in rows or min(width, height) <= 0:
+                raise ValueError(f"{place}: one box of positive sides for each image expected")
+            rows[number] = x, y, x + width, y + height
         if missing := [number for number in self.ids if number not in rows]:
             raise ValueError(f"{path}: no box for image {missing[0]} ({len(missing)} missing)")
-        boxes = np.array([rows[number] for number in self.ids]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        return boxes
+        return np.array([rows[number] for number in self.ids], dtype=np.float64).reshape(-1, 4)
 
     def segmentation(self, index: int) -> Image.Image:
         """The bird, mode L, 0 outside; as large as the image."""
         path = _beside(self.folder, "segmentations") / Path(self.names[index]).with_suffix(".png")
         if not path.exists():
             raise BadImage(f"{path}: no such file (an archive of its own, segmentations.tgz)")
-        return open_image(path, "L")
+        bird, size = open_image(path, "L"), self.open(index).size
+        if bird.size != size:
+            raise BadImage(f"{path}: its size is {bird.size}, that of the image is {size}")
+        return bird
 
     def captions(self, index: int) -> list[str]:
         return self.captions_of(self.names[index])
@@ -158,28 +168,35 @@ class CUBParts:
     """
 
     def __init__(self, root: str | Path, size: int = 224):
-        if size < 1:
-            raise ValueError(f"size must be at least 1, not {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be an integer, at least 1, not {size!r}")
         self.cub, self.size = CUB(root), size
         folder = self.cub.folder
         self.row_of = {name: row for row, name in enumerate(self.cub.names)}
         self.row_of |= {int(number): row for row, number in enumerate(self.cub.ids)}
-        names = _rows(_beside(folder, "attributes/attributes.txt", "attributes.txt"), 2, True)
-        self.attributes = [name for _, name in names]
+        path = _beside(folder, "attributes/attributes.txt", "attributes.txt")
+        self.attributes = list(_numbered(path, from_one=True).values())
         path = folder / "attributes" / "class_attribute_labels_continuous.txt"
-        percent = _numbers(path, len(self.attributes))
+        percent = [row for _, row in _numbers(path, len(self.attributes))]
         if len(percent) != len(self.cub.classes):
             raise ValueError(f"{path}: {len(self.cub.classes)} rows expected, one per class, "
                              f"got {len(percent)}")
-        self.present = percent >= 50                                              # (C, attributes)
+        self.present = np.array(percent) >= 50                                    # (C, attributes)
         self.speaks_of = np.array([[any(word in name for word in words) for words in PART_WORDS]
                                    for name in self.attributes]).reshape(-1, len(PART_WORDS))
         path = folder / "parts" / "part_locs.txt"
-        self.located = np.zeros((len(self.cub), PART_COUNT, 3))                   # x, y, visible
-        for number, part, *values in _numbers(path, 5, whole=2):
-            if int(number) not in self.row_of or not 1 <= part <= PART_COUNT:
-                raise ValueError(f"{path}: image {number:g}, part {part:g} does not exist")
-            self.located[self.row_of[int(number)], int(part) - 1] = values
+        self.located = np.full((len(self.cub), PART_COUNT, 3), -1.0)              # x, y, visible
+        for place, (number, part, *values) in _numbers(path, 5, whole=2):
+            if number not in self.row_of or not 1 <= part <= PART_COUNT:
+                raise ValueError(f"{place}: image {number}, part {part} does not exist")
+            here = self.located[self.row_of[number], part - 1]
+            if here[2] >= 0 or values[2] not in (0, 1):
+                raise ValueError(f"{place}: a part stands once, visible (1) or not (0)")
+            here[:] = values
+        if (missing := self.located[..., 2] < 0).any():
+            row, part = np.argwhere(missing)[0]
+            raise ValueError(f"{path}: no line for image {self.cub.ids[row]}, part {part + 1} "
+                             f"({missing.sum()} missing)")
         self._kept = lru_cache(maxsize=8)(self._labels_and_bird)
 
     def groups(self, pair: tuple[int, int]) -> list[int]:

@@ -38,10 +38,13 @@ last two columns and internal numbers for images.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Iterable, Iterator
 from xml.etree import ElementTree
 
@@ -73,6 +76,8 @@ class Split:
         ids = list(image_ids)
         if unknown := [i for i in ids if i not in self.labels]:
             raise ValueError(f"{len(unknown)} image ids are not in the split, first {unknown[0]!r}")
+        if twice := [i for i, times in Counter(ids).items() if times > 1]:
+            raise ValueError(f"{len(twice)} image ids are chosen twice, first {twice[0]!r}")
         parts = {name: {i: getattr(self, name)[i] for i in ids if i in getattr(self, name)}
                  for name in ("labels", "sizes", "boxes", "masks", "ignore")}
         return replace(self, image_ids=ids, **parts)
@@ -104,13 +109,11 @@ class Split:
 class _Lines:
     """Rows of a metadata file; `fail` names the file and the line of the current row."""
 
-    def __init__(self, path: Path, fields: tuple[int, ...], known: set[str] | None = None):
+    def __init__(self, path: Path, fields: tuple[int, ...], known: Iterable[str] | None = None):
         self.path, self.fields, self.known, self.number = path, fields, known, 0
 
     def __iter__(self) -> Iterator[list[str]]:
-        text = read_text(self.path, "no such file; a split needs image_ids.txt, class_labels.txt, "
-                                    "image_sizes.txt and localization.txt")
-        for self.number, line in enumerate(text.splitlines(), 1):
+        for self.number, line in enumerate(read_text(self.path).splitlines(), 1):
             if not line.strip():
                 continue
             row = [part.strip() for part in line.split(",")]
@@ -125,6 +128,7 @@ class _Lines:
         raise ValueError(f"{self.path}:{self.number}: {message}")
 
     def integers(self, values: list[str], name: str) -> list[int]:
+        """Whole pixels of numbers, cut as the published reader does."""
         try:
             return [int(float(value)) for value in values]
         except (ValueError, OverflowError):
@@ -154,33 +158,32 @@ def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path |
     proxy: the images of image_ids_proxy.txt only. image_root, mask_root: check that every image
     (mask) is there. outside: what to do with a box that leaves its image, "raise" or "clip"."""
     folder = Path(folder)
-    if outside not in ("raise", "clip"):
-        raise ValueError(f'outside must be "raise" or "clip", got {outside!r}')
     image_ids = _read_ids(folder / "image_ids.txt", image_root)
     known = set(image_ids)
     labels = {}
     for row in (lines := _Lines(folder / "class_labels.txt", (2,), known)):
         if row[0] in labels:
             lines.fail(f"image {row[0]!r} has two labels")
-        if not row[1].isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", row[1]):
             lines.fail(f"label must be an integer >= 0, got {row[1]!r}")
         labels[row[0]] = int(row[1])
     if missing := [i for i in image_ids if i not in labels]:
         raise ValueError(f"{folder / 'class_labels.txt'}: no label for {len(missing)} images, "
                          f"first {missing[0]!r}")
-    sizes = {}
-    for row in (lines := _Lines(folder / "image_sizes.txt", (3,), known)):
-        if row[0] in sizes:
-            lines.fail(f"image {row[0]!r} has two sizes")
-        width, height = lines.integers(row[1:], "width and height")
-        if width < 1 or height < 1:
-            lines.fail(f"width and height must be positive, got {width},{height}")
-        sizes[row[0]] = (width, height)
-    split = Split(image_ids, labels, sizes)
-    _read_localization(split, folder / "localization.txt", mask_root, outside)
+    split = Split(image_ids, labels, _read_sizes(folder, known))
+    _read_localization(split, folder, known, mask_root, outside)
     if proxy:
         return split.subset(_read_ids(folder / "image_ids_proxy.txt", None, known))
     return split
+
+
+def read_boxes(folder: str | Path, outside: str = "raise") -> tuple[dict, dict]:
+    """(boxes, sizes) as in a `Split`, from localization.txt and image_sizes.txt alone."""
+    split = Split([], {}, _read_sizes(Path(folder)))
+    _read_localization(split, Path(folder), outside=outside)
+    if not split.boxes:
+        raise ValueError(f"{Path(folder) / 'localization.txt'}: holds no box")
+    return split.boxes, split.sizes
 
 
 def _read_ids(path: Path, image_root: str | Path | None,
@@ -197,10 +200,24 @@ def _read_ids(path: Path, image_root: str | Path | None,
     return list(ids)
 
 
-def _read_localization(split: Split, path: Path, mask_root: str | Path | None,
-                       outside: str) -> None:
+def _read_sizes(folder: Path, known: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
+    sizes = {}
+    for row in (lines := _Lines(folder / "image_sizes.txt", (3,), known)):
+        if row[0] in sizes:
+            lines.fail(f"image {row[0]!r} has two sizes")
+        width, height = lines.integers(row[1:], "width and height")
+        if width < 1 or height < 1:
+            lines.fail(f"width and height must be positive, got {width},{height}")
+        sizes[row[0]] = (width, height)
+    return sizes
+
+
+def _read_localization(split: Split, folder: Path, known: Iterable[str] | None = None,
+                       mask_root: str | Path | None = None, outside: str = "raise") -> None:
+    if outside not in ("raise", "clip"):
+        raise ValueError(f'outside must be "raise" or "clip", got {outside!r}')
     boxes: dict[str, list] = {}
-    for row in (lines := _Lines(path, (3, 5), set(split.image_ids))):
+    for row in (lines := _Lines(folder / "localization.txt", (3, 5), known)):
         image_id = row[0]
         if len(row) == 3 and boxes or len(row) == 5 and split.masks:
             lines.fail("boxes and masks in one file")
@@ -234,23 +251,36 @@ def _read_localization(split: Split, path: Path, mask_root: str | Path | None,
 
 
 def write_split(folder: str | Path, split: Split) -> None:
-    """Write the files that `read_split` reads; names that it would not give back are refused."""
-    folder = Path(folder)
+    """Write the files that `read_split` reads; what it would refuse or lose is not written."""
     names = [*split.image_ids, *split.ignore.values(), *chain(*split.masks.values())]
     if bad := [name for name in names if "," in name or name.splitlines() != [name]
                or name != name.strip().lstrip("\ufeff")]:
         raise ValueError("names of images and masks must be one line without commas or surrounding "
                          f"blanks, got {bad[0]!r}")
+    known, parts = set(split.image_ids), (split.labels, split.sizes, split.boxes, split.masks)
+    stray = [i for part in parts for i in part if i not in known]
+    if stray or (stray := [i for i in split.ignore if i not in split.masks]):
+        raise ValueError(f"{stray[0]!r} is no image of the split, or has only an ignore mask")
     rows = [(i, *box) for i in split.image_ids
             for box in np.asarray(split.boxes.get(i, ())).tolist()]
     rows += [(i, mask, split.ignore.get(i, "") if k == 0 else "")
              for i in split.image_ids for k, mask in enumerate(split.masks.get(i, ()))]
-    for name, lines in (("image_ids", [(i,) for i in split.image_ids]),
-                        ("class_labels", [(i, split.labels[i]) for i in split.image_ids]),
-                        ("image_sizes", [(i, *split.sizes[i]) for i in split.image_ids
-                                         if i in split.sizes]),
-                        ("localization", rows)):
-        _write_lines(folder / f"{name}.txt", (",".join(map(str, row)) for row in lines))
+    tables = {"image_ids": [(i,) for i in split.image_ids],
+              "class_labels": [(i, split.labels.get(i, "")) for i in split.image_ids],
+              "image_sizes": [(i, *split.sizes[i]) for i in split.image_ids if i in split.sizes],
+              "localization": rows}
+    with TemporaryDirectory() as draft:
+        _write_tables(Path(draft), tables)
+        try:
+            read_split(draft)
+        except ValueError as error:
+            raise ValueError(f"not written: {str(error).removeprefix(draft + '/')}") from None
+    _write_tables(Path(folder), tables)
+
+
+def _write_tables(folder: Path, tables: dict[str, list[tuple]]) -> None:
+    for name, rows in tables.items():
+        _write_lines(folder / f"{name}.txt", (",".join(map(str, row)) for row in rows))
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -298,6 +328,8 @@ class Resize:
     (3, size, size) uint8."""
 
     def __init__(self, size: int = 224):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be an integer >= 1, got {size!r}")
         self.size = size
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -309,9 +341,10 @@ class TrainResizeCrop(Resize):
     """`Resize` to `resize`, random crop of `size`, horizontal flip: (3, size, size) uint8."""
 
     def __init__(self, size: int = 224, resize: int = 256, flip: float = 0.5):
-        if resize < size:
-            raise ValueError(f"resize must be at least size, got {resize} < {size}")
         super().__init__(resize)
+        if not isinstance(size, int) or not 1 <= size <= resize or not 0 <= flip <= 1:
+            raise ValueError("size must be an integer in 1 .. resize and flip in [0, 1], "
+                             f"got size={size!r}, resize={resize}, flip={flip}")
         self.crop, self.flip = size, flip
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
@@ -393,6 +426,8 @@ def ilsvrc_splits(root: str | Path, annotations: str | Path,
                 val.labels[name], val.sizes[name] = int(label), open_image(root / name).size
             box = lines.inside(lines.integers(row[1:], "box"), val.sizes[name])
             boxes.setdefault(name, []).append(box)
+        if not boxes:
+            raise ValueError(f"{v2_boxes}: holds no box")
         val.boxes.update((name, np.array(rows)) for name, rows in boxes.items())
         splits["val"] = val
     return splits

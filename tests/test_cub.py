@@ -119,20 +119,27 @@ def test_batches_through_the_loader(tree):
 
 @pytest.mark.parametrize("path, text, words", [
     ("images.txt", None, "images.txt: no such file"),
-    ("images.txt", "1 a b c\n", r"images.txt:1: 2 fields expected"),
-    ("images.txt", "1 a\n1 b\n", "images.txt: image numbers must be integers, each once"),
-    ("train_test_split.txt", "".join(f"{n} 2\n" for n in range(1, 100)),
-     "train_test_split.txt: image 1: 0 or 1 expected, got '2'"),
-    ("image_class_labels.txt", "1 1\n", r"image_class_labels.txt: no line for image 2"),
-    ("image_class_labels.txt", "".join(f"{n} 900\n" for n in range(1, 100)),
-     r"classes must be in 1\.\."),
-    ("images.txt", "1 a\n2 a\n", "images.txt: .* the names differ"),
+    ("images.txt", "1\n", "images.txt:1: 2 fields expected"),
+    ("images.txt", "", "images.txt: holds no line"),
+    ("images.txt", "1 a\n1 b\n", "images.txt:2: .*stand once; got 1 b"),
+    ("images.txt", "1 a\n2 a\n", "images.txt:2: .*stand once; got 2 a"),
+    ("images.txt", "1 a\n-2 b\n", "images.txt:2: a number must be an integer"),
+    ("classes.txt", "1 a\n3 b\n", "classes.txt:2: number 2 expected, got 3"),
+    ("train_test_split.txt", "1 0\n2 2\n", "train_test_split.txt:2: 0..1 expected, got '2'"),
+    ("train_test_split.txt", "1 0\n1 1\n", "train_test_split.txt:2: image 1 stands twice"),
+    ("image_class_labels.txt", "1 1\n", "image_class_labels.txt: no line for image 2"),
+    ("image_class_labels.txt", "1 900\n", "image_class_labels.txt:1: 1..[0-9]+ expected"),
+    ("image_class_labels.txt", "99 1\n", "image_class_labels.txt:1: image 99 .*not in images.txt"),
     ("parts/part_locs.txt", "1 1 1 2 1\n\n1 1 x 2 1\n", "part_locs.txt:3: only numbers.*'x'"),
     ("parts/part_locs.txt", "1 1.5 1 2 1\n", "part_locs.txt:1: only numbers.*'1.5'"),
     ("parts/part_locs.txt", "nan 1 1 2 1\n", "part_locs.txt:1: only numbers.*'nan'"),
     ("parts/part_locs.txt", "1 1 inf 2 1\n", "part_locs.txt:1: only finite numbers.*'1 1 inf 2 1'"),
-    ("parts/part_locs.txt", "1 16 1.0 2.0 1\n", "part 16 does not exist"),
-    ("parts/part_locs.txt", "9999 1 1.0 2.0 1\n", "image 9999"),
+    ("parts/part_locs.txt", "1 16 1.0 2.0 1\n", "part_locs.txt:1: .*part 16 does not exist"),
+    ("parts/part_locs.txt", "9999 1 1.0 2.0 1\n", "part_locs.txt:1: image 9999"),
+    ("parts/part_locs.txt", "1 1 1 2 1\n1 1 1 2 0\n", "part_locs.txt:2: a part stands once"),
+    ("parts/part_locs.txt", "1 1 1 2 3\n", "part_locs.txt:1: .*visible .1. or not .0."),
+    ("parts/part_locs.txt", "1 1 1 2 1\n", "part_locs.txt: no line for image 1, part 2"),
+    ("../attributes.txt", "2 a\n", "attributes.txt:1: number 1 expected, got 2"),
     ("attributes/class_attribute_labels_continuous.txt", "1 2 3\n",
      "continuous.txt:1: .* fields expected"),
     ("../attributes.txt", None, "attributes.txt: no such file")])
@@ -150,6 +157,10 @@ def test_bad_images_and_arguments(tree, golden, tmp_path):
     root = tmp_path / "birds" / "CUB_200_2011"
     shutil.copytree(tree.parent, root.parent)
     whole = cub.CUB(root)
+    bird = (root.parent / "segmentations" / whole.names[0]).with_suffix(".png")
+    Image.new("L", (3, 5)).save(bird)
+    with pytest.raises(loader.BadImage, match=f"{bird.name}: its size is .3, 5."):
+        whole.segmentation(0)
     shutil.rmtree(root.parent / "segmentations")
     with pytest.raises(loader.BadImage, match="segmentations.tgz"):
         whole.segmentation(0)
@@ -160,8 +171,13 @@ def test_bad_images_and_arguments(tree, golden, tmp_path):
     for call, words in ((lambda: cub.CUB(root, "val"), "split"),
                         (lambda: parts.mask("none.jpg", (1, 2)), "none.jpg"),
                         (lambda: parts.groups((0, 1)), "pair must hold classes"),
-                        (lambda: cub.CUBParts(root, 0), "size must be at least 1"),
-                        (lambda: whole.boxes, "bounding_boxes.txt:1: only finite numbers")):
-        (root / "bounding_boxes.txt").write_text("1 2 nan 3 4\n")
+                        (lambda: cub.CUBParts(root, 0), "size must be an integer, at least 1"),
+                        (lambda: cub.CUBParts(root, 1.5), "size must be an integer, at least 1")):
         with pytest.raises(ValueError, match=words):
             call()
+    for lines, words in (("1 2 nan 3 4\n", "bounding_boxes.txt:1: only finite numbers"),
+                         ("1 2 3 0 4\n", "bounding_boxes.txt:1: one box of positive sides"),
+                         ("1 2 3 4 5\n" * 2, "bounding_boxes.txt:2: one box .*for each image")):
+        (root / "bounding_boxes.txt").write_text(lines)
+        with pytest.raises(ValueError, match=words):
+            whole.boxes

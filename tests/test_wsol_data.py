@@ -67,8 +67,11 @@ def test_images_and_transforms(tree):
     assert all(int(label) == value // 4 for value, label in values.items())
     picture(tree / "wide.png", (40, 10))
     assert data.Resize(16)(Image.open(tree / "wide.png")).shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="resize"):
-        data.TrainResizeCrop(224, 200)
+    for call in (lambda: data.TrainResizeCrop(224, 200), lambda: data.TrainResizeCrop(0),
+                 lambda: data.TrainResizeCrop(flip=1.5), lambda: data.Resize(0),
+                 lambda: data.Resize(2.5)):
+        with pytest.raises(ValueError, match="size must be an integer"):
+            call()
     (tree / split.image_ids[0]).write_text("no image")
     with pytest.raises(data.BadImage, match="val_0.JPEG"):
         images[0]
@@ -92,8 +95,9 @@ def test_small_supervision(tree):
     with pytest.raises(ValueError, match="3 classes have fewer than 5"):
         split.per_class(5)
     assert len(split.per_class(5, short="take").image_ids) == 12
-    with pytest.raises(ValueError, match="first 'x'"):
-        split.subset(["x"])
+    for ids, message in ((["x"], "first 'x'"), (split.image_ids[:1] * 2, "chosen twice")):
+        with pytest.raises(ValueError, match=message):
+            split.subset(ids)
 
 
 @pytest.mark.parametrize("name,line,message", [
@@ -134,9 +138,10 @@ def test_more_errors_of_metadata(tree):
     labels.write_text("".join(labels.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(ValueError, match="no label for 1 images, first 'val/n00/val_0.JPEG'"):
         data.read_split(folder)
-    labels.write_text("val/n00/val_0.JPEG,cat\n")
-    with pytest.raises(ValueError, match=r"class_labels.txt:1: label must be an integer"):
-        data.read_split(folder)
+    for label in ("cat", "-1", "1.0", str(10**20), "\u0661"):
+        labels.write_text(f"val/n00/val_0.JPEG,{label}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"class_labels.txt:1: label must be an integer"):
+            data.read_split(folder)
     labels.unlink()
     with pytest.raises(FileNotFoundError, match="class_labels.txt"):
         data.read_split(folder)
@@ -147,7 +152,38 @@ def test_more_errors_of_metadata(tree):
             data.write_split(tree / "x", data.Split([name], {name: 0}))
     with pytest.raises(ValueError, match="a,m.png"):
         data.write_split(tree / "x", data.Split(["a"], {"a": 0}, masks={"a": ["a,m.png"]}))
+    box, size = {"a": np.array([[0, 0, 2, 2]])}, {"a": (9, 9)}
+    for change, message in (({"labels": {"a": -1}}, "not written: class_labels.txt:1: label"),
+                            ({"labels": {}}, "class_labels.txt:1"), ({"sizes": {}}, "no line in"),
+                            ({"image_ids": ["a", "a"]}, "image_ids.txt:2: image 'a' stands twice"),
+                            ({"boxes": {"a": box["a"][:, ::-1]}}, "x0 <= x1"),
+                            ({"boxes": box | {"b": box["a"]}}, "'b' is no image of the split"),
+                            ({"ignore": {"a": "i.png"}}, "only an ignore mask"),
+                            ({"masks": {"a": ["m.png"]}}, "boxes and masks in one file")):
+        split = data.Split(**{"image_ids": ["a"], "labels": {"a": 0}, "sizes": size, "boxes": box,
+                              **change})
+        with pytest.raises(ValueError, match=message):
+            data.write_split(tree / "x", split)
     assert not (tree / "x").exists()
+
+
+def test_boxes_without_ids_and_labels(tree):
+    folder = tree / "metadata" / "val"
+    whole = data.read_split(folder)
+    for name in ("image_ids.txt", "class_labels.txt"):
+        (folder / name).unlink()
+    boxes, sizes = data.read_boxes(folder)
+    assert sizes == whole.sizes and boxes.keys() == whole.boxes.keys()
+    assert all(np.array_equal(boxes[i], whole.boxes[i]) for i in boxes)
+    for row, message in (("gone.JPEG,1,1,2,2", "localization.txt:1: .* no line in image_sizes.txt"),
+                         ("val/n00/val_0.JPEG,1,1,40,2", "localization.txt:1: .*leaves the image"),
+                         ("val/n00/val_0.JPEG,m.png,", "localization.txt: holds no box"),
+                         ("val/n00/val_0.JPEG,3,1,2,2", "localization.txt:1: box must have")):
+        (folder / "localization.txt").write_text(row + "\n")
+        with pytest.raises(ValueError, match=message):
+            data.read_boxes(folder)
+    (folder / "localization.txt").write_text("val/n00/val_0.JPEG,1,1,40,2\n")
+    assert data.read_boxes(folder, "clip")[0]["val/n00/val_0.JPEG"].tolist() == [[1, 1, 32, 2]]
 
 
 def test_openimages(tree, tmp_path):
@@ -195,9 +231,9 @@ def test_cub(tmp_path):
     for file, line, message in (
             ("bounding_boxes.txt", "3 1 2 nan 4", "bounding_boxes.txt:3: only finite numbers"),
             ("bounding_boxes.txt", "3 60 2 9 4", "bounding_boxes.txt: image 3: box 60,2,69,6 has"),
-            ("image_class_labels.txt", "3 0", "image_class_labels.txt: image 3: classes must be"),
+            ("image_class_labels.txt", "3 0", "image_class_labels.txt:3: 1..2 expected, got '0'"),
             ("image_class_labels.txt", "", "image_class_labels.txt: no line for image 3"),
-            ("train_test_split.txt", "3 no", "train_test_split.txt: image 3: 0 or 1 expected")):
+            ("train_test_split.txt", "3 no", "train_test_split.txt:3: 0..1 expected, got 'no'")):
         text = (tmp_path / file).read_text()
         (tmp_path / file).write_text("".join(text.splitlines(keepends=True)[:2]) + line)
         with pytest.raises(ValueError, match=message):
@@ -232,6 +268,9 @@ def test_ilsvrc_with_v2(tmp_path, capsys):
     assert not data.read_split(tmp_path / "meta" / "train", image_root=root).boxes
     (tmp_path / "boxes.txt").write_text("1/0.jpeg,40,3,50,20\n")
     with pytest.raises(ValueError, match="boxes.txt:1: box 40,3,50,20 has no part"):
+        data.ilsvrc_splits(root, tmp_path, tmp_path / "boxes.txt")
+    (tmp_path / "boxes.txt").write_text("image_id,x0,y0,x1,y1\n")
+    with pytest.raises(ValueError, match="boxes.txt: holds no box"):
         data.ilsvrc_splits(root, tmp_path, tmp_path / "boxes.txt")
     (tmp_path / "ILSVRC2012_val_00000001.xml").write_text("<annotation>")
     assert data.main(call) == 1
