@@ -39,6 +39,11 @@ class CocoImages:
             self.classes = [category["name"] for category in categories]
             number_of = {category["id"]: number for number, category in enumerate(categories)}
             objects: dict[int, list] = {image["id"]: [] for image in images}
+            for image in images:
+                sides = image["width"], image["height"]
+                if (not isinstance(image["file_name"], str) or not all(
+                        type(side) is int and side > 0 for side in sides)):
+                    raise ValueError(f"image {image} needs a file_name and whole, positive sides")
             for entry in entries:
                 image, category = entry["image_id"], entry["category_id"]
                 if image not in objects or category not in number_of:
@@ -54,13 +59,12 @@ class CocoImages:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error if type(error) is ValueError else repr(error)
             raise ValueError(f"{self.path} is not in COCO's format: {reason}") from None
+        if not self.root.is_dir():
+            raise ValueError(f"{self.root}: no such folder of images")
         if not kept:
             raise ValueError(f"{self.path} lists no images" + (" with objects" if images else ""))
         if len(objects) < len(images) or len(number_of) < len(categories):
             raise ValueError(f"{self.path}: an image or category id stands twice")
-        if self.sizes.min() < 1:
-            raise ValueError(f"{self.path}: {self._files[self.sizes.min(1).argmin()]} has the size "
-                             f"{self.sizes[self.sizes.min(1).argmin()].tolist()}")
         self.labels = np.zeros((len(kept), len(self.classes)), dtype=bool)
         for row, found in enumerate(self._objects):
             self.labels[row, [number for number, _ in found]] = True
@@ -84,12 +88,14 @@ class CocoImages:
         """(n, 2, k, cells, cells) float32 from the masks, as reference/relabel.py pools them.
 
         Score 1 where a class covers more than `share` of a cell (an outline that touches a cell may
-        cover 1/16 of it), 0 elsewhere. k: by default enough for the image with the most classes.
+        cover 1/16 of it), 0 elsewhere. k: by default enough for the image with the most classes; of
+        more than k classes, the first k are kept.
         """
         rows = list(rows)
         k = int(self.labels[rows].sum(1).max(initial=1)) if k is None else k
-        if not 1 <= k <= len(self.classes):
-            raise ValueError(f"k must be in 1..{len(self.classes)}, not {k}")
+        if not 1 <= k <= len(self.classes) or not 0 <= share < 1:
+            raise ValueError(f"k must be in 1..{len(self.classes)} and share in [0, 1), "
+                             f"not {k} and {share}")
         out = np.zeros((len(rows), 2, k, cells, cells), dtype=np.float32)
         for at, row in enumerate(rows):
             named = np.argsort(~self.labels[row], kind="stable")[:k]  # those present come first
@@ -113,14 +119,23 @@ class CocoImages:
         side, shape = cells * fine, entry.get("segmentation")
         scale = side / self.sizes[row]
         if isinstance(shape, dict):
-            mask = Image.fromarray(run_length_mask(shape["counts"], *shape["size"]))
+            width, height = self.sizes[row].tolist()
+            if list(shape["size"]) != [height, width]:
+                raise ValueError(f"a mask of {shape['size']} in an image of {[height, width]}")
+            mask = Image.fromarray(run_length_mask(shape["counts"], height, width))
             canvas = mask.resize((side, side), Image.NEAREST)
         else:
             canvas = Image.new("1", (side, side))
             pen = ImageDraw.Draw(canvas)
-            x, y, w, h = entry["bbox"]
-            for polygon in shape or [[x, y, x + w, y, x + w, y + h, x, y + h]]:
+            if not shape:
+                x, y, w, h = entry["bbox"]
+                if min(w, h) < 0:
+                    raise ValueError(f"a box of {w} x {h}")
+                shape = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            for polygon in shape:
                 points = np.reshape(polygon, (-1, 2)) * scale - 0.5  # of pixel centres
+                if not np.isfinite(points).all():
+                    raise ValueError(f"a corner at {points[~np.isfinite(points)][0]}")
                 pen.polygon([tuple(point) for point in points.tolist()], fill=1)
         return np.asarray(canvas).reshape(cells, fine, cells, fine).mean((1, 3))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data_tools.files import read_text
+from data_tools.files import read_text, reading
 from data_tools.imagenet import BadImage, ImageFolder, class_folders, decode
 
 BORDER = 2  # pixels
@@ -33,6 +33,8 @@ class ObjectNet(ImageFolder):
             image = decode(image)               # cropping would decode it, with errors of its own
         except BadImage as error:
             raise BadImage(f"{self.root / self.name(index)}: {error}") from error
+        if min(image.size) <= 2 * BORDER:
+            raise BadImage(f"{self.root / self.name(index)}: nothing but border, {image.size}")
         return image.crop((BORDER, BORDER, image.width - BORDER, image.height - BORDER))
 
 
@@ -42,14 +44,15 @@ def objectnet(root: str | Path, num_classes: int = 1000) -> tuple[ObjectNet, tor
     ValueError names a mapping file that is missing, damaged, or speaks of classes nobody knows.
     """
     root = Path(root)
-    labels = _mapping(root, "folder_to_objectnet_label.json")
-    names_of = _mapping(root, "objectnet_to_imagenet_1k.json")
-    id_of_number = _mapping(root, "pytorch_to_imagenet_2012_id.json")
-    number_of_id = {int(i): int(number) for number, i in id_of_number.items()}
+    labels = _mapping(root, "folder_to_objectnet_label.json", str)
+    names_of = _mapping(root, "objectnet_to_imagenet_1k.json", str)
+    id_of_number = _mapping(root, "pytorch_to_imagenet_2012_id.json", int)
+    with reading(root / "mappings" / "pytorch_to_imagenet_2012_id.json", "{class number: id}"):
+        number_of_id = {i: int(number) for number, i in id_of_number.items()}
+        if len(number_of_id) < len(id_of_number) or min(number_of_id.values(), default=0) < 0:
+            raise ValueError("a number is negative, or an id stands twice")
     names = root / "mappings" / "imagenet_to_label_2012_v2"
-    if not names.is_file():
-        raise ValueError(f"{names}: no such file; it comes with ObjectNet")
-    lines = [line.strip() for line in names.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in _text(names).splitlines()]
     number_of = {name: number_of_id[i] for i, name in enumerate(lines) if i in number_of_id}
     folders, rows = [], []
     for folder in class_folders(root / "images"):
@@ -72,14 +75,21 @@ def objectnet(root: str | Path, num_classes: int = 1000) -> tuple[ObjectNet, tor
     return ObjectNet(root / "images", classes=folders), valid
 
 
-def _mapping(root: Path, name: str) -> dict:
-    path = root / "mappings" / name
+def _text(path: Path) -> str:
     try:
-        value = json.loads(read_text(path))
+        return read_text(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; it comes with ObjectNet") from None
+
+
+def _mapping(root: Path, name: str, kind: type) -> dict:
+    """A JSON object whose values are of this kind."""
+    path = root / "mappings" / name
+    text = _text(path)
+    try:
+        value = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold one JSON object, not a {type(value).__name__}")
+    if not isinstance(value, dict) or not all(type(item) is kind for item in value.values()):
+        raise ValueError(f"{path} must hold one JSON object with values of type {kind.__name__}")
     return value

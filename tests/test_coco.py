@@ -94,7 +94,9 @@ def drop(key):
     (lambda c: c["annotations"].append([1]), "not in COCO's format: TypeError"),
     (lambda c: c["images"].append(c["images"][0]), "an image or category id stands twice"),
     (lambda c: c["categories"].append({"id": 1, "name": "x"}), "category id stands twice"),
-    (lambda c: c["images"][1].update(width=0), "b.png has the size .0, 9."),
+    (lambda c: c["images"][1].update(width=0), "b.png.* whole, positive sides"),
+    (lambda c: c["images"][1].update(width="12"), "b.png.* whole, positive sides"),
+    (lambda c: c["images"][1].update(file_name=5), "image .*'id': 3.* needs a file_name"),
     (lambda c: (c["images"].clear(), c["annotations"].clear()), "lists no images")])
 def test_broken_annotations_are_named(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
@@ -103,7 +105,10 @@ def test_broken_annotations_are_named(tmp_path, change, words):
 
 @pytest.mark.parametrize("shape", [
     {"bbox": [0, 0]}, {"segmentation": [[0, 0, 1]]}, {"segmentation": {"counts": [3]}},
-    {"segmentation": {"counts": "0~", "size": [9, 12]}}])
+    {"segmentation": {"counts": "0~", "size": [9, 12]}}, {"bbox": [0, 0, -1, 5]},
+    {"bbox": [0, 0, float("nan"), 5]}, {"segmentation": [[0, 0, float("inf"), 0, 9, 9]]},
+    {"segmentation": {"counts": [108], "size": [12, 9]}},
+    {"segmentation": {"counts": [10**12], "size": [10**6, 10**6]}}])
 def test_broken_outlines_are_named(tmp_path, shape):
     path = tree(tmp_path, lambda c: c["annotations"].append(annotation(8, 3, 1, **shape)))
     with pytest.raises(ValueError, match="instances.json: annotation 8 has a broken bbox or segm"):
@@ -118,6 +123,10 @@ def test_broken_files_are_named(tmp_path):
         data.open(0)
     with pytest.raises(ValueError, match="k must be in 1..3"):
         data.label_maps([0], 4, k=4)
+    with pytest.raises(ValueError, match="share in .0, 1., not 1 and 1.5"):
+        data.label_maps([0], 4, k=1, share=1.5)
+    with pytest.raises(ValueError, match="none: no such folder of images"):
+        CocoImages(tmp_path / "none", path)
     path.write_text("{")
     with pytest.raises(ValueError, match="instances.json is not in COCO's format"):
         CocoImages(tmp_path, path)

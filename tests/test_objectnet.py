@@ -40,8 +40,18 @@ def test_overlapping_classes_without_their_border(tmp_path):
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(BadImage, match="fox/a.png: "):
         dataset.open(1)
+    Image.new("RGB", (9, 4)).save(file)
+    with pytest.raises(BadImage, match="fox/a.png: nothing but border"):
+        dataset.open(1)
     predictions = torch.tensor([2, 2])
     assert valid[torch.tensor(dataset.labels), predictions].tolist() == [True, False]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    names = tree(tmp_path) / "imagenet_to_label_2012_v2"
+    expected = objectnet(tmp_path, num_classes=4)[1]
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"\n", b"\r\n"))
+    assert torch.equal(objectnet(tmp_path, num_classes=4)[1], expected)
 
 
 @pytest.mark.parametrize("name, text, words", [
@@ -49,6 +59,12 @@ def test_overlapping_classes_without_their_border(tmp_path):
     ("imagenet_to_label_2012_v2", None, "no such file"),
     ("objectnet_to_imagenet_1k.json", "{", "damaged"),
     ("objectnet_to_imagenet_1k.json", "[]", "one JSON object"),
+    ("objectnet_to_imagenet_1k.json", '{"Chair": 3}', "1k.json must hold .* values of type str"),
+    ("pytorch_to_imagenet_2012_id.json", '{"0": [1]}', "id.json must hold .* values of type int"),
+    ("pytorch_to_imagenet_2012_id.json", '{"x": 1}', "id.json: not {class number: id}.*'x'"),
+    ("pytorch_to_imagenet_2012_id.json", '{"0": 1, "1": 1}', "id.json: .*an id stands twice"),
+    ("pytorch_to_imagenet_2012_id.json", '{"-1": 1}', "id.json: .*a number is negative"),
+    ("imagenet_to_label_2012_v2", b"\xff", "label_2012_v2: not UTF-8 text"),
     ("objectnet_to_imagenet_1k.json", '{"Chair": "stool"}', "'stool' .for 'Chair'. is none"),
     ("objectnet_to_imagenet_1k.json", '{"Stool": "stool"}', "no folder overlaps"),
     ("folder_to_objectnet_label.json", '{"chair": "Chair"}', "desk_lamp: not in")])
@@ -56,6 +72,6 @@ def test_broken_mappings_are_named(tmp_path, name, text, words):
     path = tree(tmp_path) / name
     path.unlink()
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=words):
         objectnet(tmp_path, num_classes=4)
