@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import http.client
 import lzma
@@ -22,7 +23,6 @@ import shutil
 import stat
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -65,7 +65,9 @@ def download(url: str, dst: str | Path, *, sha256: str | None = None, size: int 
         raise ValueError(f"url must start with http:// or https://, got {url!r}")
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
-    if retries < 0 or timeout <= 0 or backoff < 0:
+    if size is not None and size < 0:
+        raise ValueError(f"size must be >= 0 bytes, got {size}")
+    if not (retries >= 0 and backoff >= 0 and timeout > 0):
         raise ValueError("retries and backoff must be >= 0 and timeout > 0, "
                          f"got {retries}, {backoff} and {timeout}")
     dst = Path(dst)
@@ -81,6 +83,34 @@ def download(url: str, dst: str | Path, *, sha256: str | None = None, size: int 
         return dst
     dst.parent.mkdir(parents=True, exist_ok=True)
     part = dst.with_name(dst.name + ".part")
+    with open(part, "ab") as file:
+        if not _lock(file.fileno()):
+            raise DownloadError(f"{part} is being written by another process")
+        try:
+            _fetch_whole(url, part, sha256, size, retries, timeout, backoff, progress)
+            os.replace(part, dst)
+            _validator_path(part).unlink(missing_ok=True)
+        finally:
+            if part.exists() and not _size(part):
+                part.unlink()
+                _validator_path(part).unlink(missing_ok=True)
+    return dst
+
+
+def _lock(descriptor: int, wait: bool = False) -> bool:
+    """Locks an open file or folder until it is closed; False if another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _fetch_whole(url: str, part: Path, sha256: str | None, size: int | None, retries: int,
+                 timeout: float, backoff: float, progress: bool) -> None:
+    """As many tries as it takes and `retries` allows."""
     failures, restarted = 0, False
     while True:
         before = _size(part)
@@ -88,7 +118,7 @@ def download(url: str, dst: str | Path, *, sha256: str | None = None, size: int 
             _fetch(url, part, size, timeout, progress)
             problem = _mismatch(part, sha256, size)
             if problem is None:
-                break
+                return
             _discard(part)
             if before and not restarted:  # the old beginning may be to blame: once more from zero
                 restarted = True
@@ -98,8 +128,9 @@ def download(url: str, dst: str | Path, *, sha256: str | None = None, size: int 
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, urllib.error.HTTPError):
                 if error.code < 500 and error.code not in (408, 416, 429):
-                    raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from error
+                    raise DownloadError(f"{url}: HTTP {error.code} {_reason(error)}") from error
             elif getattr(error, "filename", None) or getattr(error, "errno", None) in LOCAL:
+                error.filename = error.filename or str(part)
                 raise  # the local file or disk, not the network
             gained = _size(part) - before
             failures = 0 if gained >= BLOCK else failures + 1
@@ -108,18 +139,15 @@ def download(url: str, dst: str | Path, *, sha256: str | None = None, size: int 
                     f"{url}: {_reason(error)} ({failures} tries in a row; {_size(part)} bytes are "
                     f"kept in {part}, the same command goes on from there)") from error
             time.sleep(min(30.0, backoff * 2 ** max(0, failures - 1)))
-    os.replace(part, dst)
-    _validator_path(part).unlink(missing_ok=True)
-    return dst
 
 
 def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or error
-    return f"{reason}" if str(reason) else type(error).__name__
+    reason = " ".join(str(getattr(error, "reason", None) or error).split())
+    return reason or type(error).__name__
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    return path.stat().st_size
 
 
 def _validator_path(part: Path) -> Path:
@@ -127,12 +155,14 @@ def _validator_path(part: Path) -> Path:
 
 
 def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
+    os.truncate(part, 0)
     _validator_path(part).unlink(missing_ok=True)
 
 
 def _mismatch(path: Path, sha256: str | None, size: int | None) -> str | None:
     """What is wrong with the file, or None."""
+    if not path.is_file():
+        return "it is not a file"
     if size is not None and path.stat().st_size != size:
         return f"it has {path.stat().st_size} bytes instead of {size}"
     if sha256 is not None:
@@ -167,18 +197,19 @@ def _fetch(url: str, part: Path, size: int | None, timeout: float, progress: boo
     with response:
         tag = response.headers.get("ETag", "")
         tag = response.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
+        length = response.headers.get("Content-Length")
+        total = int(length) if length and length.isdecimal() else size
         start = 0
         if response.status == 206:
             span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)",
                                 response.headers.get("Content-Range", ""))
-            changed = have and tag not in ("", headers["If-Range"])  # which some servers ignore
+            changed = tag not in ("", headers.get("If-Range", tag))  # which some servers ignore
             if not span or int(span[1]) != have or changed:
                 _discard(part)
                 raise http.client.HTTPException("the server continued at another place, or another "
                                                 "file")
             start = have
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdecimal() else size
+            total = int(span[2]) + 1 if span[3] == "*" else int(span[3])
         if size is not None and total != size:
             _discard(part)
             raise DownloadError(f"{url}: the server's file has {total} bytes instead of {size}")
@@ -238,16 +269,32 @@ def unpack(archive: str | Path, dst: str | Path, *, max_bytes: int | None = None
 
     Refused with UnsafeArchive, and then nothing is added to dst: absolute names, names with "..",
     links, devices, sparse or encrypted members, and contents above max_bytes or above max_ratio
-    times the size of the archive (64 MB are always allowed; an empty member counts 512 bytes).
-    Permissions and owners in the archive are ignored. A damaged archive raises ValueError.
+    times the size of the archive (64 MB are always allowed; there, an empty member counts 512
+    bytes). Of members with one name the last is kept. Permissions and owners in the archive are
+    ignored. A damaged archive raises ValueError.
     """
+    if not max_ratio > 0 or max_bytes is not None and max_bytes < 0:
+        raise ValueError(f"max_ratio must be > 0 and max_bytes >= 0, got {max_ratio}, {max_bytes}")
     archive, dst = Path(archive), Path(dst)
-    packed = archive.stat().st_size
-    room = max(FREE_BYTES, int(max_ratio * packed))
+    room = max(FREE_BYTES, max_ratio * archive.stat().st_size)
     limit = room if max_bytes is None else min(room, max_bytes)
     dst.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".unpack-", dir=dst))
-    written = count = members = 0
+    staging, folder = dst / ".data_tools-unpack", os.open(dst, os.O_RDONLY)
+    try:
+        _lock(folder, wait=True)
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+        staging.mkdir()
+        _extract(archive, staging, limit, room)
+        return _move(staging, dst)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(folder)
+
+
+def _extract(archive: Path, staging: Path, limit: float, room: float) -> None:
+    """Members to files below staging, at most `limit` bytes, and `room` bytes of tar headers."""
+    packed = archive.stat().st_size
+    written = members = 0
     name = ""
     try:
         for name, source in _members(archive):
@@ -265,25 +312,34 @@ def unpack(archive: str | Path, dst: str | Path, *, max_bytes: int | None = None
                     written += len(block)
                     if written > limit:
                         raise UnsafeArchive(
-                            f"{archive}: {name!r} takes the contents above {limit} bytes (the "
+                            f"{archive}: {name!r} takes the contents above {limit:.0f} bytes (the "
                             f"archive has {packed}); raise max_bytes and max_ratio if it can be "
                             "trusted")
                     file.write(block)
-            count += 1
-        for folder, _, files in os.walk(staging):
-            place = dst / Path(folder).relative_to(staging)
-            place.mkdir(parents=True, exist_ok=True)
-            for file in files:
-                os.replace(Path(folder) / file, place / file)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise UnsafeArchive(f"{archive}: {name!r} is both a file and a folder") from error
     except (*DAMAGE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(staging / name)
             raise  # the disk; errors of the gzip and bz2 readers carry no number
         raise ValueError(f"{archive}: damaged at {name!r} ({error}); fetch it again") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return count
+
+
+def _move(staging: Path, dst: Path) -> int:
+    """Every file below staging to its place below dst, or none; returns their number."""
+    paths = [path.relative_to(staging) for path in staging.rglob("*")]  # folders come first
+    for path in paths:
+        if (dst / path).exists() and (dst / path).is_dir() != (staging / path).is_dir():
+            raise FileExistsError(f"{dst / path} is in the way: only one of it and of what the "
+                                  "archive holds there is a folder")
+    files = 0
+    for path in paths:
+        if (staging / path).is_dir():
+            (dst / path).mkdir(exist_ok=True)
+        else:
+            os.replace(staging / path, dst / path)
+            files += 1
+    return files
 
 
 def _safe_name(archive: Path, name: str) -> str:
@@ -328,9 +384,9 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
         return
     try:
         bundle = tarfile.open(archive, "r:*", tarinfo=_Header)
-    except tarfile.TarError as error:
+    except tarfile.TarError as error:  # whose message has five lines
         raise ValueError(
-            f"{archive} is neither a tar nor a zip archive, or is damaged ({error})") from error
+            f"{archive} is neither a tar nor a zip archive, or is damaged") from error
     with bundle:
         for info in bundle:
             if info.isdir():

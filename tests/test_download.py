@@ -3,8 +3,10 @@
 import hashlib
 import http.server
 import io
+import os
 import re
 import resource
+import shutil
 import socket
 import stat
 import subprocess
@@ -38,6 +40,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if behaviour in ("404", "503"):
             self.send_error(int(behaviour))
             return
+        if behaviour == "redirect to itself":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.end_headers()
+            return
         start = 0
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         known = behaviour == "any tag" or self.headers.get("If-Range") == server.tag
@@ -51,6 +58,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(206)
             shown = start + 7 if behaviour == "wrong place" else start
             self.send_header("Content-Range", f"bytes {shown}-{len(content) - 1}/{len(content)}")
+        elif behaviour == "a part":
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes 0-99/{len(content)}")
+            content = content[:100]
         else:
             self.send_response(200)
         if server.tag:
@@ -160,6 +171,27 @@ def test_an_answer_from_another_place_is_discarded(server, tmp_path):
     assert fetch(server, tmp_path / "x").read_bytes() == CONTENT
 
 
+def test_a_part_is_not_taken_for_the_whole(server, tmp_path):
+    server.script = ["a part"]
+    assert fetch(server, tmp_path / "x", sha256=None, size=None).read_bytes() == CONTENT
+    (tmp_path / "y.part").write_bytes(CONTENT[:50])     # no tag beside it, so it cannot go on
+    server.script = ["a part"]
+    assert fetch(server, tmp_path / "y", sha256=None, size=None).read_bytes() == CONTENT
+
+
+def test_a_file_is_written_by_one_process(server, tmp_path):
+    server.script = ["stall"]
+    first = threading.Thread(target=fetch, args=(server, tmp_path / "x"))
+    first.start()
+    while not (tmp_path / "x.part.etag").exists():
+        time.sleep(0.01)
+    with pytest.raises(tool.DownloadError, match="x.part is being written by another process"):
+        fetch(server, tmp_path / "x")
+    server.released.set()
+    first.join()
+    assert (tmp_path / "x").read_bytes() == CONTENT and len(server.requests) == 2
+
+
 def test_wrong_bytes_are_never_kept(server, tmp_path):
     server.script = ["wrong bytes"]
     with pytest.raises(tool.DownloadError, match=f"SHA-256 is [0-9a-f]+ instead of {DIGEST}"):
@@ -192,6 +224,10 @@ def test_tries_are_bounded(server, tmp_path):
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
         with pytest.raises(tool.DownloadError, match="refused"):
             tool.download(url, tmp_path / "x", retries=1, backoff=0)
+    server.script = ["redirect to itself"] * 20
+    with pytest.raises(tool.DownloadError, match="HTTP 302 .* loop") as error:
+        fetch(server, tmp_path / "x")
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_pauses_grow(server, tmp_path, monkeypatch):
@@ -205,7 +241,8 @@ def test_pauses_grow(server, tmp_path, monkeypatch):
 def test_arguments(tmp_path):
     with pytest.raises(ValueError, match="must start with http"):
         tool.download("file:///etc/passwd", tmp_path)
-    for wrong in (dict(retries=-1), dict(timeout=0), dict(backoff=-1.0)):
+    for wrong in (dict(retries=-1), dict(timeout=0), dict(timeout=float("nan")),
+                  dict(backoff=-1.0), dict(size=-1)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             tool.download("http://x/y", tmp_path, **wrong)
     with pytest.raises(ValueError, match="has no file name"):
@@ -220,7 +257,10 @@ def test_a_local_failure_is_not_retried(server, tmp_path):
     (tmp_path / "x.part").mkdir()
     with pytest.raises(IsADirectoryError):
         fetch(server, tmp_path / "x")
-    assert len(server.requests) <= 1
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(tool.DownloadError, match="pipe is there already, but it is not a file"):
+        fetch(server, tmp_path / "pipe")
+    assert server.requests == []
 
 
 def test_full_disk(server, tmp_path):
@@ -229,7 +269,8 @@ def test_full_disk(server, tmp_path):
 
     command = [sys.executable, "-m", "data_tools.download", server.url, str(tmp_path / "x")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_disk)
-    assert done.returncode == 1 and "File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"File too large: '{tmp_path / 'x.part'}'" in done.stderr
     assert len(server.requests) == 1 and (tmp_path / "x.part").stat().st_size == 1_000_000
     assert fetch(server, tmp_path / "x").read_bytes() == CONTENT
 
@@ -306,6 +347,27 @@ def test_unpack(tmp_path, mode):
     assert (tmp_path / "out/set/sub/b.txt").read_bytes() == b"two"
 
 
+def test_unpack_again_and_over_other_files(tmp_path):
+    archive = make_tar(tmp_path / "x", ("a", b"1"), ("d/b", b"2"), ("./a", b"3"), ("z", b"4"))
+    out = tmp_path / "out"
+    (out / ".data_tools-unpack/d").mkdir(parents=True)      # left by a killed process
+    assert tool.unpack(archive, out, max_ratio=float("inf")) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["a", "d", "z"]
+    assert (out / "a").read_bytes() == b"3"
+    shutil.rmtree(out)
+    (out / "z").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="out/z is in the way"):
+        tool.unpack(archive, out)
+    (out / "z").rmdir()
+    (out / "d").write_text("mine")
+    with pytest.raises(FileExistsError, match="out/d is in the way"):
+        tool.unpack(archive, out)
+    assert [path.name for path in out.iterdir()] == ["d"] and (out / "d").read_text() == "mine"
+    for wrong in (dict(max_ratio=0), dict(max_ratio=float("nan")), dict(max_bytes=-1)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tool.unpack(archive, out, **wrong)
+
+
 OUTSIDE = ["../x", "a/../../x", "/tmp/x", "C:/x", "C:\\x", "..\\x", "\\x", "a/.."]
 
 
@@ -362,7 +424,7 @@ def test_damaged_archives(tmp_path, mode):
         with pytest.raises(ValueError, match="/x"):
             tool.unpack(archive, tmp_path / "out")
     (tmp_path / "y").write_text("not an archive")
-    with pytest.raises(ValueError, match="neither a tar nor a zip"):
+    with pytest.raises(ValueError, match="y is neither a tar nor a zip archive, or is damaged$"):
         tool.unpack(tmp_path / "y", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
