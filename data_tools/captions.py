@@ -78,6 +78,8 @@ class CaptionSet:
 
     def first(self, images: int) -> CaptionSet:
         """The first images and their captions."""
+        if images < 0:
+            raise ValueError(f"images must not be negative, got {images}")
         end = int(np.searchsorted(self.owner, images))
         classes = None if self.classes is None else self.classes[:images]
         return CaptionSet(self.images[:images], self.image_ids[:images], self.captions[:end],
@@ -86,6 +88,8 @@ class CaptionSet:
     def in_memory(self, transform: Callable | None = None) -> CaptionSet:
         """The same set with all images decoded (and transformed) once, as one uint8 tensor."""
         pixels = [images for images, _ in Loader(self, 64, transform=transform)]
+        if len({images.shape[1:] for images in pixels}) > 1:
+            raise ValueError("images of different sizes: pass a transform that makes them equal")
         return replace(self, images=torch.cat(pixels))
 
 
@@ -109,12 +113,27 @@ def _grouped(rows: Iterable[tuple[int, object, Path, str]],
 
 def _read_json(path: Path) -> dict | list:
     with reading(path, "valid JSON"):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
 
 
-def _lines(path: Path, missing: str = "no such file") -> list[str]:
-    """The lines of a text file: unlike `splitlines`, rare characters in a caption end none."""
-    return read_text(path, missing).removesuffix("\n").split("\n")
+def _lines(path: Path, missing: str = "no such file") -> Iterator[tuple[str, str]]:
+    """("file:line", line) of a text file's lines that are not blank: unlike with `splitlines`, rare
+    characters in a caption end none."""
+    for number, line in enumerate(read_text(path, missing).split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _once(path: Path, missing: str, item: Callable = lambda line, place: line) -> list:
+    """What the lines of a list stand for: item(line, "file:line"), each once and at least one."""
+    found: dict[object, str] = {}
+    for place, line in _lines(path, missing):
+        if (value := item(line := line.strip(), place)) in found:
+            raise ValueError(f"{place}: {line!r} stands twice, first in {found[value]}")
+        found[value] = place
+    if not found:
+        raise ValueError(f"{path}: the list is empty")
+    return list(found)
 
 
 def _first_existing(candidates: Sequence[Path], what: str) -> Path:
@@ -144,16 +163,32 @@ def karpathy_ids(source: str | Path, split: str) -> np.ndarray:
         with reading(source, "Karpathy's dataset_coco.json"):
             for image in document["images"]:
                 ids += image["sentids"] if image["split"] in wanted else ()
+            if wrong := [i for i in ids if type(i) is not int]:
+                raise ValueError(f"the sentence id {wrong[0]!r}")
     for part in parts if source.is_dir() else ():
         names = [f"{a}{part}_ids.{b}" for a in ("coco_", "") for b in ("npy", "txt")]
         path = _first_existing([source / name for name in names], f"id list of split {part!r}")
-        with reading(path, "a list of caption ids"):
-            read = np.load if path.suffix == ".npy" else np.loadtxt
-            ids += read(path).reshape(-1).astype(np.int64).tolist()
-    if not ids or len(set(ids)) != len(ids):
+        ids += _id_list(path)
+    if not ids or len(set(ids)) < len(ids):
         raise ValueError(f"{source}: split {split!r} has {len(ids)} ids, {len(set(ids))} of them "
                          "different")
     return np.array(ids, dtype=np.int64)
+
+
+def _id_list(path: Path) -> list[int]:
+    if path.suffix == ".txt":
+        return _once(path, "no such list of ids", _caption_id)
+    with reading(path, "a list of different caption ids"):
+        ids = np.load(path)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size == len(np.unique(ids)) > 0:
+            raise ValueError(f"{ids.dtype} {ids.shape}, {len(np.unique(ids))} of them different")
+        return ids.tolist()
+
+
+def _caption_id(line: str, place: str) -> int:
+    if not (line.isascii() and line.isdecimal()):
+        raise ValueError(f"{place}: a caption id expected, got {line!r}")
+    return int(line)
 
 
 def _check_split(split: str) -> None:
@@ -173,8 +208,14 @@ def coco_captions(root: str | Path, split: str, ids: str | Path) -> CaptionSet:
         document = _read_json(path)
         with reading(path, "a COCO caption file"):
             names = {image["id"]: image["file_name"] for image in document["images"]}
-            captions |= {a["id"]: (a["image_id"], part, names[a["image_id"]], a["caption"])
-                         for a in document["annotations"]}
+            found = {a["id"]: (a["image_id"], part, names[a["image_id"]], a["caption"])
+                     for a in document["annotations"]}
+            if len(names) < len(document["images"]) or len(found) < len(document["annotations"]):
+                raise ValueError("an image or caption id stands twice")
+            if wrong := [i for i, (_, _, *texts) in found.items()
+                         if not all(isinstance(text, str) for text in texts)]:
+                raise ValueError(f"caption {wrong[0]} or its file_name is no text")
+            captions |= found
     if missing := [i for i in wanted if i not in captions]:
         raise ValueError(f"{root}: {len(missing)} caption ids of split {split!r} are not in the "
                          f"annotations, first {missing[:3]}")
@@ -211,6 +252,8 @@ def match_lists(path: str | Path, query_ids: Sequence[int],
     """
     document = _read_json(existing(Path(path), "list of matches"))
     column = {int(item): index for index, item in enumerate(gallery_ids)}
+    if len(column) < len(gallery_ids):
+        raise ValueError(f"gallery_ids must differ, {len(column)} of {len(gallery_ids)} do")
     with reading(path, "a list of matches {query id: [gallery ids]}"):
         lists = {int(key): [column[int(item)] for item in items if int(item) in column]
                  for key, items in document.items()}
@@ -246,19 +289,17 @@ def cub_classes(split: str, lists: str | Path | None = None) -> list[int]:
             "without the published class lists, classes 1-150 are trained and 151-200 tested: "
             "the figures cannot be compared with published ones", stacklevel=2)
         return list(range(150)) if split == "trainval" else list(range(150, 200))
-    path = Path(lists) / CUB_LISTS[split]
-    return [_class_number(line.strip(), f"{path}, line {number}")
-            for number, line in enumerate(_lines(path, "no such class list"), 1) if line.strip()]
+    return _once(Path(lists) / CUB_LISTS[split], "no such class list", _class_number)
 
 
 def seen_test_images(lists: str | Path) -> set[str]:
     """Held-out images of the trained classes, as `<class folder>/<file>`: left out of training."""
-    return set(read_text(Path(lists) / "seen_test_images.txt", "no such list of images").split())
+    return set(_once(Path(lists) / "seen_test_images.txt", "no such list of images"))
 
 
 def _class_number(name: str, source: str | Path) -> int:
     prefix = name.split(".")[0]
-    if not prefix.isdecimal() or not 1 <= int(prefix) <= 200:
+    if not (prefix.isascii() and prefix.isdecimal()) or not 1 <= int(prefix) <= 200:
         raise ValueError(f"{source}: {name!r} does not start with a class number 001..200")
     return int(prefix) - 1
 
@@ -285,18 +326,22 @@ def cub_captions(root: str | Path, classes: Sequence[int], *, omit: Iterable[str
             if name in omit or (only is not None and name not in only):
                 continue
             label_of[name] = label
-            for caption in _cub_lines(image, texts / folder.name / f"{image.stem}.txt"):
+            for caption in cub_caption_lines(texts / folder.name / f"{image.stem}.txt", image):
                 rows.append((len(rows), name, image, caption))
     return _grouped(rows, label_of)
 
 
-def _cub_lines(image: Path, text: Path) -> list[str]:
+def cub_caption_lines(text: Path, image: str | Path) -> list[str]:
+    """The captions of an image, one a line; blank ones are skipped with a warning, and bytes that
+    are not UTF-8 replaced."""
     if not text.exists():
         raise FileNotFoundError(
             f"{text}: no captions for {image}; the captions belong to CUB-200-2011, whose files "
             "are named differently from those of the older CUB-200")
-    lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [line.strip() for line in lines]
+    content = text.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+    lines = [line.strip() for line in content.split("\n")]
+    if not any(lines):
+        raise ValueError(f"{text}: no caption for {image}")
     if not all(lines):
         warnings.warn(f"{text}: {lines.count('')} blank captions skipped", stacklevel=3)
     return [line for line in lines if line]
@@ -327,12 +372,11 @@ def flickr8k(root: str | Path, split: str) -> CaptionSet:
         known = "; ".join(f"{text} and {folder}/" for text, _, folder in FLICKR_LAYOUTS)
         raise FileNotFoundError(f"{root}: no Flickr8k here; expected one of: {known}")
     text, listed, folder = root / text, root / listed.format(split), root / folder
-    wanted = read_text(listed, "no such list of images").split()
-    captions: dict[str, list] = {name: [] for name in wanted}
-    for number, line in enumerate(_lines(text)):
+    captions: dict[str, list] = {name: [] for name in _once(listed, "no such list of images")}
+    for number, (place, line) in enumerate(_lines(text)):
         name, tab, caption = line.partition("\t")
         if not tab:
-            raise ValueError(f"{text}, line {number + 1}: no tab between image and caption")
+            raise ValueError(f"{place}: no tab between image and caption")
         if (name := name.split("#")[0]) in captions:
             captions[name].append((number, name, folder / name, caption.strip()))
     if bare := [name for name, found in captions.items() if not found]:
@@ -394,6 +438,8 @@ class PairBatches:
             labels = data.classes[data.owner]
             self.members = [np.flatnonzero(labels == c) for c in np.unique(data.classes)]
             batch_size = len(self.members)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0 .. world_size - 1, got {rank} of {world_size}")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size must be a multiple of world_size {world_size}, "
                              f"got {batch_size}")
@@ -410,7 +456,7 @@ class PairBatches:
 
     def _order(self, epoch: int) -> Tensor:
         """Caption rows (steps * batch_size, k) of an epoch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         count = len(self.data.captions)
         if self.pairs == "captions":
             return torch.randperm(count, generator=generator)[:, None]
@@ -419,7 +465,7 @@ class PairBatches:
             owner = torch.from_numpy(self.data.owner)
             first = torch.searchsorted(owner, order)
             counts = torch.bincount(owner)[order]
-            draws = torch.rand(len(order), int(counts.max()), generator=generator)
+            draws = torch.rand(len(order), max(int(counts.max()), self.k), generator=generator)
             draws[torch.arange(draws.shape[1]) >= counts[:, None]] = 2.0
             return first[:, None] + draws.argsort(1)[:, :self.k] % counts[:, None]
         steps = count // self.batch_size
@@ -436,6 +482,8 @@ class PairBatches:
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """The next pass is this epoch, from this step on."""
+        if epoch < 0 or not 0 <= start_batch <= len(self):
+            raise ValueError(f"epoch {epoch}, step {start_batch}: an epoch has {len(self)} steps")
         self.epoch, self.start = epoch, start_batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
@@ -449,7 +497,7 @@ class PairBatches:
         self.loader.set_epoch(epoch, first)
         for step, (images, rows) in enumerate(self.loader, first):
             seed = (self.seed * 1_000_003 + epoch) * 1_000_003 + step * self.world_size + self.rank
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed % 2**63)
             words = [self.words[caption] for caption in parts[step].flatten().tolist()]
             if self.word_drop:
                 words = [drop_words(w, self.word_drop, generator) for w in words]

@@ -12,7 +12,8 @@
     attributes.txt                     outside the folder in the archive; also found in the folder
                                        or in attributes/
     segmentations/<class>/<name>.png   an archive of its own; beside the folder or in it
-    text_c10/<class>/<name>.txt        ten captions per image, from elsewhere; likewise
+    text_c10/<class>/<name>.txt        ten captions per image, from elsewhere (also below
+                                       cvpr2016_cub); likewise
 
 Numbers in the files count from 1. Labels here count from 0, the pairs of classes of `CUBParts` from
 1, as in the published evaluation.
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_tools.captions import cub_caption_lines
 from data_tools.files import read_text
 from data_tools.loader import BadImage, open_image
 from data_tools.wsol_data import Split, SplitImages
@@ -153,10 +155,8 @@ class CUB(SplitImages):
         return self.captions_of(self.names[index])
 
     def _caption_file(self, name: str) -> list[str]:
-        path = _beside(self.folder, "text_c10") / Path(name).with_suffix(".txt")
-        text = read_text(path, "no such file; captions are no part of CUB-200-2011: fetch "
-                               "text_c10, or pass captions_of")
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        folder = _beside(self.folder, "text_c10", "cvpr2016_cub/text_c10")
+        return cub_caption_lines((folder / name).with_suffix(".txt"), self.folder / "images" / name)
 
 
 class CUBParts:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import pickle
@@ -53,7 +54,7 @@ class Vocabulary:
         path = existing(Path(path), "vocabulary")
         with reading(path, "a vocabulary"):
             read = json.loads if path.suffix == ".json" else _plain_pickle
-            word2idx = read(path.read_bytes())
+            word2idx = read(path.read_bytes().removeprefix(codecs.BOM_UTF8))
             if not all(isinstance(k, str) and type(v) is int for k, v in word2idx.items()):
                 raise ValueError("words must be strings, ids integers")
             return cls(word2idx, tokenize)
@@ -69,6 +70,8 @@ class Vocabulary:
         return [self.word2idx.get(word, UNKNOWN) for word in self.tokenize(caption)]
 
     def __call__(self, captions: Iterable[str]) -> tuple[Tensor, Tensor]:
+        if isinstance(captions, str):
+            raise TypeError("captions must be several strings, not one")
         return pad([self.ids(caption) for caption in captions])
 
 
@@ -86,8 +89,8 @@ def _plain_pickle(content: bytes):
 
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Word ids of captions -> <start> words <end> padded on the right (N, T), and lengths (N,)."""
-    lengths = torch.tensor([len(words) + 2 for words in ids])
-    tokens = torch.full((len(ids), int(lengths.max())), PAD)
+    lengths = torch.tensor([len(words) + 2 for words in ids], dtype=torch.int64)
+    tokens = torch.full((len(ids), max(lengths.tolist(), default=2)), PAD)
     for row, words in zip(tokens, ids):
         row[:len(words) + 2] = torch.tensor([START, *words, END])
     return tokens, lengths
@@ -95,6 +98,8 @@ def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def drop_words(words: Sequence[int], probability: float, generator: torch.Generator) -> list[int]:
     """The published caption drop: words become <unk> with probability p, then int(len * p) go."""
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability must be in [0, 1], got {probability}")
     draws = torch.rand(len(words), generator=generator)
     words = [word if draw > probability else UNKNOWN for word, draw in zip(words, draws.tolist())]
     gone = torch.randperm(len(words), generator=generator)[:int(len(words) * probability)]
@@ -109,12 +114,14 @@ def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
     The file is streamed; `progress` gets the number of lines read now and then. A word that is
     missing is looked up without - . ' and, if it has a slash, as the part before it.
     """
+    if isinstance(words, str) or dim < 1:
+        raise ValueError(f"words must be several strings, dim at least 1; got {words!r}, {dim}")
     path, words = existing(Path(path), "file of word vectors"), list(dict.fromkeys(words))
     plain = {word: word.translate({ord(c): None for c in "-.'"}).split("/")[0] for word in words}
-    wanted, found = {*words, *plain.values()}, {}
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+    wanted, found, number = {*words, *plain.values()}, {}, -1
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
         for number, line in enumerate(file):
-            word, *values = line.rstrip("\n ").rsplit(" ", dim)  # some words contain spaces
+            word, *values = line.rstrip("\r\n ").rsplit(" ", dim)  # some words contain spaces
             header = number == 0 and len(line.split()) == 2  # fastText: count, dimension
             if header and line.split()[1] == str(dim):
                 continue
@@ -123,11 +130,15 @@ def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
                     raise ValueError(f"{len(line.split())} columns")
                 if word in wanted and word not in found:
                     found[word] = np.array(values, dtype=np.float32)
+                    if not np.isfinite(found[word]).all():
+                        raise ValueError(" ".join(values))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number + 1}: not a word and {dim} numbers; is dim "
                                  f"right? ({error})") from error
             if progress is not None and number % 100_000 == 99_999:
                 progress(number + 1)
+    if number < 0:
+        raise ValueError(f"{path}: empty file")
     vectors = {word: found[word if word in found else plain[word]] for word in words
                if word in found or plain[word] in found}
     return vectors, [word for word in words if word not in vectors]
@@ -137,5 +148,10 @@ def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
 def set_word_vectors(embedding: torch.nn.Embedding, vocabulary: Vocabulary,
                      vectors: dict[str, np.ndarray]) -> None:
     """Overwrite the rows of the words that have a vector; the others keep their initial values."""
+    rows, dim = embedding.weight.shape
+    shapes = {np.shape(vector) for vector in vectors.values()}
+    if rows != len(vocabulary) or shapes - {(dim,)}:
+        raise ValueError(f"{len(vocabulary)} words with vectors of shapes {sorted(shapes)} do not "
+                         f"fit an embedding of {rows} x {dim}")
     for word, vector in vectors.items():
         embedding.weight[vocabulary.word2idx[word]] = torch.from_numpy(vector).to(embedding.weight)

@@ -96,19 +96,40 @@ def test_what_is_wrong_with_a_coco_tree_is_named(tmp_path):
     (root / "test_ids.txt").write_text("52\n77\n")
     with pytest.raises(ValueError, match=r"1 caption ids.*\[77\]"):
         captions.coco_captions(root, "test", root)
-    (root / "test_ids.txt").write_text("52\n52\n")
-    with pytest.raises(ValueError, match="2 ids, 1 of them different"):
-        captions.karpathy_ids(root, "test")
+    for lines, message in (("52\n52\n", "test_ids.txt:2: '52' stands twice"),
+                           ("52\n1.5\n", "test_ids.txt:2: a caption id expected, got '1.5'"),
+                           ("5 2\n", "test_ids.txt:1: a caption id"), ("\n", "list is empty")):
+        (root / "test_ids.txt").write_text(lines)
+        with pytest.raises(ValueError, match=message):
+            captions.karpathy_ids(root, "test")
+    for ids in (np.array([1.5]), np.array([[1, 2]]), np.array([1, 1]), np.zeros(0, int)):
+        np.save(root / "test_ids.npy", ids)
+        with pytest.raises(ValueError, match="test_ids.npy: not a list of different caption ids"):
+            captions.karpathy_ids(root, "test")
+    (root / "test_ids.npy").unlink()
     (root / "dataset_coco.json").write_text("{")
     with pytest.raises(ValueError, match="dataset_coco.json: not valid JSON"):
         captions.karpathy_ids(root / "dataset_coco.json", "test")
     write_json(root / "dataset_coco.json", {"images": [{"split": "test"}]})
     with pytest.raises(ValueError, match="dataset_coco.json: not Karpathy's.*no 'sentids'"):
         captions.karpathy_ids(root / "dataset_coco.json", "test")
-    (root / "test_ids.txt").write_text("caption\n")
-    with pytest.raises(ValueError, match="test_ids.txt: not a list of caption ids"):
-        captions.karpathy_ids(root, "test")
-    (root / "test_ids.txt").write_text("52\n")
+    for ids in ("12", [1.5]):
+        write_json(root / "dataset_coco.json", {"images": [{"split": "test", "sentids": ids}]})
+        with pytest.raises(ValueError, match="dataset_coco.json: not Karpathy's.*sentence id"):
+            captions.karpathy_ids(root / "dataset_coco.json", "test")
+    (root / "test_ids.txt").write_bytes(b"\xef\xbb\xbf52\r\n\r\n")           # as Windows writes it
+    assert captions.karpathy_ids(root, "test").tolist() == [52]
+    path = root / "annotations" / "captions_val2014.json"
+    for change, message in ((lambda c: c["annotations"].append(c["annotations"][0]), "twice"),
+                            (lambda c: c["images"].append(c["images"][0]), "stands twice"),
+                            (lambda c: c["annotations"][0].update(caption=5), "is no text"),
+                            (lambda c: c["images"][0].update(file_name=5), "is no text")):
+        content = json.loads(whole := path.read_text())
+        change(content)
+        write_json(path, content)
+        with pytest.raises(ValueError, match=f"captions_val2014.json: not a COCO.*{message}"):
+            captions.coco_captions(root, "test", root)
+        path.write_text(whole)
     for name, call in (("captions", lambda: captions.coco_captions(root, "test", root)),
                        ("instances", lambda: captions.coco_instances(root))):
         write_json(root / "annotations" / f"{name}_val2014.json", {"images": []})
@@ -125,6 +146,8 @@ def test_lists_of_matches(tmp_path):
     rows, positives = captions.match_lists(path, [3, 5, 7], [50, 52, 51])
     assert rows.tolist() == [1, 2]
     assert positives.tolist() == [[True, False, True], [False, False, False]]
+    with pytest.raises(ValueError, match="gallery_ids must differ, 1 of 2 do"):
+        captions.match_lists(path, [5], [50, 50])
     write_json(path, {"five": [50]})
     with pytest.raises(ValueError, match="eccv.json: not a list of matches.*five"):
         captions.match_lists(path, [5], [50])
@@ -176,14 +199,24 @@ def test_what_is_wrong_with_a_cub_tree_is_named(tmp_path):
     text.write_text("one\n\n two \n")
     with pytest.warns(UserWarning, match="Y_1.txt: 1 blank"):
         assert captions.cub_captions(root, [11]).captions == ["one", "two"]
+    text.write_bytes(b"\xef\xbb\xbfone\x0b\r\nt\xefo\r\n\r\n")
+    assert captions.cub_captions(root, [11]).captions == ["one", "t\ufffdo"]
+    text.write_text("\n")
+    with pytest.raises(ValueError, match="Y_1.txt: no caption for .*Y_1.jpg"):
+        captions.cub_captions(root, [11])
     text.unlink()
     with pytest.raises(FileNotFoundError, match="Y_1.txt: no captions for .*older CUB-200"):
         captions.cub_captions(root, [11])
     with pytest.raises(ValueError, match="no captions are left"):
         captions.cub_captions(root, [50])
-    (root / "lists" / "testclasses.txt").write_text("\nYellow\n")
-    with pytest.raises(ValueError, match="testclasses.txt, line 2: 'Yellow'"):
-        captions.cub_classes("test", root / "lists")
+    for lines, message in (("\nYellow\n", ":2: 'Yellow'"), ("001.A\n201.B\n", ":2: '201.B'"),
+                           ("001.A\n001.B\n", ":2: '001.B' stands twice"), ("", ": .* is empty")):
+        (root / "lists" / "testclasses.txt").write_text(lines)
+        with pytest.raises(ValueError, match=f"testclasses.txt{message}"):
+            captions.cub_classes("test", root / "lists")
+    (root / "lists" / "seen_test_images.txt").write_text("\n")
+    with pytest.raises(ValueError, match="seen_test_images.txt: the list is empty"):
+        captions.seen_test_images(root / "lists")
 
 
 # ---------------------------------------------------------------- Flickr8k
@@ -200,6 +233,8 @@ def test_flickr8k_in_its_layouts(tmp_path, layout):
     for name in "abc":
         picture(tmp_path / folder / f"{name}.jpg")
     data = captions.flickr8k(tmp_path, "train")
+    with pytest.raises(ValueError, match="images must not be negative, got -1"):
+        data.first(-1)
     assert [path.name for path in data.images] == ["c.jpg", "a.jpg"]
     assert data.captions == ["c 0 .", "c 1 .", "a 0 .", "a 1 ."]
     memory = data.in_memory()
@@ -214,9 +249,15 @@ def test_flickr8k_in_its_layouts(tmp_path, layout):
     (tmp_path / lists.format("test")).write_text("d.jpg\n")
     with pytest.raises(ValueError, match="no caption for 1 images.*d.jpg"):
         captions.flickr8k(tmp_path, "test")
+    (tmp_path / text).write_bytes(b"\xef\xbb\xbfc.jpg\tone\r\na.jpg\ttwo\r\n\r\n")
+    assert captions.flickr8k(tmp_path, "train").captions == ["one", "two"]
     (tmp_path / text).write_text("a.jpg\ta dog\nb.jpg a cat\n")
-    with pytest.raises(ValueError, match=f"{text}, line 2: no tab"):
+    with pytest.raises(ValueError, match=f"{text}:2: no tab"):
         captions.flickr8k(tmp_path, "train")
+    for names, message in (("", "the list is empty"), ("a.jpg\na.jpg\n", "'a.jpg' stands twice")):
+        (tmp_path / lists.format("test")).write_text(names)
+        with pytest.raises(ValueError, match=f"{lists.format('test')}:.*{message}"):
+            captions.flickr8k(tmp_path, "test")
 
 
 def test_a_folder_that_is_not_flickr8k_is_refused(tmp_path):
@@ -237,10 +278,14 @@ def test_vocabulary(tmp_path):
     tokens, lengths = vocabulary(["a cat", "dog runs a dog."])
     assert tokens.tolist() == [[1, 4, 3, 2, 0, 0, 0], [1, 5, 3, 4, 5, 6, 2]]
     assert lengths.tolist() == [4, 7]
+    assert vocabulary([])[0].shape == (0, 2) and vocabulary([])[1].dtype == torch.int64
+    with pytest.raises(TypeError, match="several strings"):
+        vocabulary("a cat")
     vocabulary.save(tmp_path / "words.json")
     with open(tmp_path / "words.pkl", "wb") as file:
         pickle.dump(vocabulary.word2idx, file)
-    for name in ("words.json", "words.pkl"):
+    (tmp_path / "mark.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "words.json").read_bytes())
+    for name in ("words.json", "mark.json", "words.pkl"):
         assert captions.Vocabulary.load(tmp_path / name, tokenize).word2idx == vocabulary.word2idx
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -274,6 +319,8 @@ def test_words_are_dropped_as_published():
     assert unknown / (500 * 18) == pytest.approx(0.1, abs=0.01)
     assert captions.drop_words([5, 6], 0.0, generator) == [5, 6]
     assert captions.drop_words([], 0.1, generator) == []
+    with pytest.raises(ValueError, match="probability must be in .0, 1., got 1.5"):
+        captions.drop_words([5], 1.5, generator)
 
 
 def test_word_vectors(tmp_path):
@@ -285,16 +332,25 @@ def test_word_vectors(tmp_path):
         "dog": [1, 2], "black/white": [3, 4], "u.n.s": [5, 6], ". . .": [7, 8]}
     assert missing == ["cat"] and vectors["dog"].dtype == np.float32
     header = tmp_path / "fast.vec"
+    for content in (b"1 2\ndog 1 2 \n", b"1 2\r\ndog 1 2\r\n", b"\xef\xbb\xbfdog 1 2\n"):
+        header.write_bytes(content)
+        assert captions.read_glove(header, ["dog"], 2)[0]["dog"].tolist() == [1, 2]
     header.write_text("1 2\ndog 1 2 \n")
-    assert captions.read_glove(header, ["dog"], 2)[0]["dog"].tolist() == [1, 2]
     for dim in (1, 3, 300):
         with pytest.raises(ValueError, match="is dim right"):
             captions.read_glove(path, ["dog"], dim)
     with pytest.raises(ValueError, match="fast.vec, line 1"):
         captions.read_glove(header, ["dog"], 3)
-    header.write_text("cat 3 4\ndog 1 x\n")
-    with pytest.raises(ValueError, match="fast.vec, line 2: not a word and 2 numbers"):
-        captions.read_glove(header, ["dog"], 2)
+    for line in ("dog 1 x", "dog 1 nan", "dog inf 2", "dog 1"):
+        header.write_text(f"cat 3 4\n{line}\n")
+        with pytest.raises(ValueError, match="fast.vec, line 2: not a word and 2 numbers"):
+            captions.read_glove(header, ["dog"], 2)
+    header.write_text("")
+    for call, message in ((lambda: captions.read_glove(header, ["dog"], 2), "fast.vec: empty file"),
+                          (lambda: captions.read_glove(path, "dog", 2), "words must be several"),
+                          (lambda: captions.read_glove(path, ["dog"], 0), "dim at least 1")):
+        with pytest.raises(ValueError, match=message):
+            call()
     seen = []
     path.write_text("".join(f"word{i} {i} 0\n" for i in range(200_000)))
     captions.read_glove(path, ["word7"], 2, seen.append)
@@ -304,6 +360,9 @@ def test_word_vectors(tmp_path):
     before = embedding.weight[:4].detach().clone()
     captions.set_word_vectors(embedding, vocabulary, {"dog": vectors["dog"]})
     assert embedding.weight[4].tolist() == [1, 2] and torch.equal(embedding.weight[:4], before)
+    for other, vector in ((torch.nn.Embedding(4, 2), np.ones(2)), (embedding, np.ones(1))):
+        with pytest.raises(ValueError, match=".* do not fit an embedding of"):
+            captions.set_word_vectors(other, vocabulary, {"dog": vector})
 
 
 # ---------------------------------------------------------------- batches
@@ -342,12 +401,18 @@ def test_every_caption_comes_once_an_epoch_with_its_image():
     assert contents(loader) != first  # the next epoch
     loader.set_epoch(0, 2)
     assert contents(loader) == first[2:]
+    for place in ((-1, 0), (0, -1), (0, 7)):
+        with pytest.raises(ValueError, match="an epoch has 6 steps"):
+            loader.set_epoch(*place)
+    assert len(contents(batches("captions", seed=2**60))) == 6
 
 
 def test_every_image_comes_once_an_epoch_with_captions_of_its_own():
     for words, ids in contents(batches("images", captions_per_image=2)):
         assert len(words) == 2 * len(ids) and len(set(words)) == len(words)
         assert [w // 3 + 100 for w in words[::2]] == ids
+    for _, tokens, lengths, ids, caption_ids in batches("images", captions_per_image=5):
+        assert len(tokens) == len(lengths) == len(caption_ids) == 5 * len(ids)    # with repeats
     fewer = contents(batches("images", captions_per_image=3))
     assert sorted(sum((ids for _, ids in fewer), [])) == list(range(100, 107))
 
@@ -383,6 +448,8 @@ def test_augmentations_follow_the_seed():
     ({"pairs": "words"}, "pairs must be"),
     ({"pairs": "captions", "captions_per_image": 2}, "captions_per_image"),
     ({"pairs": "captions", "batch_size": 3, "world_size": 2}, "multiple of world_size"),
+    ({"pairs": "captions", "rank": 2, "world_size": 2}, "rank must be in 0"),
+    ({"pairs": "captions", "world_size": 0}, "rank must be in 0"),
     ({"pairs": "captions", "word_drop": 1.0}, "word_drop")])
 def test_batches_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):

@@ -107,7 +107,8 @@ def test_splits_images_boxes_and_captions(tree, golden):
     path = (tree.parent / "text_c10" / whole.names[0]).with_suffix(".txt")
     path.parent.mkdir(parents=True)
     path.write_text("a small bird\n\nwith a long bill\n")
-    assert whole.captions(0) == ["a small bird", "with a long bill"]
+    with pytest.warns(UserWarning, match="1 blank captions skipped"):
+        assert whole.captions(0) == ["a small bird", "with a long bill"]
     assert cub.CUB(tree, captions_of=lambda name: [name]).captions(1) == [whole.names[1]]
 
 
