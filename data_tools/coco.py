@@ -77,8 +77,13 @@ class CocoImages:
         return f"{self.root.name}/{self._files[index]}"
 
     def open(self, index: int) -> Image.Image:
-        """The image, header read. Raises BadImage with the file's name."""
-        return open_image(self.root / self._files[index])
+        """The image, header read. Raises BadImage with the file's name.
+
+        Its pixels are taken as stored, whatever orientation EXIF asks for: so are the annotations.
+        """
+        image = open_image(self.root / self._files[index])
+        image.info.pop("exif", None)
+        return image
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         return open_and(self, index, decode), self.labels[index]

@@ -288,6 +288,8 @@ def unpack(store: str | Path, folder: str | Path) -> Iterator[dict]:
 def verify(folder: str | Path) -> Iterator[str]:
     """One line per problem: a checksum that differs, scores or classes that cannot be."""
     maps = LabelMaps(folder)
+    if len(set(maps.images)) < len(maps):
+        yield f"{maps.folder / 'images.txt'}: {len(maps) - len(set(maps.images))} names repeat"
     size = maps.meta["shard_size"]
     for number in range(-(-len(maps) // size)):
         path = maps._path(number)

@@ -45,7 +45,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Iterable, Iterator
+from typing import Container, Iterable, Iterator
 from xml.etree import ElementTree
 
 import numpy as np
@@ -109,7 +109,7 @@ class Split:
 class _Lines:
     """Rows of a metadata file; `fail` names the file and the line of the current row."""
 
-    def __init__(self, path: Path, fields: tuple[int, ...], known: Iterable[str] | None = None):
+    def __init__(self, path: Path, fields: tuple[int, ...], known: Container[str] | None = None):
         self.path, self.fields, self.known, self.number = path, fields, known, 0
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -187,7 +187,7 @@ def read_boxes(folder: str | Path, outside: str = "raise") -> tuple[dict, dict]:
 
 
 def _read_ids(path: Path, image_root: str | Path | None,
-              known: set[str] | None = None) -> list[str]:
+              known: Container[str] | None = None) -> list[str]:
     ids = {}
     for (image_id,) in (lines := _Lines(path, (1,), known)):
         if image_id in ids:
@@ -200,7 +200,7 @@ def _read_ids(path: Path, image_root: str | Path | None,
     return list(ids)
 
 
-def _read_sizes(folder: Path, known: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
+def _read_sizes(folder: Path, known: Container[str] | None = None) -> dict[str, tuple[int, int]]:
     sizes = {}
     for row in (lines := _Lines(folder / "image_sizes.txt", (3,), known)):
         if row[0] in sizes:
@@ -212,7 +212,7 @@ def _read_sizes(folder: Path, known: Iterable[str] | None = None) -> dict[str, t
     return sizes
 
 
-def _read_localization(split: Split, folder: Path, known: Iterable[str] | None = None,
+def _read_localization(split: Split, folder: Path, known: Container[str] | None = None,
                        mask_root: str | Path | None = None, outside: str = "raise") -> None:
     if outside not in ("raise", "clip"):
         raise ValueError(f'outside must be "raise" or "clip", got {outside!r}')
@@ -291,7 +291,8 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 # ------------------------------------------------------------------------------------- images
 
 class SplitImages:
-    """The images of a split, as `data_tools.loader.Loader` wants them."""
+    """The images of a split, as `data_tools.loader.Loader` wants them: the pixels as they are
+    stored, to which boxes and sizes belong, whatever orientation EXIF asks for."""
 
     def __init__(self, split: Split, root: str | Path):
         self.split, self.root = split, Path(root)
@@ -304,7 +305,9 @@ class SplitImages:
         return self.split.image_ids[index]
 
     def open(self, index: int) -> Image.Image:
-        return open_image(self.root / self.name(index))
+        image = open_image(self.root / self.name(index))
+        image.info.pop("exif", None)
+        return image
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return decode(self.open(index)), int(self.labels[index])

@@ -61,6 +61,14 @@ def test_labels_and_maps_follow_the_annotations(tmp_path):
     assert len(CocoImages(tmp_path, tmp_path / "instances.json", keep_empty=False)) == 2
 
 
+def test_images_stay_as_their_annotations_see_them(tmp_path):
+    data = CocoImages(tmp_path, tree(tmp_path))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                           # to be shown turned by 90 degrees
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png", exif=exif)
+    assert data.open(0).size == data[0][0].size == (40, 20)
+
+
 def test_run_lengths_as_text_and_as_numbers():
     assert np.array_equal(run_length_mask(MASK_TEXT, 9, 12), MASK)
     flat = np.flatnonzero(np.diff(np.concatenate([[0], MASK.T.ravel(), [2]])))

@@ -127,6 +127,8 @@ def test_damage_is_named(tmp_path, capsys):
     assert any("shard-00001.npy cannot be read" in problem
                for problem in label_maps.verify(tmp_path))
     assert label_maps.main(["verify", str(tmp_path)]) == 1
+    (tmp_path / "images.txt").write_text("n0/a\n" * 10)
+    assert "images.txt: 9 names repeat" in next(label_maps.verify(tmp_path))
     (tmp_path / "images.txt").write_text("n0/a\n")
     with pytest.raises(ValueError, match="images.txt has 1 lines"):
         LabelMaps(tmp_path)

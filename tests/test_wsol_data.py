@@ -72,6 +72,10 @@ def test_images_and_transforms(tree):
                  lambda: data.Resize(2.5)):
         with pytest.raises(ValueError, match="size must be an integer"):
             call()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                           # to be shown turned by 90 degrees
+    Image.new("RGB", (40, 10)).save(tree / split.image_ids[0], exif=exif)
+    assert images.open(0).size == images[0][0].size == (40, 10)
     (tree / split.image_ids[0]).write_text("no image")
     with pytest.raises(data.BadImage, match="val_0.JPEG"):
         images[0]
