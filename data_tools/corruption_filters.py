@@ -47,7 +47,7 @@ def _gaussian_axis(x: np.ndarray, sigma: float, axis: int, mode: str,
     if sigma <= 1e-15:
         return x
     n, radius = x.shape[axis], int(truncate * sigma + 0.5)
-    weights = np.exp(-np.arange(-radius, radius + 1) ** 2 / (2 * sigma**2))
+    weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-radius, radius + 1) ** 2)
     weights /= weights.sum()
     index = np.arange(-radius, n + radius)
     index = _reflect(index, n) if mode == "reflect" else index.clip(0, n - 1)
@@ -115,14 +115,19 @@ def disk(radius: float, alias_blur: float = 0.1) -> np.ndarray:
     line = np.arange(-reach, reach + 1)
     kernel = (line**2 + line[:, None] ** 2 <= radius**2).astype(np.float32)
     kernel /= kernel.sum()
-    weights = np.exp(-np.arange(-taps, taps + 1) ** 2 / (2 * alias_blur**2))
-    weights = (weights / weights.sum()).astype(np.float32)
+    weights = np.exp(-np.arange(taps + 1) ** 2 / (2 * alias_blur**2))
+    weights = (weights / (2 * weights.sum() - 1)).astype(np.float32)
     n = len(line)
     index = _reflect101(np.arange(-taps, n + taps), n)
-    for _ in range(2):
-        padded = kernel[index]
-        kernel = sum(w * padded[k:k + n] for k, w in enumerate(weights)).T
-    return kernel.astype(np.float32)
+    # OpenCV's order, each product added in one rounding. Whether the kernel adds up to just more or
+    # just less than 1 is a grey level in every flat area of an image: the last cast truncates.
+    for order in ((1, 0) if taps == 1 else (0, 1, 2), range(taps + 1)):  # rows, then columns
+        padded, total = kernel.T[index], np.float32(0)
+        for k in order:
+            pair = padded[taps - k:][:n] + (padded[taps + k:][:n] if k else 0)
+            total = (pair.astype(np.float64) * weights[k] + total).astype(np.float32)
+        kernel = total
+    return kernel
 
 
 @lru_cache(maxsize=16)

@@ -45,9 +45,11 @@ from data_tools.corruption_recipes import (  # noqa: F401
 
 # ---- one image, a batch --------------------------------------------------------------------------
 
-def _check(images: np.ndarray, name: str, severity: int, variant: str) -> None:
+def _check(images: np.ndarray, name: str, severity: int, variant: str, seed: int = 0) -> None:
     if images.dtype != np.uint8:
         raise TypeError(f"image must be uint8, not {images.dtype}")
+    if not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed must be an int, not {seed!r}")
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(f"images must be (N, H, W, 1) or (N, H, W, 3), not {images.shape}")
     if name not in RECIPES:
@@ -109,7 +111,8 @@ def corrupt(image: np.ndarray, name: str, severity: int, variant: str = "imagene
     severity: 1..5. variant: "imagenet", "cifar" or "bethge". rng: an int seed, a RandomState or a
     Generator. An int s means RandomState(s), for impulse noise default_rng(s), whose draws are the
     published ones; a Generator gives the seed of a RandomState. textures: RGB frost textures (list
-    or folder), see the head of this file.
+    or folder), see the head of this file; resized ones are remembered, so leave the arrays as they
+    are.
     TypeError for an image that is not uint8, ValueError for another shape, name, severity, variant.
     """
     image = np.asarray(image)
@@ -137,7 +140,7 @@ def corrupt_batch(images: np.ndarray, name: str, severity: int, variant: str = "
     Works through blocks of about 65,000 pixels.
     """
     images = np.asarray(images)
-    _check(images, name, severity, variant)
+    _check(images, name, severity, variant, seed)
     indices = range(len(images)) if indices is None else indices
     if len(indices) != len(images):
         raise ValueError(f"indices must have one entry per image ({len(images)}), not "
@@ -221,10 +224,10 @@ def make_cifar_c(images: np.ndarray, out_dir: str | Path, labels=None, *,
     """
     images, out_dir, n, block = np.asarray(images), Path(out_dir), len(images), 500
     for name in names:
-        _check(images, name, 1, variant)
+        _check(images, name, 1, variant, seed)
     if labels is not None and len(labels) != n:
         raise ValueError(f"labels must have one entry per image ({n}), not {len(labels)}")
-    _settings(out_dir, {"variant": variant, "seed": seed, "images": list(images.shape),
+    _settings(out_dir, {"variant": variant, "seed": int(seed), "images": list(images.shape),
                         "checksum": zlib.crc32(np.ascontiguousarray(images)),
                         "textures": _texture_mark(textures)})
     if labels is not None:
@@ -324,13 +327,13 @@ def make_imagenet_c(src: str | Path, dst: str | Path, *, names: Sequence[str] = 
     probe = np.zeros((1, size, size, 3), np.uint8)
     for name in names:
         for severity in severities:
-            _check(probe, name, severity, variant)
+            _check(probe, name, severity, variant, seed)
     files = sorted(f for f in src.rglob("*") if f.suffix.lower() in EXTENSIONS)
     if not files:
         raise ValueError(f"no images under {src}")
     if twice := {a for a, b in zip(files, files[1:]) if a.with_suffix("") == b.with_suffix("")}:
         raise ValueError(f"images that differ in the suffix only would get one name: {min(twice)}")
-    _settings(dst, {"variant": variant, "seed": seed, "size": size, "quality": quality,
+    _settings(dst, {"variant": variant, "seed": int(seed), "size": size, "quality": quality,
                     "textures": _texture_mark(textures)})
 
     def tasks() -> Iterator[tuple]:

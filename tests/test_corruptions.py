@@ -72,6 +72,13 @@ def test_gaussian_filter_equals_scipy():
         np.testing.assert_allclose(out, data[f"gauss_reflect_t3_{key}"], **close)
     assert np.array_equal(C.gaussian_filter(x, 0), x) and C.gaussian_filter(x.astype(np.float32),
                                                                             2).dtype == np.float32
+    for sigma in (0.7, 3, 6):                             # the weights are scipy's to the last bit
+        weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-30, 31) ** 2)
+        weights[np.abs(np.arange(-30, 31)) > int(4 * sigma + 0.5)] = 0
+        weights /= weights[weights > 0].sum()
+        point = np.zeros((61, 61))
+        point[30, 30] = 1
+        assert np.array_equal(C.gaussian_filter(point, sigma)[30], weights[30] * weights)
     channels = np.stack([x, 2 * x], -1)
     np.testing.assert_allclose(C.gaussian_filter(channels, 2.5)[..., 1],
                                2 * data["gauss_nearest_2.5"], **close)
@@ -82,8 +89,11 @@ def test_gaussian_filter_equals_scipy():
 def test_disk_plasma_and_zoom_equal_the_published_helpers():
     data = golden("corruption_helpers")
     for i in range(6):
-        np.testing.assert_allclose(C.disk(*data[f"disk_{i}_radius_alias"]), data[f"disk_{i}"],
-                                   atol=1e-6)
+        assert np.array_equal(C.disk(*data[f"disk_{i}_radius_alias"]), data[f"disk_{i}"])
+    # OpenCV's kernel of radius 6 adds up to just less than 1: white areas lose a grey level
+    assert C.disk(6, 0.5).sum(dtype=float) - 1 == pytest.approx(-6.4e-9, rel=0.01)
+    white = np.full((40, 48, 3), 255, np.uint8)
+    assert (C.corrupt(white, "defocus_blur", 3) == 254).all()
     for size in (8, 32, 64):
         seed, decay = data[f"plasma_{size}_seed_decay"]
         field = C.plasma(size, decay, np.random.RandomState(int(seed)))
@@ -294,6 +304,8 @@ def test_errors():
         C.corrupt(image, "fogg", 1)
     with pytest.raises(ValueError, match="images must be"):
         C.corrupt_batch(image, "fog", 1)
+    with pytest.raises(TypeError, match="seed"):
+        C.corrupt_batch(image[None], "fog", 1, seed=1.5)
     with pytest.raises(ValueError, match="indices"):
         C.corrupt_batch(image[None], "fog", 1, indices=[1, 2])
     plane = image[..., 0]
@@ -361,13 +373,13 @@ def test_cifar_c_files_and_resume(tmp_path, monkeypatch):
 
 def test_cifar_c_workers_and_errors(tmp_path):
     images = np.stack([picture(k, 32, 32) for k in range(2)])
-    C.make_cifar_c(images, tmp_path, names=["fog"], workers=2)
+    C.make_cifar_c(images, tmp_path, names=["fog"], seed=np.int64(0), workers=2)
     # the published files repeat the labels
     np.save(tmp_path / "labels.npy", np.arange(10) % 2)
     x, y = C.load_cifar_c(tmp_path, "fog", 4)
     assert np.array_equal(x, C.corrupt_batch(images, "fog", 4)) and y.tolist() == [0, 1]
     for bad in ({"labels": [1]}, {"names": ["fogg"]}, {"images": images / 255},
-                {"images": images[..., 0]}):
+                {"images": images[..., 0]}, {"seed": "a"}):
         with pytest.raises((ValueError, TypeError)):
             C.make_cifar_c(**{"images": images, "out_dir": tmp_path / "x", **bad})
     assert not (tmp_path / "x").exists()
