@@ -22,6 +22,7 @@ Numbers in the files count from 1. Labels here count from 0, the pairs of classe
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ from data_tools.loader import BadImage, open_image
 from data_tools.wsol_data import Split, SplitImages
 
 PART_COUNT = 15
+PUBLISHED_PAIRS = {1: 31, 2: 64, 3: 96}       # parts that differ: pairs of CUB-200-2011's classes
 # Words in an attribute's name, and the group of body parts they speak of, 1 .. 7.
 PART_WORDS = (("bill", "crown", "eye", "forehead", "head", "nape", "throat"), ("back",), ("belly",),
               ("breast",), ("tail",), ("leg",), ("wing",))
@@ -208,11 +210,19 @@ class CUBParts:
         return (np.flatnonzero(self.speaks_of[differ].any(0)) + 1).tolist()
 
     def pairs_by_difference(self) -> dict[int, list[tuple[int, int]]]:
-        """{number of differing parts: pairs (i, j) of classes, i < j, from 1}."""
+        """{number of differing parts: pairs (i, j) of classes, i < j, from 1}.
+
+        Warns when the 200 classes and 312 attributes of CUB-200-2011 do not give PUBLISHED_PAIRS.
+        """
         first, second = np.triu_indices(len(self.present), 1)
         differ = (self.present[first] != self.present[second]).astype(np.float32)
         counts = (differ @ self.speaks_of.astype(np.float32) > 0).sum(1)
         pairs = np.stack([first, second], 1) + 1
+        found = {n: int((counts == n).sum()) for n in PUBLISHED_PAIRS}
+        if self.present.shape == (200, 312) and found != PUBLISHED_PAIRS:
+            warnings.warn(f"{self.cub.folder}: pairs by differing parts are {found}, published are "
+                          f"{PUBLISHED_PAIRS}; are these the attributes of CUB-200-2011?",
+                          stacklevel=2)
         return {int(n): [tuple(pair) for pair in pairs[counts == n].tolist()]
                 for n in np.unique(counts)}
 

@@ -128,7 +128,7 @@ class _Lines:
         raise ValueError(f"{self.path}:{self.number}: {message}")
 
     def integers(self, values: list[str], name: str) -> list[int]:
-        """Whole pixels of numbers, cut as the published reader does."""
+        """Numbers as whole pixels: what follows the point is cut."""
         try:
             return [int(float(value)) for value in values]
         except (ValueError, OverflowError):

@@ -73,6 +73,13 @@ def test_parts_and_masks_are_those_of_the_released_code(tree, golden):
             np.testing.assert_array_equal(mask, again)
 
 
+def test_other_pairs_than_published_are_noticed(tree):
+    parts = cub.CUBParts(tree)
+    parts.present, parts.speaks_of = np.zeros((200, 312), bool), np.zeros((312, 7), bool)
+    with pytest.warns(UserWarning, match="published are {1: 31, 2: 64, 3: 96}"):
+        assert len(parts.pairs_by_difference()[0]) == 19_900
+
+
 def test_merged_parts_are_those_of_the_module(tree, golden):
     parts = cub.CUBParts(tree, size=60)
     for row, (w, h) in enumerate(golden["image_sizes_wh"]):
