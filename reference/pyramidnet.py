@@ -86,6 +86,10 @@ def throwaway_statistics(module: nn.Module) -> Iterator[None]:
             norm._buffers = original
 
 
+def hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 class PyramidBlock(nn.Module):
     """BN-conv3x3-BN-ReLU-conv3x3-BN, or as bottleneck BN-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN
     with 4 x width outputs, plus the shortcut."""
@@ -111,9 +115,10 @@ class PyramidBlock(nn.Module):
         return self.bn4(self.conv3(F.relu(self.bn3(x)))) if self.bottleneck else self.bn3(x)
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
-        if recompute and self.training and not any(m._forward_pre_hooks for m in self.modules()):
+        if recompute and self.training and not any(map(hooked, self.modules())):
             # Only the branch, which draws nothing, is recomputed; its statistics are recorded once.
-            # Not with a hook inside (manifold mixup): at the backward pass it may be gone.
+            # Not with a hook inside (manifold mixup): in the backward pass it would run once more,
+            # or be gone.
             contexts = lambda: (contextlib.nullcontext(), throwaway_statistics(self))  # noqa: E731
             out = checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False,
                              context_fn=contexts)
@@ -183,7 +188,7 @@ class PyramidNet(nn.Module):
             x = F.max_pool2d(F.relu(x), 3, 2, 1)
         for stage in self.stages:
             layer = getattr(self, stage)
-            if self.recompute and not layer._forward_pre_hooks:
+            if self.recompute and not hooked(layer):
                 for block in layer:
                     x = block(x, True) if isinstance(block, PyramidBlock) else block(x)
             else:

@@ -461,11 +461,9 @@ class DropBlock2d(nn.Module):
     def __init__(self, drop_prob: float = 0.1, block_size: int = 7, exact_gamma: bool = False,
                  warmup_steps: int = 0):
         super().__init__()
-        if not 0 <= drop_prob <= 1:
-            raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
-        if block_size < 1 or block_size % 1 or warmup_steps < 0:
-            raise ValueError("block_size must be a whole number >= 1 and warmup_steps >= 0, got "
-                             f"{block_size} and {warmup_steps}")
+        if not 0 <= drop_prob <= 1 or block_size < 1 or block_size % 1 or warmup_steps < 0:
+            raise ValueError("drop_prob must be in [0, 1], block_size a whole number >= 1 and "
+                             f"warmup_steps >= 0, got {drop_prob}, {block_size}, {warmup_steps}")
         self.drop_prob, self.block_size = drop_prob, block_size
         self.exact_gamma, self.warmup_steps = exact_gamma, warmup_steps
         self.generator: torch.Generator | None = None
@@ -601,6 +599,9 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     regularizer = Regularizer() if regularizer is None else regularizer
+    if not isinstance(regularizer, Regularizer) or epochs < 0:
+        raise ValueError("regularizer must be a Regularizer or None and epochs >= 0, got "
+                         f"{regularizer!r} and {epochs}")
     dtype = torch.bfloat16 if amp is True else amp or None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model.to(device)
@@ -687,9 +688,8 @@ if __name__ == "__main__":
                           "cutmix": Regularizer("cutmix"),
                           "label smoothing": Regularizer(label_smoothing=0.1)}.items():
         net = nn.Sequential(nn.Flatten(), nn.Linear(144, 64), nn.ReLU(), nn.Linear(64, 8))
-        with torch.no_grad():
-            for p in net.parameters():
-                p.copy_(0.1 * torch.randn(p.shape, generator=draw))
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.1, generator=draw)
         optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
         for _ in train(net, batches, optimizer, regularizer=chosen, epochs=60, generator=draw,
                        schedule=step_schedule(0.1, (300, 450))):

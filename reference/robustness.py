@@ -85,6 +85,8 @@ def predict(model: Callable, loader: Iterable) -> tuple[Tensor, Tensor]:
     with eval_mode(model):
         for x, y in loader:
             z = _full(model(x.to(_device(model), non_blocking=True)))
+            if len(z) != len(y):
+                raise ValueError(f"the loader gave {len(y)} labels with {len(z)} logits")
             logits.append(z.to("cpu", copy=True))  # copies: model and loader may reuse a buffer
             labels.append(y.to("cpu", copy=True))
     if not logits:
@@ -144,8 +146,8 @@ def _check_attack(x: Tensor, y: Tensor, eps: float, clip: Sequence[float]) -> No
                         "divide uint8 images by 255")
     if x.ndim < 2 or len(x) != len(y):
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must agree in the batch size")
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be >= 0 and finite, got {eps}")
     if clip is not None and (len(clip) != 2 or not clip[0] <= clip[1]):
         raise ValueError(f"clip must be (low, high) or None, got {clip}")
 
@@ -248,6 +250,8 @@ def _mean_errors(errors: Mapping[str, float | Sequence[float]], names: Iterable[
             raise ValueError(f"{argument}[{name!r}] must be one error or five (severities 1..5), "
                              f"each a fraction in [0, 1]; got {errors[name]}")
         means.append(values.mean())
+    if not means:
+        raise ValueError("reference must name at least one corruption")
     return torch.stack(means)
 
 
@@ -444,7 +448,7 @@ def ood_score(logits: Tensor, kind: str = "msp", temperature: float = 1.0) -> Te
     negative), "energy" T logsumexp(z / T). Saturated "msp" scores tie: float64 logits keep them
     apart.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     z = _full(logits) / temperature
     if kind == "msp":

@@ -166,6 +166,15 @@ def test_recompute_with_a_hook_that_is_gone_at_the_backward_pass():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("name", ["layer3", "layer3.0", "layer3.0.conv2"])
+def test_recompute_calls_every_forward_hook_once(name):
+    net, seen = PyramidNet(20, 12, 5, False), []
+    net.recompute = True
+    net.get_submodule(name).register_forward_hook(lambda *call: seen.append(call))
+    net(torch.rand(4, 3, 16, 16, generator=gen())).sum().backward()
+    assert len(seen) == 1
+
+
 def test_recompute_keeps_less_for_the_backward_pass():
     def kept(net):
         storages = {}

@@ -556,6 +556,10 @@ def test_training_mode_and_loaders_without_batches():
     next(steps), next(steps)
     with pytest.raises(ValueError, match="fewer than the 2 batches"):
         list(start(batches[:1], steps.send("state"))[1])
+    net = small_net()
+    for bad in ({"epochs": -1}, {"regularizer": "cutmix"}):
+        with pytest.raises(ValueError, match="regularizer must be"):
+            next(R.train(net, batches, torch.optim.SGD(net.parameters(), 0.1), **bad))
 
 
 def test_training_learns_with_every_combination_and_half_precision():

@@ -110,8 +110,8 @@ def test_attack_errors():
     image = torch.rand(1, 3, 4, 4)
     with pytest.raises(TypeError, match="float image batch"):
         R.fgsm(net, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), y, 0.1)
-    for bad in ({"eps": -1}, {"eps": float("nan")}, {"clip": (1, 0)}, {"mean": [0.5, 0.5]},
-                {"std": [1, 0, 1]}, {"std": torch.ones(2, 1, 1)}):
+    for bad in ({"eps": -1}, {"eps": math.nan}, {"eps": math.inf}, {"clip": (1, 0)},
+                {"mean": [0.5, 0.5]}, {"std": [1, 0, 1]}, {"std": torch.ones(2, 1, 1)}):
         with pytest.raises(ValueError):
             R.fgsm(net, image, y, **{"eps": 0.1, **bad})
     with pytest.raises(ValueError, match="batch size"):
@@ -166,6 +166,8 @@ def test_mce_errors():
     for bad in (40.0, -0.1, [0.1] * 4, float("nan")):
         with pytest.raises(ValueError, match="fog"):
             R.mce({**errors, "fog": bad})
+    with pytest.raises(ValueError, match="reference"):
+        R.mce(errors, {})
 
 
 def test_corruption_errors_asks_each_severity():
@@ -390,8 +392,9 @@ def test_ood_scores():
     torch.testing.assert_close(R.ood_score(z, "energy", 2.0), 2 * (z / 2).logsumexp(1))
     with pytest.raises(ValueError, match="kind"):
         R.ood_score(z, "odd")
-    with pytest.raises(ValueError, match="temperature"):
-        R.ood_score(z, temperature=0)
+    for temperature in (0, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            R.ood_score(z, temperature=temperature)
 
 
 def test_odin_equals_the_published_steps_on_normalised_input():
@@ -427,6 +430,8 @@ def test_predict_and_evaluate():
                                           abs=1e-6)
     with pytest.raises(ValueError, match="empty"):
         R.predict(net, [])
+    with pytest.raises(ValueError, match="1 labels with 2 logits"):
+        R.predict(net, [(torch.zeros(2, 12), torch.zeros(1, dtype=torch.int64))])
     images, labels, out = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
     reused = ((images.fill_(k), labels.fill_(k)) for k in range(2))  # buffers of loader and model
     z, y = R.predict(lambda x: out.copy_(x), reused)
