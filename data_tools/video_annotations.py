@@ -37,7 +37,7 @@ class Labelled(NamedTuple):
 
 # ---------------------------------------------------------------- reading and checking
 
-def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
+def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
     """(place, stripped line) of the lines that are not empty; the place is for error messages."""
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
@@ -104,7 +104,7 @@ def read_kinetics(path: str | Path,
 def read_mini_kinetics(path: str | Path, kinetics: str | Path) -> tuple[list[Labelled], list[str]]:
     """Mini-Kinetics-200: a list of youtube ids (one a line), of videos in a Kinetics csv file. Its
     classes are those that occur, sorted."""
-    chosen = {line.split(",")[0] for _, line in _lines(path)}
+    chosen = {line.split(",")[0] for _, line in lines_of(path)}
     videos, names = read_kinetics(kinetics)
     videos = [v for v in videos if v.name.split("/")[-1].rsplit("_", 2)[0] in chosen]
     if not videos:
@@ -120,6 +120,8 @@ def read_ssv2(path: str | Path, labels: str | Path) -> tuple[list[Labelled], lis
     for name, value in _json(labels, dict).items():
         with _expecting("the number of a template", labels, {name: value}):
             number[name] = int(value)
+    if sorted(number.values()) != list(range(len(number))):
+        raise ValueError(f"{labels}: must number its {len(number)} templates from 0 on, each once")
     for item in _json(path, list):
         with _expecting(f"an id and a template of {labels}", path, item):
             template = item.get("template")
@@ -133,13 +135,13 @@ def read_ucf101(folder: str | Path, split: int = 1,
     """UCF-101: classInd.txt (`1 ApplyEyeMakeup`), trainlist0S.txt, testlist0S.txt (without
     labels)."""
     folder, names, out = Path(folder), [], []
-    for place, line in _lines(folder / "classInd.txt"):
+    for place, line in lines_of(folder / "classInd.txt"):
         with _expecting(f"`{len(names) + 1} Class`", place, line):
             number, name = line.split()
             if int(number) != len(names) + 1 or name in names:
                 raise ValueError
             names.append(name)
-    for place, line in _lines(folder / f"{'train' if train else 'test'}list{split:02d}.txt"):
+    for place, line in lines_of(folder / f"{'train' if train else 'test'}list{split:02d}.txt"):
         with _expecting("`Class/video.avi [number]` as in classInd.txt", place, line):
             name, *number = line.split()
             label = names.index(name.split("/")[0])
@@ -151,19 +153,19 @@ def read_ucf101(folder: str | Path, split: int = 1,
 
 def read_hmdb51(folder: str | Path, split: int = 1,
                 train: bool = True) -> tuple[list[Labelled], list[str]]:
-    """HMDB-51: CLASS_test_splitS.txt with `video.avi 0|1|2` (0 unused, 1 train, 2 test)."""
+    """HMDB-51: CLASS_test_splitS.txt with `video.avi 0|1|2` (0 unused, 1 train, 2 test). Classes
+    are sorted (climb before climb_stairs, unlike their files)."""
     suffix, out = f"_test_split{split}.txt", []
-    files = sorted(Path(folder).glob(f"*{suffix}"))
-    if not files:
+    names = sorted(file.name.removesuffix(suffix) for file in Path(folder).glob(f"*{suffix}"))
+    if not names:
         raise ValueError(f"{folder}: holds no *{suffix}")
-    names = [file.name.removesuffix(suffix) for file in files]
-    for label, file in enumerate(files):
-        for place, line in _lines(file):
+    for label, class_name in enumerate(names):
+        for place, line in lines_of(Path(folder) / (class_name + suffix)):
             name, _, part = line.rpartition(" ")
             if not name.strip() or part not in ("0", "1", "2"):
                 raise ValueError(f"{place}: expected `video 0|1|2`, found {line!r}")
             if part == ("1" if train else "2"):
-                out.append(Labelled(f"{names[label]}/{name.strip()}", label))
+                out.append(Labelled(f"{class_name}/{name.strip()}", label))
     return out, names
 
 
@@ -179,7 +181,7 @@ def read_thumos14(folder: str | Path,
         raise ValueError(f"{folder}: holds no *_{split}.txt")
     names, videos = [file.name.removesuffix(f"_{split}.txt") for file in files], {}
     for label, file in enumerate(files):
-        for place, line in _lines(file):
+        for place, line in lines_of(file):
             with _expecting("`video start end`", place, line):
                 video, start, end = line.split()
                 videos.setdefault(video, []).append(Labelled(video, label, *_interval(start, end)))
@@ -201,11 +203,11 @@ def read_ava(path: str | Path, excluded: str | Path | None = None) -> list[Keyfr
     `excluded`: csv of video_id, timestamp that do not count. Rows of the same box are one
     person."""
     skipped, moments = set(), {}
-    for place, line in _lines(excluded) if excluded is not None else ():
+    for place, line in lines_of(excluded) if excluded is not None else ():
         with _expecting("`video,seconds`", place, line):
             video, seconds = line.split(",")
             skipped.add((video, _interval(seconds, seconds)[0]))
-    for place, line in _lines(path):
+    for place, line in lines_of(path):
         with _expecting("`video,seconds,x1,y1,x2,y2,action,person`", place, line):
             video, seconds, *numbers = line.split(",")
             box, action = tuple(float(v) for v in numbers[:4]), int(numbers[4])

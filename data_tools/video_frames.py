@@ -35,9 +35,9 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from data_tools.files import write_whole
-from data_tools.loader import BadImage, EncodedJpeg, Loader, decode
-from data_tools.video_annotations import (read_hmdb51, read_kinetics, read_mini_kinetics, read_ssv2,
-                                          read_ucf101)
+from data_tools.loader import BadImage, EncodedJpeg, Loader, decode, open_and
+from data_tools.video_annotations import (lines_of, read_hmdb51, read_kinetics, read_mini_kinetics,
+                                          read_ssv2, read_ucf101)
 
 FRAME = "img_{:05d}.jpg"
 ANIMATED, ARRAYS = (".gif", ".webp", ".apng", ".png"), (".npy", ".npz")
@@ -63,17 +63,14 @@ def extract(src: str | Path, dst: str | Path, short_side: int | None = 340,
     short_side: pixels of the shorter side (None: as it is); fps: frames per second (None: every
     frame); quality: 2 (best) to 31, as ffmpeg counts. A folder `dst` that holds frames is complete
     and left alone: they are written beside it and the folder renamed at the end. ValueError, with
-    the reason, for a file without readable frames.
+    the reason, for a file without readable frames and for a `dst` that holds something else.
     """
     src, dst = Path(src), Path(dst)
-    if short_side is not None and short_side < 1 or fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"short_side and fps must be positive, not {short_side} and {fps}")
-    if not 2 <= quality <= 31:
-        raise ValueError(f"quality must be in 2..31, not {quality}")
-    if dst.is_dir():
-        if count := count_frames(dst):
-            return count
-        dst.rmdir()
+    _check_options(short_side, fps, quality)
+    if dst.is_dir() and (count := count_frames(dst)):
+        return count
+    if dst.is_file() or dst.is_dir() and any(dst.iterdir()):
+        raise ValueError(f"{dst}: exists and holds no frames")
     if not src.is_file():
         raise FileNotFoundError(f"{src}: no such file")
     temporary = dst.with_name(f".{dst.name}.tmp")     # of an extraction that was killed, too
@@ -90,6 +87,14 @@ def extract(src: str | Path, dst: str | Path, short_side: int | None = 340,
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return count
+
+
+def _check_options(short_side: int | None = None, fps: float | None = None,
+                   quality: int = 2) -> None:
+    if short_side is not None and short_side < 1 or fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"short_side and fps must be positive, not {short_side} and {fps}")
+    if not 2 <= quality <= 31:
+        raise ValueError(f"quality must be in 2..31, not {quality}")
 
 
 def _write_with_ffmpeg(src: Path, folder: Path, short_side: int | None, fps: float | None,
@@ -150,6 +155,9 @@ def extract_all(jobs: Iterable[tuple[str | Path, str | Path]], workers: int = os
     Call it again to go on after an interruption: finished folders are skipped. progress(done) is
     called after each video. ValueError for two videos with one dst.
     """
+    _check_options(**options)                         # or every video would fail
+    if workers < 1:
+        raise ValueError(f"workers must be positive, not {workers}")
     jobs, source = list(jobs), {}
     for src, dst in jobs:
         if (other := source.setdefault(Path(dst), src)) != src:
@@ -163,7 +171,7 @@ def extract_all(jobs: Iterable[tuple[str | Path, str | Path]], workers: int = os
             if isinstance(error, FileNotFoundError) and Path(job[0]).is_file():
                 raise                                 # ffmpeg is missing: no video will do
             return str(job[0]), str(error)
-    failed, pool = {}, ThreadPoolExecutor(max(1, workers))
+    failed, pool = {}, ThreadPoolExecutor(workers)
     try:
         for done, (name, reason) in enumerate(pool.map(one, jobs), 1):
             if reason is not None:
@@ -213,7 +221,7 @@ class FrameFolder:
         out = []
         for index in range(self.count) if indices is None else indices:
             name = self.path / FRAME.format(index + 1)
-            with _reading(name.name):
+            with _reading(f"{self.path.name}/{name.name}"):
                 out.append(self._frame(name, at_least))
         return out
 
@@ -239,7 +247,7 @@ class AnimatedFile:
     def read(self, indices: Sequence[int] | None,
              at_least: Callable | None = None) -> list[Image.Image]:
         indices, frames = range(self.count) if indices is None else indices, {}
-        with _reading("damaged"), Image.open(self.path) as image:
+        with _reading(self.path.name), Image.open(self.path) as image:
             for index in sorted(set(indices)):
                 image.seek(index)
                 frames[index] = image.convert("RGB")
@@ -284,7 +292,7 @@ def write_index(path: str | Path, rows: Iterable[tuple[str, int, int]]) -> None:
     """Lines `relative_path num_frames label`, atomically; ValueError for what none can hold."""
     lines = [f"{name} {count} {label}" for name, count, label in rows]
     for line in lines:
-        if not _INDEX_LINE.fullmatch(line):
+        if not _INDEX_LINE.fullmatch(line) or len(line.splitlines()) > 1:
             raise ValueError(f"{path}: cannot hold the path, frames (from 1) and label of {line!r}")
     write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
@@ -292,10 +300,10 @@ def write_index(path: str | Path, rows: Iterable[tuple[str, int, int]]) -> None:
 def read_index(path: str | Path) -> list[tuple[str, int, int]]:
     """(relative path, frames, label) of every line; ValueError names the file and the line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), 1):
-        match = _INDEX_LINE.fullmatch(line.strip())
+    for place, line in lines_of(path):
+        match = _INDEX_LINE.fullmatch(line)
         if match is None:
-            raise ValueError(f"{path}, line {number}: expected `path frames label`, found {line!r}")
+            raise ValueError(f"{place}: expected `path frames label`, found {line!r}")
         rows.append((match[1], int(match[2]), int(match[3])))
     if not rows:
         raise ValueError(f"{path}: holds no video")
@@ -307,7 +315,8 @@ def make_index(root: str | Path,
     """Rows for `write_index` of the (relative path, label) whose frames are there, and the paths of
     the others.
 
-    A path is looked for with any suffix: `v_Yo_g01_c01.avi` finds the folder `v_Yo_g01_c01`.
+    A path is looked for as it is, then without its suffix: `v_Yo_g01_c01.avi` finds the folder
+    `v_Yo_g01_c01`.
     """
     def readable(path: Path) -> bool:
         return path.is_dir() or path.suffix.lower() in ANIMATED + ARRAYS and path.is_file()
@@ -460,7 +469,7 @@ class VideoFolder:
     clip.takes_encoded = True             # for Loader: hand over the video, not its pixels
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.clip(self.open(index)), int(self.labels[index])
+        return open_and(self, index, self.clip), int(self.labels[index])
 
 
 def to_clips(frames: Tensor, mean: float | Sequence[float] = 0.45,
@@ -547,8 +556,10 @@ def _extract_command(args: argparse.Namespace) -> None:
 
 
 def _index_command(args: argparse.Namespace) -> None:
-    if args.set in ("ssv2", "mini-kinetics") and args.second is None:
-        raise ValueError(f"{args.set} needs --with FILE")
+    if (args.set in ("ssv2", "mini-kinetics")) != (args.second is not None):
+        raise ValueError(f"{args.set} {'takes no' if args.second else 'needs'} --with FILE")
+    if (args.test or args.split != 1) and args.set not in ("ucf101", "hmdb51"):
+        raise ValueError(f"{args.set} takes no --split or --test: each part is a file of its own")
     extra = {"kinetics": (), "ucf101": (args.split, not args.test),
              "hmdb51": (args.split, not args.test)}
     videos, classes = READERS[args.set](args.annotations, *extra.get(args.set, (args.second,)))

@@ -52,6 +52,10 @@ def test_something_something(tmp_path):
     )
     with pytest.raises(ValueError, match="train.json: expected.*Eating"):
         va.read_ssv2(tmp_path / "train.json", tmp_path / "labels.json")
+    for numbers in (["0", "0"], ["0", "2"], ["1", "2"]):
+        (tmp_path / "labels.json").write_text(json.dumps(dict(zip("ab", numbers))))
+        with pytest.raises(ValueError, match="labels.json: must number its 2 templates from 0"):
+            va.read_ssv2(tmp_path / "train.json", tmp_path / "labels.json")
 
 
 def test_ucf101_and_hmdb51(tmp_path):
@@ -70,6 +74,11 @@ def test_ucf101_and_hmdb51(tmp_path):
     assert va.read_hmdb51(hmdb)[0] == [va.Labelled("brush_hair/a b.avi", 0),
                                        va.Labelled("wave/w.avi", 1)]
     assert va.read_hmdb51(hmdb, 1, False)[0] == [va.Labelled("brush_hair/c.avi", 0)]
+    for name in ("climb", "climb_stairs"):
+        (hmdb / f"{name}_test_split3.txt").write_text(f"{name}.avi 1\n")
+    assert va.read_hmdb51(hmdb, 3) == ([("climb/climb.avi", 0, None, None),
+                                        ("climb_stairs/climb_stairs.avi", 1, None, None)],
+                                       ["climb", "climb_stairs"])
     with pytest.raises(ValueError, match="split2"):
         va.read_hmdb51(hmdb, 2)
     (hmdb / "wave_test_split1.txt").write_text("w.avi 3\n")

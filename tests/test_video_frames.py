@@ -173,6 +173,15 @@ def test_what_stops_an_extraction_and_what_does_not(tmp_path, monkeypatch):
         vf.extract_all([*jobs, (tmp_path / "a.gif", tmp_path / "out" / "a")], 1)
     with pytest.raises(FileNotFoundError, match="apt-get"):
         vf.extract_all([(tmp_path / "whole.mp4", tmp_path / "out" / "w")], 1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for place in ("other", "other/notes.txt"):
+        failed = vf.extract_all([(tmp_path / "a.gif", tmp_path / place)], 1)
+        assert list(failed.values()) == [f"{tmp_path / place}: exists and holds no frames"]
+    assert os.listdir(tmp_path / "other") == ["notes.txt"]
+    for name in ("fps", "quality", "workers"):
+        with pytest.raises(ValueError, match=name):              # once, not for every video
+            vf.extract_all(jobs, **{name: 0})
 
 
 def damaged_files(folder):
@@ -348,17 +357,19 @@ def test_bad_input(tmp_path):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(ValueError, match=f"bad.txt.*{words}"):
             vf.read_index(tmp_path / "bad.txt")
-    for row in (("a\nb", 3, 0), (" a", 3, 0), ("a", 0, 0), ("a", 3, -1)):
+    for row in (("a\nb", 3, 0), ("a\u2028b", 3, 0), (" a", 3, 0), ("a", 0, 0), ("a", 3, -1)):
         with pytest.raises(ValueError, match="bad.txt: cannot hold"):
             vf.write_index(tmp_path / "bad.txt", [row])
-    (tmp_path / "bom.txt").write_text("m\u00e4h 3 0\n", "utf-8-sig", newline="\r\n")
+    (tmp_path / "bom.txt").write_text("m\u00e4h 3 0\n\n", "utf-8-sig", newline="\r\n")
     assert vf.read_index(tmp_path / "bom.txt") == [("m\u00e4h", 3, 0)]
     np.save(tmp_path / "bad.npy", np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="bad.npy.*uint8"):
         vf.open_video(tmp_path / "bad.npy")
     (tmp_path / "class 0" / "v" / "img_00003.jpg").write_bytes(b"broken")
-    with pytest.raises(BadImage, match="class 0/v.*img_00003.jpg"):
-        list(vf.VideoLoader(vf.VideoFolder(index, 20, 1, transform=vf.ClipTransform(16)), 1))
+    whole = vf.VideoFolder(index, 20, 1, transform=vf.ClipTransform(16))
+    for call in (lambda: list(vf.VideoLoader(whole, 1)), lambda: whole[0]):
+        with pytest.raises(BadImage, match=f"{tmp_path}/class 0/v: v/img_00003.jpg"):
+            call()
 
 
 # ---------------------------------------------------------------- command line
@@ -393,3 +404,8 @@ def test_command_line(tmp_path):
     done = run("index", "ssv2", lists / "classInd.txt", tmp_path / "frames", tmp_path / "train.txt")
     assert (done.returncode == 1 and done.stderr.startswith("error: ssv2 needs --with")
             and "Traceback" not in done.stderr)
+    for set_name, option, words in (("ucf101", ("--with", lists), "takes no --with"),
+                                    ("kinetics", ("--test",), "takes no --split or --test")):
+        with pytest.raises(SystemExit, match=f"error: {set_name} {words}"):
+            vf.main(["index", set_name, str(lists), str(tmp_path), str(tmp_path / "x"),
+                     *map(str, option)])
