@@ -98,9 +98,9 @@ class CocoImages:
         """
         rows = list(rows)
         k = int(self.labels[rows].sum(1).max(initial=1)) if k is None else k
-        if not 1 <= k <= len(self.classes) or not 0 <= share < 1:
-            raise ValueError(f"k must be in 1..{len(self.classes)} and share in [0, 1), "
-                             f"not {k} and {share}")
+        if cells < 1 or not 1 <= k <= len(self.classes) or not 0 <= share < 1:
+            raise ValueError(f"cells must be at least 1, k in 1..{len(self.classes)} and share in "
+                             f"[0, 1), not {cells}, {k} and {share}")
         out = np.zeros((len(rows), 2, k, cells, cells), dtype=np.float32)
         for at, row in enumerate(rows):
             named = np.argsort(~self.labels[row], kind="stable")[:k]  # those present come first

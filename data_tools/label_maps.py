@@ -162,6 +162,8 @@ class StoreWriter:
 
     def missing(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, int]]:
         """Record ranges (start, stop) of shards to write; each process gets every R-th shard."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0 .. world_size - 1, got {rank} of {world_size}")
         size = self.meta["shard_size"]
         for number, start in enumerate(range(0, self.meta["count"], size)):
             whole = _shard_path(self.folder, number).with_suffix(".sha256")

@@ -129,10 +129,9 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "a.png").unlink()
     with pytest.raises(BadImage, match="a.png"):
         data.open(0)
-    with pytest.raises(ValueError, match="k must be in 1..3"):
-        data.label_maps([0], 4, k=4)
-    with pytest.raises(ValueError, match="share in .0, 1., not 1 and 1.5"):
-        data.label_maps([0], 4, k=1, share=1.5)
+    for bad in ({"cells": 4, "k": 4}, {"cells": 0}, {"cells": 4, "share": 1.5}):
+        with pytest.raises(ValueError, match="cells must be at least 1, k in 1..3 and share in .0"):
+            data.label_maps([0], **bad)
     with pytest.raises(ValueError, match="none: no such folder of images"):
         CocoImages(tmp_path / "none", path)
     path.write_text("{")

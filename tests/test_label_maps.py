@@ -171,6 +171,9 @@ def test_bad_arguments(tmp_path):
     for start in (1, -2, 4):
         with pytest.raises(ValueError, match="whole shard"):
             writer.write(start, maps[:2])
+    for place in ((2, 2), (-1, 1), (0, 0)):
+        with pytest.raises(ValueError, match="rank must be in 0"):
+            list(writer.missing(*place))
     shape = {"k": 3, "height": 4, "width": 5, "num_classes": 20}
     for change in ({"k": 0}, {"num_classes": 40000}, {"height": 0}, {"shard_size": 1.5}):
         with pytest.raises(ValueError, match="need 1 <= k"):
