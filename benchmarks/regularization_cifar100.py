@@ -166,10 +166,11 @@ def shuffled_pixels(images, seed=0):
     return images.reshape(len(images), -1, 3)[:, order].reshape(images.shape)
 
 
-def folder_images(folder, size):
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in corruptions.EXTENSIONS)
-    if not files:
-        raise SystemExit(f"--ood: no images under {folder}")
+def image_files(folder):
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in corruptions.EXTENSIONS)
+
+
+def resized(files, size):
     return np.stack([np.asarray(Image.open(f).convert("RGB").resize((size, size), Image.BILINEAR))
                      for f in files])
 
@@ -203,6 +204,13 @@ def class_arrays(root, split, classes, limit=None):
     return np.stack(images), labels[keep]
 
 
+def cifar_kind(folder):
+    """"cifar100" or "cifar10" for a folder with their pickles, else None."""
+    return next((kind for kind, names in (("cifar100", ("cifar-100-python", "train")),
+                                          ("cifar10", ("cifar-10-batches-py", "data_batch_1")))
+                 if (folder / names[0]).is_dir() or (folder / names[1]).is_file()), None)
+
+
 def load(run, wanted, per_class):
     """(seed -> training loader, test images, labels, classes, mean, std, more OOD images)."""
     args, tiny = run.args, run.args.preset == "tiny"
@@ -218,12 +226,7 @@ def load(run, wanted, per_class):
             transform=synthetic.to_float, drop_last=True, **share),
             images, test["labels"].numpy(), len(synthetic.SHAPES), mean, std, {})
     folder, extra = args.data, {}
-    kind = next((kind for kind, names in (("cifar100", ("cifar-100-python", "train")),
-                                          ("cifar10", ("cifar-10-batches-py", "data_batch_1")))
-                 if (folder / names[0]).is_dir() or (folder / names[1]).is_file()), None)
-    if kind:
-        if args.classes or args.per_class:
-            raise SystemExit(f"--classes and --per-class are for image folders, not for {folder}")
+    if kind := cifar_kind(folder):
         train, test = (imagenet.cifar(folder, kind, train=t) for t in (True, False))
         classes = 100 if kind == "cifar100" else 10
         images, labels = test.images, test.labels
@@ -491,16 +494,19 @@ def main(argv=None):
     network, epochs, _, lr, decay, methods, few, severities, *subset = PRESETS[args.preset]
     methods = args.methods or list(methods)
     methods = list(METHODS) if "all" in methods else methods
-    ood_folders = sorted(f for f in args.ood.glob("*") if f.is_dir()) if args.ood else []
-    if args.ood and not ood_folders:
-        parser.error(f"--ood {args.ood}: no folder with a subfolder for each set")
+    more_ood = ({f.name: image_files(f) for f in sorted(args.ood.glob("*")) if f.is_dir()}
+                if args.ood else {})
+    if args.ood and not (more_ood and all(more_ood.values())):
+        parser.error(f"--ood {args.ood}: no folder with a subfolder of images for each set")
+    if args.data and cifar_kind(args.data) and (args.classes or args.per_class):
+        parser.error(f"--classes and --per-class are for image folders, not for {args.data}")
     run = harness.start(parser, argv)
     epochs = args.epochs or epochs
     wanted, per_class = args.classes or subset[0], args.per_class or subset[1]
     loader_of, images, labels, classes, mean, std, extra = load(run, wanted, per_class)
     size = images.shape[1]
     ood = noise_images(min(len(images), 2000), size) | {"shuffled": shuffled_pixels(images)} | extra
-    ood |= {f.name: folder_images(f, size) for f in ood_folders}
+    ood |= {name: resized(files, size) for name, files in more_ood.items()}
     ood = {name: batches(data) for name, data in ood.items()}
     chosen = np.random.RandomState(0).permutation(len(images))[:few]
     sample = batches(images[chosen[:few // 2]], labels[chosen[:few // 2]])

@@ -91,11 +91,14 @@ def test_speed_script(tmp_path):
 
 def test_wrong_arguments_are_one_line_and_leave_no_folder(tmp_path, capsys, monkeypatch):
     data = str(folder(tmp_path / "data"))
-    (tmp_path / "empty").mkdir()
+    for made in ("empty", "sets/no images", "pickles/cifar-100-python"):
+        (tmp_path / made).mkdir(parents=True)
     for script, *arguments in (
             ("regularization_cifar100", "--methods", "mixup", "mixup"),
             ("regularization_cifar100", "--per-class", "5"),
             ("regularization_cifar100", "--ood", str(tmp_path / "empty")),
+            ("regularization_cifar100", "--ood", str(tmp_path / "sets")),
+            ("regularization_cifar100", "--data", str(tmp_path / "pickles"), "--per-class", "5"),
             ("regularization_imagenet", "--methods", "mixup", "mixup"),
             ("regularization_imagenet", "--data", data, "--corrupted", str(tmp_path / "empty"))):
         monkeypatch.setattr(sys, "argv", [script])
