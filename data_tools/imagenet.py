@@ -139,10 +139,12 @@ def choose_classes(folders: list[str], classes: int | Sequence[str] | None,
     """The wanted ones of the sorted class folders: all, the first k, or those named."""
     if classes is None:
         return folders
-    if isinstance(classes, int):
+    if isinstance(classes, int) and not isinstance(classes, bool):
         if not 1 <= classes <= len(folders):
             raise ValueError(f"classes={classes}, but {where} has {len(folders)} class folders")
         return folders[:classes]
+    if isinstance(classes, (str, bool, float)) or not len(classes):
+        raise TypeError(f"classes must be a number or a list of folder names, got {classes!r}")
     if missing := sorted(set(classes) - set(folders)):
         raise ValueError(f"{where} has no class folder {missing[0]!r} ({len(missing)} missing)")
     return sorted(set(classes))
@@ -167,7 +169,8 @@ def _list_images(root: Path, folders: list[str], cache: bool) -> dict[str, list[
 
     def scan(name: str) -> list[str]:
         with os.scandir(root / name) as entries:
-            return sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
+            return sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS)
+                          and not e.name.startswith("."))
 
     with ThreadPoolExecutor(16) as pool:  # network file systems answer many at a time
         listed = dict(zip(stale, pool.map(scan, stale)))
@@ -219,15 +222,19 @@ def imagenet(root: str | Path, split: str = "train", *, classes: int | Sequence[
 def read_wnids(source: str | Path) -> list[str]:
     """The class list: from a text file (first word of each line) or the class folders of a split.
 
-    Sorted, as ImageNet numbers its classes.
+    Sorted, as ImageNet numbers its classes. ValueError for an empty list or a repeated class.
     """
     source = Path(source)
     if source.is_dir():
         splits = (source / name for name in ("val", "train"))
         split = next((folder for folder in splits if folder.is_dir()), source)
         return class_folders(split)
-    return sorted(line.split()[0].strip(",") for line in source.read_text().splitlines()
-                  if line.strip())
+    wnids = sorted(line.split()[0].strip(",") for line in read_text(source).splitlines()
+                   if line.strip())
+    if not wnids or len(set(wnids)) < len(wnids):
+        raise ValueError(f"{source}: {len(wnids)} lines with {len(set(wnids))} classes; expected "
+                         "one class a line")
+    return wnids
 
 
 def imagenet_variant(root: str | Path, kind: str, wnids: Sequence[str] | None = None, *,
@@ -288,9 +295,15 @@ class _ArrayUnpickler(pickle.Unpickler):
             return "ndarray"  # only ever handed to _reconstruct
         if (module, name) == ("numpy", "dtype"):
             return self._numeric_dtype
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return self._filled  # protocol 5
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
             return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"refused to load {module}.{name}: not plain data")
+
+    @staticmethod
+    def _filled(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
 
     @staticmethod
     def _numeric_dtype(code: str | bytes, *flags: bool) -> np.dtype:

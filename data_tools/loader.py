@@ -116,6 +116,8 @@ def orientation(image: Image.Image) -> int:
     if "exif" not in image.info and image.format != "TIFF":
         return 1
     try:
+        if image.format == "TIFF":
+            image.load()  # Pillow turns these itself
         value = image.getexif().get(0x0112, 1)
     except Exception:  # damaged EXIF does not make the pixels unreadable
         return 1
@@ -242,27 +244,28 @@ def crop_resize(image: Opened, box: tuple[float, float, float, float],
                 draft: float = 1.0) -> Tensor:
     """The part box = (left, top, width, height) of an image, resized to size, as (3, h, w) uint8.
 
-    size: side or (h, w). Antialiased, by torch's uint8 kernel: three times as fast as Pillow's, and
-    the same up to rounding. A JPEG is decoded at a reduced size as long as the crop keeps `draft`
-    times the pixels of size along both sides.
+    The box is rounded to pixels. size: side or (h, w). Antialiased, by torch's uint8 kernel: three
+    times as fast as Pillow's, and the same up to rounding. A JPEG is decoded at a reduced size as
+    long as the crop keeps `draft` times the pixels of size along both sides.
     """
     rows, columns = (size, size) if isinstance(size, int) else size
     width, height = image_size(image)
     left, top, w, h = box
-    if isinstance(image, np.ndarray):
-        x0, y0 = round(left), round(top)
-        part = torch.from_numpy(np.array(image[y0 : y0 + round(h), x0 : x0 + round(w)]))
-    else:
+    if not (0 <= left < left + w <= width + 0.5 and 0 <= top < top + h <= height + 0.5):
+        raise ValueError(f"box (left, top, width, height) must lie in the image of {width} x "
+                         f"{height}, got {tuple(box)}")
+    fx = fy = 1.0
+    if not isinstance(image, np.ndarray):
         if isinstance(image, EncodedJpeg):
             image = image.above(math.ceil(top + h))
             height = image.size[1]
         wanted = math.ceil(width * draft * columns / w), math.ceil(height * draft * rows / h)
         image = decode(image, wanted if min(w / columns, h / rows) >= 2 * draft else None)
         fx, fy = image.width / width, image.height / height
-        x0, y0 = round(left * fx), round(top * fy)
-        x1, y1 = max(x0 + 1, round((left + w) * fx)), max(y0 + 1, round((top + h) * fy))
-        part = torch.from_numpy(np.array(image.crop((x0, y0, x1, y1))))
-    part = part.permute(2, 0, 1)
+    x0, y0 = round(left * fx), round(top * fy)
+    x1, y1 = max(x0 + 1, round((left + w) * fx)), max(y0 + 1, round((top + h) * fy))
+    part = image[y0:y1, x0:x1] if isinstance(image, np.ndarray) else image.crop((x0, y0, x1, y1))
+    part = torch.from_numpy(np.array(part)).permute(2, 0, 1)
     if part.shape[1:] != (rows, columns):
         part = F.interpolate(part[None], (rows, columns), mode=interpolation, antialias=True)[0]
     return part.flip(2) if flip else part
@@ -282,7 +285,10 @@ class TrainTransform:
                  ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5,
                  interpolation: str = "bicubic",
                  augment: Callable[[Image.Image], Image.Image] | None = None, coords: bool = False):
-        _check_interpolation(interpolation)
+        _check(size, interpolation)
+        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] and 0 <= flip <= 1):
+            raise ValueError("scale must be 0 < low <= high <= 1, ratio must be 0 < low <= high, "
+                             f"flip must be 0 .. 1; got {scale}, {ratio} and {flip}")
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.interpolation, self.augment, self.coords = interpolation, augment, coords
 
@@ -315,7 +321,7 @@ class EvalTransform:
     def __init__(self, size: int = 224, crop: float = 0.875, interpolation: str = "bicubic"):
         if not 0 < crop <= 1:
             raise ValueError(f"crop must be in (0, 1], got {crop}")
-        _check_interpolation(interpolation)
+        _check(size, interpolation)
         self.size, self.crop, self.interpolation = size, crop, interpolation
 
     def __call__(self, image: Opened) -> Tensor:
@@ -335,6 +341,9 @@ class PadCropTransform:
     takes_encoded = True
 
     def __init__(self, padding: int = 4, flip: float = 0.5):
+        if not (isinstance(padding, int) and padding >= 0 and 0 <= flip <= 1):
+            raise ValueError("padding must be >= 0 pixels and flip in [0, 1], "
+                             f"got {padding} and {flip}")
         self.padding, self.flip = padding, flip
 
     def __call__(self, image: Opened,
@@ -347,9 +356,11 @@ class PadCropTransform:
         return out.flip(2) if flip < self.flip else out
 
 
-def _check_interpolation(name: str) -> None:
-    if name not in ("bicubic", "bilinear"):
-        raise ValueError(f'interpolation must be "bicubic" or "bilinear", got {name!r}')
+def _check(size: int, interpolation: str) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a whole number of pixels, at least 1, got {size!r}")
+    if interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(f'interpolation must be "bicubic" or "bilinear", got {interpolation!r}')
 
 
 # --------------------------------------------------------------------------------------- loader

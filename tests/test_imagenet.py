@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_tools import imagenet as data
 from data_tools import loader as loading
@@ -39,6 +39,14 @@ def test_class_subsets(tree):
         data.imagenet(tree, classes=["n01", "n9"])
     with pytest.raises(ValueError, match="classes=4.*3 class folders"):
         data.imagenet(tree, classes=4)
+    for wrong in ("n01", [], True, 1.5):
+        with pytest.raises(TypeError, match="classes must be a number or a list of folder names"):
+            data.imagenet(tree, classes=wrong)
+
+
+def test_hidden_files_are_no_images(tree):
+    (tree / "train" / "n02" / "._n02_0.JPEG").write_bytes(b"a resource fork")
+    assert len(data.ImageFolder(tree / "train")) == 12
 
 
 def test_index_cache_follows_changed_folders(tree, monkeypatch):
@@ -125,6 +133,18 @@ def test_exif_orientation(tmp_path, orientation):
     assert np.array_equal(np.asarray(dataset[0][0]), expected)
     assert loading.image_size(dataset.open(0)) == expected.shape[1::-1]
     assert np.array_equal(np.asarray(data.ImageFolder(tmp_path, exif=False)[0][0]), stored)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_once(tmp_path, orientation):
+    (tmp_path / "c").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(2).save(tmp_path / "c" / "x.tif", exif=exif)
+    dataset = data.ImageFolder(tmp_path)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "c" / "x.tif")))
+    assert np.array_equal(np.asarray(dataset[0][0]), expected)
+    assert loading.image_size(dataset.open(0)) == expected.shape[1::-1]
 
 
 def test_bad_images_are_named(tree):
@@ -224,16 +244,22 @@ def test_read_wnids(tree, tmp_path):
     assert data.read_wnids(tree) == data.read_wnids(tree / "train") == ["n01", "n02", "n03"]
     (tmp_path / "list.txt").write_text("n2 tench\nn1, goldfish\n\n")
     assert data.read_wnids(tmp_path / "list.txt") == ["n1", "n2"]
+    (tmp_path / "list.txt").write_text("n2\nn1\n", encoding="utf-8-sig")
+    assert data.read_wnids(tmp_path / "list.txt") == ["n1", "n2"]
+    for text, count in (("", 0), ("n1\nn1\n", 1)):
+        (tmp_path / "list.txt").write_text(text)
+        with pytest.raises(ValueError, match=f"list.txt: . lines with {count} classes"):
+            data.read_wnids(tmp_path / "list.txt")
 
 
-def write_cifar(folder, files, key, count=20):
+def write_cifar(folder, files, key, count=20, protocol=2):
     folder.mkdir(parents=True)
     rng, written = np.random.default_rng(0), {}
     for file in files:
         pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
         labels = rng.integers(0, 10, count).tolist()
         batch = {b"data": pixels, key: labels, b"filenames": [b"a.png"] * count}
-        (folder / file).write_bytes(pickle.dumps(batch, protocol=2))
+        (folder / file).write_bytes(pickle.dumps(batch, protocol))
         written[file] = pixels, labels
     return written
 
@@ -248,8 +274,10 @@ def test_cifar_pickles(tmp_path):
     assert train.labels[20:40].tolist() == labels
     assert np.array_equal(train.open(21), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
     assert len(data.cifar(tmp_path, "cifar10", train=False)) == 20
-    write_cifar(tmp_path / "cifar-100-python", ["train", "test"], b"fine_labels")
-    assert len(data.cifar(tmp_path, "cifar100")) == 20
+    write_cifar(tmp_path / "cifar-100-python", ["train", "test"], b"fine_labels", protocol=5)
+    hundred = data.cifar(tmp_path, "cifar100")
+    assert len(hundred) == 20 and np.array_equal(
+        hundred.images, written["data_batch_1"][0].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
     with pytest.raises(ValueError, match="data_batch_3 is missing"):
         data.cifar(tmp_path, "cifar10")

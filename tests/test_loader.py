@@ -52,6 +52,22 @@ def test_crop_resize_agrees_with_pillow(interpolation, size):
     assert torch.equal(flipped.flip(2), out)
 
 
+def test_crops_and_transforms_refuse_what_cannot_be():
+    image = np.zeros((30, 40, 3), np.uint8)
+    for box in ((-1, 0, 9, 9), (0, 0, 41, 9), (0, 0, 9, 31), (0, 0, 0, 9), (float("nan"), 0, 9, 9)):
+        with pytest.raises(ValueError, match="must lie in the image of 40 x 30"):
+            loading.crop_resize(image, box, 8)
+    for wrong in (dict(size=0), dict(size=1.5), dict(scale=(0, 1)), dict(scale=(0.5, 1.5)),
+                  dict(ratio=(2, 1)), dict(flip=2), dict(interpolation="nearest")):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            data.TrainTransform(**wrong)
+    with pytest.raises(ValueError, match="size must be"):
+        data.EvalTransform(0)
+    for wrong in (dict(padding=-1), dict(padding=0.5), dict(flip=-1)):
+        with pytest.raises(ValueError, match="padding must be .* and flip in"):
+            data.PadCropTransform(**wrong)
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_draft_decoding_is_close_and_smaller(tmp_path, orientation):
     exif = Image.Exif()
