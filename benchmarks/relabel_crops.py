@@ -90,16 +90,23 @@ def certainty(maps, rows: np.ndarray, crops: np.ndarray, num_classes: int) -> np
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, networks=False)
     parser.real.add_argument("--metadata", type=Path, help="localization.txt and image_sizes.txt")
     parser.real.add_argument("--store", help="label maps of the images")
     parser.add_argument("--crops", type=harness.count, default=10, help="crops per image")
     args = parser.parse_args(argv)
     if args.data is not None and args.metadata is None:
         parser.error("--data needs --metadata: the folder with the boxes")
+    maps = None
+    if args.data is not None:
+        try:                                                       # before anything opens --out
+            names, boxes, sizes = first_boxes(args.metadata)
+            maps = LabelMaps(args.store) if args.store else None
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     run = harness.start(parser, argv)
     generator = torch.Generator().manual_seed(run.seeds[0])
-    claims, tables, maps = [], {}, None
+    claims, tables = [], {}
     if run.args.data is None:
         count = 2000 if run.args.preset == "tiny" else 40_000
         tables["crops of a 500 x 375 image"] = geometry(run.seeds[0], count)
@@ -112,9 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         at = np.arange(len(maps))
         given = (pairs["classes"] == pairs["labels"][:, None]).int().argmax(1).numpy()
     else:
-        names, boxes, sizes = first_boxes(run.args.metadata)
-        if run.args.store:
-            maps = LabelMaps(run.args.store)
+        if maps is not None:
             there, kinds = set(maps.images), maps.meta["num_classes"]
             kept = [row for row, name in enumerate(names) if image_key(name) in there]
             if not kept:

@@ -81,8 +81,9 @@ def test_wrong_arguments_are_named(tmp_path, run, capsys):
                                 ("a/b,1,2,3,4", "a/b,0,9", "image_sizes.txt:1: width and height")):
         (tmp_path / "localization.txt").write_text(boxes)
         (tmp_path / "image_sizes.txt").write_text(sizes)
-        with pytest.raises(ValueError, match=words):
-            run("relabel_crops", tmp_path / "out", "--data", tmp_path, "--metadata", tmp_path)
+        with pytest.raises(SystemExit):
+            run("relabel_crops", tmp_path / "crops", "--data", tmp_path, "--metadata", tmp_path)
+        assert re.search(words, capsys.readouterr().err) and not (tmp_path / "crops").exists()
 
 
 def tree(root, folders, count=2, size=48):
