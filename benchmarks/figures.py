@@ -11,7 +11,7 @@ Images are (H, W), (H, W, 3) or (3, H, W), uint8 or float in [0, 1], arrays or t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from records import write_atomically
 
-COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#c0392b", "#16858a", "#b8860b", "#555555",
-          "#e377c2", "#7f7f00")
+COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#d9a400", "#25b8cc", "#6b1f2b", "#7f7f7f",
+          "#ec7fc4", "#9cbf1a")
 INK, GRID = "#333333", "#e4e4e4"
 ZOOM = 2                                      # charts are drawn larger and reduced: smooth lines
 
@@ -78,6 +78,7 @@ def draw_boxes(image, boxes, colors: Sequence[str] = COLORS, scale: int = 1) -> 
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     pen = ImageDraw.Draw(picture)
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
+    boxes = boxes.clip(-9, max(picture.size) + 9)             # edges outside are not seen
     for number, (x0, y0, x1, y1) in enumerate(boxes):
         if x1 > x0 and y1 > y0:
             pen.rectangle([x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)],
@@ -129,25 +130,28 @@ class Chart:
         left = max((_width(label, 12) for _, label in yticks), default=0) + 12 + 18 * bool(ylabel)
         left, right, top = max(64, math.ceil(left)), size[0] - 16, 34 if title else 14
         labels = [_wrap(label, (right - left) / len(xticks) - 6) for _, label in xticks]
-        lines = max((label.count("\n") for label in labels), default=0)
-        self.box = (left, top, right, size[1] - (50 if xlabel else 32) - 15 * lines)
-        for (value, _), label in zip(xticks, labels):
-            x = self._pixel(value, 0)
+        upright = sum("…" in label for label in labels) > len(labels) / 2
+        if upright:
+            labels = [_cut(label, size[1] / 4, 12) for _, label in xticks]
+            room = max(_width(label, 12) for label in labels) - 12
+        else:
+            room = 15 * max((label.count("\n") for label in labels), default=0)
+        self.box = (left, top, right, size[1] - (50 if xlabel else 32) - math.ceil(room))
+        for x, label in _apart((self._pixel(v, 0), label) for (v, _), label in zip(xticks, labels)):
             self._stroke([(x, self.box[1]), (x, self.box[3])], GRID, 1)
-            self._label(x, self.box[3] + 4, label, "ma", 12)
-        for value, label in yticks:
-            y = self._pixel(value, 1)
+            if upright:
+                self._upright(x, self.box[3] + 4, label, 12)
+            else:
+                self._label(x, self.box[3] + 4, label, "ma", 12)
+        for y, label in _apart((self._pixel(v, 1), label) for v, label in yticks):
             self._stroke([(self.box[0], y), (self.box[2], y)], GRID, 1)
             self._label(self.box[0] - 6, y, label, "rm", 12)
         self._label((left + right) / 2, 8, _cut(title, right - left, 15), "ma", 15)
         self._label((left + right) / 2, size[1] - 8, _cut(xlabel, right - left, 13), "md", 13)
         if ylabel:
-            ylabel, font = _cut(ylabel, size[1] - 8, 13), ImageFont.load_default(13 * ZOOM)
-            tile = Image.new("RGB", (int(font.getlength(ylabel)) + 4, 18 * ZOOM), "white")
-            ImageDraw.Draw(tile).text((0, 0), ylabel, fill=INK, font=font)
-            tile = tile.rotate(90, expand=True)
-            middle = (self.box[1] + self.box[3]) / 2 * ZOOM
-            self.canvas.paste(tile, (4, int(middle - tile.height / 2)))
+            ylabel = _cut(ylabel, size[1] - 8, 13)
+            at = (self.box[1] + self.box[3] - _width(ylabel, 13)) / 2
+            self._upright(11, min(max(at, 2), size[1] - _width(ylabel, 13) - 2), ylabel, 13)
         self.frame()
 
     def frame(self) -> None:
@@ -178,7 +182,9 @@ class Chart:
                 self._dot(px, py, color, radius)
 
     def band(self, x, low, high, color: str = COLORS[0]) -> None:
-        """A translucent band between two curves (error bars of a line)."""
+        """A translucent band between two curves (error bars of a line); on a log axis what is not
+        positive is at the lower end."""
+        low = np.maximum(low, self.limits[1][0]) if self.logs[1] else low
         edge = [p for p in [*self._points(x, low), *reversed(self._points(x, high))]
                 if all(map(math.isfinite, p))]
         if len(edge) > 2:
@@ -207,7 +213,7 @@ class Chart:
         self._label(px, py, text, anchor, 12, color)
 
     def save(self, path: str | Path) -> None:
-        """Write a PNG, the legend in the corner that holds the fewest marks."""
+        """Write a PNG, the legend in the emptiest corner, or beside the axes if all hold marks."""
         if self.legend:
             self._draw_legend()
         self.frame()
@@ -229,6 +235,11 @@ class Chart:
             return ink[max(y, 0):y + int(height * ZOOM), max(x, 0):x + int(width * ZOOM)].sum()
 
         x, y = min(corners, key=marks)
+        if marks((x, y)) > 0.003 * width * height * ZOOM**2:
+            x, y, self.size = self.size[0] - 4, y0, (self.size[0] + int(width) + 8, self.size[1])
+            wider = Image.new("RGB", (self.size[0] * ZOOM, self.size[1] * ZOOM), "white")
+            wider.paste(self.canvas)
+            self.canvas, self.pen = wider, ImageDraw.Draw(wider)
         self.pen.rectangle([x * ZOOM, y * ZOOM, (x + width) * ZOOM, (y + height) * ZOOM],
                            fill="white", outline=GRID, width=ZOOM)
         for number, (label, color) in enumerate(rows):
@@ -264,8 +275,18 @@ class Chart:
 
     def _label(self, x: float, y: float, text: str, anchor: str, size: int,
                color: str = INK) -> None:
-        self.pen.text((x * ZOOM, y * ZOOM), text, fill=color, anchor=anchor, align="center",
-                      font=ImageFont.load_default(size * ZOOM))
+        style = {"anchor": anchor, "align": "center", "font": ImageFont.load_default(size * ZOOM)}
+        x0, _, x1, _ = self.pen.textbbox((x * ZOOM, y * ZOOM), text, **style)
+        inside = max(0, 4 - x0) - max(0, x1 + 4 - self.canvas.width)
+        self.pen.text((x * ZOOM + inside, y * ZOOM), text, fill=color, **style)
+
+    def _upright(self, x: float, top: float, text: str, size: int) -> None:
+        """Text that reads upwards, its middle at x, its end at `top`."""
+        font = ImageFont.load_default(size * ZOOM)
+        tile = Image.new("RGB", (int(font.getlength(text)) + 4, int(1.4 * size) * ZOOM), "white")
+        ImageDraw.Draw(tile).text((0, 0), text, fill=INK, font=font)
+        tile = tile.rotate(90, expand=True)
+        self.canvas.paste(tile, (round(x * ZOOM - tile.width / 2), round(top * ZOOM)))
 
 
 @np.errstate(invalid="ignore")                                # infinity less infinity
@@ -274,7 +295,8 @@ def line_chart(path: str | Path, series: dict[str, tuple], *, markers: bool = Fa
                **axes) -> None:
     """`series`: name -> (x, y) or (x, y, error), drawn as a band. Other keywords as for Chart."""
     series = {name: [np.asarray(v, dtype=float) for v in values] for name, values in series.items()}
-    edges = [v[1] + sign * (v[2] if len(v) > 2 else 0) for v in series.values() for sign in (-1, 1)]
+    signs = (0, 1) if axes.get("logy") else (-1, 1)
+    edges = [v[1] + sign * (v[2] if len(v) > 2 else 0) for v in series.values() for sign in signs]
     chart = Chart(xlim or _span([v[0] for v in series.values()], axes.get("logx")),
                   ylim or _span(edges, axes.get("logy")), **axes)
     for color, (name, (x, y, *error)) in zip(_cycle(len(series)), series.items()):
@@ -311,9 +333,11 @@ def bar_chart(path: str | Path, labels: Sequence[str], series: dict[str, Sequenc
         high += (high - low) * 24 * (len(split) + 1) / axes.get("size", (640, 420))[1]
     axes.setdefault("xticks", list(enumerate(map(str, labels))))
     limits = (low * 1.08, high * 1.08) if high > low else (0.0, 1.0)
+    if axes.get("logy"):
+        limits = _span([v for v, _ in split.values()], True)
     chart = Chart((-0.5, len(labels) - 0.5), ylim or limits, **axes)
-    width = 0.8 / len(split)
-    base = chart.limits[1][0] if ylim else 0
+    width = min(0.8 / len(split), 0.2 * len(labels))          # a lone bar is no wall
+    base = chart.limits[1][0] if ylim or axes.get("logy") else 0
     for number, (color, (name, pair)) in enumerate(zip(_cycle(len(split)), split.items())):
         offset = (number - (len(split) - 1) / 2) * width
         for at, (value, error) in enumerate(zip(*pair)):
@@ -355,9 +379,12 @@ def _limits(limit: tuple[float, float], log: bool) -> tuple[float, float]:
 def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
     if log and math.log10(high / low) >= 1:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-        every = max(1, (last - first) // 6)
-        return [(10.0**e, f"1e{e}" if abs(e) > 3 else f"{10.0**e:g}")
-                for e in range(first, last + 1, every)]
+        if last - first < 2:
+            powers = [(m, e) for e in range(first - 1, last + 1) for m in (1, 2, 5)]
+        else:
+            powers = [(1, e) for e in range(first, last + 1, max(1, (last - first) // 6))]
+        return [(m * 10.0**e, f"{m}e{e}" if abs(e) > 3 else f"{m * 10.0**e:g}") for m, e in powers
+                if low <= m * 10.0**e * (1 + 1e-9) and m * 10.0**e <= high * (1 + 1e-9)]
     raw = (high - low) / 5
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
@@ -365,6 +392,15 @@ def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
     # enough digits for neighbours to differ
     digits = max(6, math.ceil(math.log10(max(abs(low), abs(high)) / step)) + 2)
     return [(float(m), f"{m if abs(m) > step / 1e6 else 0:.{digits}g}") for m in marks]
+
+
+def _apart(ticks: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
+    """(pixel, label) without those that would touch the one before."""
+    kept = []
+    for at, label in ticks:
+        if not kept or abs(at - kept[-1][0]) >= 13:
+            kept.append((at, label))
+    return kept
 
 
 def _width(text: str, size: int) -> float:

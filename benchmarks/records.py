@@ -28,11 +28,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, text.encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict:
+    """The object that `write_json` left; ValueError for any other file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: no object but {value!r:.60}")
+    return value
 
 
 def plain(value: Any) -> Any:
@@ -86,6 +90,8 @@ def versions() -> dict:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, (torch.Tensor, np.generic)):
+        value = value.tolist()
     return f"{value:.4g}" if isinstance(value, float) else " ".join(
         str(value).replace("|", "\\|").splitlines())
 

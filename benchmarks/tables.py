@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     readme = ROOT / "README.md"
+    if not readme.exists():
+        sys.exit(f"{readme} does not exist")
     before = readme.read_text(encoding="utf-8")
     blocks = len(BLOCK.findall(before))
     if not blocks == before.count("<!-- table:") == before.count("<!-- /table -->"):

@@ -14,7 +14,9 @@ from PIL import Image
 
 import figures
 import harness
+import records
 import tables
+from checkpoints import Snapshots
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = '''
@@ -116,9 +118,9 @@ def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, kill):
     assert code == 0 and "going on after step" in out, err
     for name in ("toy-0.jsonl", "toy-1.jsonl"):
         assert lines(tmp_path / "part" / name) == lines(tmp_path / "whole" / name)
-    # noqa: E731
-    read = lambda folder: json.loads((tmp_path / folder / "toy.json").read_text())["results"]
-    assert read("part") == read("whole")
+    read = [json.loads((tmp_path / folder / "toy.json").read_text())["results"]
+            for folder in ("part", "whole")]
+    assert read[0] == read[1]
 
 
 def test_a_run_killed_after_its_last_step_resumes_to_the_same_numbers(toy, tmp_path):
@@ -131,20 +133,93 @@ def test_a_run_killed_after_its_last_step_resumes_to_the_same_numbers(toy, tmp_p
     newest = max((tmp_path / "part").glob("*.pt"))
     script.write_text(TOY)
     whole = newest.read_bytes()
-    newest.write_bytes(whole[:500])
+    middle = whole.index(bytes(Snapshots(newest.parent).read("toy-0", 60)["generator"][:99])) + 50
+    for damaged in (whole[:500], whole[:-100],
+                    whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]):
+        newest.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{newest.name} is damaged.*; remove it"):
+            Snapshots(newest.parent).read("toy-0", 60)
+    newest.write_bytes(damaged)
     code, out, err = toy("--out", "part", "--resume")
-    assert code == 1 and f"{newest.name} is damaged" in err and "remove it" in err
+    assert code == 1 and f"{newest.name} is damaged" in err and "Traceback" not in err
     newest.write_bytes(whole)
-    for name in ("run.json", "recorded.json"):
-        content = (tmp_path / "part" / name).read_bytes()
-        (tmp_path / "part" / name).write_bytes(content[:20])
-        code, out, err = toy("--out", "part", "--resume")
-        assert code == 2 and f"{name} is damaged" in err and err.count("\n") == 1
-        (tmp_path / "part" / name).write_bytes(content)
+    left = newest.with_name(".toy-0-00000060.rank0.pt.0.tmp")
+    left.touch()
     assert toy("--out", "part", "--resume")[0] == 0 and toy("--out", "whole")[0] == 0
+    assert not left.exists()
     read = [json.loads((tmp_path / folder / "toy.json").read_text())["results"]
             for folder in ("part", "whole")]
     assert read[0] == read[1]
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    return lambda *arguments, **kind: harness.start(harness.parser("toy", **kind),
+                                                    ["--out", "a", *arguments])
+
+
+def counting(resume=None, missing=None):
+    for step in range(resume["step"] if resume else 0, 9):
+        if step == missing:
+            raise FileNotFoundError(2, "no such file", "cat.jpg")
+        if (yield {"step": step}) == "state":
+            yield {"step": step + 1}
+
+
+def test_what_kills_leave_behind_is_put_right(start):
+    folder, every = Path("a"), ("--checkpoint-seconds", "0")
+    run = start(*every)
+    with pytest.raises(FileNotFoundError) as stop:
+        run.drive("x", counting(missing=6))
+    assert str(stop.value) == "[Errno 2] no such file: 'cat.jpg'"       # and no word of the disk
+    (folder / "x.jsonl").write_bytes(b'{"step": 0}\n{"st')    # a disk's cache was lost
+    (folder / ".x-00000007.rank0.pt.1.tmp").touch()
+    run = start(*every, "--resume")
+    assert run.drive("x", counting(run.resumed("x"))) == {"step": 8}
+    assert [json.loads(line)["step"] for line in lines(folder / "x.jsonl")] == [0, 6, 7, 8]
+    old = {path: path.read_bytes() for path in folder.glob("*.pt")}
+    assert len(old) == 2 and not list(folder.glob(".*"))
+    run.record("x", 1.0)
+    for path, content in old.items():                         # killed before they were removed
+        path.write_bytes(content)
+    assert start(*every, "--resume").recorded("x") == 1 and not list(folder.glob("*.pt"))
+
+
+def test_a_run_does_not_go_on_from_damaged_or_others_files(start, capsys):
+    start().record("part", 1)
+    settings = json.loads(Path("a/run.json").read_text())
+    for name, changed, words in (
+            ("run.json", json.dumps({**settings, "nproc_per_node": 2}), "node was 2, now 1"),
+            ("run.json", "[]", "run.json is damaged"), ("run.json", "{", "run.json is damaged"),
+            ("recorded.json", '{"results', "recorded.json is damaged")):
+        path = Path("a", name)
+        before = path.read_text()
+        path.write_text(changed)
+        with pytest.raises(SystemExit):
+            start("--resume")
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+        path.write_text(before)
+
+
+def test_scripts_without_networks_refuse_their_options(start, capsys):
+    run = start(networks=False)
+    assert run.amp_dtype is None and type(run.wrap(torch.nn.Linear(1, 1))) is torch.nn.Linear
+    for option in ("--compile", "--workers=1", "--amp=bf16"):
+        with pytest.raises(SystemExit):
+            start(option, networks=False)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_process_with_no_share_does_not_spoil_the_mean(start, monkeypatch):
+    run = start()
+    run.world_size = 2
+    monkeypatch.setattr(run, "sum", lambda own: own + torch.tensor([6.0, 2.0, 2.0]))   # the other's
+    assert run.mean({"a": float("nan"), "count": 0.0}, 0) == {"a": 3.0, "count": 2.0}
+    monkeypatch.setattr(run, "sum", lambda own: own)          # no process has any
+    assert np.isnan(run.mean({"a": 1.0}, 0)["a"])
 
 
 def test_only_the_two_newest_snapshots_are_kept(toy, tmp_path):
@@ -196,7 +271,8 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
         (("--seeds", "0"), "--seeds: must be at least 1, not 0"),
         (("--seeds", "two"), "--seeds: invalid count value: 'two'"),
         (("--device", "cuda:77"), "--device cuda:77 is not usable here"),
-        (("--out", "file/x"), "cannot write the output folder"),
+        (("--out", "file/x"), "cannot write there"),
+        (("--figures", "file"), "'file'; choose other folders by --out and --figures"),
         (("--workers", "-1"), "must not be negative"),
         (("--record", "a/b"), "--record takes letters"),
         (("--kinds", "a", "a"), "--kinds names one twice: a a"),
@@ -236,14 +312,15 @@ def test_a_fresh_run_keeps_an_unfinished_one(toy, tmp_path):
 
 def test_a_full_disk_ends_with_a_clear_line_and_whole_files(toy, tmp_path):
     import resource
-    # noqa: E731  smaller than a snapshot
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+
+    def limit():                                              # smaller than a snapshot
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
     code, out, err = toy("--out", "a", "--checkpoint-seconds", "0", preexec_fn=limit)
-    assert code == 1 and "writing failed after step 1" in err and "--resume" in err
+    assert code == 1 and "writing to a failed" in err and "--resume" in err
     assert "Traceback" not in err
     assert not list((tmp_path / "a").glob("*.pt")) and not list((tmp_path / "a").glob(".*tmp"))
     code, out, err = toy("--out", "b", "--steps", "200", preexec_fn=limit)   # or the log
-    assert code == 1 and "writing failed after step" in err and "Traceback" not in err
+    assert code == 1 and "writing to b failed" in err and "Traceback" not in err
 
 
 def test_results_are_kept_when_the_table_cannot_be_printed(toy, tmp_path):
@@ -262,24 +339,29 @@ def test_a_progress_line_fits_the_terminal(monkeypatch, capsys):
     line.close()
     text = capsys.readouterr().err
     assert text.startswith("\rlong 3/5") and text.endswith("\x1b[K\n") and len(text) == 40 + 4
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
+    line = harness.ProgressLine("long", 5)                    # a terminal that does not know
+    line.update(5)
+    line.close()
+    assert "long 5/5" in capsys.readouterr().err
 
 
 def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "x.json"
-    harness.write_json(path, {"a": np.float32(1.5), "b": torch.tensor([1, 2]), "c": float("inf")})
+    records.write_json(path, {"a": np.float32(1.5), "b": torch.tensor([1, 2]), "c": float("inf")})
     def fail(file):
         file.write(b"half")
         raise OSError("disk full")
     with pytest.raises(OSError):
-        harness.write_atomically(path, fail)
+        records.write_atomically(path, fail)
     assert json.loads(path.read_text()) == {"a": 1.5, "b": [1, 2], "c": None}
     with ThreadPoolExecutor(8) as pool:                       # writers of one file do not meet
-        list(pool.map(lambda number: harness.write_json(path, number), range(100)))
+        list(pool.map(lambda number: records.write_json(path, number), range(100)))
     assert json.loads(path.read_text()) in range(100) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_format_table_and_readme_block(tmp_path, monkeypatch):
-    table = harness.format_table([{"a": 1.23456, "b|": None}, {"a": "x\n|y", "c": True}])
+    table = records.format_table([{"a": 1.23456, "b|": None}, {"a": "x\n|y", "c": True}])
     assert table.splitlines() == ["| a     | b\\| | c    |", "|-------|-----|------|",
                                   "| 1.235 | -   | -    |", "| x \\|y | -   | True |"]
     run = {"claims": [{"claim": "c", "holds": None}], "tables": {"main": [{"m": 1}]},
@@ -290,6 +372,8 @@ def test_format_table_and_readme_block(tmp_path, monkeypatch):
     assert "| 1 |" in tables.render("x", "main") and "not asserted" in tables.render("x", "claims")
     with pytest.raises(SystemExit, match="no table 'other'"):
         tables.render("x", "other")
+    assert records.format_table([{"a": np.float32(1.23456), "b": torch.tensor(2.34567)}]).endswith(
+        "| 1.235 | 2.346 |")
     (tmp_path / "y.json").write_text("{}")
     with pytest.raises(SystemExit, match="y.json is no record of a run: KeyError.'claims'"):
         tables.render("y", "claims")
@@ -367,11 +451,28 @@ def test_charts_of_odd_values(tmp_path):
     figures.line_chart(path, names, size=(200, 140), title="t" * 99, ylabel="y" * 99)
     assert figures._ticks(1e8, 1e8 + 2, False)[1][1] == "100000000.5"
     assert figures._wrap("one two three four", 50) == "one two\nthree\nfour"
+    assert [label for _, label in figures._ticks(1.8, 47, True)] == ["2", "5", "10", "20"]
+    figures.bar_chart(path, [f"label {i}" for i in range(30)], {"m": range(1, 31)}, logy=True)
+    figures.line_chart(path, {"a": ([1, 2], [1, 2], [3, 3])}, logy=True)
     heat = np.arange(12.0).reshape(3, 4)
     plain, heat[0, 0], heat[2, 3] = figures.heat_colors(heat), -inf, inf
     assert np.array_equal(figures.heat_colors(heat)[[0, 2], [0, 3]], plain[[0, 2], [0, 3]])
     assert len(np.unique(figures.heat_colors(heat).reshape(-1, 3), axis=0)) > 9
     figures.heat_colors(np.full((2, 2), nan))
+
+
+def test_charts_hide_nothing(tmp_path):
+    path, x = tmp_path / "x.png", np.linspace(0, 1, 50)
+    lines = {f"line {i}": (x, i + 0 * x) for i in range(8)}
+    figures.line_chart(path, lines)                           # fills the axes: the legend is beside
+    assert Image.open(path).width > 640
+    figures.line_chart(path, {"a": (x, x)})
+    assert Image.open(path).size == (640, 420)
+    ticks = [(i / 99, str(i)) for i in range(100)]
+    chart = figures.Chart((0, 1), (0, 1), xticks=ticks, yticks=ticks, ylabel="y" * 200)
+    chart.text(1, 0.5, "words that begin at the right edge")
+    assert np.asarray(chart.canvas)[:, -4:].min() == 255      # and end within the picture
+    figures.draw_boxes(np.zeros((4, 4)), [[0, 0, np.inf, 1e12], [np.nan, 0, 1, 1]])
 
 
 def test_every_process_takes_its_own_gpu(monkeypatch):
