@@ -174,7 +174,7 @@ def detection(draws, deltas=(0.01, 0.03, 0.1, 0.3, 1.0)):
 # ---------------------------------------------------------------- together
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, seeds=3, data=False), argv)
+    run = harness.start(harness.parser(__doc__, seeds=3, data=False, networks=False), argv)
     tiny = run.args.preset == "tiny"
     lemma_rows = lemmas(run.seeds, 100 if tiny else 2000)
     if tiny:

@@ -137,7 +137,8 @@ def draw(model: Pilot, path) -> None:
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3, data=False)
+    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"),
+                            seeds=3, data=False, networks=False)
     run = harness.start(parser, argv)
     settings, table, models = PRESETS[run.args.preset], [], []
     for seed in run.seeds[:1] if run.args.preset == "tiny" else run.seeds:

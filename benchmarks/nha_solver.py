@@ -115,7 +115,7 @@ def stiff_batch(batch: int, t_end: float, mu: float, device: torch.device) -> li
 
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, data=False), argv)
+    run = harness.start(harness.parser(__doc__, data=False, networks=False), argv)
     tiny = run.args.preset == "tiny"
     orders = observed_orders(run.device, ("euler", "dopri5") if tiny else tuple(nha.METHODS))
     events = event_errors(run.device)

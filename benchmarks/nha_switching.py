@@ -155,7 +155,8 @@ def draw(models: dict[str, GatedFields], path) -> None:
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"), seeds=3, data=False)
+    parser = harness.parser(__doc__, presets=("default", "tiny", "paper"),
+                            seeds=3, data=False, networks=False)
     run = harness.start(parser, argv)
     settings, table, models = PRESETS[run.args.preset], [], {}
     test = arcs(settings["pool"] // 4, torch.Generator().manual_seed(999)).to(run.device)

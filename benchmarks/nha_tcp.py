@@ -337,7 +337,8 @@ def build(name: str) -> nha.NHA:
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, presets=("default", "short", "tiny", "paper"), data=False)
+    parser = harness.parser(__doc__, presets=("default", "short", "tiny", "paper"),
+                            data=False, networks=False)
     run = harness.start(parser, argv)
     settings, seed = PRESETS[run.args.preset], run.args.seed
     data = simulate(settings["folds"] * settings["size"] + settings["test"],

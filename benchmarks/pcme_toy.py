@@ -174,7 +174,7 @@ def study(run: harness.Run, method: str, seed: int, tiny: bool) -> dict:
 # ---------------------------------------------------------------- the script
 
 def main(argv: list[str] | None = None) -> None:
-    run = harness.start(harness.parser(__doc__, seeds=5, data=False), argv)
+    run = harness.start(harness.parser(__doc__, seeds=5, data=False, networks=False), argv)
     for seed in run.seeds:
         for method in METHODS:
             if run.recorded(run_name(method, seed)) is None:

@@ -322,7 +322,7 @@ def claims(rows, expected, judged):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3)
+    parser = harness.parser(__doc__, presets=tuple(PRESETS), seeds=3, networks=False)
     for side in ("real", "fake"):
         parser.add_argument(f"--{side}", type=Path, help=f"folder of {side} images (recursive)")
         parser.add_argument(f"--{side}-features", type=Path,

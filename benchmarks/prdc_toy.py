@@ -125,7 +125,8 @@ def modes(run, n, seeds):
 # ---------------------------------------------------------------- together
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, presets=tuple(SIZES), seeds=20, data=False), argv)
+    run = harness.start(harness.parser(__doc__, presets=tuple(SIZES),
+                                       seeds=20, data=False, networks=False), argv)
     n = SIZES[run.args.preset]
     few = run.seeds[:3]
     equal, k_rows = equal_sets(run, n), by_k(run, n)

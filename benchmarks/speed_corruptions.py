@@ -101,7 +101,7 @@ def package_rows(run, photo, rounds):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, data=False)
+    parser = harness.parser(__doc__, data=False, networks=False)
     parser.add_argument("--images", type=harness.count, help="32-pixel images per corruption")
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"

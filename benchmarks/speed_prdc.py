@@ -144,7 +144,7 @@ def growth(run, counts, dimension):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, data=False)
+    parser = harness.parser(__doc__, data=False, networks=False)
     parser.add_argument("--sizes", nargs="+", metavar="NxD",
                         help="default: 2000, 5000 and 10000 times 64 and 2048; "
                         "with --growth only N counts, by default 5000, 10000, 20000 and 50000")

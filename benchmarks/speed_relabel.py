@@ -99,7 +99,7 @@ def reading(run: harness.Run, topk, rounds: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, data=False)
+    parser = harness.parser(__doc__, data=False, networks=False)
     parser.add_argument("--batch", type=harness.count, default=256)
     parser.add_argument("--repeats", type=harness.count, default=31)
     run = harness.start(parser, argv)

@@ -109,7 +109,7 @@ def box_rows(name: str, split: wsol_data.Split) -> tuple[list[dict], list[dict],
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, networks=False)
     parser.real.add_argument("--masks", type=Path,
                              help="folder of the masks that the metadata name")
     run = harness.start(parser, argv)

@@ -104,7 +104,7 @@ def calibrations(count: int, seed: int) -> tuple[list[dict], dict]:
 
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, seeds=3, data=False), argv)
+    run = harness.start(harness.parser(__doc__, seeds=3, data=False, networks=False), argv)
     tiny = run.args.preset == "tiny"
     step_table = []
     for w0 in (0.1, 0.6) if tiny else STEPS:
