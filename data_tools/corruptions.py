@@ -41,6 +41,7 @@ from data_tools.corruption_filters import (  # noqa: F401  (offered under this m
 from data_tools.corruption_recipes import (  # noqa: F401
     CORRUPTIONS, GROUPS, PARAMETERS, RECIPES, TEST_CORRUPTIONS, check_textures,
 )
+from data_tools.files import reading
 
 
 # ---- one image, a batch --------------------------------------------------------------------------
@@ -262,6 +263,11 @@ def make_cifar_c(images: np.ndarray, out_dir: str | Path, labels=None, *,
         marks.unlink()
 
 
+def _array(file: Path) -> np.ndarray:
+    with reading(file, "a whole .npy file"):
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
 def load_cifar_c(dir: str | Path, name: str,
                  severity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Memory-mapped images and labels of one corruption: N of one severity, or all 5N (labels
@@ -269,7 +275,7 @@ def load_cifar_c(dir: str | Path, name: str,
     if severity not in (None, 1, 2, 3, 4, 5):
         raise ValueError(f"severity must be None or 1..5, not {severity!r}")
     file, label_file = Path(dir) / f"{name}.npy", Path(dir) / "labels.npy"
-    images, labels = np.load(file, mmap_mode="r"), np.load(label_file)
+    images, labels = _array(file), np.array(_array(label_file))
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) % 5:
         raise ValueError(f"{file}: expected uint8 (5N, H, W, C), found "
                          f"{images.dtype} {images.shape}")
@@ -428,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
                 test = cifar(args.src, cifar_name, train=False)
                 images, labels = test.images, test.labels
             else:
-                images, labels = np.load(args.src, mmap_mode="r"), None
+                images, labels = _array(args.src), None
             make_cifar_c(images, args.dst, labels, variant=args.variant or "cifar", **common)
         else:
             make_imagenet_c(args.src, args.dst, severities=args.severity, size=args.size,

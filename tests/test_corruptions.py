@@ -390,6 +390,10 @@ def test_cifar_c_workers_and_errors(tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(3))
     with pytest.raises(ValueError, match="labels.npy"):
         C.load_cifar_c(tmp_path, "fog")
+    for broken in (b"", (tmp_path / "fog.npy").read_bytes()[:500]):
+        (tmp_path / "frost.npy").write_bytes(broken)
+        with pytest.raises(ValueError, match="frost.npy: not a whole"):
+            C.load_cifar_c(tmp_path, "frost")
     np.save(tmp_path / "snow.npy", np.zeros((7, 2, 2, 3), np.uint8))
     with pytest.raises(ValueError, match="snow.npy"):
         C.load_cifar_c(tmp_path, "snow")
@@ -489,7 +493,9 @@ def test_command_line_arrays_sheet_and_mistakes(tmp_path):
     assert "invalid choice" in run(tmp_path / "x.npy", tmp_path / "c", "--names", "fogg").stderr
     assert "DST is missing" in run(tmp_path / "x.npy").stderr
     np.save(tmp_path / "float.npy", np.zeros((2, 32, 32, 3)))
+    (tmp_path / "empty.npy").write_bytes(b"")
     for mistake in ((tmp_path / "float.npy", tmp_path / "d"),
+                    (tmp_path / "empty.npy", tmp_path / "d"),
                     (tmp_path / "x.npy", tmp_path / "d", "--textures", tmp_path / "nothing")):
         failed = run(*mistake)
         assert failed.returncode == 1 and failed.stderr.startswith("error: "), failed.stderr
