@@ -52,8 +52,9 @@ import os
 import threading
 import uuid
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate, islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -191,18 +192,30 @@ class _Screen:
         out = self.buffer[:len(left) * len(right)].view(len(left), len(right))
         rows, columns = (((1 - self.relative) * p.norms[s] - self.absolute).to(self.dtype)
                          for p, s in ((a, part_a), (b, part_b)))
-        with SETTING:                                         # it is that of all threads
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")     # no TF32, no bfloat16
-            try:                                              # the norms come last, each added once
-                torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)
-            finally:
-                torch.set_float32_matmul_precision(before)
-        return out.add_(columns).add_(rows.unsqueeze(1))
+        with _full_float32():
+            torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)
+        return out.add_(columns).add_(rows.unsqueeze(1))      # norms come last, each added once
 
     def gap(self, a: _Points, i: Tensor, b: _Points, j: Tensor) -> Tensor:
         """Upper minus lower bound of the pairs (i, j)."""
         return 2 * self.relative * (a.norms[i] + b.norms[j]) + 4 * self.absolute
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Products without TF32 and bfloat16, whatever torch is set to, which all threads share.
+
+    Since torch 2.9 each backend has a setting; reading the old common one fails where they differ.
+    """
+    with SETTING, ExitStack() as undo:
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            for products in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                undo.callback(setattr, products, "fp32_precision", products.fp32_precision)
+                products.fp32_precision = "ieee"
+        else:
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 # ---------------------------------------------------------------- pass 1: radii
@@ -454,11 +467,12 @@ def compute_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequen
 
 
 def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[int] = 5, *,
-              real_radii: tuple[Tensor, float] | None = None, **options: Any) -> Iterator[dict]:
+              real_radii: tuple[Tensor, float] | None = None, quiet: bool = False,
+              **options: Any) -> Iterator[dict]:
     """`compute_prdc` in steps: yields {"stage", "done", "total"} per block.
 
     The last dict also has "result", and "real_radii": squared radii of the reals (K, N) and the
-    scale they are in, to be passed again with the same reals.
+    scale they are in, to be passed again with the same reals. quiet: no warnings.
     """
     ks, options = _check_k(nearest_k), _check_options(options)
     device, group, metrics = options["device"], options["group"], options["metrics"]
@@ -475,9 +489,9 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
     with_recall = bool({"recall", "f_score"} & set(metrics))
     _check_sets(real, fake, max(ks), with_recall)
     n, m, k = len(real), len(fake), max(ks)
-    if rank == 0 and same:
+    if same and rank == 0 and not quiet:
         warnings.warn("real_features and fake_features are the same tensor", stacklevel=3)
-    elif rank == 0 and (n < 1000 or n != m):
+    elif (n < 1000 or n != m) and rank == 0 and not quiet:
         warnings.warn(f"{n} real and {m} fake rows: for equal distributions expect a coverage of "
                       f"{expected_coverage(k, n, m):.4f} at nearest_k = {k}", stacklevel=3)
 
@@ -516,10 +530,10 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
             own = counts[name]
             counts[name] = _gather(own.T.to(torch.int64).contiguous(), group).T.to(own.dtype)
         dist.all_reduce(counts["realism"], dist.ReduceOp.MAX, group=group)
-    if options["ties"] == "strict" and not real_r2.any():
+    if options["ties"] == "strict" and not real_r2.any() and not quiet:
         warnings.warn("every real ball has radius 0 (constant or heavily duplicated features): no "
                       'point is inside an open ball; ties="inclusive" counts equal points',
-                      stacklevel=2)
+                      stacklevel=3)
 
     result = _result(counts, real_r2, fake_r2, scale, ks, options)
     if not _is_several(nearest_k):
@@ -567,10 +581,8 @@ def compute_nearest_neighbour_distances(input_features: Any, nearest_k: int) -> 
 
 def _radii_alone(z: Tensor, nearest_k: Any, **options: Any) -> tuple[Tensor, float]:
     """Squared radii (K, N) of one set, and the scale they are in."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for step in iter_prdc(z, z[:1], nearest_k, metrics="density", **options):
-            pass
+    for step in iter_prdc(z, z[:1], nearest_k, quiet=True, metrics="density", **options):
+        pass
     return step["real_radii"]
 
 
@@ -603,33 +615,37 @@ def expected_coverage(nearest_k: int, num_real: int, num_fake: int) -> float:
     if not (1 <= nearest_k <= num_real - 1 and num_fake >= 1):
         raise ValueError("need 1 <= nearest_k <= num_real - 1 and num_fake >= 1, not nearest_k="
                          f"{nearest_k}, num_real={num_real}, num_fake={num_fake}")
-    return -math.expm1(sum(math.log1p(-num_fake / (num_real + num_fake - i))
-                           for i in range(1, nearest_k + 1)))
+    return -math.expm1(next(islice(_log_empty(num_real, num_fake), nearest_k - 1, None)))
+
+
+def _log_empty(num_real: int, num_fake: int) -> Iterator[float]:
+    """log(1 - E[coverage]) of k = 1, 2, ..., num_real - 1."""
+    return accumulate(math.log1p(-num_fake / (num_real + num_fake - i)) for i in range(1, num_real))
 
 
 def ball_count_pmf(nearest_k: int, num_real: int, num_fake: int) -> Tensor:
     """P(c fakes in a real ball), c = 0..M, float64, for equal distributions.
 
     Negative hypergeometric: C(c + k - 1, c) C(M - c + N - 1 - k, M - c) / C(N + M - 1, M), of mean
-    k M / N; the first entry is 1 - E[coverage].
+    k M / N. The first entry is 1 - E[coverage], the next follow from the ratios of neighbours.
     """
     expected_coverage(nearest_k, num_real, num_fake)          # checks the arguments
-
-    def log_choose(n: Tensor, r: Tensor) -> Tensor:
-        return torch.lgamma(n + 1) - torch.lgamma(r + 1) - torch.lgamma(n - r + 1)
-
-    c = torch.arange(num_fake + 1, dtype=torch.float64)
-    rest, fakes = num_fake - c, torch.tensor(float(num_fake), dtype=torch.float64)
-    return (log_choose(c + nearest_k - 1, c) + log_choose(rest + num_real - 1 - nearest_k, rest)
-            - log_choose(fakes + num_real - 1, fakes)).exp()
+    first = next(islice(_log_empty(num_real, num_fake), nearest_k - 1, None))
+    c = torch.arange(num_fake, dtype=torch.float64)
+    rest = num_fake - c
+    ratio = (c + nearest_k) * rest / ((c + 1) * (rest + num_real - 1 - nearest_k))
+    return torch.cat([c.new_tensor([first]), ratio.log()]).cumsum(0).exp()
 
 
 def select_k(num_real: int, num_fake: int, min_coverage: float = 0.95) -> int:
     """The smallest k whose expected coverage exceeds `min_coverage` (section 3.3)."""
-    k = 1 + bisect_right(range(1, num_real), min_coverage,
-                         key=lambda k: expected_coverage(k, num_real, num_fake))
-    if k < num_real:
-        return k
+    _check_integers(num_real=num_real, num_fake=num_fake)
+    if not isinstance(min_coverage, Real):
+        raise TypeError(f"min_coverage must be a number, not {min_coverage!r}")
+    if num_fake >= 1 and min_coverage < 1:
+        for k, log_empty in enumerate(_log_empty(num_real, num_fake), 1):
+            if -math.expm1(log_empty) > min_coverage:
+                return k
     raise ValueError(f"no nearest_k below num_real = {num_real} has an expected coverage above "
                      f"{min_coverage} with num_fake = {num_fake}")
 
@@ -694,14 +710,17 @@ class PRDC:
         """Tensors, numbers and None; torch.load(..., weights_only=True) reads it back."""
         chunks = {"real": self._real, "fake": self._fake}
         empty = next((c[:0] for c in (*self._real, *self._fake)), torch.zeros(0, 0))
-        return {name: torch.cat(rows) if rows else empty for name, rows in chunks.items()} | {
+        return {name: _joined(rows) if rows else empty for name, rows in chunks.items()} | {
             "radii": copy.deepcopy(self._radii), "radii_of": list(self._radii_of)}
 
     def load_state_dict(self, d: dict) -> None:
         """Take over what `state_dict` returned; radii for another nearest_k are computed anew."""
-        d = copy.deepcopy({name: d[name] for name in ("real", "fake", "radii", "radii_of")})
-        self._real, self._fake = ([d[name]] if len(d[name]) else [] for name in ("real", "fake"))
-        self._radii = d["radii"] if d["radii_of"] == self._radii_of else None
+        names = ("real", "fake", "radii", "radii_of")
+        if not isinstance(d, dict) or not d.keys() >= set(names):
+            raise ValueError(f"load_state_dict needs a dict with {', '.join(names)}, not {d!r:.80}")
+        real, fake = (_features(d[name], name, self.options["device"]) for name in names[:2])
+        self._real, self._fake = ([rows.clone()] if len(rows) else [] for rows in (real, fake))
+        self._radii = copy.deepcopy(d["radii"]) if d["radii_of"] == self._radii_of else None
 
     def cache_real(self, path: str | Path) -> None:
         """Load the reals and their radii from `path` (.npz) if it exists; else write them there."""
@@ -711,15 +730,15 @@ class PRDC:
                 with np.load(path, allow_pickle=False) as file:
                     kept = {name: file[name] for name in file.files}
                 known, scale = kept["nearest_k"].tolist(), float(kept["scale"])
-                rows, squared = kept["real_features"], torch.from_numpy(kept["squared_radii"])
+                rows = _features(kept["real_features"], "real_features", self.options["device"])
+                _check_finite(real_features=rows)
+                squared = torch.from_numpy(kept["squared_radii"])
                 if squared.shape[:-1] != (len(known),) or not (squared / scale).isfinite().all():
                     raise ValueError("its radii are not finite numbers, one row for each nearest_k")
             except Exception as error:
                 raise ValueError(f"{path} was not written by cache_real: {error}") from error
             if missing := [k for k in ks if k not in known]:
                 raise ValueError(f"{path} holds radii for nearest_k {known}, not for {missing}")
-            rows = _features(rows, "real_features", self.options["device"])
-            _check_finite(real_features=rows)
             self._real = [rows] if len(rows) else []
             self._radii = squared[[known.index(k) for k in ks]], scale
             return
@@ -749,28 +768,30 @@ def bootstrap_prdc(real_features: Any, fake_features: Any, nearest_k: int = 5, *
     Subsets are drawn without replacement (with it, duplicates would make radii of 0), by default of
     half the smaller set: an error bar for that size, which is larger than that of the whole.
     """
-    _check_k(nearest_k, one=True)
+    (k,), options = _check_k(nearest_k, one=True), _check_options(options)
     _check_integers(num_subsets=num_subsets, seed=seed,
                     **{} if subset_size is None else {"subset_size": subset_size})
     if num_subsets < 2:
         raise ValueError(f"num_subsets must be at least 2, not {num_subsets}")
-    real = _features(real_features, "real_features", options.get("device"))
-    fake = _features(fake_features, "fake_features", options.get("device"))
-    rank, world, group = 0, 1, options.get("group")
+    real = _features(real_features, "real_features", options["device"])
+    fake = _features(fake_features, "fake_features", options["device"])
+    rank, world, group = 0, 1, options["group"]
     if group is not None:                                     # each takes its share of every subset
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         real, fake = _gather(real, group), _gather(fake, group)
-    size = min(len(real), len(fake)) // 2 if subset_size is None else subset_size
-    if not 1 <= size <= min(len(real), len(fake)):
-        raise ValueError(f"subset_size must be in 1..{min(len(real), len(fake))}, not {size}")
+    _check_sets(real, fake, k, with_recall=True)
+    smaller = min(len(real), len(fake))
+    size = smaller // 2 if subset_size is None else subset_size
+    if not k < size <= smaller:
+        raise ValueError(f"subset_size must be in {k + 1}..{smaller} for nearest_k={k}, not {size}")
     generator = torch.Generator().manual_seed(int(seed))
     results = []
     for _ in range(num_subsets):
         x, y = (z[torch.randperm(len(z), generator=generator, device="cpu")[rank:size:world]
                   .to(z.device)] for z in (real, fake))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results.append(compute_prdc(x, y, nearest_k, **options))
+        for step in iter_prdc(x, y, k, quiet=True, **options):
+            pass
+        results.append(step["result"])
     samples = {name: torch.tensor([r[name] for r in results], dtype=torch.float64, device="cpu")
                for name, value in results[0].items() if isinstance(value, float)}
     return tuple({name: f(values).item() for name, values in samples.items()}
@@ -846,6 +867,12 @@ def _features(value: Any, name: str, device: Any) -> Tensor:
                          "use .flatten(1) on maps")
     value = value.detach().to(device=value.device if device is None else device)
     return value if value.dtype in NATIVE else value.to(torch.float64)
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """One tensor of all rows; integers beside fractions become float64, not the narrower type."""
+    mixed = len({part.is_floating_point() for part in rows}) > 1
+    return torch.cat([part.to(torch.float64) for part in rows] if mixed else rows)
 
 
 def _check_sets(real: Tensor, fake: Tensor, kmax: int, with_recall: bool) -> None:

@@ -281,9 +281,16 @@ def test_expected_coverage_and_the_law_of_counts():
                                                             rel=1e-13)
     assert prdc.select_k(10_000, 10_000) == 5 and prdc.select_k(10_000, 5_000) == 8
     assert prdc.select_k(100_000, 1, 0.499995) == 50_000      # one fake: coverage is k / N
+    assert prdc.select_k(10**9, 10**9) == 5
     with pytest.raises(ValueError, match="coverage above 1.0"):
-        prdc.select_k(100_000, 100_000, 1.0)
-    for k, n, m in ((5, 50, 80), (1, 3, 2), (7, 900, 300)):
+        prdc.select_k(10**9, 10**9, 1.0)
+    for wrong, words in (((9.5, 9), "num_real must be an integer"), ((9, "9"), "num_fake"),
+                         ((9, 9, "0.5"), "min_coverage must be a number, not '0.5'")):
+        with pytest.raises(TypeError, match=words):
+            prdc.select_k(*wrong)
+    assert prdc.ball_count_pmf(60, 500, 500)[0].item() == pytest.approx(
+        math.comb(499, 60) / math.comb(999, 60), rel=1e-12)
+    for k, n, m in ((5, 50, 80), (1, 3, 2), (7, 900, 300), (5, 10**9, 1000)):
         law = prdc.ball_count_pmf(k, n, m)
         c = torch.arange(m + 1, dtype=torch.float64)
         assert law.sum().item() == pytest.approx(1, abs=1e-10)
@@ -381,15 +388,16 @@ def test_a_metric_owns_what_it_holds_and_survives_bad_batches(tmp_path):
     for tensor in (state["real"], state["fake"], state["radii"][0]):
         tensor.zero_()
     assert metric.compute() == other.compute() == expected
-    with pytest.raises(KeyError, match="radii_of"):
-        other.load_state_dict({name: state[name] for name in ("real", "fake", "radii")})
+    for wrong in ({name: state[name] for name in ("real", "fake", "radii")}, None):
+        with pytest.raises(ValueError, match="needs a dict with real, fake, radii, radii_of"):
+            other.load_state_dict(wrong)
     assert other.compute() == expected
     metric.cache_real(tmp_path / "real.npz")
     with np.load(tmp_path / "real.npz") as file:
         kept = dict(file)
     for name in ("real_features", "squared_radii", "scale"):
         np.savez(tmp_path / "broken.npz", **kept | {name: kept[name] * math.nan})
-        with pytest.raises(ValueError, match="not finite|with NaN"):
+        with pytest.raises(ValueError, match="broken.npz was not .*(not finite|with NaN)"):
             metric.cache_real(tmp_path / "broken.npz")
     np.savez(tmp_path / "fewer.npz", **kept | {"real_features": kept["real_features"][:40]})
     metric.cache_real(tmp_path / "fewer.npz")                 # radii of other rows: not used
@@ -423,6 +431,21 @@ def test_kept_radii_serve_only_where_they_are_right(tmp_path):
     assert result == compute_prdc(small, fake * 1e-200, 5)
 
 
+@pytest.mark.parametrize("narrow", [torch.float32, torch.float16, torch.bfloat16])
+def test_batches_of_other_types_lose_no_digits(narrow):
+    """torch.cat gives integers beside fractions the narrow type, where 70,000 may be infinite."""
+    integers = (100 * normal(2, 40, 2)).long() + 2**25 + 1
+    fractions = (100 * normal(20, 2)).to(narrow)
+    real, fake = [integers[0], fractions, integers[1, :5]], [fractions[:9] + 1, integers[1]]
+    metric = PRDC(3, details=True)
+    for rows, side in ((real, True), (fake, False)):
+        for part in rows:
+            metric.update(part, side)
+    result = metric.compute()
+    assert_equal(result, brute_force(*(torch.cat([part.double() for part in rows])
+                                       for rows in (real, fake)), 3))
+
+
 def test_sums_do_not_depend_on_blocks_and_threads():
     real, fake = normal(12, 40_000), normal(11, 40_000, seed=1)
     found = []
@@ -453,6 +476,27 @@ def test_threads_leave_the_setting_of_products_alone():
         sys.setswitchinterval(interval)
         torch.set_float32_matmul_precision("highest")
     assert [found[number] for number in range(len(sets))] == expected
+
+
+@pytest.mark.parametrize("kind", ["one", "each", "old"])
+def test_every_setting_of_products_is_respected_and_kept(kind, monkeypatch):
+    real, fake = normal(40, 8), normal(40, 8, seed=1)
+    expected, backends = compute_prdc(real, fake), torch.backends
+    products = [p for p in (backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None))
+                if hasattr(p, "fp32_precision")]              # since torch 2.9
+    try:
+        if kind == "each":                                    # torch cannot name a common one here
+            for p, precision in zip(products, ("tf32", "bf16")):
+                p.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision("high")
+        before = [p.fp32_precision for p in products]
+        if kind == "old":
+            monkeypatch.setattr(backends.cuda, "matmul", object())        # torch 2.4
+        assert compute_prdc(real, fake) == expected
+        assert [p.fp32_precision for p in products] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_inputs_are_left_alone_and_may_be_of_any_kind():
@@ -522,6 +566,13 @@ def test_subsets_and_progress():
                              ({"subset_size": 500}, "subset_size"), ({"subset_size": 9.5}, "9.5")]:
         with pytest.raises((ValueError, TypeError), match=words):
             prdc.bootstrap_prdc(real, fake, 3, **arguments)
+    broken = real.clone()
+    broken[7, 0] = math.nan                                   # whether a subset has the row or not
+    for sets, size, words in (((broken, fake), 100, "real_features has 1 rows with NaN"),
+                              ((real, fake[:0]), None, "fake_features has 0 rows"),
+                              ((real, fake), 3, "subset_size must be in 4..200 for nearest_k=3")):
+        with pytest.raises(ValueError, match=words):
+            prdc.bootstrap_prdc(*sets, 3, subset_size=size)
     with torch.device("meta"):                                # any default device of the caller
         assert prdc.bootstrap_prdc(real, fake, 3, num_subsets=5, seed=np.int64(1)) == again
 
@@ -660,6 +711,21 @@ def test_warnings_tell_what_to_expect():
     assert "same tensor" in texts(real, real, 5)
     assert 'ties="inclusive"' in texts(torch.ones(20, 2), torch.ones(30, 2), 5)
     assert texts(normal(1000, 2), normal(1000, 2, seed=1), 5) == ""
+
+
+def test_filters_of_warnings_are_left_alone(monkeypatch):
+    """They are those of all threads: a call that changes them for a while may undo another's."""
+    real, before, seen = normal(50, 3), list(warnings.filters), []
+
+    def watched(*arguments, original=prdc.iter_prdc, **options):
+        seen.append(list(warnings.filters))
+        return original(*arguments, **options)
+    monkeypatch.setattr(prdc, "iter_prdc", watched)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filters[:] = before
+        prdc.compute_nearest_neighbour_distances(real, 5)
+        prdc.bootstrap_prdc(real, real, 5, num_subsets=2)
+    assert seen == 3 * [before] and not caught
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
