@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from records import write_atomically
 
-COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#d9a400", "#25b8cc", "#6b1f2b", "#7f7f7f",
+COLORS = ("#1f6fb4", "#d9541e", "#2f9e44", "#8e44ad", "#d9a400", "#25b8cc", "#6b1f2b", "#6e6e6e",
           "#ec7fc4", "#9cbf1a")
 INK, GRID = "#333333", "#e4e4e4"
 ZOOM = 2                                      # charts are drawn larger and reduced: smooth lines
@@ -160,19 +160,16 @@ class Chart:
 
     def line(self, x, y, color: str = COLORS[0], label: str = "", width: float = 2,
              dashed: bool = False) -> None:
-        """A polyline; gaps where a value is not finite (or not positive on a log axis)."""
+        """A polyline, cut off at the axes; gaps where a value is not finite (or not positive on a
+        log axis)."""
         self._remember(label, color)
         run: list[tuple[float, float]] = []
-        for px, py in [*self._points(x, y), (math.nan, math.nan)]:
+        for px, py in [*self._points(x, y, beyond=9), (math.nan, math.nan)]:
             if math.isfinite(px) and math.isfinite(py):
                 run.append((px, py))
                 continue
-            pieces = _dashes(run) if dashed else [run]
-            for piece in pieces:
-                if len(piece) > 1:
-                    self._stroke(piece, color, width)
-            if len(run) == 1:                                 # no neighbour: a dot
-                self._dot(*run[0], color, width)
+            for piece in _dashes(run) if dashed and len(run) > 1 else [run]:
+                self._curve(piece, color, width)
             run = []
 
     def points(self, x, y, color: str = COLORS[0], label: str = "", radius: float = 3) -> None:
@@ -248,26 +245,42 @@ class Chart:
             self._label(x + 30, middle, label, "lm", 12)
 
     def _remember(self, label: str, color: str) -> None:
-        if label:
+        if label and (label, color) not in self.legend:
             self.legend.append((label, color))
 
-    def _pixel(self, value: float, axis: int) -> float:
+    def _pixel(self, value: float, axis: int, beyond: float = 0.02) -> float:
         low, high = self.limits[axis]
         if self.logs[axis]:
             if not value > 0:
                 return math.nan
             value, low, high = math.log10(value), math.log10(low), math.log10(high)
         at = (value - low) / (high - low)
-        at = min(max(at, -0.02), 1.02) if math.isfinite(at) else math.nan    # outside: on the edge
+        at = min(max(at, -beyond), 1 + beyond) if math.isfinite(at) else math.nan    # on the edge
         x0, y0, x1, y1 = self.box
         return x0 + at * (x1 - x0) if axis == 0 else y1 - at * (y1 - y0)
 
-    def _points(self, x, y) -> list[tuple[float, float]]:
-        return [(self._pixel(float(a), 0), self._pixel(float(b), 1)) for a, b in zip(x, y)]
+    def _points(self, x, y, beyond: float = 0.02) -> list[tuple[float, float]]:
+        return [(self._pixel(float(a), 0, beyond), self._pixel(float(b), 1, beyond))
+                for a, b in zip(x, y)]
 
     def _stroke(self, points, color: str, width: float) -> None:
         self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill=color,
                       width=max(1, round(width * ZOOM)), joint="curve")
+
+    def _curve(self, points, color: str, width: float) -> None:
+        """A stroke within the axes; a dot if it leads nowhere."""
+        x0, y0, x1, y1 = self.box
+        before = None
+        if not all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in points):
+            before = self.canvas.copy()
+        if len(set(points)) == 1:
+            self._dot(*points[0], color, width)
+        elif points:
+            self._stroke(points, color, width)
+        if before is not None:
+            axes = (x0 * ZOOM, y0 * ZOOM, x1 * ZOOM, y1 * ZOOM)
+            before.paste(self.canvas.crop(axes), axes)
+            self.canvas.paste(before)
 
     def _dot(self, x: float, y: float, color: str, radius: float) -> None:
         corners = (x - radius, y - radius, x + radius, y + radius)
@@ -427,8 +440,6 @@ def _wrap(text: str, width: float) -> str:
 
 def _dashes(points: list[tuple[float, float]], dash: float = 6) -> list[list[tuple[float, float]]]:
     """Cut a polyline into dashes of `dash` pixels with gaps of the same length."""
-    if len(points) < 2:
-        return []
     p = np.array(points)
     along = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(p, axis=0).T))])
     dashes = []

@@ -286,8 +286,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise OSError(f"writing to {self.out} failed: {error}; what is there is whole. Free "
-                          f"space, then go on with\n  {self.resume_command()}") from error
+            raise OSError(f"writing to {self.out} failed: {error}; what is there is whole. When "
+                          f"that is mended, go on with\n  {self.resume_command()}") from error
 
     def _explain(self, kind, error, trace):
         """Ctrl-C outside a training loop and bad input (ValueError, OSError) end in one line."""

@@ -472,6 +472,12 @@ def test_charts_hide_nothing(tmp_path):
     chart = figures.Chart((0, 1), (0, 1), xticks=ticks, yticks=ticks, ylabel="y" * 200)
     chart.text(1, 0.5, "words that begin at the right edge")
     assert np.asarray(chart.canvas)[:, -4:].min() == 255      # and end within the picture
+    before = np.array(chart.canvas)
+    for x, y in (([-1, 2], [0.5, 0.6]), ([0.5, 0.5], [0, 1e9]), ([2], [0.5])):   # cut off
+        chart.line(x, y, dashed=x[0] == -1)
+    rows, columns = (before != np.asarray(chart.canvas)).any(2).nonzero()
+    x0, y0, x1, y1 = (2 * edge for edge in chart.box)
+    assert x0 <= columns.min() < columns.max() <= x1 and y0 <= rows.min() < rows.max() <= y1
     figures.draw_boxes(np.zeros((4, 4)), [[0, 0, np.inf, 1e12], [np.nan, 0, 1, 1]])
 
 
