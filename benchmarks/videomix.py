@@ -391,9 +391,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.p <= 1 or args.fps == 0:
         parser.error(f"--p must be at most 1 and --fps positive, not {args.p} and {args.fps}")
+    content = None
+    if args.data is not None:
+        try:
+            content = videomix_real.read(args)            # before anything opens --out
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     run = harness.start(parser, argv)
-    if run.args.data is not None:
-        videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run)
+    if content is not None:
+        videomix_real.TABLES.get(run.args.table, videomix_real.classify)(run, *content)
     else:
         {"thumos": actions_in_time, "ava": actions_of_boxes}.get(run.args.table, classify)(run)
 

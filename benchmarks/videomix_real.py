@@ -1,5 +1,7 @@
-"""The VideoMix tables on real videos; started by `videomix.py --data DIR`."""
+"""The VideoMix tables on real videos; started by `videomix.py --data DIR`: `read` what the table
+needs, then `TABLES`."""
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -48,16 +50,27 @@ REAL = {"variants": (("slowonly50",), METHODS[:4]),
         "thumos": (("slowonly50",), ("none", "Mixup", "frame CutMix", "S", "T"))}
 
 
-def recipe_of(run: harness.Run, network: str) -> Recipe:
+def read(args: argparse.Namespace) -> tuple:
+    """What the table needs of --data, before a folder is opened or a network trained: errors are
+    ValueError and OSError."""
+    for path in [*([args.init] if args.init else []), *(args.inits or [])]:
+        if not isinstance(harness.read_tensors(path), dict):
+            raise ValueError(f"{path}: holds no state dict")
+    if args.inits and args.table != "ava":
+        raise ValueError("--inits goes with --table ava")
+    return {"thumos": read_thumos, "ava": read_ava}.get(args.table, read_labels)(args)
+
+
+def recipe_of(args: argparse.Namespace, network: str) -> Recipe:
     """The recipe of the table; SlowFast's fast pathway sees four times the frames."""
-    recipe = RECIPES[run.args.preset]["segments" if run.args.table == "ssv2" else "dense"]
+    recipe = RECIPES[args.preset]["segments" if args.table == "ssv2" else "dense"]
     if network.startswith("slowfast"):
         recipe = recipe._replace(frames=4 * recipe.frames, stride=max(1, recipe.stride // 4))
-    return recipe._replace(epochs=run.args.epochs or recipe.epochs)
+    return recipe._replace(epochs=args.epochs or recipe.epochs)
 
 
-def fit_real(run: harness.Run, setting: Setting, recipe: Recipe, seed: int, index: harness.Path,
-             root: harness.Path) -> nn.Module:
+def fit_real(run: harness.Run, setting: Setting, recipe: Recipe, seed: int, classes: int,
+             index: harness.Path, root: harness.Path) -> nn.Module:
     """Train on the videos of an index file; batch-norm statistics are then those of clean clips."""
     method, name = setting.augmentation, f"{setting.name}-seed{seed}"
     augment = None
@@ -67,7 +80,7 @@ def fit_real(run: harness.Run, setting: Setting, recipe: Recipe, seed: int, inde
                                            augment=augment)
     videos = video_frames.VideoFolder(index, recipe.frames, recipe.stride, recipe.mode, True,
                                       transform, root=root)
-    classes, batch = int(videos.labels.max()) + 1, run.args.batch_size
+    batch = run.args.batch_size
     loader = video_frames.VideoLoader(
         videos, max(2, batch // run.world_size), shuffle=True, seed=seed, workers=run.args.workers,
         drop_last=len(videos) >= batch, rank=run.rank, world_size=run.world_size, device=run.device)
@@ -107,7 +120,7 @@ def every_real(run: harness.Run, train_and_measure: Callable) -> Results:
     results = {}
     for seed in run.seeds:
         for network in run.args.networks or networks:
-            recipe = recipe_of(run, network)
+            recipe = recipe_of(run.args, network)
             for method in run.args.methods or methods:
                 p = 1.0 if method == "none" else run.args.p
                 setting = Setting(method, p, recipe.epochs, run.args.data.name, network)
@@ -118,12 +131,18 @@ def every_real(run: harness.Run, train_and_measure: Callable) -> Results:
     return results
 
 
-def classify(run: harness.Run) -> None:
+def read_labels(args: argparse.Namespace) -> tuple[int]:
+    """The number of classes in train.txt and val.txt."""
+    rows = [video_frames.read_index(args.data / part) for part in ("train.txt", "val.txt")]
+    return (1 + max(label for part in rows for *_, label in part),)
+
+
+def classify(run: harness.Run, classes: int) -> None:
     """Tables variants, augmentations, kinetics and ssv2 on the videos of train.txt and val.txt."""
     data = run.args.data
 
     def train_and_measure(setting: Setting, recipe: Recipe, seed: int) -> dict[str, float]:
-        model = fit_real(run, setting, recipe, seed, data / "train.txt", data)
+        model = fit_real(run, setting, recipe, seed, classes, data / "train.txt", data)
         clips, crops = recipe.views
         side = recipe.jitter[0]                       # the whole short side: fully convolutional
         videos = video_frames.VideoFolder(
@@ -132,44 +151,55 @@ def classify(run: harness.Run) -> None:
         loader = video_frames.VideoLoader(
             videos, max(1, run.args.batch_size // (clips * crops)), workers=run.args.workers,
             rank=run.rank, world_size=run.world_size, device=run.device)
-        scores = vm.evaluate(model, loader, clips, crops)
-        share = len(range(run.rank, len(videos), run.world_size))
+        share = len(range(run.rank, len(videos), run.world_size))       # may be empty
+        scores = vm.evaluate(model, loader, clips, crops) if share else {"top1": 0, "top5": 0}
         return run.mean({key: 100 * value for key, value in scores.items()}, share)
     results = every_real(run, train_and_measure)
     run.finish(claims_of(results, "top1"),
                {run.args.table: table_of(results, ("top1", "top5"), "top1")})
 
 
-def actions_in_time(run: harness.Run) -> None:
+def read_thumos(args: argparse.Namespace) -> tuple[str, list, int, list[str], list[tuple]]:
+    """How much there is; rows of an index of the validation videos, with the commonest class of
+    each, and the number of classes; the test videos that have frames, and their actions."""
+    data, networks = args.data, args.networks or ()
+    if any(network.startswith("slowfast") for network in networks):
+        raise ValueError("--table thumos needs networks with one map over time: not slowfast")
+    (train, names), (test, others) = (video_annotations.read_thumos14(data / "annotation", part)
+                                      for part in ("val", "test"))
+    number = {name: i for i, name in enumerate(dict.fromkeys(names + others))}
+    labels = [(video, int(np.bincount([a.label for a in actions]).argmax()))
+              for video, actions in train.items()]
+    rows, _ = video_frames.make_index(data / "frames", labels)
+    known = [video for video in test if (data / "frames" / video).is_dir()]
+    if not rows or not known:
+        raise ValueError(f"{data / 'frames'}: needs frames of videos of both parts")
+    truths = [(torch.tensor([[a.start, a.end] for a in test[video]]),
+               torch.tensor([number[others[a.label]] for a in test[video]])) for video in known]
+    there = (f"{len(rows)} of {len(train)} videos to learn from and {len(known)} of {len(test)} to "
+             "localise in have frames")
+    return there, rows, len(names), known, truths
+
+
+def actions_in_time(run: harness.Run, there: str, rows: list[tuple], classes: int,
+                    known: list[str], truths: list[tuple]) -> None:
     """Table thumos: random clips of the validation videos with the video's commonest class;
     sequences of consecutive clips of the test videos, against their annotation."""
     data, fps = run.args.data, run.args.fps
-    if any(network.startswith("slowfast") for network in run.args.networks or ()):
-        raise ValueError("--table thumos needs networks with one map over time: not slowfast")
-    (train, names), (test, _) = (video_annotations.read_thumos14(data / "annotation", part)
-                                 for part in ("val", "test"))
-    labels = [(video, int(np.bincount([a.label for a in actions]).argmax()))
-              for video, actions in train.items()]
-    rows, missing = video_frames.make_index(data / "frames", labels)
-    run.log(f"{len(rows)} videos to learn from, {len(missing)} have no frames")
+    run.log(there)
     if run.is_main:
         video_frames.write_index(run.out / "thumos_train.txt", rows)
     run.barrier()
-    known = [video for video in test if (data / "frames" / video).is_dir()]
-    run.log(f"{len(known)} videos to localise in, {len(test) - len(known)} have no frames")
-    truths = [(torch.tensor([[a.start, a.end] for a in test[v]]),
-               torch.tensor([a.label for a in test[v]]))
-              for v in known]
 
     def train_and_measure(setting: Setting, recipe: Recipe, seed: int) -> dict[str, float]:
-        index = run.out / "thumos_train.txt"
-        model = fit_real(run, setting, recipe, seed, index, data / "frames")
+        model = fit_real(run, setting, recipe, seed, classes, run.out / "thumos_train.txt",
+                         data / "frames")
         found = []
         for video in run.progress(known, label="localising"):
             sequence = long_sequence(model, video_frames.open_video(data / "frames" / video),
                                      recipe)
-            segments, classes, scores = segments_of(sequence, sequence.mean(1).softmax(0))
-            found.append((segments / fps, classes, scores))
+            segments, labels, scores = segments_of(sequence, sequence.mean(1).softmax(0))
+            found.append((segments / fps, labels, scores))
         return {key: 100 * value for key, value in localization.detection_ap(found, truths).items()}
     results = every_real(run, train_and_measure)
     columns = tuple(f"mAP@0.{tenth}" for tenth in range(1, 10)) + ("mAP",)
@@ -194,6 +224,7 @@ def long_sequence(model: nn.Module, video: video_frames.FrameFolder, recipe: Rec
 # ---------------------------------------------------------------- actions of boxes (AVA)
 
 AVA_START, AVA_ACTIONS = 900, 80                      # first second of the frames; classes, from 1
+AVA_NETWORK, AVA_METHODS = ["slowonly50"], ["none", "S"]
 
 
 class KeyframeClips(torch.utils.data.Dataset):
@@ -280,29 +311,36 @@ def train_boxes(model: BoxNet, loader: torch.utils.data.DataLoader, epochs: int,
                        "step": step}
 
 
-def actions_of_boxes(run: harness.Run) -> None:
+def read_ava(args: argparse.Namespace) -> tuple[str, KeyframeClips, KeyframeClips, list[int]]:
+    """How much there is; key frames to train on and to test on, and the numbers of the evaluated
+    classes."""
+    data, methods = args.data, args.methods or AVA_METHODS
+    if len(args.inits or ()) != len(methods):
+        raise ValueError(f"--table ava needs --inits: a checkpoint for each of {methods}")
+    moments = [video_annotations.read_ava(
+        data / f"ava_{part}_v2.2.csv", data / f"ava_{part}_excluded_timestamps_v2.2.csv")
+        for part in ("train", "val")]
+    actions = data / "ava_action_list_v2.2_for_activitynet_2019.pbtxt"
+    known = sorted(video_annotations.read_ava_classes(actions))
+    recipe = recipe_of(args, (args.networks or AVA_NETWORK)[0])
+    train, test = (KeyframeClips(part, data / "frames", recipe, args.fps) for part in moments)
+    there = (f"{len(train)} of {len(moments[0])} key frames to learn from and {len(test)} of "
+             f"{len(moments[1])} to test on have frames")
+    return there, train, test, known
+
+
+def actions_of_boxes(run: harness.Run, there: str, train: KeyframeClips, test: KeyframeClips,
+                     known: list[int]) -> None:
     """Table ava: a network from each --init (pretrained without and with VideoMix, named by
     --methods) is trained on the annotated boxes and scores those of the validation videos; mAP at
     IoU 0.5 over the classes of the action list."""
-    args, data = run.args, run.args.data
-    moments = {part: video_annotations.read_ava(
-        data / f"ava_{part}_v2.2.csv", data / f"ava_{part}_excluded_timestamps_v2.2.csv")
-        for part in ("train", "val")}
-    actions = data / "ava_action_list_v2.2_for_activitynet_2019.pbtxt"
-    known = sorted(video_annotations.read_ava_classes(actions))
-    methods = args.methods or ["none", "S"]
-    if args.inits is None or len(args.inits) != len(methods):
-        raise ValueError(f"--table ava needs --inits: a checkpoint for each of {methods}")
-    network = (args.networks or ["slowonly50"])[0]
-    recipe, results = recipe_of(run, network)._replace(epochs=args.epochs or 20), {}
-    train, test = (KeyframeClips(moments[part], data / "frames", recipe, args.fps)
-                   for part in moments)
-    run.log("key frames with video: " + ", ".join(
-        f"{len(clips)} of {len(moments[part])} of {part}"
-        for part, clips in zip(moments, (train, test))))
+    args, results = run.args, {}
+    run.log(there)
+    (network, *_), methods = args.networks or AVA_NETWORK, args.methods or AVA_METHODS
+    recipe = recipe_of(args, network)._replace(epochs=args.epochs or 20)
     for seed in run.seeds:
         for method, checkpoint in zip(methods, args.inits):
-            setting = Setting(method, 1.0, recipe.epochs, data.name, network)
+            setting = Setting(method, 1.0, recipe.epochs, args.data.name, network)
             name = f"{setting.name}-seed{seed}"
             if (row := run.recorded(name)) is None:
                 model = BoxNet(backbone(network, 2, seed, embedded=False)).to(run.device)

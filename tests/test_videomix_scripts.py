@@ -2,6 +2,7 @@
 what does not fit."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_localisation_tables(tmp_path, finish):
     assert all(0 <= seed["CAM on actor"] <= 100 for seed in boxes["results"].values())
 
 
-def test_real_frames(tmp_path, finish):
+def test_real_frames(tmp_path, finish, capsys):
     """One folder that is laid out as a classification set, as THUMOS'14 and as AVA."""
     data = synthetic.videos(8, 24, 12, seed=0)
     for i, clip in enumerate(data["videos"]):
@@ -103,19 +104,26 @@ def test_real_frames(tmp_path, finish):
     (weights,) = (tmp_path / "b").glob("S-*.pt")
     found = finish(tmp_path / "c", *network, "--table", "ava", "--inits", weights)
     assert all(0 <= row["mAP@0.5"] <= 100 for row in found["results"].values())
-    with pytest.raises(ValueError, match="a checkpoint for each of"):
-        finish(tmp_path / "d", *network, "--table", "ava")
     torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no parameter fits; the checkpoint holds other.weight"):
         finish(tmp_path / "d", *network, "--table", "ssv2", "--init", tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="not slowfast"):
-        finish(tmp_path / "d", *common, "--networks", "slowfast18", "--table", "thumos")
+
+    def refused(words, *arguments):
+        with pytest.raises(SystemExit):
+            finish(tmp_path / "e", *arguments)
+        assert words in capsys.readouterr().err and not (tmp_path / "e").exists()
+    refused("a checkpoint for each of", *network, "--table", "ava")
+    refused("--inits goes with --table ava", *network, "--inits", weights)
+    refused("not slowfast", *common, "--networks", "slowfast18", "--table", "thumos")
+    torch.save([1], tmp_path / "list.pt")
+    refused("list.pt: holds no state dict", *network, "--init", tmp_path / "list.pt")
     (tmp_path / "ava_val_v2.2.csv").write_text("gone,900,0.1,0.1,0.5,0.6,1,0\n")
-    with pytest.raises(ValueError, match="none of the 1 key frames"):
-        finish(tmp_path / "d", *network, "--table", "ava", "--inits", weights)
-    (tmp_path / "train.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="train.txt"):
-        finish(tmp_path / "e", *network, "--table", "kinetics")
+    refused("none of the 1 key frames", *network, "--table", "ava", "--inits", weights)
+    for folder in (tmp_path / "frames").glob("v[5-7]"):
+        shutil.rmtree(folder)
+    refused("needs frames of videos of both parts", *network, "--table", "thumos")
+    (tmp_path / "val.txt").unlink()
+    refused("val.txt: no such file", *network, "--table", "kinetics")
 
 
 @pytest.mark.parametrize("script, arguments, words", [
