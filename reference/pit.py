@@ -108,8 +108,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`(B, N, C) -> (B, N, C)`, or `(B, queries, C)`: what the first `queries` tokens read."""
-        if queries is None:
+        if queries is None or not _plain(self.qkv, nn.Linear):
             q, k, v = self._split_heads(self.qkv(x), 3)
+            q = q[:, :, :queries]
         else:
             dim = x.shape[-1]
             w_q, w_kv = self.qkv.weight.split([dim, 2 * dim])
@@ -135,10 +136,26 @@ def _softmax_attention(q: Tensor, k: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
 
 
-class _GELU(nn.Module):
+def _plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether nobody replaced the layer or watches it: then a short cut may stand for its call."""
+    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+class MLP(nn.Sequential):
+    """Linear(C, hidden), exact GELU, Linear(hidden, C), each linear layer under dropout."""
+
+    def __init__(self, dim: int, hidden: int, drop: float) -> None:
+        super().__init__(OrderedDict(
+            fc1=nn.Linear(dim, hidden), act=nn.GELU(), drop1=nn.Dropout(drop),
+            fc2=nn.Linear(hidden, dim), drop2=nn.Dropout(drop)))
+
     def forward(self, x: Tensor) -> Tensor:
-        # in place, which is faster, where no gradient needs x (the output of fc1 alone)
-        return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
+        x = self.fc1(x)
+        if x.requires_grad or not (_plain(self.fc1, nn.Linear) and _plain(self.act, nn.GELU)):
+            x = self.act(x)
+        else:                           # in place, which is faster: nobody else holds x
+            torch.ops.aten.gelu_(x, approximate=self.act.approximate)
+        return self.drop2(self.fc2(self.drop1(x)))
 
 
 class Block(nn.Module):
@@ -151,10 +168,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads, attn_drop, drop, attention)
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(dim, hidden), act=_GELU(), drop1=nn.Dropout(drop),
-            fc2=nn.Linear(hidden, dim), drop2=nn.Dropout(drop)))
+        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
@@ -179,7 +193,7 @@ class Transformer(nn.Module):
 
 def _checkpointed(block: Block, x: Tensor, queries: int | None = None) -> Tensor:
     """Runs the block again in the backward pass, with the same stochastic-depth masks."""
-    generator = block.drop_path1.generator
+    generator = getattr(block.drop_path1, "generator", None)
     if generator is None:                       # torch replays its default generator by itself
         return checkpoint(block, x, queries, use_reentrant=False)
     before = generator.get_state()
@@ -231,12 +245,11 @@ class _Classifier(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A fresh head for `num_classes` (0: features) on the same device, of the same dtype."""
-        if not isinstance(num_classes, Integral) or num_classes < 0:
-            raise ValueError(f"num_classes must be an int >= 0, got {num_classes!r}")
+        _check_sizes(0, num_classes=num_classes)
         self.num_classes = num_classes
         for name in ("head", "head_dist")[:self.num_tokens]:
             head = nn.Linear(self.widths[-1], num_classes) if num_classes else nn.Identity()
-            setattr(self, name, head.to(self.cls_token))
+            setattr(self, name, head.to(self.cls_token).train(self.training))
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}
@@ -295,8 +308,10 @@ class HeadPooling(nn.Module):
     def forward(self, spatial: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """`(B, C, h, w), (B, T, C) -> (B, C', ceil(h/2), ceil(w/2)), (B, T, C')`."""
         if self.pool == "conv":
-            if spatial.device.type == "cuda":    # tokens lie channels last: cuDNN then takes the
-                spatial = spatial.contiguous()   # groups one by one, torch's own kernel all at once
+            # Tokens lie channels last. There cuDNN takes the groups one by one, torch's own kernel
+            # all at once; and on a CPU bf16 gradients of a map one cell wide are garbage.
+            if spatial.device.type == "cuda" or spatial.shape[-1] == 1:
+                spatial = spatial.contiguous()
             return self.conv(spatial), self.fc(tokens)
         pool = F.avg_pool2d if self.pool == "avg" else F.max_pool2d
         pooled = pool(spatial, 3, stride=2, padding=1)
@@ -573,7 +588,10 @@ def load_pit_checkpoint(path: str) -> dict[str, Tensor]:
         raise
     except Exception as error:                                # how torch reports a torn file varies
         raise ValueError(f"{path} is not a torch.save file of tensors alone") from error
-    return convert_timm_state_dict(_unwrap(content, path))
+    state_dict = convert_timm_state_dict(_unwrap(content, path))
+    if not any(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"{path} holds no weights, only {', '.join(state_dict) or 'nothing'}")
+    return state_dict
 
 
 def _unwrap(sd: dict, source: str = "the checkpoint") -> dict:
@@ -658,7 +676,7 @@ def randaugment_argument(name: str, level: float, negative: bool = False) -> flo
 def apply_randaugment_op(image: Image.Image, name: str, level: float,
                          negative: bool = False) -> Image.Image:
     """One RandAugment operation on an RGB image; geometry is bicubic, filled with the mean."""
-    arg = randaugment_argument(name, level, negative)
+    arg, image = randaugment_argument(name, level, negative), _check_image(image, "RGB")
     if name in ("AutoContrast", "Equalize", "Invert"):
         return getattr(ImageOps, name.lower())(image)
     if name in _ENHANCEMENTS:
@@ -685,15 +703,15 @@ class RandAugment:
 
     def __init__(self, num_ops: int = 2, magnitude: float = 9, magnitude_std: float = 0.5,
                  prob: float = 0.5, generator: torch.Generator | None = None) -> None:
-        _check_range(0, math.inf, num_ops=num_ops, magnitude_std=magnitude_std)
+        _check_sizes(0, num_ops=num_ops)
+        _check_range(0, math.inf, magnitude_std=magnitude_std)
         _check_range(0, 10, magnitude=magnitude)
         _check_range(0, 1, prob=prob)
         self.num_ops, self.magnitude, self.magnitude_std = num_ops, magnitude, magnitude_std
         self.prob, self.generator = prob, generator
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if _check_image(image).mode != "RGB":
-            raise ValueError(f"image must be RGB, got mode {image.mode}: convert it first")
+        _check_image(image, "RGB")
         uniform = torch.rand(self.num_ops, 3, generator=self.generator).tolist()
         normal = torch.randn(self.num_ops, generator=self.generator).tolist()
         for (which, apply, sign), z in zip(uniform, normal):
@@ -795,7 +813,7 @@ class RepeatedAugSampler:
     def __init__(self, data_source, num_replicas: int = 1, rank: int = 0, shuffle: bool = True,
                  num_repeats: int = 3) -> None:
         self.count = data_source if isinstance(data_source, Integral) else len(data_source)
-        _check_range(0, math.inf, data_source=self.count)
+        _check_sizes(0, data_source=self.count)
         _check_sizes(num_replicas=num_replicas, num_repeats=num_repeats)
         _check_range(0, num_replicas - 1, rank=rank)
         self.num_replicas, self.rank, self.shuffle = num_replicas, rank, shuffle
@@ -844,6 +862,8 @@ def cutmix_batch(x: Tensor, lam: float, center: tuple[int, int] | None = None,
     if center is None:
         uniform = _draw(torch.rand, (2,), generator).tolist()
         center = [int(u * side) for u, side in zip(uniform, sides)]
+    if len(center) != 2:
+        raise ValueError(f"center must be (y, x), got {center}")
     boxes = []
     for at, side in zip(center, sides):
         _check_range(0, side - 1, center=at)
@@ -989,7 +1009,8 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     """DeiT's training loop: AdamW, learning rate by epoch, mixing, distillation, EMA.
 
     `loader` is re-iterable and yields (images, labels); one with `set_epoch(epoch, start_batch)`
-    is told where to begin. `lr` None: 5e-4 * batch / 512 over all processes. `generator` draws the
+    is told where to begin, and a `loader.sampler` with `set_epoch(epoch)`, as RepeatedAugSampler,
+    its epoch. `lr` None: 5e-4 * batch / 512 over all processes. `generator` draws the
     stochastic-depth masks. Yields {step, epoch, loss, lr, grad_norm, images_per_s} after every
     step; `send("state")` yields a snapshot, a copy of all that moves, and `resume=snapshot` goes on
     to the same numbers. FloatingPointError for a loss of NaN.
@@ -1016,8 +1037,8 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     step = first_epoch = skip = 0
     if resume is not None:
-        for name, part in moving.items():
-            part.load_state_dict(copy.deepcopy(resume[name]))       # optimisers keep it
+        for name, part in moving.items():       # the optimiser would go on in the snapshot itself
+            part.load_state_dict(copy.deepcopy(resume[name]) if part is optimizer else resume[name])
         for name, g in generators.items():
             g.set_state(resume["generators"][name])
         step, first_epoch, skip, lr = (resume[k] for k in ("step", "epoch", "batch", "lr"))
@@ -1027,6 +1048,8 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
             loader.set_epoch(epoch, skip)
             batches = enumerate(loader, skip)
         else:
+            if hasattr(getattr(loader, "sampler", None), "set_epoch"):
+                loader.sampler.set_epoch(epoch)
             batches = itertools.islice(enumerate(loader), skip, None)
         batch, skip, began = skip - 1, 0, time.perf_counter()   # batch: the last one done
         for batch, (images, labels) in batches:
@@ -1145,6 +1168,7 @@ def interaction_distance(attn: Tensor, grid: int | tuple[int, int] | None = None
 
 def _spatial(attn: Tensor, num_tokens: int) -> Tensor:
     """The attention among the tokens after the first `num_tokens`, in double precision."""
+    _check_float("attn", attn)
     if attn.ndim != 4 or attn.shape[2] != attn.shape[3]:
         raise ValueError(f"attn must be (B, heads, N, N), got {tuple(attn.shape)}")
     _check_range(0, attn.shape[3] - 1, num_tokens=num_tokens)
@@ -1165,10 +1189,10 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_sizes(**sizes: int | Sequence[int]) -> None:
+def _check_sizes(least: int = 1, **sizes: int | Sequence[int]) -> None:
     for name, size in sizes.items():
-        if np.asarray(size).dtype.kind not in "iu" or np.min(size) < 1:
-            raise ValueError(f"{name} must be positive and whole, got {size!r}")
+        if np.asarray(size).dtype.kind not in "iu" or np.min(size) < least:
+            raise ValueError(f"{name} must be whole and at least {least}, got {size!r}")
 
 
 def _check_rates(**rates: float) -> None:
@@ -1187,9 +1211,11 @@ def _is_number(value) -> bool:
     return isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1
 
 
-def _check_image(image: Image.Image) -> Image.Image:
+def _check_image(image: Image.Image, mode: str | None = None) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
+    if mode not in (None, image.mode):
+        raise ValueError(f"image must be {mode}, got mode {image.mode}: convert it first")
     return image
 
 
@@ -1234,9 +1260,10 @@ def _draw(kind: Callable, shape: Sequence[int], generator: torch.Generator | Non
 
 def _bare(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and torch.compile wrappers."""
-    for wrapper in ("_orig_mod", "module", "_orig_mod"):
-        model = getattr(model, wrapper, model)
-    return model
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
 
 
 def _demo() -> None:

@@ -90,6 +90,16 @@ def test_weight_decay_names():
         assert {by_id[id(p)] for p in group["params"]} == set(golden[kind])
 
 
+def test_models_inside_wrappers():
+    model = small()
+    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        assert type(pit.ModelEma(wrapped).module) is pit.PoolingTransformer
+        assert pit.param_groups(wrapped) == pit.param_groups(model)
+    own = nn.ModuleDict({"module": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    own.module = own["module"]                  # only a name: nothing is unwrapped
+    assert sum(len(group["params"]) for group in pit.param_groups(own)) == 4
+
+
 def test_drop_path_rates():
     golden = load("recipe", "droppath/")
     for key, wanted in golden.items():
@@ -285,6 +295,16 @@ def test_resumed_training_is_bit_identical(tmp_path, stop, container):
         assert equal(ema.module.state_dict(), ema2.module.state_dict())
 
 
+def test_a_sampler_is_told_the_epoch():
+    model, batches = toy(batches=1)
+    loader, seen = torch.utils.data.DataLoader(range(300), sampler=pit.RepeatedAugSampler(300)), []
+    loader.collate_fn = lambda index: (seen.append(index[0]), batches[0])[1]
+    list(pit.train(model, loader, epochs=2))
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        assert seen[256 * epoch:][:256] == list(loader.sampler)
+
+
 def test_training_errors():
     model, loader = toy(model_class=pit.DistilledPoolingTransformer)
     with pytest.raises(TypeError, match="teacher"):
@@ -417,6 +437,10 @@ X, Y, PAIR = torch.rand(3, 3, 8, 8), torch.arange(3), (torch.rand(3, 4),) * 2
     (lambda: pit.RepeatedAugSampler(-1), ValueError, "data_source.*-1"),
     (lambda: pit.randaugment_argument("Blur", 9), ValueError, "name.*Blur"),
     (lambda: pit.RandAugment()(Image.new("L", (8, 8))), ValueError, "RGB.*mode L"),
+    (lambda: pit.apply_randaugment_op(Image.new("L", (8, 8)), "Invert", 9), ValueError, "mode L"),
+    (lambda: pit.RandAugment(num_ops=1.5), ValueError, "num_ops.*1.5"),
+    (lambda: pit.cutmix_batch(X, 0.5, (1, 2, 3)), ValueError, "center.*1, 2, 3"),
+    (lambda: pit.attention_entropy(X.numpy()), TypeError, "attn.*ndarray"),
     (lambda: pit.occlude_center(X, 9), ValueError, "size.*9"),
     (lambda: pit.evaluate(small(), []), ValueError, "empty")])
 def test_errors(call, error, message):
