@@ -11,8 +11,7 @@ attacks, occlusion and corruption, and honest confidence (measured by `robustnes
               gaussian_noise  x + sigma N(0, 1)
     features  manifold_mixup  mixup, or cutmix, of the input of a random layer  (Verma et al. 2019)
     labels    label_smoothing_loss   target (1 - eps) onehot + eps / K       (Szegedy et al. 2016)
-    network   ShakeDrop       branch x (b + alpha - b alpha) forward, b + beta - b beta backward
-                                                                             (Yamada et al. 2019)
+    network   ShakeDrop       x (b + alpha - b alpha), back b + beta - b beta  (Yamada et al. 2019)
               DropBlock2d     square blocks of a feature map are dropped     (Ghiasi et al. 2018)
     attacks   adversarial training, logit pairing `alp_loss`                 (Kannan et al. 2018)
 
@@ -425,6 +424,9 @@ class ShakeDrop(nn.Module):
             raise ValueError(f"p_drop must be in [0, 1], got {p_drop}")
         if level not in ("image", "batch", "channel", "pixel"):
             raise ValueError(f'level must be "image", "batch", "channel" or "pixel", got {level!r}')
+        for name, (low, high) in {"alpha": alpha, "beta": beta}.items():
+            if not low <= high:
+                raise ValueError(f"{name} must be (low, high), got {(low, high)}")
         self.p_drop, self.alpha, self.beta, self.level = p_drop, alpha, beta, level
         self.generator: torch.Generator | None = None
 
@@ -559,9 +561,7 @@ class Regularizer:
         attacked = model(self.adversary(model, batch.x, batch.y_a))
         hard = mixed_cross_entropy(attacked, *batch[1:], self.label_smoothing)
         loss = (1 - self.adversary_weight) * loss + self.adversary_weight * hard
-        if self.pairing:
-            loss = loss + self.pairing * alp_loss(logits, attacked)
-        return loss
+        return loss + self.pairing * alp_loss(logits, attacked) if self.pairing else loss
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -406,7 +406,7 @@ def test_drop_block_gamma_and_warm_up():
             R.DropBlock2d(**bad)
     with pytest.raises(ValueError, match="B, C, H, W"):
         R.DropBlock2d()(torch.ones(3, 4))
-    for bad in ({"p_drop": -1}, {"level": "row"}):
+    for bad in ({"p_drop": -1}, {"level": "row"}, {"alpha": (1, -1)}, {"beta": (0,)}):
         with pytest.raises(ValueError):
             R.ShakeDrop(**bad)
     with pytest.raises(ValueError, match="p_last"):
