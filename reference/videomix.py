@@ -473,7 +473,7 @@ class FadeMixup(_Mix):
 
     def _draw(self, count, size, perm, generator):
         (lam,) = _betas(self.alpha, 1, generator)
-        adj = min(lam, 1 - lam) * (2 * _uniform(generator) - 1)
+        adj = min(lam, 1 - lam) * (2 * _uniform(generator) - 1) * (size[0] > 1)    # one frame: lam
         weights = torch.linspace(lam - adj, lam + adj, size[0], dtype=torch.float64)
         return (lambda clip, stride: _blend(clip, perm, weights[::stride].view(-1, 1, 1).to(clip)),
                 lam, None, weights.unsqueeze(0))
@@ -662,7 +662,7 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
             cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
             rate = lr * (min((step + 1) / warm, 1) if step < warm else cosine)
             optimizer.param_groups[0]["lr"] = rate
-            x, y, lam, partner = _to(x, device), y.to(device), 1.0, y.to(device)
+            x, y, lam = _to(x, device), (partner := y.to(device)), 1.0
             if mix is not None:
                 x, target, lam, _, _, _, partner, _ = mix(x, y, generator)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -672,9 +672,9 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            acc, lam = mixed_accuracy(logits.detach(), y, partner, lam), torch.as_tensor(lam).mean()
+            acc = mixed_accuracy(logits.detach(), y, partner, lam)
             if (yield {"step": step, "epoch": epoch, "loss": loss.item(), "lr": rate, "acc": acc,
-                       "lam": lam.item()}) == "state":
+                       "lam": torch.as_tensor(lam, dtype=torch.float64).mean().item()}) == "state":
                 yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),

@@ -456,6 +456,14 @@ def test_weights_stay_in_the_unit_interval_at_the_extremes(make):
                     and (result.target >= 0).all())
 
 
+def test_single_frames_fade_by_the_weight_of_the_label():
+    x, y = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1), torch.tensor([0, 1])
+    for seed in range(5):
+        faded = vm.FadeMixup(num_classes=2, pairing="flip", frame_labels=True)(x, y, seeded(seed))
+        assert faded.x.flatten().tolist() == pytest.approx([1 - faded.lam, faded.lam])
+        assert torch.allclose(faded.frame_target[:, :, 0], faded.target)
+
+
 @pytest.mark.parametrize("alpha", [1e-3, 1e-5, 1e-12])
 def test_near_zero_alpha_tosses_a_coin(alpha):
     """Both gammas of a draw underflow then; their ratio would be one half."""
