@@ -123,7 +123,7 @@ def array(path):
         if isinstance(value, np.lib.npyio.NpzFile):
             with value as file:
                 value = file[file.files[0]]
-        found = torch.from_numpy(value)
+        found = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
     except Exception as error:                                # of many types, if it is damaged
         raise ValueError(f"{path}: not a .npy or .npz file of numbers ({error})") from error
     if value.ndim == 4 and value.dtype == np.uint8 and value.shape[3] == 3:
@@ -328,7 +328,8 @@ def main(argv=None):
         parser.add_argument(f"--{side}-features", type=Path,
                             help=f".npy or .npz of {side} features or uint8 images")
     parser.add_argument("--weights", type=Path, help="VGG-16 checkpoint of torchvision, for T4096")
-    parser.add_argument("--count", type=harness.count, help="images per set; default: the preset's")
+    parser.add_argument("--count", type=harness.count, help="images per set, or rows of a file; "
+                        "default: the preset's, all of a file")
     parser.add_argument("--nearest-k", type=harness.count, default=5)
     args = parser.parse_args(argv)
     count, side, width, hidden, steps = PRESETS[args.preset]
@@ -345,10 +346,13 @@ def main(argv=None):
                      "--fake-features")
     run = harness.start(parser, argv)
     if all(given):
-        real, fake = (array(path) if path.is_file() else folder(path, count) for path in given)
+        real, fake = (array(path)[:args.count] if path.is_file() else folder(path, count)
+                      for path in given)
         if is_features(real) != is_features(fake):
             raise ValueError("one set is of features, the other of images: "
                              + " and ".join(map(str, given)))
+        if is_features(real) and args.weights:
+            raise ValueError("--weights makes features of images, and the sets are features")
         fakes = {"given": fake}
     else:
         if run.args.data is not None:

@@ -20,6 +20,7 @@ of k.
 """
 
 import math
+import re
 import statistics
 
 import harness
@@ -50,12 +51,19 @@ def standard_error(values):
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
-def measured(run, label, cells):
-    """{key: mean and standard error of each metric} of `cells` {key: [functions that give (real,
-    fake)]}."""
-    results, work = {}, [(key, make) for key, makes in cells.items() for make in makes]
-    for key, make in run.progress(work, label=label):
-        results.setdefault(key, []).append(compute_prdc(*make(), K))
+def recorded(run, name, sets, k):
+    """The metrics of the pair of sets that `sets()` gives, once per name."""
+    name = re.sub(r"[^\w.-]+", "_", name)
+    return run.recorded(name) or run.record(name, compute_prdc(*sets(), k))
+
+
+def measured(run, label, seeds, cells):
+    """{key: mean and standard error of each metric} of `cells` {key: function that gives the (real,
+    fake) of a seed}."""
+    results = {key: [] for key in cells}
+    work = [(key, seed) for key in cells for seed in seeds]
+    for key, seed in run.progress(work, label=label):
+        results[key].append(recorded(run, f"{label} {key} {seed}", lambda: cells[key](seed), K))
     summary = {}
     for key, rows in results.items():
         values = {name: [row[name] for row in rows] for name in METRICS}
@@ -69,14 +77,13 @@ def measured(run, label, cells):
 def equal_sets(run, n):
     """By dimension at n points, then by the number of points in R^64."""
     shapes = [(n, d) for d in (1, 2, 8, 64, 256)] + [(n // 4, DIMENSION), (n // 2, DIMENSION)]
-    return measured(run, "equal sets", {
-        shape: [lambda s=seed, shape=shape: pair(s, *shape) for seed in run.seeds]
-        for shape in shapes})
+    return measured(run, "equal sets", run.seeds, {
+        shape: lambda seed, shape=shape: pair(seed, *shape) for shape in shapes})
 
 
 def by_k(run, n):
     ks = [k for k in KS if k < n]
-    rows = [compute_prdc(*pair(1000 + seed, n, DIMENSION), ks)
+    rows = [recorded(run, f"k {seed}", lambda: pair(1000 + seed, n, DIMENSION), ks)
             for seed in run.progress(run.seeds, label="k")]
     table = []
     for at, k in enumerate(ks):
@@ -97,8 +104,8 @@ def outliers(run, n, seeds):
         return real, fake
     kinds = [(None, 0.0)] + [(outlier, position) for position in (3.0, 1.0)
                              for outlier in ("real", "fake")]
-    return measured(run, "outliers", {
-        (*kind, shift): [lambda s=seed, a=kind, m=shift: sets(s, m, *a) for seed in seeds]
+    return measured(run, "outliers", seeds, {
+        (*kind, shift): lambda seed, kind=kind, shift=shift: sets(seed, shift, *kind)
         for kind in kinds for shift in SHIFTS})
 
 
@@ -117,9 +124,8 @@ def modes(run, n, seeds):
         cells["sequential", dropped] = torch.tensor([1.0] * (10 - dropped) + [0.0] * dropped)
     for share in SHRUNK:
         cells["simultaneous", share] = torch.tensor([1.0 + 9 * share] + [1.0 - share] * 9)
-    return measured(run, "modes", {
-        key: [lambda s=seed, w=weights: sets(s, w) for seed in seeds]
-        for key, weights in cells.items()})
+    return measured(run, "modes", seeds, {
+        key: lambda seed, weights=weights: sets(seed, weights) for key, weights in cells.items()})
 
 
 # ---------------------------------------------------------------- together
@@ -136,8 +142,8 @@ def main(argv=None):
         real, fake = pair(4000 + seed, n, 256)
         return real.relu(), scale * fake.relu()
 
-    narrow = measured(run, "variance", {c: [lambda s=s, c=c: scaled(s, c) for s in few]
-                                        for c in (1.0, 0.95, 0.9)})
+    narrow = measured(run, "variance", few, {
+        scale: lambda seed, scale=scale: scaled(seed, scale) for scale in (1.0, 0.95, 0.9)})
     tables = {
         "equal sets": [{"points": size, "dimension": d} | row
                        | {"expected coverage": expected_coverage(K, size, size)}

@@ -161,7 +161,8 @@ def main(argv=None):
     warnings.simplefilter("ignore")
     tiny, one_thread = run.args.preset == "tiny", torch.get_num_threads() == 1
     if run.args.growth:
-        counts = [n for n, _ in sizes] or ((200, 400) if tiny else (5000, 10_000, 20_000, 50_000))
+        counts = sorted({n for n, _ in sizes}) or ([200, 400] if tiny
+                                                   else [5000, 10_000, 20_000, 50_000])
         rows = growth(run, counts, 64)
         costs = [row["ns per pair"] for row in rows]
         claims = [{"claim": "cost per pair, largest N / smallest N", "target": 1.2,

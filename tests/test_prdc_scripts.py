@@ -28,8 +28,12 @@ def run(script, out, *arguments, code=0):
     return done.stderr if code else json.loads((out / f"{script}.json").read_text())
 
 
-def test_gaussians(tmp_path):
+def test_gaussians(tmp_path, kill_script):
     results = run("prdc_toy", tmp_path, "--seeds", 2, "--figures", tmp_path / "figures")
+    kill_script("prdc_toy", tmp_path / "part", "recorded.json", "--preset", "tiny", "--threads",
+                "1", "--seeds", "2")
+    assert run("prdc_toy", tmp_path / "part", "--seeds", 2,
+               "--resume")["tables"] == results["tables"]
     assert set(results["tables"]) == {"equal sets", "k", "outliers", "modes", "variance"}
     assert len(list((tmp_path / "figures").iterdir())) == 6
     assert len(run("prdc_toy", tmp_path / "one", "--seeds", 1)["tables"]) == 5
@@ -56,11 +60,11 @@ def test_images_survive_a_kill(tmp_path):
 def test_feature_files_and_folders(tmp_path):
     rng = np.random.default_rng(0)
     real, fake = (rng.standard_normal((40, 6)).astype(np.float32) for _ in range(2))
-    np.save(tmp_path / "real.npy", real)
+    np.save(tmp_path / "real.npy", real.astype(">f4"))
     np.savez(tmp_path / "fake.npz", fake)
     results = run("prdc_images", tmp_path / "a", "--real-features", tmp_path / "real.npy",
-                  "--fake-features", tmp_path / "fake.npz")
-    row, expected = results["tables"]["images"][0], compute_prdc(real, fake, 5)
+                  "--fake-features", tmp_path / "fake.npz", "--count", 30)
+    row, expected = results["tables"]["images"][0], compute_prdc(real[:30], fake[:30], 5)
     assert {name: row[name] for name in expected} == expected
     for side in ("real", "fake"):
         (tmp_path / side / "below").mkdir(parents=True)
@@ -94,6 +98,8 @@ def test_feature_files_and_folders(tmp_path):
     for arguments, message in (
             (("--fake-features", tmp_path / "broken.npz"), "broken.npz: not a .npy or .npz file"),
             (("--fake", tmp_path / "fake"), "one set is of features, the other of images"),
+            (("--fake-features", tmp_path / "fake.npz", "--weights", tmp_path / "fake.npz"),
+             "--weights makes features of images"),
             (("--fake-features", tmp_path / "fake.npz", "--nearest-k", 20),
              "--nearest-k 20 needs sets of at least 42 (spreads are those of half a set), the "
              "smallest has 40")):
