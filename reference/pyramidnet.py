@@ -87,6 +87,7 @@ def throwaway_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def hooked(module: nn.Module) -> bool:
+    """Whether something runs before or after the module's forward pass."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 

@@ -307,7 +307,7 @@ def _confidence(logits: Tensor, labels: Tensor, from_probs: bool = False) -> tup
 
 
 def _edges(n_bins: int, dtype: torch.dtype) -> Tensor:
-    """m / M for m = 0..M, rounded in float32 as the published code has them."""
+    """m / M for m = 0..M; in float32 rounded as the published code has them."""
     if not isinstance(n_bins, (int, np.integer)) or n_bins < 1:
         raise ValueError(f"n_bins must be an integer >= 1, got {n_bins}")
     if dtype == torch.float64:
