@@ -239,6 +239,8 @@ def fade_mixup_clips(x: Tensor, perm: Tensor, lam: float, adj: float) -> Tensor:
     """Mixup whose weight of x at frame t is linspace(lam - adj, lam + adj, T)[t]."""
     _check_clips(x, floating=True)
     _in_unit("lam", lam)
+    if not abs(adj) <= min(lam, 1 - lam) + 1e-6:
+        raise ValueError(f"adj must keep lam +- adj in [0, 1], not {adj} for lam = {lam}")
     weights = torch.linspace(lam - adj, lam + adj, x.shape[2], dtype=torch.float64)
     return _blend(x, perm, weights.view(-1, 1, 1).to(x))
 

@@ -537,6 +537,8 @@ def test_more_bad_input():
         (lambda: vm.evaluate(nn.Linear(2, 2), [(x, y[:1])]), "for B = 1"),
         (lambda: next(vm.train(nn.Linear(2, 2), [(x, y)], epochs=-1)), "epochs"),
         (lambda: next(vm.train(nn.Linear(2, 2), [(x, y)], warmup_epochs=-1.0)), "warmup_epochs"),
+        (lambda: vm.fade_mixup_clips(x, torch.arange(4), 0.3, 0.4), "adj"),
+        (lambda: vm.fade_mixup_clips(x, torch.arange(4), 0.3, float("nan")), "adj"),
         (lambda: next(vm.train(net(), [(x, y)], lr=float("nan"))), "lr"),
         (lambda: next(vm.train(net(), [])), "no batch in epoch 0"),
         (lambda: vm.evaluate(net(), []), "nothing to evaluate"),
