@@ -664,7 +664,8 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
             cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
             rate = lr * (min((step + 1) / warm, 1) if step < warm else cosine)
             optimizer.param_groups[0]["lr"] = rate
-            x, y, lam = _to(x, device), (partner := y.to(device)), 1.0
+            x, y = _to(x, device), y.to(device)
+            lam, partner = 1.0, y
             if mix is not None:
                 x, target, lam, _, _, _, partner, _ = mix(x, y, generator)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
