@@ -73,7 +73,7 @@ class Snapshots:
     def keep(self, name: str, count: int) -> None:
         """Remove all of this process but the newest `count`."""
         steps = self._steps(name, self.rank)
-        for step in steps[:len(steps) - count]:
+        for step in steps[:max(0, len(steps) - count)]:
             self._path(name, step).unlink(missing_ok=True)
 
     def _path(self, name: str, step: int) -> Path:

@@ -57,6 +57,8 @@ def heat_colors(heat) -> np.ndarray:
 
     NaN is dark blue; infinities are drawn as the largest or smallest finite value."""
     heat = _array(heat).astype(np.float64)
+    if heat.ndim != 2 or not heat.size:
+        raise ValueError(f"heat must be (H, W), not {heat.shape}")
     low, high = _extent(heat) or (0.0, 1.0)
     level = np.nan_to_num((heat.clip(low, high) - low) / (high - low if high > low else 1))
     stops = ((48, 18, 90), (40, 90, 140), (33, 145, 140), (110, 205, 88), (253, 231, 37))
@@ -261,7 +263,7 @@ class Chart:
 
     def _points(self, x, y, beyond: float = 0.02) -> list[tuple[float, float]]:
         return [(self._pixel(float(a), 0, beyond), self._pixel(float(b), 1, beyond))
-                for a, b in zip(x, y)]
+                for a, b in zip(x, y, strict=True)]
 
     def _stroke(self, points, color: str, width: float) -> None:
         self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], fill=color,

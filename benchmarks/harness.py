@@ -18,15 +18,17 @@ lists, dicts), and the same function called with `resume=snapshot` goes on from 
 
 What a run leaves in its folder (`--out`, by default `runs/<script>`):
     run.json                    the arguments, to refuse a --resume that changes them
+    run.lock                    locked while a run is at work: two would mix their snapshots
     <name>.jsonl                one line per step
     <name>-<step>.rank<r>.pt    the two newest snapshots, removed once <name> is recorded
     recorded.json               what is finished
     <script>.json               the results: figures, hardware, versions, seeds, command, wall time
-Every file is written under a temporary name and renamed: a kill leaves the previous version.
+All but the log is written under a temporary name and renamed: a kill leaves the previous version.
 """
 
 import argparse
 import atexit
+import fcntl
 import itertools
 import json
 import math
@@ -36,7 +38,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
@@ -49,7 +51,8 @@ from progress import ProgressLine
 from records import (RESULTS, ROOT, format_table, hardware, plain, read_json,  # noqa: F401
                      verdict, versions, write_json)
 
-# Arguments that may differ between a run and its --resume without changing any number.
+# Arguments that may differ between a run and its --resume: another device rounds differently, the
+# others change no number.
 FREE_ARGUMENTS = {"resume", "out", "figures", "device", "workers", "record", "checkpoint_seconds"}
 
 
@@ -105,10 +108,11 @@ class Run:
         settings = {k: plain(v) for k, v in vars(self.args).items() if k not in FREE_ARGUMENTS}
         settings["nproc_per_node"] = self.world_size
         description = self.out / "run.json"
+        if self.args.resume and not description.exists():
+            raise ValueError(f"--resume: no run in {self.out}; start one without --resume, or name "
+                             "its folder with --out")
+        self._lock()
         if self.args.resume:
-            if not description.exists():
-                raise ValueError(f"--resume: no run in {self.out}; start one without --resume, "
-                                 "or name its folder with --out")
             before = {"nproc_per_node": 1, **read_json(description)}
             changed = [f"--{key.replace('_', '-')} was {before.get(key)}, now {value}"
                        for key, value in settings.items() if before.get(key) != value
@@ -117,19 +121,28 @@ class Run:
                 raise ValueError(
                     "--resume must repeat the run's own arguments, or have more --seeds: "
                     + "; ".join(changed))
-        elif self._unfinished():                              # keep it, out of the way
-            number = next(n for n in itertools.count(1)
-                          if not self.out.with_name(f"{self.out.name}.{n}").exists())
-            aside = self.out.with_name(f"{self.out.name}.{number}")
-            self.out.rename(aside)
-            print(f"an unfinished run was in {self.out}; it is kept in {aside} "
-                  "(--resume would have gone on with it)")
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not self.args.resume:
+        else:
+            if self._unfinished():                            # keep it, out of the way
+                number = next(n for n in itertools.count(1)
+                              if not self.out.with_name(f"{self.out.name}.{n}").exists())
+                aside = self.out.with_name(f"{self.out.name}.{number}")
+                self.out.rename(aside)
+                print(f"an unfinished run was in {self.out}; it is kept in {aside} "
+                      "(--resume would have gone on with it)")
+                self._lock()
             (self.out / "recorded.json").unlink(missing_ok=True)
         for left in self.out.glob(".*.tmp"):                  # by a kill while it was written
             left.unlink()
         write_json(description, settings)
+
+    def _lock(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._locked = open(self.out / "run.lock", "w")       # until this process ends
+        try:
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another run is at work in {self.out}; name another folder with "
+                             "--out") from None
 
     def _unfinished(self) -> bool:
         """Whether the folder holds snapshots, or records younger than any results."""
@@ -182,11 +195,10 @@ class Run:
         """Iterate with a progress line (rate, time left)."""
         if total is None and hasattr(items, "__len__"):
             total = len(items)
-        line = ProgressLine(label, total, self.is_main)
-        for done, item in enumerate(items, 1):
-            yield item
-            line.update(done)
-        line.close()
+        with ProgressLine(label, total, self.is_main) as line:
+            for done, item in enumerate(items, 1):
+                yield item
+                line.update(done)
 
     # ------------------------------------------------------------ training
 
@@ -200,8 +212,8 @@ class Run:
         step = first = self._first_step(name)
         last, look_at = self._last.pop(name, {}), first + 1
         began = saved_at = time.monotonic()
-        line = ProgressLine(name, total, self.is_main, first)
-        with self._log_file(name, first) as log, self._catch_signals():
+        with (self._log_file(name, first) as log, self._catch_signals(),
+              ProgressLine(name, total, self.is_main, first) as line):
             for last in steps:
                 step += 1
                 with self._writing():
@@ -224,7 +236,6 @@ class Run:
                              f"To go on:\n  {self.resume_command()}")
                     self._leave(130)
                     sys.exit(130)
-        line.close()
         return last
 
     def resumed(self, name: str) -> dict | None:
@@ -298,7 +309,7 @@ class Run:
                   flush=True)
         else:
             return sys.__excepthook__(kind, error, trace)
-        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)   # workers must not hold it
+        _end_process(130 if issubclass(kind, KeyboardInterrupt) else 1)   # whatever workers do
 
     def resume_command(self) -> str:
         extra = [] if "--resume" in self.argv else ["--resume"]
@@ -377,12 +388,13 @@ class Run:
             # owns the group would wait for it forever. So the group stays, and the process ends.
             group = dist.group.WORLD
             dist.destroy_process_group()
-            atexit.register(_end_process, group, code)
+            atexit.register(_end_process, code, group)
 
 
-def _end_process(group, code: int) -> None:
+def _end_process(code: int, group=None) -> None:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):                               # a closed pipe
+            stream.flush()
     os._exit(code)
 
 

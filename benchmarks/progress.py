@@ -14,6 +14,12 @@ class ProgressLine:
         self.terminal = sys.stderr.isatty()
         self.pause, self.done, self.values = (0.2 if self.terminal else 10.0), first, {}
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def update(self, done: int, values: dict | None = None) -> None:
         self.done, self.values = done, values or {}
         now = time.monotonic()

@@ -297,8 +297,11 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_fresh_run_keeps_an_unfinished_one(toy, tmp_path):
-    process = toy.start("--out", "a", "--pause", "0.02", "--checkpoint-seconds", "0")
+    process = toy.start("--out", "a", "--pause", "0.5", "--checkpoint-seconds", "0")
     wait_for(lambda: list((tmp_path / "a").glob("toy-0-*.rank0.pt")))
+    for more in ([], ["--resume"]):
+        code, out, err = toy("--out", "a", *more)
+        assert code == 2 and "another run is at work in a;" in err and process.poll() is None
     process.kill()
     process.communicate()
     code, out, err = toy("--out", "a")
