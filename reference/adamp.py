@@ -54,6 +54,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.linalg import vector_norm
 from torch.optim import Optimizer
 
@@ -228,6 +229,8 @@ class _ProjectedOptimizer(Optimizer):
                 paths[self._path(group, p), p.dtype].append(p)
             for (path, _), params in paths.items():
                 path(group, params)
+                for p in () if torch.compiler.is_compiling() else params:
+                    increment_version(p)     # torch's fused kernels do not: stale graphs must fail
         return loss
 
     def _path(self, group: dict, p: Tensor) -> Callable:
@@ -606,6 +609,7 @@ class AdamP(_ProjectedOptimizer):
         if not (isinstance(betas, (tuple, list)) and len(betas) == 2
                 and all(_is_number(beta) and beta < 1 for beta in betas)):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        group["betas"] = tuple(map(float, betas))    # a float32 or float16 would round 1 - beta^t
 
     def _new_state(self, p: Tensor, group: dict) -> dict:
         step = _clock(0, p.device) if group["capturable"] else 0
@@ -701,8 +705,8 @@ class SGDP(_ProjectedOptimizer):
     def _check(self, group: dict) -> None:
         super()._check(group)
         momentum, dampening = group["momentum"], group["dampening"]
-        if not isinstance(dampening, Real):
-            raise ValueError(f"dampening must be a number, got {dampening!r}")
+        if not (isinstance(dampening, Real) and math.isfinite(dampening)):
+            raise ValueError(f"dampening must be a finite number, got {dampening!r}")
         if momentum >= 1 and group["weight_decay"] > 0:
             raise ValueError("momentum must be below 1 with weight_decay, which is divided by "
                              f"1 - momentum; got {momentum}")
@@ -723,7 +727,8 @@ class SGDP(_ProjectedOptimizer):
         torch._foreach_mul_(m, group["momentum"])
         torch._foreach_add_(m, grads, alpha=1 - group["dampening"])
         u = torch._foreach_add(grads, m, alpha=group["momentum"]) if group["nesterov"] else m
-        return list(u), group["lr"], self._decay(group)
+        lr = group["lr"].double().squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+        return list(u), lr, self._decay(group)
 
     def _has_kernel(self, group: dict) -> bool:
         return (group["momentum"] > 0 and not self._stores_projection(group)

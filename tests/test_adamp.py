@@ -527,6 +527,31 @@ def test_deepcopy_and_tensor_learning_rate():
     assert twin.stats["tested"] == 5
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("make, options", [*((AdamP, o) for o in ADAMP_PATHS.values()),
+                                           *((SGDP, o) for o in SGDP_PATHS.values())])
+def test_the_rate_may_be_a_tensor_and_betas_any_number(make, options, shape):
+    options, other = {"weight_decay": 0.1} | options, {}
+    if make is AdamP:
+        options |= {"betas": (0.5, 0.75)}
+        other = {"betas": (np.float16(0.5), torch.tensor(0.75))}
+    lr = torch.full(shape, 0.01)
+    expected, _ = replay(make, lr=lr.item(), **options)
+    actual, _ = replay(make, lr=lr, **options | other)
+    assert_same(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("path", ADAMP_PATHS)
+@pytest.mark.parametrize("shape", [(3, 4), (4,)])
+def test_backward_through_weights_of_before_a_step_fails(path, shape):
+    w = nn.Parameter(torch.ones(shape))
+    loss = (w ** 2).sum()
+    loss.backward(retain_graph=True)
+    AdamP([w], **ADAMP_PATHS[path]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_compiled_step_gives_the_same_numbers():
     results = []
     for compiled in (False, True):
@@ -574,7 +599,8 @@ def test_adamp_arguments_out_of_range(options, words):
     ({"lr": -1}, "lr.*-1"), ({"eps": -1}, "eps.*-1"), ({"delta": -1}, "delta.*-1"),
     ({"wd_ratio": 2}, "wd_ratio.*2"), ({"weight_decay": -1}, "weight_decay.*-1"),
     ({"momentum": -0.1}, r"momentum.*-0\.1"), ({"momentum": "x"}, "momentum.*'x'"),
-    ({"dampening": None}, "dampening.*None"), ({"nesterov": True}, "nesterov.*momentum 0"),
+    ({"dampening": None}, "dampening.*None"), ({"dampening": math.nan}, "dampening.*nan"),
+    ({"nesterov": True}, "nesterov.*momentum 0"),
     ({"momentum": 1, "weight_decay": 0.1}, "momentum.*below 1.*got 1"),
     ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"nesterov.*dampening 0\.1")], ids=str)
 def test_sgdp_arguments_out_of_range(options, words):
