@@ -211,6 +211,8 @@ def main(argv=None):
         parser.error("--amp fp16 needs loss scaling, which this loop does not do; use bf16")
     if args.data is None and preset.side != 16:
         parser.error(f"--preset {args.preset} needs --data")
+    if args.width and not (args.arch or preset.arch).startswith("stem"):
+        parser.error("--width: only of stem3 and stem7")
     run = harness.start(parser, argv)
     arch, epochs = args.arch or preset.arch, args.epochs or preset.epochs
     train_loader, val_loader, classes = data(run, preset.side, preset.batch)

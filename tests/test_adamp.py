@@ -732,7 +732,8 @@ def test_speed_script(tmp_path):
 @pytest.mark.parametrize("name, arguments, message", [
     ("adamp_imagenet", ["--epochs", 0], "--epochs: must be at least 1, not 0"),
     ("adamp_imagenet", ["--amp", "fp16"], "use bf16"),
-    ("adamp_imagenet", ["--preset", "small"], "--preset small needs --data")])
+    ("adamp_imagenet", ["--preset", "small"], "--preset small needs --data"),
+    ("adamp_imagenet", ["--arch", "resnet18", "--width", 8], "only of stem3 and stem7")])
 def test_what_a_script_cannot_do_is_one_line(run_script, tmp_path, capsys, name, arguments,
                                              message):
     with pytest.raises(SystemExit, match="2"):
