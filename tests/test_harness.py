@@ -222,9 +222,11 @@ def test_a_process_with_no_share_does_not_spoil_the_mean(start, monkeypatch):
     assert np.isnan(run.mean({"a": 1.0}, 0)["a"])
 
 
-def test_only_the_two_newest_snapshots_are_kept(toy, tmp_path):
-    process = toy.start("--out", "a", "--pause", "0.02", "--checkpoint-seconds", "0")
+def test_one_run_in_a_folder_keeps_its_two_newest_snapshots(toy, tmp_path):
+    process = toy.start("--out", "a", "--steps", "100000", "--checkpoint-seconds", "0")
     wait_for(lambda: len(lines(tmp_path / "a" / "toy-0.jsonl")) > 10)
+    code, out, err = toy("--out", "a")
+    assert code == 2 and "another run is at work in a;" in err and process.poll() is None
     process.kill()
     process.communicate()
     # 3 when killed between save and removal
@@ -296,21 +298,18 @@ def test_bad_arguments_get_one_clear_line(tmp_path, monkeypatch, capsys):
         run.record("a/b", {})
 
 
-def test_a_fresh_run_keeps_an_unfinished_one(toy, tmp_path):
-    process = toy.start("--out", "a", "--pause", "0.5", "--checkpoint-seconds", "0")
-    wait_for(lambda: list((tmp_path / "a").glob("toy-0-*.rank0.pt")))
-    for more in ([], ["--resume"]):
-        code, out, err = toy("--out", "a", *more)
-        assert code == 2 and "another run is at work in a;" in err and process.poll() is None
-    process.kill()
-    process.communicate()
-    code, out, err = toy("--out", "a")
-    assert code == 0 and "kept in a.1" in out
-    assert list((tmp_path / "a.1").glob("*.rank0.pt")) and (tmp_path / "a" / "toy.json").exists()
-    assert "kept in" not in toy("--out", "a", "--steps", "3")[1]    # that run was finished
-    (tmp_path / "a" / "toy.json").unlink()                   # as if killed between its two seeds
-    assert "kept in a.2" in toy("--out", "a", "--steps", "3")[1]
-    assert (tmp_path / "a.2" / "recorded.json").exists()
+def test_a_fresh_run_keeps_an_unfinished_one(start, capsys):
+    with pytest.raises(FileNotFoundError):
+        start("--checkpoint-seconds", "0").drive("x", counting(missing=6))
+    run = start()
+    assert "kept in a.1" in capsys.readouterr().out and len(list(Path("a.1").glob("*.pt"))) == 2
+    run.record("x", 1)
+    run.finish([{"claim": "c"}])
+    start().record("x", 1)                                    # that run was finished
+    assert "kept in" not in capsys.readouterr().out
+    Path("a", f"{run.script}.json").unlink()                  # as if killed between its two parts
+    start()
+    assert "kept in a.2" in capsys.readouterr().out and Path("a.2/recorded.json").exists()
 
 
 def test_a_full_disk_ends_with_a_clear_line_and_whole_files(toy, tmp_path):
