@@ -164,12 +164,14 @@ def draw(folder, curves: dict, statistics: dict, pooling: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run = harness.start(base.training_arguments(__doc__), argv)
-    if run.args.data and run.args.preset == "default":
-        run.args.preset = "small32"
-    settings = base.settings(run.args)
-    if run.args.epochs is None and settings["preset"] == "default":
+    parser = base.training_arguments(__doc__)
+    args = parser.parse_args(argv)
+    if args.data and args.preset == "default":
+        args.preset = "small32"
+    settings = base.settings(args)
+    if args.epochs is None and settings["preset"] == "default":
         settings["epochs"] = 8
+    run = harness.start(parser, argv)
     tiny = settings["preset"] == "tiny"
 
     def average(rows: list[dict]) -> dict:

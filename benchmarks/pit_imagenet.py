@@ -266,8 +266,6 @@ def fit(run: harness.Run, config: dict, name: str, seed: int) -> dict:
 def teacher(run: harness.Run, num_classes: int):
     if run.args.recipe != "distill":
         return None
-    if run.args.teacher is None:
-        raise SystemExit("--recipe distill needs --teacher MODEL FILE (the paper's: RegNetY-16GF)")
     name, file = run.args.teacher
     make = name.startswith(("pit_", "deit_", "resnet")) and (getattr(pit, name, None)
                                                              or getattr(resnet, name, None))
@@ -317,8 +315,6 @@ def robustness(run: harness.Run, config: dict, model, num_classes: int) -> dict:
         if kind in ("a", "r"):
             transform = restricted(torch.as_tensor(dataset.labels).unique(), num_classes)
         if kind == "9":
-            if args.in9_map is None:
-                raise SystemExit("--background needs --in9-map in_to_in9.json")
             transform = grouped(imagenet.imagenet9_groups(args.in9_map, num_classes))
         _, loader = real(run, config, 0, dataset)
         metrics = pit.evaluate(model, run.progress(loader, label=path.name), transform, run.device)
@@ -371,21 +367,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
     config = settings(args)
-    if not args.checkpoint and any((args.imagenet_a, args.imagenet_r, args.imagenet_v2, args.sketch,
-                                    args.background, args.in9_map)):
-        parser.error("the robustness sets need --checkpoint: they are for trained weights")
-    if args.checkpoint and len(config["names"]) != 1:
-        parser.error("--checkpoint needs one --models NAME")
+    names, distill = config["names"], args.recipe == "distill"
+    if args.checkpoint:
+        refused = ((len(names) != 1, "--checkpoint needs one --models NAME"),
+                   (bool(args.background) != bool(args.in9_map),
+                    "--background and --in9-map in_to_in9.json need each other"),
+                   (any((args.epochs, args.lr, args.drop_path, args.teacher)),
+                    "--checkpoint evaluates: no --epochs, --lr, --drop-path and --teacher"))
+    else:
+        refused = ((any((args.imagenet_a, args.imagenet_r, args.imagenet_v2, args.sketch,
+                         args.background, args.in9_map)),
+                    "the robustness sets need --checkpoint: they are for trained weights"),
+                   (len(set(names)) < len(names), f"--models names one twice: {' '.join(names)}"),
+                   (distill and not args.teacher,
+                    "--recipe distill needs --teacher MODEL FILE (the paper's: RegNetY-16GF)"),
+                   (args.teacher and not distill, "--teacher is for --recipe distill"))
+    for wrong, message in refused:
+        if wrong:
+            parser.error(message)
     run = harness.start(parser, argv)
-    try:
-        if run.args.checkpoint:
-            return evaluate_checkpoint(run, config)
-        rows = {name: [fit(run, config, name, seed) for seed in run.seeds]
-                for name in config["names"]}
-    except (ValueError, FileNotFoundError) as error:            # bad folders, images, checkpoints
-        raise SystemExit(f"{parser.prog}: {error}") from None
+    if run.args.checkpoint:
+        return evaluate_checkpoint(run, config)
+    rows = {name: [fit(run, config, name, seed) for seed in run.seeds] for name in names}
 
-    probes = [key for key in rows[config["names"][0]][0] if "hidden" in key or "FGSM" in key]
+    probes = [key for key in rows[names[0]][0] if "hidden" in key or "FGSM" in key]
     table, bars = [], {}
     for name, results in rows.items():
         top1, *others = (mean_and_error([row[key] for row in results])
@@ -408,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
         claims.append({"claim": "PiT minus ViT of equal MACs and stride, top-1",
                        "paper": "PiT above", "this run": gap, "holds": holds})
     else:
-        imagenet1k = {row["classes"] for row in rows[config["names"][0]]} == {1000}
+        imagenet1k = {row["classes"] for row in rows[names[0]]} == {1000}
         claims += [{"claim": f"{name} top-1, {run.args.recipe}",
                     "paper": published(name, run.args.recipe) if imagenet1k else None,
                     "this run": mean_and_error([row["top1"] for row in results])[0], "holds": None}

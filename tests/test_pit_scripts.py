@@ -101,33 +101,41 @@ def test_benchmark_on_a_real_folder_and_evaluation_of_its_checkpoint(tree, run, 
     for arguments, message in (
             (("--models", "pit_ti", "--checkpoint", weights), "does not fit pit_ti"),
             (("--models", "resnet"), "no model 'resnet'.*PiT, ViT"),
-            (("--models", "pit_ti", "--recipe", "distill", "--batch-size", 4),
-             "distill needs --teacher"),
             (("--models", "pit_ti", "--recipe", "distill", "--batch-size", 4, "--teacher",
               "resnet18", weights), "teacher.*PiT-seed0.pt does not fit resnet18 with 2 classes"),
             (("--models", "pit_ti", "--recipe", "distill", "--batch-size", 4, "--teacher",
               "ResNet", weights), "teacher: no model 'ResNet'"),
             (("--models", "PiT"), "12 samples do not fill a batch of 64")):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises((SystemExit, ValueError), match=message):
             run(pit_imagenet, "f", *common, *arguments)
     results = run(pit_imagenet, "t", "--data", tree / "data", "--preset", "tiny", "--models", "PiT",
                   "--batch-size", 4)["results"]
     assert results["PiT-seed0"]["count"] == 6
     (tree / "data" / "val" / "n03").mkdir()
-    with pytest.raises(SystemExit, match="different class folders"):
+    with pytest.raises(ValueError, match="different class folders"):
         run(pit_imagenet, "f", *common)
     for script in (pit_imagenet, pit_ablation):
         with pytest.raises(SystemExit, match="--preset small32 needs --data"):
             run(script, "f", "--preset", "small32")
     data = "--data", tree / "data"
-    for script, *arguments in ((pit_imagenet, "--sketch", tree),
-                               (pit_imagenet, *data, "--sketch", tree),
-                               (pit_imagenet, *data, "--checkpoint", weights),
-                               (speed_pit, "--rounds", 0), (speed_pit, "--models", "pit")):
+    evaluate = *data, "--checkpoint", weights, "--models", "PiT", "--preset", "small32"
+    capsys.readouterr()
+    for script, message, *arguments in (
+            (pit_imagenet, "only with --data", "--sketch", tree),
+            (pit_imagenet, "need --checkpoint", *data, "--sketch", tree),
+            (pit_imagenet, "needs one --models", *data, "--checkpoint", weights),
+            (pit_imagenet, "--in9-map .* need each other", *evaluate, "--background", tree),
+            (pit_imagenet, "--checkpoint evaluates", *evaluate, "--epochs", 3),
+            (pit_imagenet, "--checkpoint evaluates", *evaluate, "--teacher", "pit_ti", weights),
+            (pit_imagenet, "distill needs --teacher", "--models", "pit_ti", "--recipe", "distill"),
+            (pit_imagenet, "--teacher is for --recipe", "--teacher", "pit_ti", weights),
+            (pit_imagenet, "names one twice: PiT PiT", "--models", "PiT", "PiT"),
+            (speed_pit, "at least 1", "--rounds", 0),
+            (speed_pit, "no model 'pit'", "--models", "pit")):
         with pytest.raises(SystemExit, match="2"):
-            run(script, "f", *arguments)
-    assert re.search("only with --data.*need --checkpoint.*needs one --models.*no model 'pit'",
-                     capsys.readouterr().err, re.DOTALL)
+            run(script, "g", *arguments)
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tree / "g").exists()
 
 
 def test_distillation_recipe_with_a_teacher(tree, run):
