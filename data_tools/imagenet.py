@@ -99,6 +99,7 @@ class ImageFolder:
 
     def name(self, index: int) -> str:
         """Path of a sample below root: `<class>/<file>`."""
+        index = range(len(self))[index]
         start = self._name_ends[index - 1] if index else 0
         folder = self.classes[bisect.bisect_right(self._class_ends, index)]
         return f"{folder}/{os.fsdecode(self.names_blob[start:self._name_ends[index]])}"

@@ -378,17 +378,17 @@ def sample_seed(*parts: int) -> int:
 
 
 class _Batches:
-    """Yields (epoch, indices, slots) per batch; position and epoch are set before each pass."""
+    """(epoch, indices, slots) of each batch of the coming pass.
 
-    def __init__(self, loader: "Loader"):
-        self.loader, self.epoch, self.start = loader, 0, 0
+    It does not know the Loader: as part of a reference cycle, DataLoader does not stop its workers
+    at once, but kills each after five seconds.
+    """
+
+    def __init__(self) -> None:
+        self.coming: list[tuple[int, list[int], list[int]]] = []
 
     def __iter__(self) -> Iterator[tuple[int, list[int], list[int]]]:
-        indices, slots = self.loader._order(self.epoch)
-        size = self.loader.batch_size
-        for batch in range(self.start, len(self.loader)):
-            part = slice(batch * size, (batch + 1) * size)
-            yield self.epoch, indices[part], slots[part]
+        return iter(self.coming)
 
 
 class _Reader:
@@ -481,7 +481,7 @@ class Loader:
         self._epoch = self._start = 0
         if drop_last and not len(self):
             raise ValueError(f"{self._samples()} samples do not fill a batch of {batch_size}")
-        self._batches = _Batches(self)
+        self._batches = _Batches()
         self._loader = DataLoader(_Reader(self), batch_sampler=self._batches, num_workers=workers,
                                   collate_fn=_identity, persistent_workers=workers > 0,
                                   prefetch_factor=4 if workers else None,
@@ -526,11 +526,15 @@ class Loader:
         return indices, [0] * len(indices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        self._batches.epoch, self._batches.start = self._epoch, self._start
-        self._epoch, self._start = self._epoch + 1, 0
-        return self._iterate()
+        epoch, start = self._epoch, self._start
+        self._epoch, self._start = epoch + 1, 0
+        return self._iterate(epoch, start)
 
-    def _iterate(self) -> Iterator[tuple[Tensor, ...]]:
+    def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        indices, slots = self._order(epoch)
+        size = self.batch_size
+        self._batches.coming = [(epoch, indices[at : at + size], slots[at : at + size])
+                                for at in range(start * size, len(self) * size, size)]
         for samples, labels, bad in self._loader:
             for message in bad:
                 if self.on_bad_image == "raise":

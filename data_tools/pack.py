@@ -31,7 +31,7 @@ import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, BinaryIO, Sequence
 
 import numpy as np
 import torch
@@ -201,29 +201,23 @@ def encode(dataset: Any, index: int, short_side: int, quality: int,
 def _write_shard(dataset: ImageFolder, dst: Path, shard: str, indices: range,
                  options: dict[str, Any], skip: bool) -> list[str]:
     """Writes shard.bin and then shard.npz; returns the messages of skipped images."""
-    rows, names, bad, offset = [], [], [], 0
-    temporary = dst / f"{shard}.bin.partial"
-    try:
-        with open(temporary, "wb") as file:
-            for index in indices:
-                try:
-                    record, width, height = encode(dataset, index, **options)
-                except BadImage as error:
-                    if not skip:
-                        raise
-                    bad.append(str(error))
-                    continue
-                file.write(record)
-                label = int(dataset.labels[index])
-                rows.append((offset, len(record), width, height, label, zlib.crc32(record)))
-                names.append(dataset.name(index).encode("utf-8", "surrogateescape"))
-                offset += len(record)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, dst / f"{shard}.bin")
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    rows, names, bad = [], [], []
+
+    def write(file: BinaryIO) -> None:
+        for index in indices:
+            try:
+                record, width, height = encode(dataset, index, **options)
+            except BadImage as error:
+                if not skip:
+                    raise
+                bad.append(str(error))
+                continue
+            label = int(dataset.labels[index])
+            rows.append((file.tell(), len(record), width, height, label, zlib.crc32(record)))
+            names.append(dataset.name(index).encode("utf-8", "surrogateescape"))
+            file.write(record)
+
+    write_whole(dst / f"{shard}.bin", write)
     columns = dict(zip(COLUMNS, np.array(rows, np.int64).reshape(-1, len(COLUMNS)).T))
     out = io.BytesIO()
     np.savez(out, **columns, name=np.array(names, np.bytes_), bad=np.array(bad, np.str_))
@@ -238,21 +232,25 @@ def pack(src: str | Path, dst: str | Path, *, short_side: int = 256, quality: in
     returns the header.
 
     A folder of class folders becomes the split "val". Started again with the same arguments after
-    an interruption it continues; a finished pack is left as it is. The source is only read. Files
-    that were renamed, added or removed meanwhile are an error; new pixels under an old name are not
-    noticed.
+    an interruption (on_bad_image may be another) it continues; a finished pack is left as it is.
+    The source is only read. Files that were renamed, added or removed meanwhile are an error; new
+    pixels under an old name are not noticed.
     """
     src, dst = Path(src), Path(dst)
-    if short_side < 1 or not 1 <= quality <= 95 or images_per_shard < 1:
-        raise ValueError(f"short_side {short_side}, images_per_shard {images_per_shard} "
-                         f"must be >= 1; quality {quality} in 1 .. 95")
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if min(short_side, images_per_shard, workers) < 1 or not 1 <= quality <= 95:
+        raise ValueError("short_side, images_per_shard and workers must be >= 1 and quality 1 .. "
+                         f"95, got {short_side}, {images_per_shard}, {workers} and {quality}")
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f'on_bad_image must be "raise" or "skip", got {on_bad_image!r}')
     splits = [split for split in ("train", "val") if (src / split).is_dir()]
     sources = {split: imagenet(src, split) for split in splits} or {"val": ImageFolder(src)}
+    here = (dst.resolve(), *dst.resolve().parents)
+    if src.resolve() == here[0] or any(data.root.resolve() in here for data in sources.values()):
+        raise ValueError(f"{dst} lies among the images of {src}; choose another folder")
     listing = hashlib.sha256()
     for split, dataset in sources.items():
-        listing.update(f"{split} {dataset.classes} {images_per_shard} {on_bad_image}".encode())
+        listing.update(f"{split} {dataset.classes} {images_per_shard}".encode())
         listing.update(dataset.labels.tobytes() + dataset.names_blob)
     options = {"short_side": short_side, "quality": quality, "raw": raw}
     plan = {"version": VERSION, "options": options, "source": listing.hexdigest()}
@@ -264,11 +262,14 @@ def pack(src: str | Path, dst: str | Path, *, short_side: int = 256, quality: in
                 raise ValueError(f"{dst} holds a pack of other files or options "
                                  f"({found.get('options')}); remove it or choose another folder")
             if name == "pack.json":
+                (dst / "unfinished.json").unlink(missing_ok=True)
                 print(f"{dst} is complete")
                 return found
             break
     else:
         write_whole(dst / "unfinished.json", json.dumps(plan).encode())
+    for left in dst.glob(".*.tmp"):  # by a killed run
+        left.unlink(missing_ok=True)
 
     jobs = {
         f"{split}-{number:05d}": (dataset,
@@ -279,7 +280,7 @@ def pack(src: str | Path, dst: str | Path, *, short_side: int = 256, quality: in
     missing = [shard for shard in jobs if not (dst / f"{shard}.npz").exists()]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} shards are there already")
-    workers = min(len(missing), os.cpu_count() or 1 if workers is None else max(1, workers))
+    workers = min(len(missing), workers)
     skip = on_bad_image == "skip"
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
@@ -309,11 +310,13 @@ def pack(src: str | Path, dst: str | Path, *, short_side: int = 256, quality: in
         with np.load(dst / f"{shard}.npz", allow_pickle=False) as table:
             header["splits"][shard.split("-")[0]]["images"] -= len(table["bad"])
             for message in table["bad"]:
+                if not skip:
+                    raise ValueError(f"{message}; an earlier run left this out, remove {dst} to "
+                                     "start over")
                 print(f"left out {message}")
     header["sha256"] = _digest(header)
     write_whole(dst / "pack.json", json.dumps(header, indent=1).encode())
-    for left in (dst / "unfinished.json", *dst.glob(".*.tmp")):     # by runs that were killed
-        left.unlink(missing_ok=True)
+    (dst / "unfinished.json").unlink(missing_ok=True)
     return header
 
 
@@ -370,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         bad = verify(args.root) if args.command == "verify" else check(args.root)
     except ValueError as error:
-        hint = " (repair or remove the file, or pass --on-bad-image skip)"
+        hint = " (repair the file, or pass --on-bad-image skip; finished shards are kept)"
         print(f"error: {error}{hint * isinstance(error, BadImage)}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -29,6 +29,10 @@ def test_folder_order_labels_and_names(tree):
     image, label = dataset[5]
     expected = Image.open(tree / "train/n02/n02_1.JPEG").convert("RGB")
     assert label == 1 and np.array_equal(np.asarray(image), np.asarray(expected))
+    assert dataset.name(-1) == "n03/n03_3.JPEG" and dataset[-12][1] == 0
+    for beyond in (12, -13):
+        with pytest.raises(IndexError):
+            dataset[beyond]
 
 
 def test_class_subsets(tree):

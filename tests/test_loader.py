@@ -1,5 +1,8 @@
 """Transforms and the batch loader, on trees written here."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -329,3 +332,26 @@ def test_shuffled_loader_replaces_bad_images(tree):
         batches = list(loader)
     assert [len(images) for images, _ in batches] == [4, 4, 4]
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == [0] * 4 + [2] * 8
+
+
+def test_a_loader_is_no_reference_cycle():
+    """Or its workers would not stop at once, but be killed after five seconds each."""
+    dataset = data.ArrayImages(np.zeros((6, 4, 4, 3), np.uint8), range(6))
+    loader = data.Loader(dataset, 2, transform=data.PadCropTransform(1), workers=1)
+    worker = next(iter(loader)) and loader._loader._iterator._workers[0]
+    freed = weakref.ref(loader)
+    gc.disable()
+    try:
+        del loader
+        assert freed() is None and worker.exitcode == 0
+    finally:
+        gc.enable()
+
+
+def test_two_passes_at_once():
+    dataset = data.ArrayImages(np.zeros((6, 4, 4, 3), np.uint8), range(6))
+    loader = data.Loader(dataset, 2, shuffle=True, seed=3)
+    first, second = list(loader), list(loader)
+    loader.set_epoch(0)
+    pairs = list(zip(loader, loader))
+    assert equal([a for a, _ in pairs], first) and equal([b for _, b in pairs], second)

@@ -130,6 +130,7 @@ def test_bad_images_do_not_get_into_a_pack(tree, tmp_path):
     failed = run("pack", tree, tmp_path / "pack", "--workers", 1)
     assert failed.returncode == 1 and "n02_1.JPEG: not an image" in failed.stderr
     assert "--on-bad-image skip" in failed.stderr and failed.stderr.count("\n") == 1
+    assert run("pack", tree, tmp_path / "pack", "--on-bad-image", "skip").returncode == 0
     checked = run("check", tree)
     assert checked.returncode == 1 and "n02_1.JPEG" in checked.stderr
     header = packs.pack(tree, tmp_path / "other", workers=2, on_bad_image="skip",
@@ -137,6 +138,9 @@ def test_bad_images_do_not_get_into_a_pack(tree, tmp_path):
     assert header["splits"]["train"]["images"] == 11 == len(data.imagenet(tmp_path / "other"))
     with pytest.raises(ValueError, match="other files or options"):
         packs.pack(tree, tmp_path / "other", workers=1, short_side=20)
+    (tmp_path / "other/pack.json").rename(tmp_path / "other/unfinished.json")
+    with pytest.raises(ValueError, match="n02_1.JPEG: .*; an earlier run left this out, remove"):
+        packs.pack(tree, tmp_path / "other", workers=1, images_per_shard=3)
 
 
 def test_pack_goes_on_after_a_kill(tmp_path):
@@ -159,14 +163,40 @@ def test_pack_goes_on_after_a_kill(tmp_path):
         data.imagenet(dst)
     (dst / ".val-00001.npz.7.tmp").write_bytes(b"half")
     packs.pack(tree, dst, workers=1, images_per_shard=10)
-    assert not list(dst.glob(".*"))
+    (dst / "unfinished.json").write_bytes((dst / "pack.json").read_bytes())   # killed at the end
+    packs.pack(tree, dst, workers=1, images_per_shard=10)
+    assert not list(dst.glob(".*")) and not (dst / "unfinished.json").exists()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
     packs.pack(tree, tmp_path / "whole", workers=1, images_per_shard=10)
     for path in (tmp_path / "whole").iterdir():
         if path.suffix == ".bin":
             assert path.read_bytes() == (dst / path.name).read_bytes()
-    assert packs.verify(dst) == [] and sorted(p.suffix
-                                              for p in dst.iterdir()).count(".partial") == 0
+    assert packs.verify(dst) == []
+
+
+def test_two_packs_at_once_do_not_mix(tree, tmp_path, monkeypatch):
+    dst, original = tmp_path / "pack", packs.encode
+
+    def interrupted(*arguments, **options):             # by another that writes the same shards
+        monkeypatch.setattr(packs, "encode", original)
+        packs.pack(tree, dst, workers=1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(packs, "encode", interrupted)
+    with pytest.raises(FileNotFoundError):              # its own unfinished file was cleared away
+        packs.pack(tree, dst, workers=1)
+    assert packs.verify(dst) == [] and len(data.imagenet(dst)) == 12
+    assert not list(dst.glob(".*"))
+
+
+def test_a_pack_does_not_go_among_its_images(tree):
+    before = sorted(tree.rglob("*"))
+    for dst in (tree, tree / "train", tree / "train" / "pack", tree / "val" / "n01"):
+        with pytest.raises(ValueError, match="lies among the images"):
+            packs.pack(tree, dst, workers=1)
+    assert sorted(tree.rglob("*")) == before
+    packs.pack(tree, tree / "pack", workers=1)
+    assert len(data.imagenet(tree / "pack")) == len(data.imagenet(tree)) == 12
 
 
 def test_full_disk_keeps_finished_shards(tree, tmp_path):
@@ -197,7 +227,7 @@ def test_output_that_cannot_be_written(tree, tmp_path):
 
 def test_pack_arguments(tree, tmp_path):
     for wrong in (dict(short_side=0), dict(quality=101), dict(images_per_shard=0),
-                  dict(on_bad_image="x")):
+                  dict(workers=0), dict(on_bad_image="x")):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             packs.pack(tree, tmp_path / "pack", **wrong)
     with pytest.raises(ValueError, match="holds the splits train, val, not 'test'"):
