@@ -23,6 +23,9 @@ def test_chunks_do_not_show_and_sizes_scale(monkeypatch):
     # a plain disc: foreground and background, nothing else
     assert colours.shape[1] == 2
     assert shapes(0)["boxes"].shape == (0, 4)
+    labels = torch.arange(8)
+    shapes(8, labels=labels)["labels"].zero_()
+    assert torch.equal(labels, torch.arange(8))               # the caller's are not handed out
     monkeypatch.setattr(synthetic, "CHUNK", 7)
     assert shapes(20)["images"].shape == (20, 3, 32, 32)
 
@@ -78,6 +81,15 @@ def test_bad_arguments():
         Batches(torch.zeros(3), torch.zeros(4), batch_size=1)
     with pytest.raises(ValueError, match="batch_size"):
         Batches(torch.zeros(3), batch_size=3, world_size=2)
+    for rank, world in ((1, 1), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank must be in .*, not {rank} of {world}"):
+            Batches(torch.zeros(3), batch_size=2, rank=rank, world_size=world)
+    for epoch, start in ((-1, 0), (0, -1), (0, 3)):
+        with pytest.raises(ValueError, match="an epoch has 2 batches"):
+            Batches(torch.zeros(3), batch_size=2).set_epoch(epoch, start)
+    for noise in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="noise must be >= 0"):
+            shapes(2, noise=noise)
 
 
 def test_empty_mask_has_a_zero_box():
