@@ -107,7 +107,7 @@ def image_grid(path: str | Path, images: Sequence, titles: Sequence[str] | None 
         picture = picture.resize(size, Image.NEAREST if factor > 2 else Image.BICUBIC)
         x, y = gap + number % columns * (cell + gap), gap + number // columns * (cell + gap + head)
         if titles is not None and number < len(titles):
-            pen.text((x, y), _cut(str(titles[number]), cell, 12), fill=INK, font=font)
+            pen.text((x, y), _cut(str(titles[number]), cell - 4, 12), fill=INK, font=font)
         canvas.paste(picture, (x, y + head))
     _write(canvas, path)
 
@@ -227,7 +227,7 @@ class Chart:
         width, height = max(_width(label, 12) for label, _ in rows) + 36, 18 * len(rows) + 6
         corners = [(x, y) for y in (y0 + 6, y1 - height - 6) for x in (x1 - width - 6, x0 + 8)]
         pixels = np.asarray(self.canvas).astype(int)
-        ink = (pixels.max(-1) - pixels.min(-1) > 40) | (pixels.max(-1) < 120)
+        ink = (pixels.max(-1) - pixels.min(-1) > 12) | (pixels.max(-1) < 120)
 
         def marks(corner):
             x, y = (int(v * ZOOM) for v in corner)

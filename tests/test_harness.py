@@ -427,6 +427,10 @@ def test_pictures_are_written(tmp_path):
         figures.as_image(np.zeros((2, 3, 4, 5)))
     with pytest.raises(ValueError, match="limits"):
         figures.Chart((0, 0), (0, 1))
+    with pytest.raises(ValueError, match="heat must be"):
+        figures.overlay(half, torch.ones(1, 4, 4))
+    with pytest.raises(ValueError, match="shorter"):
+        figures.line_chart(tmp_path / "no.png", {"a": ([1, 2, 3], [1, 2])})
     for labels, series in ((["p", "q"], {"m": [1]}), ([], {"m": []}), (["p"], {})):
         with pytest.raises(ValueError, match="each series"):
             figures.bar_chart(tmp_path / "no.png", labels, series)
