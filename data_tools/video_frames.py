@@ -497,9 +497,9 @@ class VideoLoader(Loader):
         super().__init__(dataset, batch_size, transform=dataset.clip, **options)
         self.mean, self.std = mean, std
 
-    def _iterate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for frames, labels, *_ in super()._iterate():
-            yield to_clips(frames, self.mean, self.std), labels
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((to_clips(frames, self.mean, self.std), labels)
+                for frames, labels, *_ in super().__iter__())
 
 
 # ---------------------------------------------------------------- command line
