@@ -35,7 +35,6 @@ import itertools
 import math
 import os
 import re
-import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -142,12 +141,7 @@ def _plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class MLP(nn.Sequential):
-    """Linear(C, hidden), exact GELU, Linear(hidden, C), each linear layer under dropout."""
-
-    def __init__(self, dim: int, hidden: int, drop: float) -> None:
-        super().__init__(OrderedDict(
-            fc1=nn.Linear(dim, hidden), act=nn.GELU(), drop1=nn.Dropout(drop),
-            fc2=nn.Linear(hidden, dim), drop2=nn.Dropout(drop)))
+    """Two linear layers, each with dropout after it, and the exact GELU between them."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -168,7 +162,10 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads, attn_drop, drop, attention)
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = MLP(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(),
+                                   drop1=nn.Dropout(drop), fc2=nn.Linear(hidden, dim),
+                                   drop2=nn.Dropout(drop)))
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
@@ -392,24 +389,17 @@ class PoolingTransformer(_Classifier):
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """Softmax weights `(B, heads, N, N)` of every block in eval mode, class tokens first."""
         maps: list[Tensor] = []
-        caller = threading.get_ident()                  # other threads may run the model meanwhile
-
-        def keep(attn: Attention, norm: nn.Module, args: tuple, out: Tensor) -> None:
-            if threading.get_ident() == caller:
-                maps.append(attn.weights(out))
-
-        hooks = [block.norm1.register_forward_hook(partial(keep, block.attn))
-                 for stage in self.transformers for block in stage.blocks]
-        try:
-            with _eval_mode(self):
-                list(self._stages(x))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _eval_mode(self):
+            for _ in self._stages(x, maps=maps):
+                pass
         return maps
 
-    def _stages(self, x: Tensor, class_only: bool = False) -> Iterator[tuple[Tensor, tuple]]:
-        """Yields tokens `(B, N_s, C_s)` and grid after each stage; `class_only` cuts the last."""
+    def _stages(self, x: Tensor, class_only: bool = False,
+                maps: list[Tensor] | None = None) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Yields tokens `(B, N_s, C_s)` and grid after each stage; `class_only` cuts the last.
+
+        The attention of every block goes to the list `maps`, if given.
+        """
         self._check_images(x)
         grid, pos_embed = self._grid(*x.shape[-2:]), self.pos_embed
         if grid != pos_embed.shape[-2:]:
@@ -423,7 +413,12 @@ class PoolingTransformer(_Classifier):
                 grid = spatial.shape[-2:]
             last = s == len(self.transformers) - 1
             x = torch.cat([tokens, spatial.flatten(2).transpose(1, 2)], dim=1)
-            x = stage(x, self.num_tokens if class_only and last else None, checkpointing)
+            if maps is None:
+                x = stage(x, self.num_tokens if class_only and last else None, checkpointing)
+            else:
+                for block in stage.blocks:
+                    maps.append(block.attn.weights(block.norm1(x)))
+                    x = block(x)
             yield x, grid
 
     def _split(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
