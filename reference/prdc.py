@@ -474,7 +474,7 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
     The last dict also has "result", and "real_radii": squared radii of the reals (K, N) and the
     scale they are in, to be passed again with the same reals. quiet: no warnings.
     """
-    ks, options = _check_k(nearest_k), _check_options(options)
+    (ks, several), options = _check_k(nearest_k), _check_options(options)
     device, group, metrics = options["device"], options["group"], options["metrics"]
     real = _features(real_features, "real_features", device)
     fake = _features(fake_features, "fake_features", device)
@@ -536,7 +536,7 @@ def iter_prdc(real_features: Any, fake_features: Any, nearest_k: int | Sequence[
                       stacklevel=3)
 
     result = _result(counts, real_r2, fake_r2, scale, ks, options)
-    if not _is_several(nearest_k):
+    if not several:
         result = {name: value[0] for name, value in result.items()}
     yield {"stage": "done", "done": 1, "total": 1, "result": result,
            "real_radii": (real_r2.cpu(), scale)}
@@ -661,7 +661,7 @@ class PRDC:
 
     def __init__(self, nearest_k: int | Sequence[int] = 5, **options: Any):
         self.nearest_k, self.options = copy.deepcopy(nearest_k), _check_options(options)
-        self._radii_of = [*_check_k(nearest_k), self.options["precision"] == "float32"]
+        self._radii_of = [*_check_k(nearest_k)[0], self.options["precision"] == "float32"]
         self.reset()
 
     def update(self, features: Any, real: bool) -> None:
@@ -724,7 +724,7 @@ class PRDC:
 
     def cache_real(self, path: str | Path) -> None:
         """Load the reals and their radii from `path` (.npz) if it exists; else write them there."""
-        path, ks = Path(path), _check_k(self.nearest_k)
+        path, ks = Path(path), _check_k(self.nearest_k)[0]
         if path.exists():
             try:
                 with np.load(path, allow_pickle=False) as file:
@@ -768,7 +768,7 @@ def bootstrap_prdc(real_features: Any, fake_features: Any, nearest_k: int = 5, *
     Subsets are drawn without replacement (with it, duplicates would make radii of 0), by default of
     half the smaller set: an error bar for that size, which is larger than that of the whole.
     """
-    (k,), options = _check_k(nearest_k, one=True), _check_options(options)
+    ((k,), _), options = _check_k(nearest_k, one=True), _check_options(options)
     _check_integers(num_subsets=num_subsets, seed=seed,
                     **{} if subset_size is None else {"subset_size": subset_size})
     if num_subsets < 2:
@@ -800,15 +800,10 @@ def bootstrap_prdc(real_features: Any, fake_features: Any, nearest_k: int = 5, *
 
 # ---------------------------------------------------------------- arguments
 
-def _is_several(nearest_k: Any) -> bool:
-    if isinstance(nearest_k, (np.ndarray, Tensor)):
-        return nearest_k.ndim > 0
-    return isinstance(nearest_k, Sequence) and not isinstance(nearest_k, str)
-
-
-def _check_k(nearest_k: Any, one: bool = False) -> list[int]:
-    several = _is_several(nearest_k)
+def _check_k(nearest_k: Any, one: bool = False) -> tuple[list[int], bool]:
+    """All k, and whether they came as a sequence."""
     values = nearest_k.tolist() if hasattr(nearest_k, "tolist") else nearest_k
+    several = isinstance(values, Sequence) and not isinstance(values, str)
     ks = list(values) if several else [values]
     if not ks:
         raise ValueError("nearest_k must not be empty")
@@ -816,7 +811,7 @@ def _check_k(nearest_k: Any, one: bool = False) -> list[int]:
                                   and k > 0 for k in ks):
         wanted = "one positive integer here" if one else "a positive integer or a sequence of them"
         raise ValueError(f"nearest_k must be {wanted}, not {nearest_k!r}")
-    return [int(k) for k in ks]
+    return [int(k) for k in ks], several
 
 
 def _check_integers(**values: Any) -> None:
