@@ -484,6 +484,7 @@ class Loader:
         self._batches = _Batches()
         self._loader = DataLoader(_Reader(self), batch_sampler=self._batches, num_workers=workers,
                                   collate_fn=_identity, persistent_workers=workers > 0,
+                                  generator=torch.Generator(),  # or it draws from the global one
                                   prefetch_factor=4 if workers else None,
                                   pin_memory=self.device is not None and self.device.type == "cuda")
 

@@ -348,10 +348,12 @@ def test_a_loader_is_no_reference_cycle():
         gc.enable()
 
 
-def test_two_passes_at_once():
+def test_two_passes_at_once_and_the_global_generator():
     dataset = data.ArrayImages(np.zeros((6, 4, 4, 3), np.uint8), range(6))
     loader = data.Loader(dataset, 2, shuffle=True, seed=3)
+    state = torch.get_rng_state()
     first, second = list(loader), list(loader)
+    assert torch.equal(torch.get_rng_state(), state)          # DataLoader would draw a seed
     loader.set_epoch(0)
     pairs = list(zip(loader, loader))
     assert equal([a for a, _ in pairs], first) and equal([b for _, b in pairs], second)
