@@ -137,7 +137,7 @@ class Run:
 
     def _lock(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self._locked = open(self.out / "run.lock", "w")       # until this process ends
+        self._locked = open(self.out / "run.lock", "w")       # until the run or its process ends
         try:
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -341,14 +341,12 @@ class Run:
                 write_json(self.out / "recorded.json",
                            {"results": self._recorded, "wall_seconds": self._wall()})
 
-    def save(self, name: str, value: dict) -> Path:
+    def save(self, name: str, value: dict) -> None:
         """Keep tensors (trained weights, say) in the run's folder, atomically."""
         _check_name(name)
-        path = self.out / f"{name}.pt"
         if self.is_main:
             with self._writing():
-                write_tensors(path, value)
-        return path
+                write_tensors(self.out / f"{name}.pt", value)
 
     def saved(self, name: str) -> dict:
         """What `save` kept under this name, on the CPU."""
@@ -382,6 +380,8 @@ class Run:
         return self._wall_before + time.monotonic() - self.began
 
     def _leave(self, code: int = 0) -> None:
+        if self.is_main:
+            self._locked.close()
         if self.world_size > 1 and dist.is_initialized():
             # A thread of gloo may still hold Python objects, which it gives back under the GIL: the
             # interpreter's shutdown would abort it, and the end of a DistributedDataParallel that
