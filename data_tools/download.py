@@ -284,10 +284,12 @@ def unpack(archive: str | Path, dst: str | Path, *, max_bytes: int | None = None
         _lock(folder, wait=True)
         shutil.rmtree(staging, ignore_errors=True)  # of a killed process
         staging.mkdir()
-        _extract(archive, staging, limit, room)
-        return _move(staging, dst)
+        try:
+            _extract(archive, staging, limit, room)
+            return _move(staging, dst)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         os.close(folder)
 
 
@@ -327,19 +329,23 @@ def _extract(archive: Path, staging: Path, limit: float, room: float) -> None:
 
 def _move(staging: Path, dst: Path) -> int:
     """Every file below staging to its place below dst, or none; returns their number."""
-    paths = [path.relative_to(staging) for path in staging.rglob("*")]  # folders come first
-    for path in paths:
-        if (dst / path).exists() and (dst / path).is_dir() != (staging / path).is_dir():
-            raise FileExistsError(f"{dst / path} is in the way: only one of it and of what the "
-                                  "archive holds there is a folder")
-    files = 0
-    for path in paths:
-        if (staging / path).is_dir():
-            (dst / path).mkdir(exist_ok=True)
-        else:
-            os.replace(staging / path, dst / path)
-            files += 1
-    return files
+    def walk() -> Iterator[tuple[Path, Path, list[str], list[str]]]:
+        for folder, folders, files in os.walk(staging):
+            yield Path(folder), dst / Path(folder).relative_to(staging), folders, files
+
+    for _, place, folders, files in walk():
+        for name in folders + files if place.exists() else ():
+            there = place / name
+            if there.exists() and there.is_dir() != (name in folders):
+                raise FileExistsError(f"{there} is in the way: only one of it and of what the "
+                                      "archive holds there is a folder")
+    moved = 0
+    for folder, place, _, files in walk():
+        place.mkdir(exist_ok=True)
+        for name in files:
+            os.replace(folder / name, place / name)
+        moved += len(files)
+    return moved
 
 
 def _safe_name(archive: Path, name: str) -> str:
