@@ -428,7 +428,10 @@ class PoolingTransformer(_Classifier):
     def set_image_size(self, size: int | tuple[int, int]) -> None:
         """Adapts the model to images of `size`: the position map is resized bicubically."""
         size = _pair("size", size)
-        self.pos_embed.data = _resize_map(self.pos_embed.data, self._grid(*size))
+        resized = _resize_map(self.pos_embed.data, self._grid(*size))
+        # A graph still alive keeps the shape of gradients, unless the dtype changes in between.
+        self.pos_embed.data = resized.new_empty(0, dtype=torch.complex64)
+        self.pos_embed.data = resized
         self.pos_embed.grad, self.image_size = None, size
 
 
@@ -1008,7 +1011,8 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     its epoch. `lr` None: 5e-4 * batch / 512 over all processes. `generator` draws the
     stochastic-depth masks. Yields {step, epoch, loss, lr, grad_norm, images_per_s} after every
     step; `send("state")` yields a snapshot, a copy of all that moves, and `resume=snapshot` goes on
-    to the same numbers. FloatingPointError for a loss of NaN.
+    to the same numbers (with dropout not: torch's default generator draws it, and belongs to the
+    caller). FloatingPointError for a loss of NaN.
     """
     _check_sizes(epochs=epochs)
     bare = _bare(model)

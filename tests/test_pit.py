@@ -234,6 +234,16 @@ def test_position_map_resized_to_another_grid():
     close(fixed(x), golden["logits"])
 
 
+def test_position_map_resized_while_a_graph_is_alive():
+    model = small()
+    optimizer, alive = torch.optim.SGD(model.parameters(), 0.1), model(images())
+    model.set_image_size(40)
+    before = model.pos_embed.detach().clone()
+    model(images(2, 3, 40, 40)).square().sum().backward()
+    optimizer.step()                            # it still holds the map
+    assert alive.requires_grad and (model.pos_embed != before).all()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_given_drop_path_masks(checkpointing):
     golden = load("drop_path_masked")
