@@ -426,7 +426,10 @@ class PoolingTransformer(_Classifier):
         return x[:, self.num_tokens:].transpose(1, 2).unflatten(2, grid), x[:, :self.num_tokens]
 
     def set_image_size(self, size: int | tuple[int, int]) -> None:
-        """Adapts the model to images of `size`: the position map is resized bicubically."""
+        """Adapts the model to images of `size`: the position map is resized bicubically.
+
+        An optimiser keeps moments of the old shape once it has stepped: make a new one.
+        """
         size = _pair("size", size)
         resized = _resize_map(self.pos_embed.data, self._grid(*size))
         # A graph still alive keeps the shape of gradients, unless the dtype changes in between.
