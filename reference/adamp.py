@@ -47,9 +47,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from numbers import Real
-from operator import itemgetter
 from statistics import fmean
 
 import torch
@@ -484,15 +483,18 @@ class _Rows:
     and of each matrix."""
 
     def __init__(self, shapes: tuple[tuple[int, int], ...], like: Tensor):
-        counts = torch.tensor([count for count, _ in shapes])
+        self.sizes, self.numels = [count for count, _ in shapes], list(map(math.prod, shapes))
+        counts = torch.tensor(self.sizes)
         root = torch.tensor([[length, count * length] for count, length in shapes]).double().sqrt()
-        self.counts, self.sizes = counts.to(like.device), counts.tolist()
-        self.numels = [math.prod(shape) for shape in shapes]
-        self.tensor = torch.arange(len(shapes)).repeat_interleave(counts).to(like.device)
+        self.counts = counts.to(like.device)
+        tensor = torch.arange(len(shapes)).repeat_interleave(counts, output_size=sum(self.sizes))
+        self.tensor = tensor.to(like.device)
         root, self.layer_root = root.to(like.device, like.dtype).unbind(1)
         self.root = root[self.tensor]
-        alike = groupby(shapes, itemgetter(1))
-        self.lengths, self.spans = zip(*((n, sum(map(math.prod, those))) for n, those in alike))
+        spans = {}                                   # equal lengths are neighbours
+        for (_, length), numel in zip(shapes, self.numels):
+            spans[length] = spans.get(length, 0) + numel
+        self.lengths, self.spans = list(spans), list(spans.values())
         self.heights = [span // n for span, n in zip(self.spans, self.lengths)]
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -530,6 +532,12 @@ def _vectors(tensors: list[Tensor]) -> list[Tensor]:
 def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Views of a vector in the shapes of `like`."""
     return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in like]), like)]
+
+
+def _rate(group: dict) -> float | Tensor:
+    """The learning rate; if it is a tensor, without reading it back."""
+    lr = group["lr"]
+    return lr.double().squeeze() if isinstance(lr, Tensor) else lr
 
 
 def _each(value: float | Tensor, count: int) -> list:
@@ -636,10 +644,8 @@ class AdamP(_ProjectedOptimizer):
                     state["step"] = _clock(state["step"], p.device)
             torch._foreach_add_([s["step"] for s in states], 1)
             step = torch.stack([s["step"] for s in states]).double()       # (T,)
-            lr = group["lr"]
         else:
             step = max(map(self._count, bucket))     # one count for the whole bucket
-            lr = float(group["lr"])
         correction1, root2 = 1 - beta1 ** step, (1 - beta2 ** step) ** 0.5
 
         torch._foreach_mul_(m, beta1)
@@ -654,7 +660,7 @@ class AdamP(_ProjectedOptimizer):
             m = torch._foreach_mul(m, beta1)
             torch._foreach_add_(m, grads, alpha=1 - beta1)
         torch._foreach_mul_(u, m)
-        return list(u), lr / correction1, group["weight_decay"] * correction1
+        return list(u), _rate(group) / correction1, group["weight_decay"] * correction1
 
     def _has_kernel(self, group: dict) -> bool:
         return hasattr(torch, "_fused_adamw_")
@@ -727,8 +733,7 @@ class SGDP(_ProjectedOptimizer):
         torch._foreach_mul_(m, group["momentum"])
         torch._foreach_add_(m, grads, alpha=1 - group["dampening"])
         u = torch._foreach_add(grads, m, alpha=group["momentum"]) if group["nesterov"] else m
-        lr = group["lr"].double().squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-        return list(u), lr, self._decay(group)
+        return list(u), _rate(group), self._decay(group)
 
     def _has_kernel(self, group: dict) -> bool:
         return (group["momentum"] > 0 and not self._stores_projection(group)

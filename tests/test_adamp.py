@@ -552,19 +552,26 @@ def test_backward_through_weights_of_before_a_step_fails(path, shape):
         loss.backward()
 
 
-def test_compiled_step_gives_the_same_numbers():
+@pytest.mark.parametrize("make, options", [
+    (AdamP, {"capturable": True}), (AdamP, {"lr": torch.tensor(0.01)}),
+    (SGDP, {"lr": torch.tensor(0.01), "momentum": 0.9})])
+def test_compiled_step_gives_the_same_numbers(make, options):
     results = []
     for compiled in (False, True):
-        w = nn.Parameter(torch.randn(4, 5, generator=rng(), dtype=torch.float64))
-        optimizer = AdamP([w], lr=0.01, weight_decay=0.1, capturable=True)
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        params = [nn.Parameter(torch.randn(shape, generator=rng(), dtype=torch.float64))
+                  for shape in ((4, 5), (3, 2, 2), (6,))]
+        optimizer = make(params, **{"lr": 0.01, "weight_decay": 0.1} | options)
+        step = optimizer.step
+        if compiled:
+            step = torch.compile(step, backend="eager", fullgraph=True)
         for seed in range(3):
-            w.grad = orthogonal(w.detach(),
-                                torch.randn(4, 5, generator=rng(seed), dtype=torch.float64))
+            for w in params:
+                g = torch.randn(w.shape, generator=rng(seed), dtype=torch.float64)
+                w.grad = orthogonal(w.detach(), g) if w.ndim > 1 else g
             step()
-        assert optimizer.stats["channel"] == 1
-        results.append(w)
-    assert_same(results[:1], results[1:], rtol=1e-12, atol=1e-14)
+        assert optimizer.stats["channel"] == 2
+        results.append(params)
+    assert_same(*results, rtol=1e-12, atol=1e-14)
 
 
 def test_nan_gradients_give_nan_weights():
