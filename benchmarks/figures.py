@@ -79,7 +79,7 @@ def draw_boxes(image, boxes, colors: Sequence[str] = COLORS, scale: int = 1) -> 
     picture = Image.fromarray(as_image(image))
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     pen = ImageDraw.Draw(picture)
-    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
+    boxes = _array(boxes).astype(float).reshape(-1, 4) * scale
     boxes = boxes.clip(-9, max(picture.size) + 9)             # edges outside are not seen
     for number, (x0, y0, x1, y1) in enumerate(boxes):
         if x1 > x0 and y1 > y0:
