@@ -93,10 +93,12 @@ def train(model: Pilot, settings: dict, generator: torch.Generator, resume: dict
         control.zero_grad(set_to_none=True)
         error.backward()
         control.step()
-        if (yield {"step": step, "control mse": error.item(),
-                   "reward": reward.mean().item()}) == "state":
-            yield {"model": model.state_dict(), "generator": generator.get_state(),
-                   "control": control.state_dict(), "plan": plan.state_dict(), "step": step + 1}
+        request = yield {"step": step, "control mse": error.item(),
+                         "reward": reward.mean().item()}
+        while request == "state":
+            request = yield {"model": model.state_dict(), "generator": generator.get_state(),
+                             "control": control.state_dict(), "plan": plan.state_dict(),
+                             "step": step + 1}
 
 
 @torch.no_grad()

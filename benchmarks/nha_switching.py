@@ -96,9 +96,10 @@ def train(model: GatedFields, pool: torch.Tensor, steps: int, decay: int,
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if (yield {"step": step, "loss": loss.item()}) == "state":
-            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                   "generator": g.get_state(), "step": step + 1}
+        request = yield {"step": step, "loss": loss.item()}
+        while request == "state":
+            request = yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                             "generator": g.get_state(), "step": step + 1}
 
 
 @torch.no_grad()

@@ -203,9 +203,10 @@ def train_autoencoder(model, images, steps, seed, resume=None, batch=64):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (yield {"step": step, "loss": loss.item()}) == "state":
-            yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                   "generator": generator.get_state(), "step": step + 1}
+        request = yield {"step": step, "loss": loss.item()}
+        while request == "state":
+            request = yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                             "generator": generator.get_state(), "step": step + 1}
 
 
 def trained_autoencoder(run, images, steps):

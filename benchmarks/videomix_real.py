@@ -306,9 +306,10 @@ def train_boxes(model: BoxNet, loader: torch.utils.data.DataLoader, epochs: int,
             loss.backward()
             optimizer.step()
             step += 1
-            if (yield {"step": step, "loss": loss.item()}) == "state":
-                yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                       "step": step}
+            request = yield {"step": step, "loss": loss.item()}
+            while request == "state":
+                request = yield {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                 "step": step}
 
 
 def read_ava(args: argparse.Namespace) -> tuple[str, KeyframeClips, KeyframeClips, list[int]]:

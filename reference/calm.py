@@ -513,8 +513,9 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
                 for old, new in zip(teacher.state_dict().values(), bare.state_dict().values()):
                     old.lerp_(new, 1 - ema) if old.is_floating_point() else old.copy_(new)
             step += 1
-            if (yield row) == "state":
-                yield copy.deepcopy({
+            request = yield row
+            while request == "state":
+                request = yield copy.deepcopy({
                     "model": bare.state_dict(), "optimizer": optimizer.state_dict(),
                     "teacher": teacher.state_dict() if teacher is not None else {},
                     "epoch": epoch, "batch": batch + 1, "step": step})

@@ -1916,8 +1916,9 @@ def _descend(model: nn.Module, optimizer, step: Callable, epochs: int,
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if (yield {"epoch": epoch, **{k: float(v) for k, v in row.items()}}) == "state":
-            yield copy.deepcopy({
+        request = yield {"epoch": epoch, **{k: float(v) for k, v in row.items()}}
+        while request == "state":
+            request = yield copy.deepcopy({
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "epoch": epoch + 1,
                 "generator": None if generator is None else generator.get_state()})

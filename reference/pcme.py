@@ -1274,9 +1274,10 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
                 values = {**parts, "grad_norm": norm.detach()}
                 floats = torch.stack([value.float() for value in values.values()]).tolist()
                 row = {"step": step, "phase": phase, "epoch": epoch, "lr": lr}
-                if (yield row | dict(zip(values, floats))) == "state":
+                request = yield row | dict(zip(values, floats))
+                while request == "state":
                     position = {"phase": phase, "epoch": epoch, "batch": index + 1, "step": step}
-                    yield copy.deepcopy({
+                    request = yield copy.deepcopy({
                         "model": model.state_dict(), "criterion": criterion.state_dict(),
                         "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
                         "generator": generator.get_state(), "position": position})

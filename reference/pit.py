@@ -1078,10 +1078,11 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
             value, step, previous, began = loss.item(), step + 1, began, time.perf_counter()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step}: lower lr={lr:g}")
-            if (yield {"step": step, "epoch": epoch, "loss": value, "lr": now,
-                       "grad_norm": grad_norm.item(),
-                       "images_per_s": len(images) / (began - previous)}) == "state":
-                yield copy.deepcopy({
+            request = yield {"step": step, "epoch": epoch, "loss": value, "lr": now,
+                             "grad_norm": grad_norm.item(),
+                             "images_per_s": len(images) / (began - previous)}
+            while request == "state":
+                request = yield copy.deepcopy({
                     **{name: part.state_dict() for name, part in moving.items()},
                     "generators": {name: g.get_state() for name, g in generators.items()},
                     "step": step, "epoch": epoch, "batch": batch + 1, "lr": lr})

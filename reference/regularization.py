@@ -658,9 +658,10 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 means = {"loss": loss.detach(), "acc": hits, "lam": torch.as_tensor(lam)}
                 values = torch.stack([m.to(device).float().mean() for m in means.values()])
                 step += 1  # and the step's one host sync:
-                if (yield {"step": step, "epoch": epoch, "lr": lr,
-                           **dict(zip(means, values.tolist()))}) == "state":
-                    yield copy.deepcopy({
+                request = yield {"step": step, "epoch": epoch, "lr": lr,
+                                 **dict(zip(means, values.tolist()))}
+                while request == "state":
+                    request = yield copy.deepcopy({
                         "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(), "step": step, "epoch": epoch,
                         "batch": done, "epoch_draws": epoch_draws,

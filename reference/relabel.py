@@ -629,8 +629,9 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
             scaler.step(optimizer)
             scaler.update()
             step = epoch * per_epoch + batch
-            if (yield {"epoch": epoch, "step": step, "loss": loss.item(), "lr": lr}) == "state":
-                yield copy.deepcopy({
+            request = yield {"epoch": epoch, "step": step, "loss": loss.item(), "lr": lr}
+            while request == "state":
+                request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),
                     "init_lr": init_lr, "epoch": epoch, "batch": batch + 1})

@@ -676,9 +676,11 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
             scaler.step(optimizer)
             scaler.update()
             acc = mixed_accuracy(logits.detach(), y, partner, lam)
-            if (yield {"step": step, "epoch": epoch, "loss": loss.item(), "lr": rate, "acc": acc,
-                       "lam": torch.as_tensor(lam, dtype=torch.float64).mean().item()}) == "state":
-                yield copy.deepcopy({
+            lam = torch.as_tensor(lam, dtype=torch.float64).mean().item()
+            request = yield {"step": step, "epoch": epoch, "loss": loss.item(), "lr": rate,
+                             "acc": acc, "lam": lam}
+            while request == "state":
+                request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),
                     "epoch": epoch, "batch": batch + 1})

@@ -921,9 +921,10 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
             row = {"step": float(step), "epoch": float(epoch), "loss": loss.item(),
                    "lr": cfg["lr"] * decay}
             step += 1
-            if (yield row) == "state":
+            request = yield row
+            while request == "state":
                 states = {name: generator.get_state() for name, generator in generators.items()}
-                yield copy.deepcopy({
+                request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "step": step, "epoch": epoch, "batch": batch + 1, **states})
         if batch < 0:

@@ -38,7 +38,9 @@ def test_snapshots_of_training_are_copies(path):
     """Training that goes on must not change what `send("state")` handed out, nor training that is
     resumed what it was given: an optimiser keeps the tensors it loads."""
     source = path.read_text(encoding="utf-8")
-    assert source.count('== "state":') == source.count("yield copy.deepcopy({")
+    handed_out = source.count('while request == "state":')         # as often as it is asked for
+    copies = source.count("request = yield copy.deepcopy({")
+    assert source.count('== "state":') == handed_out == copies
     assert not re.search(r'load_state_dict\(resume\["optimi[sz]er"\]\)', source)
 
 

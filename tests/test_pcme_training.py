@@ -115,6 +115,13 @@ def test_a_model_in_double_precision_is_judged_in_it():
     assert kinds == {torch.float64}
 
 
+def test_a_snapshot_asked_for_twice_is_the_same_and_loses_no_step():
+    steps = pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(5, 5), batches(3), epochs=1)
+    assert next(steps)["step"] == 1
+    first, second = steps.send("state"), steps.send("state")
+    assert first["position"] == second["position"] and next(steps)["step"] == 2
+
+
 def test_an_iterator_that_is_used_up_ends_the_training():
     steps = pcme.train(tiny_model(), pcme.MCSoftContrastiveLoss(5, 5), iter(batches(2)), epochs=2)
     assert [next(steps)["step"], next(steps)["step"]] == [1, 2]
