@@ -537,7 +537,7 @@ def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
 def _rate(group: dict) -> float | Tensor:
     """The learning rate; if it is a tensor, without reading it back."""
     lr = group["lr"]
-    return lr.double().squeeze() if isinstance(lr, Tensor) else lr
+    return lr.double().squeeze() if isinstance(lr, Tensor) else float(lr)
 
 
 def _each(value: float | Tensor, count: int) -> list:
@@ -803,8 +803,9 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
                 values["effective_step"] = fmean(map(effective_step, before, watched))
                 if stats := getattr(optimizer, "stats", None):
                     values["projected"] = stats["projected"] / max(stats["tested"], 1)
-            if (yield values) == "state":
-                yield copy.deepcopy({
+            request = yield values
+            while request == "state":
+                request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "base_rates": base_rates, "epoch": epoch, "batch": batch + 1})
 

@@ -537,8 +537,9 @@ def test_the_rate_may_be_a_tensor_and_betas_any_number(make, options, shape):
         other = {"betas": (np.float16(0.5), torch.tensor(0.75))}
     lr = torch.full(shape, 0.01)
     expected, _ = replay(make, lr=lr.item(), **options)
-    actual, _ = replay(make, lr=lr, **options | other)
-    assert_same(actual, expected, rtol=1e-12, atol=1e-13)
+    for rate in (lr, np.float32(0.01)):
+        actual, _ = replay(make, lr=rate, **options | other)
+        assert_same(actual, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("path", ADAMP_PATHS)
