@@ -3,10 +3,7 @@
 import copy
 import doctest
 import itertools
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -682,17 +679,16 @@ def test_docstring_example():
 
 # ---------------------------------------------------------------- scripts
 
-def script(name, out, *arguments):
-    """The results of the smallest preset."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--preset", "tiny",
-               "--threads", "1", "--out", str(out)]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True,
-                          timeout=200)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    return json.loads((out / f"{name}.json").read_text())
+TINY = "--preset", "tiny", "--threads", "1"
 
 
-def test_the_toys_reproduce_the_theory(tmp_path):
+@pytest.fixture
+def script(run_script):
+    """script(name, out, *arguments): the results of the smallest preset."""
+    return lambda name, out, *arguments: run_script(name, out, *TINY, *arguments)
+
+
+def test_the_toys_reproduce_the_theory(tmp_path, script):
     results = script("adamp_toy", tmp_path, "--seeds", 1, "--figures", tmp_path / "figures")
     assert all(claim["holds"] is not False for claim in results["claims"])
     assert len(list((tmp_path / "figures").iterdir())) == 4
@@ -703,27 +699,20 @@ def test_the_toys_reproduce_the_theory(tmp_path):
             row["SGDP, official buffer: steps"]) == (1.347, 36)
 
 
-def test_the_study_with_attacks_resumes_after_a_kill(tmp_path):
+def test_the_study_with_attacks_resumes_after_a_kill(tmp_path, script, kill_script):
     arguments = ("--seeds", 1, "--attack", "linf")
     whole = script("adamp_imagenet", tmp_path / "whole", *arguments, "--figures",
                    tmp_path / "figures")
     row = whole["tables"]["main"][1]
     assert row["paper, attacked"] == 66.28 and 0 <= row["attacked"] <= row["top-1"] + 5
     assert len(list((tmp_path / "figures").iterdir())) == 2
-    part = subprocess.Popen([sys.executable, str(ROOT / "benchmarks" / "adamp_imagenet.py"),
-                             "--preset", "tiny", "--threads", "1",
-                             "--out", str(tmp_path / "part"), *map(str, arguments),
-                             "--checkpoint-seconds", "0"],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not list((tmp_path / "part").glob("adamp-seed0-*.pt")):
-        assert part.poll() is None
-    part.kill()
-    part.communicate()
+    kill_script("adamp_imagenet", tmp_path / "part", "adamp-seed0-*.pt", *TINY, *arguments,
+                "--checkpoint-seconds", "0")
     assert script("adamp_imagenet", tmp_path / "part", *arguments,
                   "--resume")["results"] == whole["results"]
 
 
-def test_the_language_model_learns_and_is_projected(tmp_path):
+def test_the_language_model_learns_and_is_projected(tmp_path, script):
     results = script("adamp_language", tmp_path, "--seeds", 1)
     rows = {row["optimiser"] + row["weight normalisation"]: row
             for row in results["tables"]["main"]}
@@ -731,7 +720,7 @@ def test_the_language_model_learns_and_is_projected(tmp_path):
     assert rows["adampyes"]["norm end"] < rows["adamwyes"]["norm end"]
 
 
-def test_speed_script(tmp_path):
+def test_speed_script(tmp_path, script):
     results = script("speed_adamp", tmp_path)
     names = {row["optimiser"] for row in results["tables"]["AdamP"]}
     assert names >= {"AdamW fused", "AdamP", "AdamP foreach"}

@@ -59,16 +59,15 @@ run.finish([{"claim": "loss", "paper": None, "this run": row["loss"], "holds": r
 '''
 
 
-@pytest.fixture
-def toy(tmp_path):
-    (tmp_path / "toy.py").write_text(TOY)
+def toy_in(folder):
+    """toy(*arguments): exit code, output, errors of the script TOY run in this folder."""
+    (folder / "toy.py").write_text(TOY)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1"}
 
     def start(*arguments, launch=(sys.executable,), **options):
-        command = [*launch, str(tmp_path / "toy.py"), *map(str, arguments)]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True,
-                                stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, **options)
+        command = [*launch, str(folder / "toy.py"), *map(str, arguments)]
+        return subprocess.Popen(command, cwd=folder, env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
     def finish(*arguments, **options):
         process = start(*arguments, **options)
@@ -79,11 +78,29 @@ def toy(tmp_path):
     return finish
 
 
+@pytest.fixture
+def toy(tmp_path):
+    return toy_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of TOY that nothing stopped."""
+    folder = tmp_path_factory.mktemp("toy")
+    code, _, err = toy_in(folder)("--out", "whole")
+    assert code == 0, err
+    return folder / "whole"
+
+
 def wait_for(path_or_test, seconds=60):
     end = time.monotonic() + seconds
     while not path_or_test():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
+
+
+def results_in(folder):
+    return json.loads((folder / "toy.json").read_text())["results"]
 
 
 def lines(path):
@@ -104,8 +121,7 @@ def test_a_run_leaves_log_results_and_a_table(toy, tmp_path):
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
-def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, kill):
-    assert toy("--out", "whole")[0] == 0
+def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, whole, kill):
     process = toy.start("--out", "part", "--pause", "0.02", "--checkpoint-seconds", "0")
     # in the second seed
     wait_for(lambda: len(lines(tmp_path / "part" / "toy-1.jsonl")) > 7)
@@ -117,13 +133,11 @@ def test_a_stopped_run_resumes_to_the_same_numbers(toy, tmp_path, kill):
     code, out, err = toy("--out", "part", "--pause", "0.02", "--resume")
     assert code == 0 and "going on after step" in out, err
     for name in ("toy-0.jsonl", "toy-1.jsonl"):
-        assert lines(tmp_path / "part" / name) == lines(tmp_path / "whole" / name)
-    read = [json.loads((tmp_path / folder / "toy.json").read_text())["results"]
-            for folder in ("part", "whole")]
-    assert read[0] == read[1]
+        assert lines(tmp_path / "part" / name) == lines(whole / name)
+    assert results_in(tmp_path / "part") == results_in(whole)
 
 
-def test_a_run_killed_after_its_last_step_resumes_to_the_same_numbers(toy, tmp_path):
+def test_a_run_killed_after_its_last_step_resumes_to_the_same_numbers(toy, tmp_path, whole):
     script = tmp_path / "toy.py"
     script.write_text(TOY.replace("row = run.record(", "time.sleep(60); row = run.record("))
     process = toy.start("--out", "part", "--checkpoint-seconds", "0")
@@ -132,24 +146,21 @@ def test_a_run_killed_after_its_last_step_resumes_to_the_same_numbers(toy, tmp_p
     process.communicate()
     newest = max((tmp_path / "part").glob("*.pt"))
     script.write_text(TOY)
-    whole = newest.read_bytes()
-    middle = whole.index(bytes(Snapshots(newest.parent).read("toy-0", 60)["generator"][:99])) + 50
-    for damaged in (whole[:500], whole[:-100],
-                    whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]):
+    good = newest.read_bytes()
+    middle = good.index(bytes(Snapshots(newest.parent).read("toy-0", 60)["generator"][:99])) + 50
+    for damaged in (good[:500], good[:-100],
+                    good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:]):
         newest.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{newest.name} is damaged.*; remove it"):
             Snapshots(newest.parent).read("toy-0", 60)
     newest.write_bytes(damaged)
     code, out, err = toy("--out", "part", "--resume")
     assert code == 1 and f"{newest.name} is damaged" in err and "Traceback" not in err
-    newest.write_bytes(whole)
+    newest.write_bytes(good)
     left = newest.with_name(".toy-0-00000060.rank0.pt.0.tmp")
     left.touch()
-    assert toy("--out", "part", "--resume")[0] == 0 and toy("--out", "whole")[0] == 0
-    assert not left.exists()
-    read = [json.loads((tmp_path / folder / "toy.json").read_text())["results"]
-            for folder in ("part", "whole")]
-    assert read[0] == read[1]
+    assert toy("--out", "part", "--resume")[0] == 0 and not left.exists()
+    assert results_in(tmp_path / "part") == results_in(whole)
 
 
 @pytest.fixture
@@ -249,8 +260,8 @@ def test_two_processes_agree_and_resume(toy, tmp_path):
     code, out, err = toy("--out", "part", "--pause", "0.02", "--resume", launch=launch)
     assert code == 0 and "going on after step" in out, err
     assert lines(tmp_path / "part" / "toy-0.jsonl") == lines(tmp_path / "whole" / "toy-0.jsonl")
-    results = json.loads((tmp_path / "part" / "toy.json").read_text())["results"]
-    assert results == json.loads((tmp_path / "whole" / "toy.json").read_text())["results"]
+    results = results_in(tmp_path / "part")
+    assert results == results_in(tmp_path / "whole")
     assert results["toy-0"]["count"] == 2
     last = json.loads(lines(tmp_path / "whole" / "toy-0.jsonl")[-1])["loss"]
     assert results["toy-0"]["loss"] != last                   # the mean of two different processes

@@ -1,63 +1,58 @@
 """The PRDC scripts on their smallest presets: figures, feature files and folders, a kill and
 --resume, bad input."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
+import prdc_images
+import pytest
 import torch
 from PIL import Image
 
 from reference.prdc import compute_prdc
 
-ROOT = Path(__file__).resolve().parent.parent
+TINY = "--preset", "tiny", "--threads", "1"
+pytestmark = pytest.mark.filterwarnings("ignore:.* real and .* fake rows")
 
 
-def command(script, out, *arguments):
-    return [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / f"{script}.py"), "--preset",
-            "tiny", "--threads", "1",
-            "--out", str(out), *map(str, arguments)]
+@pytest.fixture
+def run(run_script):
+    return lambda script, out, *arguments: run_script(script, out, *TINY, *arguments)
 
 
-def run(script, out, *arguments, code=0):
-    done = subprocess.run(command(script, out, *arguments), capture_output=True, text=True,
-                          timeout=200)
-    assert done.returncode == code, (done.stdout + done.stderr)[-2000:]
-    return done.stderr if code else json.loads((out / f"{script}.json").read_text())
+@pytest.fixture
+def refused(run, tmp_path, capsys):
+    """refused(error type, script, *arguments): what the script says, before it trains anything."""
+    def call(error, script, *arguments):
+        with pytest.raises(error) as stopped:
+            run(script, tmp_path / "refused", *arguments)
+        assert not list((tmp_path / "refused").glob("*.jsonl"))
+        return f"{stopped.value} {capsys.readouterr().err}"
+    return call
 
 
-def test_gaussians(tmp_path, kill_script):
+def test_gaussians(tmp_path, run, kill_script):
     results = run("prdc_toy", tmp_path, "--seeds", 2, "--figures", tmp_path / "figures")
-    kill_script("prdc_toy", tmp_path / "part", "recorded.json", "--preset", "tiny", "--threads",
-                "1", "--seeds", "2")
-    assert run("prdc_toy", tmp_path / "part", "--seeds", 2,
-               "--resume")["tables"] == results["tables"]
+    kill_script("prdc_toy", tmp_path / "part", "recorded.json", *TINY, "--seeds", "2")
+    resumed = run("prdc_toy", tmp_path / "part", "--seeds", 2, "--resume")
+    assert resumed["tables"] == results["tables"]
     assert set(results["tables"]) == {"equal sets", "k", "outliers", "modes", "variance"}
     assert len(list((tmp_path / "figures").iterdir())) == 6
     assert len(run("prdc_toy", tmp_path / "one", "--seeds", 1)["tables"]) == 5
     last = results["tables"]["outliers"][-1]
-    assert last[
-        "real outlier at 3, precision"] == 1 and 0.2 <= last["real outlier at 3, density"] < 0.22
+    assert last["real outlier at 3, precision"] == 1
+    assert 0.2 <= last["real outlier at 3, density"] < 0.22
 
 
-def test_images_survive_a_kill(tmp_path):
+def test_images_survive_a_kill(tmp_path, run, kill_script):
     whole = run("prdc_images", tmp_path / "whole", "--seeds", 1, "--figures", tmp_path / "figures")
     assert len(whole["tables"]["images"]) == 16 and len(list((tmp_path / "figures").iterdir())) == 3
-    part = subprocess.Popen(command("prdc_images", tmp_path / "part", "--seeds", 1,
-                                    "--checkpoint-seconds", 0),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not list((tmp_path / "part").glob("autoencoder-*.pt")):
-        assert part.poll() is None
-    part.kill()
-    part.communicate()
+    kill_script("prdc_images", tmp_path / "part", "autoencoder-*.pt", *TINY, "--seeds", "1",
+                "--checkpoint-seconds", "0")
     resumed = run("prdc_images", tmp_path / "part", "--seeds", 1, "--checkpoint-seconds", 0,
                   "--resume")
     assert resumed["results"] == whole["results"]
 
 
-def test_feature_files_and_folders(tmp_path):
+def test_feature_files_and_folders(tmp_path, run, refused):
     rng = np.random.default_rng(0)
     real, fake = (rng.standard_normal((40, 6)).astype(np.float32) for _ in range(2))
     np.save(tmp_path / "real.npy", real.astype(">f4"))
@@ -76,23 +71,22 @@ def test_feature_files_and_folders(tmp_path):
     assert [row["embedding"] for row in results["tables"]["images"]] == ["pixels", "R64"]
 
     (tmp_path / "real" / "below" / "3.png").write_bytes(b"broken")
-    text = run("prdc_images", tmp_path / "c", "--real", tmp_path / "real", "--fake",
-               tmp_path / "fake", code=1)
-    assert "3.png: not a readable image" in text and "Traceback" not in text
-    text = run("prdc_images", tmp_path / "d", "--real", tmp_path / "real", code=2)
-    assert "needs both sets" in text
+    images = "prdc_images", "--real", tmp_path / "real"
+    assert "3.png: not a readable image" in refused(ValueError, *images, "--fake",
+                                                    tmp_path / "fake")
+    assert "needs both sets" in refused(SystemExit, *images)
     for arguments, message in ((("--count", 1), "--count must be at least 2"),
                                (("--nearest-k", 0), "--nearest-k: must be at least 1"),
                                (("--real", tmp_path, "--real-features", tmp_path), "given once"),
                                (("--data", tmp_path, "--real", tmp_path), "sets of its own"),
                                (("--weights", tmp_path / "none.pth"), "none.pth: no such file")):
-        assert message in run("prdc_images", tmp_path / "f", *arguments, code=2)
+        assert message in refused(SystemExit, "prdc_images", *arguments)
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in run("prdc_images", tmp_path / "e", "--real", tmp_path / "empty",
-                                    "--fake", tmp_path / "fake", code=1)
+    assert "holds no images" in refused(ValueError, "prdc_images", "--real", tmp_path / "empty",
+                                        "--fake", tmp_path / "fake")
     np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
-    text = run("prdc_images", tmp_path / "f", "--real-features", tmp_path / "cube.npy",
-               "--fake-features", tmp_path / "fake.npz", code=1)
+    text = refused(ValueError, "prdc_images", "--real-features", tmp_path / "cube.npy",
+                   "--fake-features", tmp_path / "fake.npz")
     assert "cube.npy: holds float64 (2, 2, 2)" in text
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
     for arguments, message in (
@@ -103,17 +97,16 @@ def test_feature_files_and_folders(tmp_path):
             (("--fake-features", tmp_path / "fake.npz", "--nearest-k", 20),
              "--nearest-k 20 needs sets of at least 42 (spreads are those of half a set), the "
              "smallest has 40")):
-        text = run("prdc_images", tmp_path / "f", "--real-features", tmp_path / "real.npy",
-                   *arguments, code=1)
-        assert message in text and "Traceback" not in text
+        assert message in refused(ValueError, "prdc_images", "--real-features",
+                                  tmp_path / "real.npy", *arguments)
     (tmp_path / "w.pth").write_bytes(b"broken")
-    for arguments, message in ((("--count", 11), "needs sets of at least 12"),
-                               (("--weights", tmp_path / "w.pth"), "w.pth is damaged")):
-        assert message in run("prdc_images", tmp_path / "g", *arguments, code=1)
-        assert not (tmp_path / "g" / "autoencoder.jsonl").exists()      # before any training
+    for error, arguments, message in (
+            (ValueError, ("--count", 11), "needs sets of at least 12"),
+            (SystemExit, ("--weights", tmp_path / "w.pth"), "w.pth is damaged")):
+        assert message in refused(error, "prdc_images", *arguments)
 
 
-def test_speed(tmp_path):
+def test_speed(tmp_path, run, refused):
     results = run("speed_prdc", tmp_path)
     row = results["tables"]["speed"][0]
     assert row["ours, s"] > 0 and all(claim["holds"] is not False for claim in results["claims"])
@@ -122,16 +115,10 @@ def test_speed(tmp_path):
     assert [row["N = M"] for row in growth] == [200, 400]
     assert (tmp_path / "figures" / "prdc-cost-per-pair.png").exists()
     for size in ("12", "6x4", "9x0"):
-        text = run("speed_prdc", tmp_path / "bad", "--sizes", size, code=2)
-        assert "--sizes must be like" in text
+        assert "--sizes must be like" in refused(SystemExit, "speed_prdc", "--sizes", size)
 
 
 def test_glyphs_are_reproducible_and_differ_by_seed():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import prdc_images
-    finally:
-        sys.path.pop(0)
     one, two = prdc_images.glyphs(20, 0), prdc_images.glyphs(20, 1)
     assert torch.equal(one, prdc_images.glyphs(20, 0)) and not torch.equal(one, two)
     assert one.shape == (20, 3, 32, 32) and one.dtype == torch.uint8

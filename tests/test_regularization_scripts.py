@@ -14,38 +14,29 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 
 
-def run(script, *arguments, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), "--preset", "tiny",
-               "--threads", "1",
-               *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+TINY = "--preset", "tiny", "--threads", "1"
 
 
-def test_small_images_resume_to_the_same_figures(tmp_path):
+@pytest.fixture
+def run(run_script):
+    return lambda script, out, *arguments: run_script(script, out, *TINY, *arguments)
+
+
+def test_small_images_resume_to_the_same_figures(tmp_path, run, kill_script):
     methods = ("--methods", "cutout+ls", "fgsm-training", "--seeds", 1)
-    run("regularization_cifar100.py", *methods, "--out", tmp_path / "whole", "--figures",
-        tmp_path / "figures")
-    whole = json.loads((tmp_path / "whole" / "regularization_cifar100.json").read_text())
+    whole = run("regularization_cifar100", tmp_path / "whole", *methods, "--figures",
+                tmp_path / "figures")
     row = whole["results"]["fgsm-training-seed0"]
-    assert 0 <= row["error"] <= 1 and len(
-        row["corruptions"]) == 15 and set(row["ood"]) == {"uniform", "gaussian", "shuffled"}
+    assert 0 <= row["error"] <= 1 and len(row["corruptions"]) == 15
+    assert set(row["ood"]) == {"uniform", "gaussian", "shuffled"}
     assert all(Image.open(f).size[0] >= 640 for f in (tmp_path / "figures").iterdir())
 
     # interrupted in the middle of the second row: the first is kept, the second goes on from its
     # checkpoint
-    command = [sys.executable, str(ROOT / "benchmarks" / "regularization_cifar100.py"), "--preset",
-               "tiny", "--threads", "1",
-               *map(str, methods), "--out", str(tmp_path / "part"), "--checkpoint-seconds", "0"]
-    part = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not list((tmp_path / "part").glob("fgsm-training-seed0-*.pt")):
-        assert part.poll() is None
-    part.kill()
-    part.communicate()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    resumed = json.loads((tmp_path / "part" / "regularization_cifar100.json").read_text())
+    always = "--checkpoint-seconds", "0"
+    kill_script("regularization_cifar100", tmp_path / "part", "fgsm-training-seed0-*.pt", *TINY,
+                *methods, *always)
+    resumed = run("regularization_cifar100", tmp_path / "part", *methods, *always, "--resume")
     assert resumed["results"] == whole["results"]
 
 
@@ -60,33 +51,29 @@ def folder(root):
     return root
 
 
-def test_image_folders(tmp_path):
+def test_image_folders(tmp_path, run):
     data = folder(tmp_path / "data")
-    run("regularization_cifar100.py", "--data", data, "--classes", 2, "--methods", "baseline",
-        "--seeds", 1, "--out", tmp_path / "a")
-    results = json.loads((tmp_path / "a" / "regularization_cifar100.json").read_text())
+    results = run("regularization_cifar100", tmp_path / "a", "--data", data, "--classes", 2,
+                  "--methods", "baseline", "--seeds", 1)
     assert "other classes" in results["results"]["baseline-seed0"]["ood"]
-    run("regularization_imagenet.py", "--data", data, "--methods", "dropblock", "--out",
-        tmp_path / "b")
-    results = json.loads((tmp_path / "b" / "regularization_imagenet.json").read_text())
+    results = run("regularization_imagenet", tmp_path / "b", "--data", data, "--methods",
+                  "dropblock")
     assert 0 < results["results"]["dropblock-seed0"]["mce"]
 
 
 def test_two_processes(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    out = run("regularization_cifar100.py", "--methods", "baseline", "--seeds", 1, "--device",
-              "cpu", "--out", tmp_path,
-              launcher=launcher)
-    assert out.count("grows with severity") == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         ROOT / "benchmarks" / "regularization_cifar100.py", *TINY, "--methods", "baseline",
+         "--seeds", "1", "--device", "cpu", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("grows with severity") == 1, done.stderr
     results = json.loads((tmp_path / "regularization_cifar100.json").read_text())
     assert 0 <= results["results"]["baseline-seed0"]["error"] <= 1
 
 
-def test_speed_script(tmp_path):
-    out = run("speed_corruptions.py", "--out", tmp_path)
-    results = json.loads((tmp_path / "speed_corruptions.json").read_text())
-    assert len(results["tables"]["set"]) == 19 and results[
-        "tables"]["glass"][0]["equal"] is True and "holds" in out
+def test_speed_script(tmp_path, run):
+    tables = run("speed_corruptions", tmp_path)["tables"]
+    assert len(tables["set"]) == 19 and tables["glass"][0]["equal"] is True
 
 
 def test_wrong_arguments_are_one_line_and_leave_no_folder(tmp_path, capsys, monkeypatch):
