@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import existing, read_text, reading
+from data_tools.files import existing, read_lines, read_text, reading
 from data_tools.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, open_image
 from data_tools.words import (END, PAD, SPECIAL, START, UNKNOWN, Vocabulary,  # noqa: F401
                               drop_words, pad, read_glove, set_word_vectors)
@@ -116,18 +116,10 @@ def _read_json(path: Path) -> dict | list:
         return json.loads(read_text(path))
 
 
-def _lines(path: Path, missing: str = "no such file") -> Iterator[tuple[str, str]]:
-    """("file:line", line) of a text file's lines that are not blank: unlike with `splitlines`, rare
-    characters in a caption end none."""
-    for number, line in enumerate(read_text(path, missing).split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", line
-
-
 def _once(path: Path, missing: str, item: Callable = lambda line, place: line) -> list:
     """What the lines of a list stand for: item(line, "file:line"), each once and at least one."""
     found: dict[object, str] = {}
-    for place, line in _lines(path, missing):
+    for place, line in read_lines(path, missing):
         if (value := item(line := line.strip(), place)) in found:
             raise ValueError(f"{place}: {line!r} stands twice, first in {found[value]}")
         found[value] = place
@@ -373,7 +365,7 @@ def flickr8k(root: str | Path, split: str) -> CaptionSet:
         raise FileNotFoundError(f"{root}: no Flickr8k here; expected one of: {known}")
     text, listed, folder = root / text, root / listed.format(split), root / folder
     captions: dict[str, list] = {name: [] for name in _once(listed, "no such list of images")}
-    for number, (place, line) in enumerate(_lines(text)):
+    for number, (place, line) in enumerate(read_lines(text)):
         name, tab, caption = line.partition("\t")
         if not tab:
             raise ValueError(f"{place}: no tab between image and caption")

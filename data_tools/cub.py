@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.captions import cub_caption_lines
-from data_tools.files import read_text
+from data_tools.files import read_lines
 from data_tools.loader import BadImage, open_image
 from data_tools.wsol_data import Split, SplitImages
 
@@ -48,13 +48,12 @@ POINT_GROUPS = np.array([1, 2, 3, 4, 5, 6, 6, 7, 7], dtype=np.uint8)
 
 def _lines(path: Path, fields: int, last_is_text: bool = False) -> Iterator[tuple[str, list[str]]]:
     """("file:line", its `fields`) of a text file's lines; an error names the file and the line."""
-    text = read_text(path, "no such file; CUB_200_2011 is expected as it is distributed")
-    for number, line in enumerate(text.splitlines(), 1):
+    missing = "no such file; CUB_200_2011 is expected as it is distributed"
+    for place, line in read_lines(path, missing):
         row = line.split(None, fields - 1) if last_is_text else line.split()
-        if row and len(row) != fields:
-            raise ValueError(f"{path}:{number}: {fields} fields expected, got {line!r}")
-        if row:
-            yield f"{path}:{number}", row
+        if len(row) != fields:
+            raise ValueError(f"{place}: {fields} fields expected, got {line!r}")
+        yield place, row
 
 
 def _numbered(path: Path, from_one: bool = False) -> dict[str, str]:

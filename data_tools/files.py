@@ -35,6 +35,14 @@ def read_text(path: str | Path, missing: str = "no such file") -> str:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
+def read_lines(path: str | Path, missing: str = "no such file") -> Iterator[tuple[str, str]]:
+    """("file:line", line) of the lines of a text that are not blank. Unlike with `str.splitlines`,
+    rare characters end none."""
+    for number, line in enumerate(read_text(path, missing).split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
 def existing(path: Path, what: str) -> Path:
     """The path itself; FileNotFoundError if there is nothing."""
     if not path.exists():

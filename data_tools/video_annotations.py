@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.files import read_text
+from data_tools.files import read_lines, read_text
 
 
 class Labelled(NamedTuple):
@@ -36,13 +36,6 @@ class Labelled(NamedTuple):
 
 
 # ---------------------------------------------------------------- reading and checking
-
-def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(place, stripped line) of the lines that are not empty; the place is for error messages."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            yield f"{path}, line {number}", line.strip()
-
 
 def _json(path: str | Path, kind: type) -> list | dict:
     try:
@@ -82,7 +75,7 @@ def read_kinetics(path: str | Path,
     try:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        raise ValueError(f"{path}:{reader.line_num}: {error}") from None
     if not rows or not set(needed) <= set(reader.fieldnames):
         raise ValueError(f"{path}: expected columns label, {', '.join(needed)} and rows, "
                          f"found {len(rows)} rows of {reader.fieldnames}")
@@ -90,7 +83,7 @@ def read_kinetics(path: str | Path,
              else list(classes))
     number, out = {name: i for i, name in enumerate(names)}, []
     for line, row in rows:
-        with _expecting("an id, times and a known label", f"{path}, line {line}", row):
+        with _expecting("an id, times and a known label", f"{path}:{line}", row):
             label, video = row.get("label"), row["youtube_id"]
             start, end = _interval(row["time_start"], row["time_end"])
             if not video:
@@ -104,7 +97,7 @@ def read_kinetics(path: str | Path,
 def read_mini_kinetics(path: str | Path, kinetics: str | Path) -> tuple[list[Labelled], list[str]]:
     """Mini-Kinetics-200: a list of youtube ids (one a line), of videos in a Kinetics csv file. Its
     classes are those that occur, sorted."""
-    chosen = {line.split(",")[0] for _, line in lines_of(path)}
+    chosen = {line.strip().split(",")[0] for _, line in read_lines(path)}
     videos, names = read_kinetics(kinetics)
     videos = [v for v in videos if v.name.split("/")[-1].rsplit("_", 2)[0] in chosen]
     if not videos:
@@ -135,13 +128,13 @@ def read_ucf101(folder: str | Path, split: int = 1,
     """UCF-101: classInd.txt (`1 ApplyEyeMakeup`), trainlist0S.txt, testlist0S.txt (without
     labels)."""
     folder, names, out = Path(folder), [], []
-    for place, line in lines_of(folder / "classInd.txt"):
+    for place, line in read_lines(folder / "classInd.txt"):
         with _expecting(f"`{len(names) + 1} Class`", place, line):
             number, name = line.split()
             if int(number) != len(names) + 1 or name in names:
                 raise ValueError
             names.append(name)
-    for place, line in lines_of(folder / f"{'train' if train else 'test'}list{split:02d}.txt"):
+    for place, line in read_lines(folder / f"{'train' if train else 'test'}list{split:02d}.txt"):
         with _expecting("`Class/video.avi [number]` as in classInd.txt", place, line):
             name, *number = line.split()
             label = names.index(name.split("/")[0])
@@ -160,8 +153,8 @@ def read_hmdb51(folder: str | Path, split: int = 1,
     if not names:
         raise ValueError(f"{folder}: holds no *{suffix}")
     for label, class_name in enumerate(names):
-        for place, line in lines_of(Path(folder) / (class_name + suffix)):
-            name, _, part = line.rpartition(" ")
+        for place, line in read_lines(Path(folder) / (class_name + suffix)):
+            name, _, part = line.strip().rpartition(" ")
             if not name.strip() or part not in ("0", "1", "2"):
                 raise ValueError(f"{place}: expected `video 0|1|2`, found {line!r}")
             if part == ("1" if train else "2"):
@@ -181,7 +174,7 @@ def read_thumos14(folder: str | Path,
         raise ValueError(f"{folder}: holds no *_{split}.txt")
     names, videos = [file.name.removesuffix(f"_{split}.txt") for file in files], {}
     for label, file in enumerate(files):
-        for place, line in lines_of(file):
+        for place, line in read_lines(file):
             with _expecting("`video start end`", place, line):
                 video, start, end = line.split()
                 videos.setdefault(video, []).append(Labelled(video, label, *_interval(start, end)))
@@ -203,13 +196,13 @@ def read_ava(path: str | Path, excluded: str | Path | None = None) -> list[Keyfr
     `excluded`: csv of video_id, timestamp that do not count. Rows of the same box are one
     person."""
     skipped, moments = set(), {}
-    for place, line in lines_of(excluded) if excluded is not None else ():
+    for place, line in read_lines(excluded) if excluded is not None else ():
         with _expecting("`video,seconds`", place, line):
-            video, seconds = line.split(",")
+            video, seconds = line.strip().split(",")
             skipped.add((video, _interval(seconds, seconds)[0]))
-    for place, line in lines_of(path):
+    for place, line in read_lines(path):
         with _expecting("`video,seconds,x1,y1,x2,y2,action,person`", place, line):
-            video, seconds, *numbers = line.split(",")
+            video, seconds, *numbers = line.strip().split(",")
             box, action = tuple(float(v) for v in numbers[:4]), int(numbers[4])
             x0, y0, x1, y1 = box
             if not (video and 1 <= action <= 80 and 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):

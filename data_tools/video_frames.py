@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from data_tools.files import write_whole
+from data_tools.files import read_lines, write_whole
 from data_tools.loader import BadImage, EncodedJpeg, Loader, decode, open_and
-from data_tools.video_annotations import (lines_of, read_hmdb51, read_kinetics, read_mini_kinetics,
-                                          read_ssv2, read_ucf101)
+from data_tools.video_annotations import (read_hmdb51, read_kinetics, read_mini_kinetics, read_ssv2,
+                                          read_ucf101)
 
 FRAME = "img_{:05d}.jpg"
 ANIMATED, ARRAYS = (".gif", ".webp", ".apng", ".png"), (".npy", ".npz")
@@ -300,8 +300,8 @@ def write_index(path: str | Path, rows: Iterable[tuple[str, int, int]]) -> None:
 def read_index(path: str | Path) -> list[tuple[str, int, int]]:
     """(relative path, frames, label) of every line; ValueError names the file and the line."""
     rows = []
-    for place, line in lines_of(path):
-        match = _INDEX_LINE.fullmatch(line)
+    for place, line in read_lines(path):
+        match = _INDEX_LINE.fullmatch(line.strip())
         if match is None:
             raise ValueError(f"{place}: expected `path frames label`, found {line!r}")
         rows.append((match[1], int(match[2]), int(match[3])))

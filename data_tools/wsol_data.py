@@ -53,7 +53,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import read_text, write_whole
+from data_tools.files import read_lines, write_whole
 from data_tools.loader import (IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader,  # noqa: F401
                                decode, open_image, to_tensor)
 
@@ -110,12 +110,10 @@ class _Lines:
     """Rows of a metadata file; `fail` names the file and the line of the current row."""
 
     def __init__(self, path: Path, fields: tuple[int, ...], known: Container[str] | None = None):
-        self.path, self.fields, self.known, self.number = path, fields, known, 0
+        self.path, self.fields, self.known, self.place = path, fields, known, str(path)
 
     def __iter__(self) -> Iterator[list[str]]:
-        for self.number, line in enumerate(read_text(self.path).splitlines(), 1):
-            if not line.strip():
-                continue
+        for self.place, line in read_lines(self.path):
             row = [part.strip() for part in line.split(",")]
             if len(row) not in self.fields:
                 self.fail(f"{' or '.join(map(str, self.fields))} fields separated by commas "
@@ -125,7 +123,7 @@ class _Lines:
             yield row
 
     def fail(self, message: str) -> None:
-        raise ValueError(f"{self.path}:{self.number}: {message}")
+        raise ValueError(f"{self.place}: {message}")
 
     def integers(self, values: list[str], name: str) -> list[int]:
         """Numbers as whole pixels: what follows the point is cut."""
@@ -191,10 +189,10 @@ def _read_ids(path: Path, image_root: str | Path | None,
     ids = {}
     for (image_id,) in (lines := _Lines(path, (1,), known)):
         if image_id in ids:
-            lines.fail(f"image {image_id!r} stands twice, first on line {ids[image_id]}")
+            lines.fail(f"image {image_id!r} stands twice, first in {ids[image_id]}")
         if image_root is not None and not (Path(image_root) / image_id).is_file():
             lines.fail(f"no image {Path(image_root) / image_id}")
-        ids[image_id] = lines.number
+        ids[image_id] = lines.place
     if not ids:
         raise ValueError(f"{path}: holds no image")
     return list(ids)

@@ -26,7 +26,7 @@ def test_kinetics_and_mini_kinetics(tmp_path):
     assert va.read_kinetics(tmp_path / "test.csv",
                             classes)[0] == [va.Labelled("q_000001_000011", -1, 1.0, 11.0)]
     path.write_text("label,youtube_id,time_start,time_end,split\nabseiling,x,soon,130,train\n")
-    with pytest.raises(ValueError, match="train.csv, line 2"):
+    with pytest.raises(ValueError, match="train.csv:2"):
         va.read_kinetics(path)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected columns"):
@@ -65,7 +65,7 @@ def test_ucf101_and_hmdb51(tmp_path):
     assert va.read_ucf101(tmp_path)[0] == [va.Labelled("YoYo/v_YoYo_g08_c01.avi", 1)]
     assert va.read_ucf101(tmp_path, train=False)[0][0].label == 0
     (tmp_path / "trainlist01.txt").write_text("YoYo/v_YoYo_g08_c01.avi 1\n")
-    with pytest.raises(ValueError, match="trainlist01.txt, line 1"):
+    with pytest.raises(ValueError, match="trainlist01.txt:1"):
         va.read_ucf101(tmp_path)
     hmdb = tmp_path / "hmdb"
     hmdb.mkdir()
@@ -82,7 +82,7 @@ def test_ucf101_and_hmdb51(tmp_path):
     with pytest.raises(ValueError, match="split2"):
         va.read_hmdb51(hmdb, 2)
     (hmdb / "wave_test_split1.txt").write_text("w.avi 3\n")
-    with pytest.raises(ValueError, match="wave_test_split1.txt, line 1"):
+    with pytest.raises(ValueError, match="wave_test_split1.txt:1"):
         va.read_hmdb51(hmdb)
 
 
@@ -99,7 +99,7 @@ def test_thumos_and_ava(tmp_path):
     with pytest.raises(ValueError, match="_test.txt"):
         va.read_thumos14(tmp_path, "test")
     (tmp_path / "Diving_val.txt").write_text("video_validation_0000051  67.5\n")
-    with pytest.raises(ValueError, match="Diving_val.txt, line 1"):
+    with pytest.raises(ValueError, match="Diving_val.txt:1"):
         va.read_thumos14(tmp_path)
     path = tmp_path / "ava_val.csv"
     path.write_text(
@@ -119,7 +119,7 @@ def test_thumos_and_ava(tmp_path):
         5: "dance",
     }
     path.write_text("v1,0902,0.1,0.2,1.5,0.9,12,0\n")
-    with pytest.raises(ValueError, match="ava_val.csv, line 1"):
+    with pytest.raises(ValueError, match="ava_val.csv:1"):
         va.read_ava(path)
 
 
@@ -148,7 +148,7 @@ def test_a_broken_line_is_named(tmp_path, read, name, good, lines):
     for line in lines:
         (tmp_path / name).write_text(f"{good}\n\n{line}\n")      # an empty line counts
         number = (tmp_path / name).read_text().splitlines().index(line) + 1
-        with pytest.raises(ValueError, match=f"{name}, line {number}: expected"):
+        with pytest.raises(ValueError, match=f"{name}:{number}: expected"):
             read(tmp_path / name)
 
 

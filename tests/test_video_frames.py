@@ -352,7 +352,7 @@ def test_bad_input(tmp_path):
                                (lambda: vf.to_clips(torch.zeros(1, 4, 4, 3)), TypeError, "uint8")]:
         with pytest.raises(error, match=words):
             call()
-    for text, words in (("a 3\n", "line 1"), ("a 3 0\nb x 1\n", "line 2"), ("a 0 1\n", "line 1"),
+    for text, words in (("a 3\n", ":1:"), ("a 3 0\nb x 1\n", ":2:"), ("a 0 1\n", ":1:"),
                         ("", "no video")):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(ValueError, match=f"bad.txt.*{words}"):
