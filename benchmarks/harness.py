@@ -301,10 +301,12 @@ class Run:
                           f"that is mended, go on with\n  {self.resume_command()}") from error
 
     def _explain(self, kind, error, trace):
-        """Ctrl-C outside a training loop and bad input (ValueError, OSError) end in one line."""
+        """Ctrl-C outside a training loop, bad input (ValueError, OSError) and a loss of NaN
+        (FloatingPointError) end in one line."""
         if issubclass(kind, KeyboardInterrupt):
             self.log(f"\nstopped. To go on from the last checkpoint:\n  {self.resume_command()}")
-        elif issubclass(kind, (ValueError, OSError)) and not os.environ.get("TRACEBACK"):
+        elif (issubclass(kind, (ValueError, OSError, FloatingPointError))
+              and not os.environ.get("TRACEBACK")):
             print(f"error: {error}\n(TRACEBACK=1 in the environment shows where)", file=sys.stderr,
                   flush=True)
         else:

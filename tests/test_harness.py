@@ -215,6 +215,13 @@ def test_a_run_does_not_go_on_from_damaged_or_others_files(start, capsys):
         path.write_text(before)
 
 
+def test_a_loss_that_is_no_number_ends_in_one_line(start, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(harness, "_end_process", codes.append)
+    start()._explain(FloatingPointError, FloatingPointError("the loss is nan"), None)
+    assert codes == [1] and capsys.readouterr().err.startswith("error: the loss is nan\n")
+
+
 def test_scripts_without_networks_refuse_their_options(start, capsys):
     run = start(networks=False)
     assert run.amp_dtype is None and type(run.wrap(torch.nn.Linear(1, 1))) is torch.nn.Linear
