@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):                            # one line: --help shows the rest
         self.exit(2, f"{self.prog}: error: {message}\n")

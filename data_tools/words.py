@@ -133,7 +133,7 @@ def read_glove(path: str | Path, words: Iterable[str], dim: int = 300,
                     if not np.isfinite(found[word]).all():
                         raise ValueError(" ".join(values))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number + 1}: not a word and {dim} numbers; is dim "
+                raise ValueError(f"{path}:{number + 1}: not a word and {dim} numbers; is dim "
                                  f"right? ({error})") from error
             if progress is not None and number % 100_000 == 99_999:
                 progress(number + 1)

@@ -561,7 +561,8 @@ def test_compiled_step_gives_the_same_numbers(make, options):
         optimizer = make(params, **{"lr": 0.01, "weight_decay": 0.1} | options)
         step = optimizer.step
         if compiled:
-            step = torch.compile(step, backend="eager", fullgraph=True)
+            one_graph = torch.__version__ >= (2, 6)           # older ones break it at `sorted`
+            step = torch.compile(step, backend="eager", fullgraph=one_graph)
         for seed in range(3):
             for w in params:
                 g = torch.randn(w.shape, generator=rng(seed), dtype=torch.float64)
