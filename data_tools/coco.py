@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_tools.files import read_text
-from data_tools.loader import decode, open_and, open_image
+from data_tools.loader import decode, open_and, open_stored
 
 
 class CocoImages:
@@ -77,13 +77,8 @@ class CocoImages:
         return f"{self.root.name}/{self._files[index]}"
 
     def open(self, index: int) -> Image.Image:
-        """The image, header read. Raises BadImage with the file's name.
-
-        Its pixels are taken as stored, whatever orientation EXIF asks for: so are the annotations.
-        """
-        image = open_image(self.root / self._files[index])
-        image.info.pop("exif", None)
-        return image
+        """The stored image, header read. Raises BadImage with the file's name."""
+        return open_stored(self.root / self._files[index])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         return open_and(self, index, decode), self.labels[index]

@@ -102,6 +102,14 @@ def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
         raise BadImage(f"{path}: {reason}".splitlines()[0]) from error
 
 
+def open_stored(path: str | Path) -> Image.Image:
+    """`open_image` of a file whose pixels are taken as they are stored, whatever orientation EXIF
+    asks for: its annotations speak of those."""
+    image = open_image(path)
+    image.info.pop("exif", None)
+    return image
+
+
 def image_size(image: Opened) -> tuple[int, int]:
     """(width, height) as the picture is meant to be seen, without decoding it."""
     if isinstance(image, np.ndarray):

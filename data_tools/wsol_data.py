@@ -55,7 +55,7 @@ from torch import Tensor
 
 from data_tools.files import read_lines, write_whole
 from data_tools.loader import (IMAGENET_MEAN, IMAGENET_STD, BadImage, Loader,  # noqa: F401
-                               decode, open_image, to_tensor)
+                               decode, open_image, open_stored, to_tensor)
 
 IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -303,9 +303,7 @@ class SplitImages:
         return self.split.image_ids[index]
 
     def open(self, index: int) -> Image.Image:
-        image = open_image(self.root / self.name(index))
-        image.info.pop("exif", None)
-        return image
+        return open_stored(self.root / self.name(index))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return decode(self.open(index)), int(self.labels[index])
