@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.files import read_text, write_whole
+from data_tools.files import read_lines, read_text, write_whole
 from data_tools.loader import (  # noqa: F401  (also what scripts import from here)
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -230,8 +230,7 @@ def read_wnids(source: str | Path) -> list[str]:
         splits = (source / name for name in ("val", "train"))
         split = next((folder for folder in splits if folder.is_dir()), source)
         return class_folders(split)
-    wnids = sorted(line.split()[0].strip(",") for line in read_text(source).splitlines()
-                   if line.strip())
+    wnids = sorted(line.split()[0].strip(",") for _, line in read_lines(source))
     if not wnids or len(set(wnids)) < len(wnids):
         raise ValueError(f"{source}: {len(wnids)} lines with {len(set(wnids))} classes; expected "
                          "one class a line")
