@@ -42,7 +42,7 @@ def _check(count: int, labels: Tensor | None, classes: int, generator: torch.Gen
     drawn = torch.randint(classes, (count,), generator=generator)      # keeps what follows the same
     if labels is None:
         return drawn
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels).clone()                           # not the caller's own
     if (labels.shape != (count,) or labels.dtype != torch.int64
             or (count and not 0 <= labels.min() <= labels.max() < classes)):
         raise ValueError(f"labels must be ({count},) int64 with values in 0..{classes - 1}, "

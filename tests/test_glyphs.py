@@ -20,6 +20,9 @@ def test_a_class_has_its_glyph_for_every_seed(make, classes):
     again, other = make(40, 3), make(40, 4)
     assert all(torch.equal(drawn[key], again[key]) for key in drawn)
     assert not torch.equal(drawn["images"], other["images"])
+    given = torch.tensor([1, 0])
+    make(2, labels=given)["labels"].zero_()
+    assert given.tolist() == [1, 0]                           # the caller's labels stay theirs
     assert make(0)["images"].shape == (0, 3, 32, 32)
     for labels in (torch.zeros(2), torch.zeros(3, dtype=torch.int64), [0, classes], [-1, 0]):
         with pytest.raises(ValueError, match=f"labels must be .2,. int64 .* 0..{classes - 1}"):
