@@ -400,7 +400,9 @@ def sample_gaussian(mu: Tensor, logsigma: Tensor, num_samples: int,
     (mu, logsigma), (count, dim) = _wide(mu, logsigma), mu.shape
     if eps is None:
         drawn = -(-num_samples // 2) if antithetic else num_samples
-        eps = torch.randn(count, drawn, dim, generator=generator, device=mu.device, dtype=mu.dtype)
+        # No argument generator=None: compiled, it would allow one shape only.
+        source = {} if generator is None else {"generator": generator}
+        eps = torch.randn(count, drawn, dim, device=mu.device, dtype=mu.dtype, **source)
         if antithetic:
             eps = torch.cat([eps, -eps], dim=1)[:, :num_samples]
     _check_items(3, eps=eps)

@@ -70,7 +70,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_prob == 0:
             return x
-        draws = _draw(torch.rand, (len(x),) + (1,) * (x.ndim - 1), self.generator, x.device)
+        draws = _draw(torch.rand, x.shape[:1] + (1,) * (x.ndim - 1), self.generator, x.device)
         return x * ((draws >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob))
 
 
@@ -405,7 +405,7 @@ class PoolingTransformer(_Classifier):
         if grid != pos_embed.shape[-2:]:
             pos_embed = _resize_map(pos_embed, grid)
         spatial = self.pos_drop(self.patch_embed(x) + pos_embed)
-        tokens = self.cls_token.expand(len(x), -1, -1)          # class tokens have no position
+        tokens = self.cls_token.expand(x.shape[0], -1, -1)   # class tokens have no position
         checkpointing = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         for s, stage in enumerate(self.transformers):
             if s:
@@ -483,7 +483,7 @@ class VisionTransformer(_Classifier):
         self._check_images(x)
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
         tokens = [self.cls_token, self.dist_token] if self.num_tokens == 2 else [self.cls_token]
-        x = torch.cat([token.expand(len(x), -1, -1) for token in tokens] + [patches], dim=1)
+        x = torch.cat([token.expand(x.shape[0], -1, -1) for token in tokens] + [patches], dim=1)
         x = self.pos_drop(x + self.pos_embed)
         *first, last = self.blocks
         for block in first:
@@ -1257,8 +1257,9 @@ def _normalized(x: Tensor, mean: Sequence[float] | None = None,
 def _draw(kind: Callable, shape: Sequence[int], generator: torch.Generator | None,
           device: torch.device | str = "cpu") -> Tensor:
     """torch.rand or torch.randn on the generator's device, brought to `device`."""
-    source = device if generator is None else generator.device
-    return kind(shape, generator=generator, device=source).to(device)
+    if generator is None:               # not as an argument: compiled, that allows one shape only
+        return kind(shape, device=device)
+    return kind(shape, generator=generator, device=generator.device).to(device)
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -65,8 +65,10 @@ class ShakeDrop(nn.Module):
             return x * (1 - self.p_drop)  # the mean of alpha is 0
         drawn = {"batch": 0, "image": 1, "channel": 2, "pixel": 4}[self.level]
         shape = (2, *x.shape[:drawn], *[1] * (4 - drawn))
-        gate, (alpha, beta) = (torch.rand(s, generator=self.generator, device=x.device)
-                               for s in ((), shape))
+        # No argument generator=None: compiled, it would allow one shape only.
+        source = {} if self.generator is None else {"generator": self.generator}
+        gate = torch.rand((), device=x.device, **source)
+        alpha, beta = torch.rand(shape, device=x.device, **source)
         kept = gate >= self.p_drop
         ahead, back = (torch.where(kept, 1.0, f).to(x.dtype) for f in (2 * alpha - 1, beta))
         return x * back + (x * (ahead - back)).detach()  # value x ahead, gradient back

@@ -434,7 +434,7 @@ class TSM(_Stages):
         _check_clips(x)
         frames = F.relu(self.bn1(self.conv1(x.transpose(1, 2).flatten(0, 1))))
         frames = frames if self.small_stem else F.max_pool2d(frames, 3, 2, 1)
-        return self._layers(frames.unflatten(0, (len(x), -1))).transpose(1, 2)
+        return self._layers(frames.unflatten(0, (x.shape[0], x.shape[2]))).transpose(1, 2)
 
 
 # ---------------------------------------------------------------- factories and weights

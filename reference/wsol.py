@@ -77,7 +77,7 @@ def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
 
 def _of_label(maps: Tensor, labels: Tensor) -> Tensor:
     """What belongs to each image's label: (B, K, ...), (B,) -> (B, 1, ...)."""
-    return maps[torch.arange(len(maps), device=maps.device), labels.long()].unsqueeze(1)
+    return maps[torch.arange(maps.shape[0], device=maps.device), labels.long()].unsqueeze(1)
 
 
 # ---- HaS and CutMix: input augmentations ----
@@ -288,7 +288,8 @@ class Localizer(nn.Module):
         if hasattr(self, "classifier_A"):
             map_a = self.classifier_A(last)
             logits = map_a.mean((2, 3))
-            attention = acol_attention(map_a, logits.argmax(1) if labels is None else labels)
+            attention = (normalize_tensor(_of_label(map_a, logits.argmax(1))).detach()
+                         if labels is None else acol_attention(map_a, labels))
             map_b = self.classifier_B(erase_attention(last, attention, self.drop_threshold))
             return {"logits": logits, "logit_b": map_b.mean((2, 3)),
                     "feat_map_a": map_a, "feat_map_b": map_b}
@@ -575,6 +576,8 @@ class _Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        if self.generator is None:
+            return F.dropout(x, self.rate)
         keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.rate
         return x * keep / (1 - self.rate)
 
