@@ -83,7 +83,8 @@ def norm(model):
 
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, seeds=3, data=False, networks=False), argv)
+    run = harness.start(harness.parser(__doc__, seeds=3, data=False, networks=False,
+                                       figures=False), argv)
     tiny = run.args.preset == "tiny"
     train, (val, floor) = text(128 if tiny else 4000, 1)[0].to(run.device), text(500, 2)
     batches = [(b[:, :-1], b[:, 1:]) for b in train.split(64) if len(b) == 64]

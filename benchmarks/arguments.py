@@ -40,13 +40,14 @@ def count(text: str) -> int:
 
 
 def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), seeds: int = 1,
-           data: bool = True, networks: bool = True) -> argparse.ArgumentParser:
+           data: bool = True, networks: bool = True,
+           figures: bool = True) -> argparse.ArgumentParser:
     """Arguments common to all scripts; `presets[0]` and `seeds` are the defaults.
 
-    A script that has no use for them leaves out --data (data False), or --amp, --compile and
-    --workers (networks False). What embedded data has no use for, it adds to the group `real`; a
-    Path that is given must exist. What only the script can refuse, it refuses after
-    `parser.parse_args(argv)`, before `start` opens the folder.
+    A script that has no use for them leaves out --data (data False), --figures (figures False), or
+    --amp, --compile and --workers (networks False). What embedded data has no use for, it adds to
+    the group `real`; a Path that is given must exist. What only the script can refuse, it refuses
+    after `parser.parse_args(argv)`, before `start` opens the folder.
     """
     p = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -57,9 +58,10 @@ def parser(description: str, presets: tuple[str, ...] = ("default", "tiny"), see
     add("--seed", type=int, default=0, help="first seed")
     add("--seeds", type=count, default=seeds, help="number of seeds; --resume may add some")
     add("--out", type=Path, help="folder of logs, checkpoints and results (default: runs/<script>)")
-    add("--figures", type=Path, help="folder for pictures")
     add("--resume", action="store_true", help="go on with the run in --out")
-    p.set_defaults(amp="none", compile=False, workers=0)
+    p.set_defaults(figures=None, amp="none", compile=False, workers=0)
+    if figures:
+        add("--figures", type=Path, help="folder for pictures")
     if networks:
         add("--amp", choices=("none", "bf16", "fp16"), default="none", help="mixed precision")
         add("--compile", action="store_true", help="torch.compile the models")

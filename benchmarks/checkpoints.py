@@ -31,10 +31,10 @@ def read_tensors(path: Path) -> dict:
 def load_weights(model: torch.nn.Module, path: Path, head: bool = True) -> torch.nn.Module:
     """A checkpoint of the model: a plain state dict or one under "model" or "state_dict".
 
-    head=False: the last layer stays as it is.
+    head=False: the last layer stays as it is. ValueError for what does not fit.
     """
+    state = read_tensors(path)
     try:
-        state = read_tensors(path)
         for wrapper in ("model", "state_dict"):
             state = state.get(wrapper, state)
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -43,8 +43,7 @@ def load_weights(model: torch.nn.Module, path: Path, head: bool = True) -> torch
             state = {key: v for key, v in state.items() if not key.startswith("fc.")} | own
         model.load_state_dict(state)
     except Exception as error:  # of many types, if the state is not a network's
-        reason = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"checkpoint {path} does not fit this model: {reason}") from None
+        raise ValueError(f"{path} does not fit this model: {error}") from None
     return model
 
 

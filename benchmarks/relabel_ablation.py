@@ -49,7 +49,7 @@ def top_classes(maps: LabelMaps, ks, kinds: int, seed: int) -> list[dict]:
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, data=False)
+    parser = harness.parser(__doc__, data=False, figures=False)
     parser.add_argument("--teachers", type=harness.count, nargs="+", default=[1, 3, 10],
                         metavar="EPOCHS")
     parser.add_argument("--epochs", type=harness.count, default=12, help="of the students")

@@ -125,7 +125,7 @@ def oracle_maps(run, dataset, cells=15):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__, figures=False)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--arch", default="small-8")
     parser.add_argument("--size", type=harness.count,

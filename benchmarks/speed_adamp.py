@@ -108,7 +108,7 @@ def parameters(model, device):
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, data=False, networks=False)
+    parser = harness.parser(__doc__, data=False, networks=False, figures=False)
     parser.add_argument("--rounds", type=harness.count, default=15)
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"

@@ -242,7 +242,7 @@ def training_table(run: harness.Run) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, data=False, networks=False)
+    parser = harness.parser(__doc__, data=False, networks=False, figures=False)
     parser.add_argument("--arch", default="resnet18", choices=("resnet18", "resnet34", "resnet50"))
     parser.add_argument("--batch", type=harness.count, default=8)
     parser.add_argument("--side", type=harness.count, default=128)

@@ -101,7 +101,7 @@ def measure(loader: object, clock) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, networks=False)
+    parser = harness.parser(__doc__, networks=False, figures=False)
     parser.add_argument("--images", type=harness.count, default=256, help="files per measurement")
     parser.add_argument("--repeats", type=harness.count, default=11)
     parser.add_argument("--workers", type=int, default=0, help="loader processes")

@@ -168,7 +168,7 @@ def tcp_training(run, tiny: bool) -> dict:
 
 
 def main(argv=None):
-    parser = harness.parser(__doc__, data=False, networks=False)
+    parser = harness.parser(__doc__, data=False, networks=False, figures=False)
     parser.add_argument("--repeats", type=harness.count, default=9)
     run = harness.start(parser, argv)
     tiny = run.args.preset == "tiny"

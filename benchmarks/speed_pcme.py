@@ -113,7 +113,7 @@ def time_pmrp(run: harness.Run, images: int, each: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run = harness.start(harness.parser(__doc__, data=False, networks=False), argv)
+    run = harness.start(harness.parser(__doc__, data=False, networks=False, figures=False), argv)
     repeats, losses, (queries, gallery, j, dim), (images, each, compared) = PRESETS[run.args.preset]
     # PMRP first: the loops need more memory
     pmrp = run.recorded("pmrp") or run.record("pmrp", time_pmrp(run, images, each))

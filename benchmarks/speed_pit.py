@@ -39,7 +39,7 @@ except ImportError:
 
 
 def arguments():
-    parser = harness.parser(__doc__, presets=("default", "tiny"))
+    parser = harness.parser(__doc__, presets=("default", "tiny"), figures=False)
     parser.add_argument("--models", nargs="+", default=["pit_s"],
                         help="pit_{ti,xs,s,b}[_distilled], deit_{tiny,small,base}")
     parser.add_argument("--batch-size", type=harness.count, help="default 4 on a CPU, 128 on a GPU")

@@ -174,7 +174,7 @@ def loading(run: harness.Run, videos: int, rounds: int) -> tuple[list[dict], lis
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__, data=False, networks=False)
+    parser = harness.parser(__doc__, data=False, networks=False, figures=False)
     parser.add_argument("--batch", type=harness.count, default=16)
     parser.add_argument("--rounds", type=harness.count, default=15)
     run = harness.start(parser, argv)

@@ -170,7 +170,7 @@ def other_rows(run: harness.Run, tiny: bool) -> list[dict]:
 
 
 def main(argv=None):
-    run = harness.start(harness.parser(__doc__, data=False, networks=False), argv)
+    run = harness.start(harness.parser(__doc__, data=False, networks=False, figures=False), argv)
     tiny = run.args.preset == "tiny"
     if cv2 is None:
         run.log("OpenCV is not installed: this project alone is timed")

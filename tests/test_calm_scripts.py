@@ -95,7 +95,7 @@ def test_wrong_arguments_are_named(run, tmp_path, capsys):
         with pytest.raises(ValueError, match=words):
             run(calm_remove, "out", "--data", data, *FOLDER, "--methods", "cam", *options)
     torch.save({"x": torch.zeros(1)}, tmp_path / "glyphs-cam-seed0.pt")
-    with pytest.raises(SystemExit, match="glyphs-cam-seed0.pt does not fit this model"):
+    with pytest.raises(ValueError, match="glyphs-cam-seed0.pt does not fit this model"):
         run(calm_remove, "out", "--preset", "tiny", "--methods", "cam", "--models", tmp_path)
 
 

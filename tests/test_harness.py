@@ -222,12 +222,13 @@ def test_a_loss_that_is_no_number_ends_in_one_line(start, monkeypatch, capsys):
     assert codes == [1] and capsys.readouterr().err.startswith("error: the loss is nan\n")
 
 
-def test_scripts_without_networks_refuse_their_options(start, capsys):
-    run = start(networks=False)
-    assert run.amp_dtype is None and type(run.wrap(torch.nn.Linear(1, 1))) is torch.nn.Linear
-    for option in ("--compile", "--workers=1", "--amp=bf16"):
+def test_scripts_refuse_options_that_they_have_no_use_for(start, capsys):
+    run = start(networks=False, figures=False)
+    assert run.amp_dtype is run.figures is None
+    assert type(run.wrap(torch.nn.Linear(1, 1))) is torch.nn.Linear
+    for option in ("--compile", "--workers=1", "--amp=bf16", "--figures=pictures"):
         with pytest.raises(SystemExit):
-            start(option, networks=False)
+            start(option, networks=False, figures=False)
         assert "unrecognized arguments" in capsys.readouterr().err
 
 

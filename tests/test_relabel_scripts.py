@@ -206,9 +206,12 @@ def test_checkpoints_that_fit_and_others(tmp_path, run):
     assert torch.equal(headless.conv1.weight, one.conv1.weight)
     torch.save({"conv1.weight": one.conv1.weight.data}, tmp_path / "part.pt")
     (tmp_path / "empty.pt").touch()
-    for name in ("a.pt", "part.pt", "empty.pt", "none.pt"):
-        with pytest.raises(SystemExit, match=f"{name} does not fit this model: "):
-            load_weights(other, tmp_path / name)
+    for name, reason in (("a", "does not fit this model: "), ("part", "does not fit this model: "),
+                         ("empty", "is damaged or no checkpoint")):
+        with pytest.raises(ValueError, match=f"{name}.pt {reason}"):
+            load_weights(other, tmp_path / f"{name}.pt")
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        load_weights(other, tmp_path / "none.pt")
 
 
 def test_multi_labels_of_imagenet(tmp_path, run):
