@@ -156,6 +156,9 @@ def read_split(folder: str | Path, proxy: bool = False, image_root: str | Path |
     proxy: the images of image_ids_proxy.txt only. image_root, mask_root: check that every image
     (mask) is there. outside: what to do with a box that leaves its image, "raise" or "clip"."""
     folder = Path(folder)
+    if not (folder / "image_ids.txt").exists():
+        raise FileNotFoundError(f"{folder / 'image_ids.txt'}: no such file; a split is a folder "
+                                "with class_labels.txt, image_sizes.txt and localization.txt, too")
     image_ids = _read_ids(folder / "image_ids.txt", image_root)
     known = set(image_ids)
     labels = {}

@@ -149,6 +149,8 @@ def test_more_errors_of_metadata(tree):
     labels.unlink()
     with pytest.raises(FileNotFoundError, match="class_labels.txt"):
         data.read_split(folder)
+    with pytest.raises(FileNotFoundError, match="image_ids.txt: no such file; a split is a folder"):
+        data.read_split(tree)
     with pytest.raises(ValueError, match="commas"):
         data.write_split(tree / "x", data.Split(["a,b.jpg"], {"a,b.jpg": 0}))
     for name in ("", " a", "a\n", "a\rb", "a\u2028b", "\ufeffa"):
