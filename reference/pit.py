@@ -30,6 +30,7 @@ paper's parameters and MACs: PiT-S 23.5 M and 2.9 G against DeiT-S 22.1 M and 4.
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import math
@@ -699,7 +700,8 @@ def apply_randaugment_op(image: Image.Image, name: str, level: float,
 class RandAugment:
     """`num_ops` of the 15 operations, drawn with replacement, each applied with probability `prob`.
 
-    Cubuk et al., arXiv:1909.13719; the defaults are timm's `rand-m9-mstd0.5-inc1`.
+    Cubuk et al., arXiv:1909.13719; the defaults are timm's `rand-m9-mstd0.5-inc1`. DataLoader's
+    workers would each copy a `generator` and draw the same; None is a default generator of each's.
     """
 
     def __init__(self, num_ops: int = 2, magnitude: float = 9, magnitude_std: float = 0.5,
@@ -1014,8 +1016,9 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
     its epoch. `lr` None: 5e-4 * batch / 512 over all processes. `generator` draws the
     stochastic-depth masks. Yields {step, epoch, loss, lr, grad_norm, images_per_s} after every
     step; `send("state")` yields a snapshot, a copy of all that moves, and `resume=snapshot` goes on
-    to the same numbers (with dropout not: torch's default generator draws it, and belongs to the
-    caller). FloatingPointError for a loss of NaN.
+    to the same numbers: what a DataLoader shuffles with, its generator or torch's default one, is
+    set back. (With dropout they differ where it draws from another.) FloatingPointError for a loss
+    of NaN.
     """
     _check_sizes(epochs=epochs)
     bare = _bare(model)
@@ -1036,6 +1039,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
         moving["ema"] = ema.module
     generators = {"drop_path": generator, "mixup": mixup.generator if mixup else None}
     generators = {name: g for name, g in generators.items() if g is not None}
+    order = _shuffler(loader)
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     step = first_epoch = skip = 0
     if resume is not None:
@@ -1046,13 +1050,19 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
         step, first_epoch, skip, lr = (resume[k] for k in ("step", "epoch", "batch", "lr"))
 
     for epoch in range(first_epoch, epochs):
+        if skip:
+            order.set_state(resume["order"][0])
+        epoch_order = order.get_state()
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch, skip)
             batches = enumerate(loader, skip)
         else:
             if hasattr(getattr(loader, "sampler", None), "set_epoch"):
                 loader.sampler.set_epoch(epoch)
-            batches = itertools.islice(enumerate(loader), skip, None)
+            batches = enumerate(loader)
+            collections.deque(itertools.islice(batches, skip), maxlen=0)
+        if skip:
+            order.set_state(resume["order"][1])
         batch, skip, began = skip - 1, 0, time.perf_counter()   # batch: the last one done
         for batch, (images, labels) in batches:
             lr = 5e-4 * len(images) * world / 512 if lr is None else lr
@@ -1085,6 +1095,7 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
                 request = yield copy.deepcopy({
                     **{name: part.state_dict() for name, part in moving.items()},
                     "generators": {name: g.get_state() for name, g in generators.items()},
+                    "order": [epoch_order, order.get_state()],
                     "step": step, "epoch": epoch, "batch": batch + 1, "lr": lr})
         if batch < 0:
             raise ValueError(f"the loader gave no batch in epoch {epoch}: it must not be empty, "
@@ -1260,6 +1271,12 @@ def _draw(kind: Callable, shape: Sequence[int], generator: torch.Generator | Non
     if generator is None:               # not as an argument: compiled, that allows one shape only
         return kind(shape, device=device)
     return kind(shape, generator=generator, device=generator.device).to(device)
+
+
+def _shuffler(loader: Iterable) -> torch.Generator:
+    """What a DataLoader shuffles with: its generator, else torch's default one."""
+    own = getattr(loader, "generator", None)
+    return own if isinstance(own, torch.Generator) else torch.default_generator
 
 
 def _bare(model: nn.Module) -> nn.Module:
