@@ -47,7 +47,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
 from numbers import Real
 from statistics import fmean
 
@@ -751,6 +750,27 @@ class SGDP(_ProjectedOptimizer):
 
 # ---------------------------------------------------------------- training, watched
 
+def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
+    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
+    epoch is resumed: that state, and the one to go on with."""
+    order = getattr(loader, "generator", None)
+    order = order if isinstance(order, torch.Generator) else torch.default_generator
+    if states is not None:
+        order.set_state(states[0])
+    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
+    if seeks:
+        loader.set_epoch(epoch, skip)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    batches = enumerate(loader, skip if seeks else 0)
+    if states is not None:
+        for _ in range(0 if seeks else skip):
+            next(batches, None)
+        order.set_state(states[1])
+    return batches, order, began
+
+
 def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int = 1, *,
           loss_fn: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
           schedule: Callable[[float], float] | None = None, measure_every: int = 10,
@@ -782,9 +802,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
     total = epochs * len(loader)
     for epoch in range(start_epoch, epochs):
         skip = start_batch if epoch == start_epoch else 0
-        if places := hasattr(loader, "set_epoch"):       # such a loader begins at `skip` by itself
-            loader.set_epoch(epoch, skip)
-        for batch, (x, target) in enumerate(islice(loader, 0 if places else skip, None), skip):
+        batches, order, began = _epoch(loader, epoch, skip, resume["order"] if skip else None)
+        for batch, (x, target) in batches:
             step = epoch * len(loader) + batch
             factor = schedule(step / total)
             for group, rate in zip(optimizer.param_groups, base_rates):
@@ -807,7 +826,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: Optimizer, epochs: int 
             while request == "state":
                 request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "base_rates": base_rates, "epoch": epoch, "batch": batch + 1})
+                    "base_rates": base_rates, "order": [began, order.get_state()],
+                    "epoch": epoch, "batch": batch + 1})
 
 
 if __name__ == "__main__":

@@ -448,6 +448,27 @@ def param_groups(model: CALM, lr: float, head_ratio: float = 10.0) -> list[dict]
     return [{"params": base, "lr": lr}, {"params": rest, "lr": lr * head_ratio}]
 
 
+def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
+    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
+    epoch is resumed: that state, and the one to go on with."""
+    order = getattr(loader, "generator", None)
+    order = order if isinstance(order, torch.Generator) else torch.default_generator
+    if states is not None:
+        order.set_state(states[0])
+    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
+    if seeks:
+        loader.set_epoch(epoch, skip)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    batches = enumerate(loader, skip if seeks else 0)
+    if states is not None:
+        for _ in range(0 if seeks else skip):
+            next(batches, None)
+        order.set_state(states[1])
+    return batches, order, began
+
+
 def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr: float = 0.01,
           head_ratio: float = 10.0, momentum: float = 0.9, weight_decay: float = 1e-4,
           lr_decay_epochs: int = 30, lr_decay: float = 0.1,
@@ -488,13 +509,10 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
         factor = lr_decay ** ((epoch + 1) // lr_decay_epochs)
         for group, base in zip(optimizer.param_groups, (lr, lr * head_ratio)):
             group["lr"] = base * factor
-        seekable = hasattr(loader, "set_epoch")
-        if seekable:
-            loader.set_epoch(epoch, skip)
-        batch = skip - 1                                      # none yet
-        for batch, (images, labels, *_) in enumerate(loader, skip if seekable else 0):
-            if batch < skip:
-                continue
+        states = resume["order"] if skip else None
+        batches, order, began = _epoch(loader, epoch, skip, states)
+        batch, skip = skip - 1, 0                             # the last one done
+        for batch, (images, labels, *_) in batches:
             model.train()                                     # the caller may evaluate in between
             images, labels = images.to(device), labels.to(device)
             q = None
@@ -518,10 +536,10 @@ def train(model: CALM, loader: Iterable, epochs: int, *, method: str = "em", lr:
                 request = yield copy.deepcopy({
                     "model": bare.state_dict(), "optimizer": optimizer.state_dict(),
                     "teacher": teacher.state_dict() if teacher is not None else {},
+                    "order": [began, order.get_state()],
                     "epoch": epoch, "batch": batch + 1, "step": step})
         if batch < 0:
             raise ValueError(f"loader gave no batch in epoch {epoch}: it must start anew each time")
-        skip = 0
 
 
 @torch.no_grad()

@@ -1255,8 +1255,9 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
             lr = settings["lr"] * 0.5 * (1 + math.cos(turn))
             for group in updates.param_groups:
                 group["lr"] = lr
+            batches, order, began = _epoch(loader, number, skip, resume["order"] if skip else None)
             index = skip - 1
-            for index, batch in _batches(loader, number, skip):
+            for index, batch in batches:
                 model.train()                                 # the caller may evaluate in between
                 for module in model.modules():
                     if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -1282,7 +1283,8 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
                     request = yield copy.deepcopy({
                         "model": model.state_dict(), "criterion": criterion.state_dict(),
                         "optimizer": updates.state_dict(), "scaler": scaler.state_dict(),
-                        "generator": generator.get_state(), "position": position})
+                        "generator": generator.get_state(), "position": position,
+                        "order": [began, order.get_state()]})
             if index < 0:
                 raise ValueError(f"loader gave no batch in epoch {epoch} of phase {phase}; "
                                  "an iterator serves one epoch only")
@@ -1291,12 +1293,25 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
             parameter.requires_grad_(trainable[name])
 
 
-def _batches(loader: Iterable, epoch: int, skip: int) -> Iterator[tuple[int, Sequence]]:
-    """The numbered batches of an epoch from `skip` on; `set_epoch` lets a loader begin there."""
-    if hasattr(loader, "set_epoch"):
+def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
+    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
+    epoch is resumed: that state, and the one to go on with."""
+    order = getattr(loader, "generator", None)
+    order = order if isinstance(order, torch.Generator) else torch.default_generator
+    if states is not None:
+        order.set_state(states[0])
+    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
+    if seeks:
         loader.set_epoch(epoch, skip)
-        return enumerate(loader, skip)
-    return itertools.islice(enumerate(loader), skip, None)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    batches = enumerate(loader, skip if seeks else 0)
+    if states is not None:
+        for _ in range(0 if seeks else skip):
+            next(batches, None)
+        order.set_state(states[1])
+    return batches, order, began
 
 
 def _batch_loss(model: PCME, criterion: nn.Module, out: dict, ids: list[Tensor],

@@ -30,7 +30,6 @@ paper's parameters and MACs: PiT-S 23.5 M and 2.9 G against DeiT-S 22.1 M and 4.
 
 from __future__ import annotations
 
-import collections
 import copy
 import itertools
 import math
@@ -1002,6 +1001,27 @@ class ModelEma:
             buffer.copy_(value)
 
 
+def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
+    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
+    epoch is resumed: that state, and the one to go on with."""
+    order = getattr(loader, "generator", None)
+    order = order if isinstance(order, torch.Generator) else torch.default_generator
+    if states is not None:
+        order.set_state(states[0])
+    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
+    if seeks:
+        loader.set_epoch(epoch, skip)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    batches = enumerate(loader, skip if seeks else 0)
+    if states is not None:
+        for _ in range(0 if seeks else skip):
+            next(batches, None)
+        order.set_state(states[1])
+    return batches, order, began
+
+
 def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | None = None,
           weight_decay: float = 0.05, warmup_epochs: int = 5, min_lr: float = 1e-5,
           warmup_lr: float = 1e-6, criterion: Callable | None = None, mixup: Mixup | None = None,
@@ -1039,7 +1059,6 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
         moving["ema"] = ema.module
     generators = {"drop_path": generator, "mixup": mixup.generator if mixup else None}
     generators = {name: g for name, g in generators.items() if g is not None}
-    order = _shuffler(loader)
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     step = first_epoch = skip = 0
     if resume is not None:
@@ -1050,19 +1069,8 @@ def train(model: nn.Module, loader: Iterable, *, epochs: int = 300, lr: float | 
         step, first_epoch, skip, lr = (resume[k] for k in ("step", "epoch", "batch", "lr"))
 
     for epoch in range(first_epoch, epochs):
-        if skip:
-            order.set_state(resume["order"][0])
-        epoch_order = order.get_state()
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch, skip)
-            batches = enumerate(loader, skip)
-        else:
-            if hasattr(getattr(loader, "sampler", None), "set_epoch"):
-                loader.sampler.set_epoch(epoch)
-            batches = enumerate(loader)
-            collections.deque(itertools.islice(batches, skip), maxlen=0)
-        if skip:
-            order.set_state(resume["order"][1])
+        states = resume["order"] if skip else None
+        batches, order, epoch_order = _epoch(loader, epoch, skip, states)
         batch, skip, began = skip - 1, 0, time.perf_counter()   # batch: the last one done
         for batch, (images, labels) in batches:
             lr = 5e-4 * len(images) * world / 512 if lr is None else lr
@@ -1271,12 +1279,6 @@ def _draw(kind: Callable, shape: Sequence[int], generator: torch.Generator | Non
     if generator is None:               # not as an argument: compiled, that allows one shape only
         return kind(shape, device=device)
     return kind(shape, generator=generator, device=generator.device).to(device)
-
-
-def _shuffler(loader: Iterable) -> torch.Generator:
-    """What a DataLoader shuffles with: its generator, else torch's default one."""
-    own = getattr(loader, "generator", None)
-    return own if isinstance(own, torch.Generator) else torch.default_generator
 
 
 def _bare(model: nn.Module) -> nn.Module:

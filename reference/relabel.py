@@ -547,6 +547,27 @@ def lr_at(epoch: int, iteration: int, iters_per_epoch: int, epochs: int, init_lr
     return init_lr * ((math.cos(math.pi * done) + 1) / 2 if schedule == "cos" else 1 - done)
 
 
+def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
+    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
+    epoch is resumed: that state, and the one to go on with."""
+    order = getattr(loader, "generator", None)
+    order = order if isinstance(order, torch.Generator) else torch.default_generator
+    if states is not None:
+        order.set_state(states[0])
+    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
+    if seeks:
+        loader.set_epoch(epoch, skip)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    batches = enumerate(loader, skip if seeks else 0)
+    if states is not None:
+        for _ in range(0 if seeks else skip):
+            next(batches, None)
+        order.set_state(states[1])
+    return batches, order, began
+
+
 def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, epochs: int, *,
           init_lr: float | None = None, warmup_epochs: int = 5, warmup_lr: float = 0.0,
           schedule: str = "cos", cutmix_prob: float = 0.0, cutmix_beta: float = 1.0,
@@ -582,7 +603,6 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     criterion = criterion if criterion is not None else SoftTargetCrossEntropy()
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     per_epoch, first_epoch, skip = len(loader), 0, 0
-    seekable = hasattr(loader, "set_epoch")
     if resume is not None:
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
@@ -590,12 +610,10 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
         generator.set_state(resume["generator"])
         first_epoch, skip = resume["epoch"], resume["batch"]
     for epoch in range(first_epoch, epochs):
-        if seekable:
-            loader.set_epoch(epoch, skip)
-        batch = skip - 1
-        for batch, (images, *label) in enumerate(loader, skip if seekable else 0):
-            if batch < skip:
-                continue
+        states = resume["order"] if skip else None
+        batches, order, began = _epoch(loader, epoch, skip, states)
+        batch, skip = skip - 1, 0  # the last one done
+        for batch, (images, *label) in batches:
             if batch == per_epoch:
                 raise ValueError(f"loader gave more batches than its length, {per_epoch}")
             model.train()  # every time: the caller may evaluate in between
@@ -634,10 +652,10 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),
+                    "order": [began, order.get_state()],
                     "init_lr": init_lr, "epoch": epoch, "batch": batch + 1})
         if batch < 0:
             raise ValueError(f"loader gave no batches in epoch {epoch}; each iterates over it anew")
-        skip = 0
 
 
 @torch.no_grad()

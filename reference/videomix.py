@@ -623,6 +623,27 @@ def _to(x: Any, device: torch.device) -> Any:
     return tuple(part.to(device) for part in x) if isinstance(x, (tuple, list)) else x.to(device)
 
 
+def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
+    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
+    epoch is resumed: that state, and the one to go on with."""
+    order = getattr(loader, "generator", None)
+    order = order if isinstance(order, torch.Generator) else torch.default_generator
+    if states is not None:
+        order.set_state(states[0])
+    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
+    if seeks:
+        loader.set_epoch(epoch, skip)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    batches = enumerate(loader, skip if seeks else 0)
+    if states is not None:
+        for _ in range(0 if seeks else skip):
+            next(batches, None)
+        order.set_state(states[1])
+    return batches, order, began
+
+
 def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epochs: int = 1,
           lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4,
           warmup_epochs: float = 0.0, generator: torch.Generator | None = None,
@@ -650,14 +671,11 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
         scaler.load_state_dict(resume["scaler"])
         generator.set_state(resume["generator"])
         first, skip = resume["epoch"], resume["batch"]
-    seekable = hasattr(loader, "set_epoch")
     for epoch in range(first, epochs):
-        if seekable:
-            loader.set_epoch(epoch, skip)
-        batch = skip - 1                                          # the last one done
-        for batch, (x, y, *_) in enumerate(loader, skip if seekable else 0):
-            if batch < skip:
-                continue
+        states = resume["order"] if skip else None
+        batches, order, began = _epoch(loader, epoch, skip, states)
+        batch, skip = skip - 1, 0                                 # the last one done
+        for batch, (x, y, *_) in batches:
             for module in (model, mix) if mix is not None else (model,):
                 module.train()                                    # the caller may evaluate between
             step = epoch * per_epoch + batch
@@ -683,11 +701,10 @@ def train(model: nn.Module, loader: Iterable, mix: nn.Module | None = None, epoc
                 request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "generator": generator.get_state(),
-                    "epoch": epoch, "batch": batch + 1})
+                    "order": [began, order.get_state()], "epoch": epoch, "batch": batch + 1})
         if batch < 0:
             raise ValueError(f"the loader gave no batch in epoch {epoch}: it must not be empty, "
                              "nor an iterator that ends with the first epoch")
-        skip = 0
 
 
 @torch.no_grad()

@@ -884,6 +884,27 @@ def train(model: nn.Module, loader: Iterable, cfg: dict | None = None,
     return _train_steps(model, loader, cfg, resume)
 
 
+def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
+    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
+    epoch is resumed: that state, and the one to go on with."""
+    order = getattr(loader, "generator", None)
+    order = order if isinstance(order, torch.Generator) else torch.default_generator
+    if states is not None:
+        order.set_state(states[0])
+    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
+    if seeks:
+        loader.set_epoch(epoch, skip)
+    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    batches = enumerate(loader, skip if seeks else 0)
+    if states is not None:
+        for _ in range(0 if seeks else skip):
+            next(batches, None)
+        order.set_state(states[1])
+    return batches, order, began
+
+
 def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | None):
     device = next(model.parameters()).device
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -905,15 +926,13 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
         for name, generator in generators.items():
             generator.set_state(resume[name].cpu())
     for epoch in range(first_epoch, cfg["epochs"]):
-        if seeks := hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch, skip)
         decay = 0.1 ** ((epoch + 1) // cfg["decay_frequency"])
         for group, lr in zip(optimizer.param_groups, base_lrs):
             group["lr"] = lr * decay
-        batch = skip - 1
-        for batch, (x, y, *_) in enumerate(loader, skip if seeks else 0):
-            if batch < skip:
-                continue
+        states = resume["order"] if skip else None
+        batches, order, began = _epoch(loader, epoch, skip, states)
+        batch, skip = skip - 1, 0  # the last one done
+        for batch, (x, y, *_) in batches:
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             model.train()  # every time: the caller may evaluate in between
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg["amp"]):
@@ -926,13 +945,13 @@ def _train_steps(model: nn.Module, loader: Iterable, cfg: dict, resume: dict | N
             step += 1
             request = yield row
             while request == "state":
-                states = {name: generator.get_state() for name, generator in generators.items()}
+                draws = {name: generator.get_state() for name, generator in generators.items()}
                 request = yield copy.deepcopy({
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "step": step, "epoch": epoch, "batch": batch + 1, **states})
+                    "step": step, "epoch": epoch, "batch": batch + 1,
+                    "order": [began, order.get_state()], **draws})
         if batch < 0:
             raise ValueError(f"loader gave no batch in epoch {epoch}; an iterator serves one")
-        skip = 0
 
 
 # ---- Demonstration ----
