@@ -50,7 +50,7 @@ def test_real_folders_and_the_uncertainty_of_trained_models(flickr, tmp_path, fi
     assert len(result["tables"]["uncertainty"]) == 5
     assert len(list((tmp_path / "figures").iterdir())) == 4
     torch.save({"model": {}}, tmp_path / "PCME-seed0-weights.pt")
-    with pytest.raises(SystemExit, match="does not fit this model"):
+    with pytest.raises(ValueError, match="does not fit this model"):
         finish("pcme_uncertainty", tmp_path / "other", "--models", tmp_path)
     with pytest.raises(FileNotFoundError, match="no Flickr8k here"):
         finish("pcme_coco", tmp_path / "wrong", "--data", tmp_path)
