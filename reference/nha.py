@@ -263,7 +263,8 @@ def _first_step(f, t, y, fy, sign, method, rtol, atol, shared) -> Tensor:
 def _error_ratio(y, y1, hk, method, rtol, least, shared) -> Tensor:
     """Norm (B,) of the error estimate over the tolerance, inf where it is NaN."""
     weights = _tensors(method, y.dtype, y.device).error
-    error = torch.mv(hk.detach().view(len(hk), -1).t(), weights).view_as(y)
+    with torch.autocast(y.device.type, enabled=False):      # on a GPU it would round the terms
+        error = torch.mv(hk.detach().view(len(hk), -1).t(), weights).view_as(y)
     largest = torch.maximum(y.detach().abs(), y1.detach().abs())
     tolerance = torch.add(least, largest, alpha=rtol)
     return _norm(error.div_(tolerance), shared).nan_to_num(math.inf)
@@ -292,6 +293,9 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     memory = [torch.ones_like(h), torch.full_like(h, 10.0)] if controller == "PI" else []
     active, failed = end > 0, torch.zeros_like(rows, dtype=torch.bool)
     least, tail = y.new_full((), atol), None
+    narrow = (not shared and y.shape[1] <= NARROW and y.itemsize >= 4   # no system solves in half
+              and not torch.is_autocast_enabled(y.device.type)
+              and not torch._C._are_functorch_transforms_active())
     history, reached, starts = [], [], [0]
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         for attempt in itertools.count():
@@ -304,8 +308,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
                     rows, t, offset, y, fy, h, end, active, *memory = (
                         v.index_select(0, keep) for v in
                         (rows, t, offset, y, fy, h, end, active, *memory))
-                if (torch.is_grad_enabled() and len(rows) <= FEW and y.shape[1] <= NARROW
-                        and y.itemsize >= 4                 # torch solves no system in half
+                if (narrow and len(rows) <= FEW and torch.is_grad_enabled()
                         and bool(((end - offset.abs()) / h.abs() > MANY).any())):
                     tail = starts[-1], rows, t + offset, y
                     torch.set_grad_enabled(False)               # until the end of this block
@@ -346,7 +349,7 @@ def _march(f, y, fy, start, span, method, *, rtol, atol, shared=False, max_steps
     rows, offset, h, y, hk, ok, tried = (torch.cat(v, int(i == 4)) for i, v in
                                          enumerate(zip(*history)))
     accepted, number = ok.nonzero()[:, 0], torch.arange(len(rows), device=y.device)
-    attempt = torch.searchsorted(number.new_tensor(starts), number, right=True) - 1
+    attempt = torch.searchsorted(torch.tensor(starts, device=y.device), number, right=True) - 1
     table = lambda v: v.new_zeros(samples, len(starts) - 1).index_put((rows, attempt), v)
     ends, row = table(torch.cat(reached)).cummax(1).values, table(number)
     message = ""
@@ -391,29 +394,27 @@ MANY = 3                        # a rest of fewer steps is cheaper recorded
 
 class _Unroll(torch.autograd.Function):
     """Identity on the traced rows of (y, hk), whose backward gives gradients to y0, the states
-    `samples` are in when the trace begins, and to k, the values of f there and at `points`."""
+    `samples` are in when the trace begins, and to k, the values of f there and at the stages, where
+    its Jacobians are `jacobian`."""
 
     @staticmethod
-    def forward(ctx, k, y0, points, steps, kept, begin, samples, method):
-        ctx.save_for_backward(k, points)
+    def forward(ctx, k, y0, jacobian, steps, kept, begin, samples, method):
+        ctx.save_for_backward(jacobian)
         ctx.more = steps, kept, begin, samples, _tensors(method, y0.dtype, y0.device).a
         return steps.y[begin:], steps.hk[:, begin:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_hk):
-        (k, points), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
-        (s, _, n), m = grad_hk.shape, len(kept)
-        unit = torch.eye(n, dtype=k.dtype, device=k.device)
-        pull = lambda v: torch.autograd.grad(k, points, v, retain_graph=True,
-                                             materialize_grads=True)[0]
-        jacobian = torch.stack([pull(v.expand_as(k)) for v in unit], 1)
-        first, h = jacobian[: len(samples)], steps.h[kept].to(k.dtype)[:, None, None]
+        (jacobian,), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
+        (s, _, n), m, new_zeros = grad_hk.shape, len(kept), grad_hk.new_zeros
+        unit = torch.eye(n, dtype=grad_hk.dtype, device=grad_hk.device)
+        first, h = jacobian[: len(samples)], steps.h[kept].to(unit)[:, None, None]
         later = jacobian[len(samples) :].view(s - 1, m, n, n).transpose(0, 1) * h[..., None]
         jacobian = F.pad(later, (0, 0, 0, 0, 1, 0)).view(m, s, n, 1, n)
         # Cotangents of a step's hk, as rows: what comes from its own outputs, then what comes from
         # each component of the cotangents of its end state and of the slope there.
-        g = k.new_zeros(m, 1 + 2 * n, s, n)
+        g = new_zeros(m, 1 + 2 * n, s, n)
         g[:, 0], g[:, 1 + n :, -1] = grad_hk[:, kept - begin].transpose(0, 1), unit / h
         g[:, 1 : 1 + n] = a[-1][:, None] * unit[:, None]
         system = (jacobian * -a[:, None, :, None]).view(m, s * n, s * n)        # + 1
@@ -423,7 +424,7 @@ class _Unroll(torch.autograd.Function):
         gy[:, 0] += grad_y[kept - begin]
         gy[:, 1 : 1 + n] += unit
         # Backwards through the steps: each receives the cotangents of its end state and the slope.
-        carried, received = k.new_zeros(len(steps.row), 1, 2 * n), []
+        carried, received = new_zeros(len(steps.row), 1, 2 * n), []
         cuts = torch.searchsorted(kept, kept.new_tensor(steps.starts[1:])).tolist()
         both = torch.cat([gy, g[..., :n] * h], -1).tensor_split(cuts)
         for sample, step in reversed(list(zip(steps.sample[kept].tensor_split(cuts), both))):
@@ -434,6 +435,21 @@ class _Unroll(torch.autograd.Function):
         grad_k = grad_k.view(m, s, n)[:, 1:].transpose(0, 1).reshape(-1, n)
         grad_y0 = (end + slope @ first)[:, 0]
         return torch.cat([slope[:, 0], grad_k]), grad_y0, *(None,) * 6
+
+
+def _jacobian(f, times: Tensor, points: Tensor, k: Tensor) -> Tensor:
+    """The derivatives (P, n, n) of k = f(times, points) in each of the points (P, n)."""
+    n, pull = points.shape[1], partial(torch.autograd.grad, materialize_grads=True)
+    unit = torch.eye(n, dtype=k.dtype, device=k.device)
+    if not k.requires_grad:                                 # f depends on nothing
+        return points.new_zeros(*points.shape, n)
+    try:
+        rows = [pull(k, points, row.expand_as(k), retain_graph=True)[0] for row in unit]
+    except RuntimeError:        # a compiled f allows one product with its graph: of n copies, then
+        copies = points.detach().repeat(n, 1).requires_grad_()
+        row = unit.repeat_interleave(len(points), 0)
+        rows = pull(f(times.repeat(n), copies).to(k.dtype), copies, row)[0].chunk(n)
+    return torch.stack(tuple(rows), 1)
 
 
 def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Steps:
@@ -447,10 +463,10 @@ def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Step
     times = start[steps.sample[kept]] + steps.offset[kept] + weights.c[1:] * steps.h[kept]
     points = steps.y[kept] + (weights.a[1:] @ hk.flatten(1)).view_as(hk[1:])
     points = torch.cat([y0, points.flatten(0, 1)]).detach().requires_grad_()
-    k = f(torch.cat([t, times.flatten()]).to(y0.dtype), points)
-    if not k.requires_grad:                             # f depends neither on y nor on a parameter
-        k = k + 0 * points
-    y, hk = _Unroll.apply(k, y0, points, steps, kept, begin, samples, method)
+    times = torch.cat([t, times.flatten()]).to(y0.dtype)
+    k = f(times, points).to(y0.dtype)
+    jacobian = _jacobian(f, times.detach(), points, k)
+    y, hk = _Unroll.apply(k, y0, jacobian, steps, kept, begin, samples, method)
     if begin:
         y, hk = torch.cat([steps.y[:begin], y]), torch.cat([steps.hk[:, :begin], hk], 1)
     return steps._replace(y=y, hk=hk)
@@ -474,7 +490,10 @@ class _Adjoint(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (f, method, options), (ys, times, *params) = ctx.more, ctx.saved_tensors
-        n = ys.shape[2]
+        _, b, n = ys.shape
+        # With a shared step f sees the whole batch at one time here too.
+        each = f if not options["shared"] else lambda t, y: torch.cat(
+            [f(*part) for part in zip(t.split(b), y.split(b))])
         alive = ys.isfinite().all(-1, keepdim=True)         # rows after a failure are constants
         ys, grad = torch.where(alive, ys, ys[0]), grad.masked_fill(~alive, 0)
         grad_t, grad_p = None, [torch.zeros_like(p) for p in params]
@@ -503,13 +522,13 @@ class _Adjoint(torch.autograd.Function):
                 t = (times[i][sample] + offset + nodes * h).flatten().to(s.dtype)
                 points = _dense(steps.y[rows], steps.hk[:, None, rows], nodes, method)
                 with torch.enable_grad():
-                    k = f(t, points[..., :n].reshape(-1, n))
+                    k = each(t, points[..., :n].reshape(-1, n))
                     pull = (points[..., n:] * (weights * h).to(s.dtype)[..., None]).reshape(-1, n)
                     found = torch.autograd.grad(k, params, pull, allow_unused=True)
                 grad_p = [g if d is None else g - d for g, d in zip(grad_p, found)]
             a = a + grad[i - 1]
         if ctx.needs_input_grad[2]:
-            slopes = f(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
+            slopes = each(times.reshape(-1).to(ys.dtype), ys.reshape(-1, n)).view_as(ys)
             later = torch.cat([grad[:1] - a, grad[1:]])
             grad_t = (slopes * later).sum(-1).to(times.dtype)
         return None, a, grad_t, None, None, None, *grad_p
@@ -579,10 +598,11 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     """Solve dy/dt = f(t, y), y(t[0]) = y0 (B, n) at times t (T,) or (T, B), rising or falling.
 
     f(t (B,), y (B, n)) -> (B, n); with vector_time=False t is a scalar. Adaptive methods (bosh3,
-    dopri5, tsit5) choose steps for each sample (per_sample=False: one step for the batch, as
-    torchdiffeq) and interpolate at t (bosh3 less accurately than it steps, as torchdiffeq);
-    fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take one step per interval of t, or
-    steps of at most `step_size`. `max_steps` counts attempts.
+    dopri5, tsit5) choose steps for each sample, so f sees some rows only, and interpolate at t
+    (bosh3 less accurately than it steps, as torchdiffeq); with per_sample=False the batch has one
+    step, as in torchdiffeq, and f always sees all of it: it may couple its rows or close over a
+    tensor with one row for each. Fixed-step methods (euler, midpoint, heun, rk4, rk4_38) take one
+    step per interval of t, or steps of at most `step_size`. `max_steps` counts attempts.
     Gradients (first order): "backprop" of the accepted steps, to y0, t and whatever f uses;
     "adjoint" of a second ODE backwards, with the memory of the outputs only, to y0, t and `params`
     (after a fixed-step method, solved by dopri5).
@@ -596,12 +616,15 @@ def odeint(f: Callable, y0: Tensor, t, *, method: str = "dopri5", rtol: float = 
     _check_choice("on_failure", on_failure, ("raise", "mask"))
     _check_positive(rtol=rtol, atol=atol, step_size=step_size, max_steps=max_steps,
                     first_step=first_step)
+    if isinstance(t, (list, tuple)) and t:  # as_tensor would round numbers and detach tensors in it
+        t = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=y0.device) for v in t])
     ts = torch.as_tensor(t).clone()                         # a caller may reuse t, and y0
     times, y0 = _check_times(ts, y0), y0.clone() if dense else y0
     if not per_sample and ts.dim() == 2:
         raise ValueError("per_sample=False takes one time grid t (T,), not one per sample")
     field = f
-    if not vector_time and fixed and ts.dim() == 1 and not (dense or grad == "adjoint"):
+    if not vector_time and ts.dim() == 1 and (not fixed or not dense) and (
+            not per_sample or fixed and grad != "adjoint"):
         field = lambda t, y: f(t[0], y)
     elif not vector_time:
         field = lambda t, y: torch.vmap(lambda t, y: f(t, y[None])[0])(t, y)
@@ -672,12 +695,14 @@ class _Watch:
     """Looks at guards during `_march`, four times per step. `side` (B, E) are their signs where the
     sample is, and stay as they are before the step in which one crosses 0 (`fired`)."""
 
-    def __init__(self, guard, direction, t, y, fy, method):
+    def __init__(self, guard, direction, t, y, fy, method, pending=None):
         self.guard, self.direction, self.method = guard, direction, method
         g, rate = _along_flow(guard, t, y, fy)
         # Right after an event the guard is zero up to rounding: the side it leaves to counts.
         near = g.abs() <= 1e-9 * rate.abs() * t.abs().clamp(min=1.0)[:, None].to(g)
         self.side = torch.where(near, rate, g).sign()
+        if pending is not None:                         # crossing together with the last event
+            self.side = torch.where(pending != 0, pending, self.side)
         self.fired = torch.zeros(len(y), dtype=torch.bool, device=y.device)
 
     def signs(self, theta, t, h, y, hk) -> Tensor:
@@ -710,19 +735,22 @@ class _Watch:
         self.fired[rows] |= fired
         return fired
 
-    def locate(self, t, h, y, hk) -> tuple[Tensor, Tensor]:
-        """Bisection on the dense output of the last step: fraction (B,), which guard (B,)."""
+    def locate(self, t, h, y, hk) -> tuple[Tensor, Tensor, Tensor]:
+        """Bisection on the dense output of the last step: fraction (B,), which guard (B,), the
+        sides (B, E) before."""
         low, before, _, _ = self.first(self.side, t, h, y, hk)
         at = lambda theta: self.crossed(before, self.signs(theta, t, h, y, hk))
         width = 0.25
         for _ in range(30):
             width /= 2
             low = torch.where(at(low + width).any(-1), low, low + width)
-        return low + width, at(low + width).to(torch.uint8).argmax(1)   # ties: the lowest index
+        which = at(low + width).to(torch.uint8).argmax(1)               # ties: the lowest index
+        return low + width, which, before
 
 
-def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limits):
-    """Solve each sample from `start` to its first event or t_max: (EventResult, steps).
+def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, pending=None, **limits):
+    """Solve each sample from `start` to its first event or t_max: (EventResult, steps, pending).
+    pending (B, E): the sides of guards that cross at the same time too, for the solve from there.
 
     The root is bracketed on the dense output, then polished by Newton on the true flow (the last
     step is taken again to the event). With t*, y* of that constant-size step attached to the graph,
@@ -735,9 +763,9 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
                          f"({len(y0)}, E)")
     if direction.dim() and direction.shape != (g0[0].numel(),):
         raise ValueError(f"direction must be one int or a list of {g0[0].numel()}, one per guard")
-    needs = torch.is_grad_enabled() and any(v.requires_grad for v in (f0, g0, y0, start))
+    needs = torch.is_grad_enabled() and any(v.requires_grad for v in (f0, g0, y0, start, t_max))
     with torch.no_grad():
-        watch = _Watch(guard, direction, begin, y0, f0, method)
+        watch = _Watch(guard, direction, begin, y0, f0, method, pending)
     with torch.set_grad_enabled(needs):
         steps = _march(f, y0, f0, start, t_max - begin, method, watch=watch, **limits)
     if steps.message:
@@ -753,7 +781,7 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
         return state, slope.detach(), torch.stack(hk1), g, rate
 
     with torch.no_grad():
-        theta, which = watch.locate(begin + offset, h, y, hk)
+        theta, which, before = watch.locate(begin + offset, h, y, hk)
         best = torch.where(fired, theta, 1.0) * h
         for _ in range(3):
             *_, g, rate = step_to(best, begin + offset)
@@ -772,7 +800,13 @@ def _to_event(f, y0, start, t_max, guard, direction, method, grazing_tol, **limi
         moved = reached - torch.where(fired & (rate != 0), g / rate, torch.zeros_like(g))
         t_event = torch.where(fired, moved, t_max)
         y_event = state + slope * (t_event - reached).to(y.dtype)[:, None]
-    return EventResult(t_event, y_event, torch.where(fired, which, -1), fired), steps
+    if before.shape[1] > 1:
+        with torch.no_grad():
+            g, rate = _along_flow(guard, t_event, y_event, slope)
+            soon = g + 1e-9 * t_event.abs().clamp(min=1.0)[:, None].to(g) * rate
+            before = before * (watch.crossed(before, soon.sign()) & fired[:, None])
+    pending = before.scatter(1, which[:, None], 0.0)
+    return EventResult(t_event, y_event, torch.where(fired, which, -1), fired), steps, pending
 
 
 def odeint_event(f: Callable, y0: Tensor, t0, guard: Callable, *, t_max, direction=0,
@@ -825,13 +859,19 @@ class StochasticEvent(NamedTuple):
 def _on_rows(mask: Tensor, function: Callable, t: Tensor, x: Tensor, otherwise: Tensor) -> Tensor:
     """`function` on the rows of `mask` only: it is never evaluated where it does not apply."""
     rows = mask.nonzero()[:, 0]
-    if len(rows) in (0, len(mask)):
-        return function(t, x) if len(rows) else otherwise
-    return otherwise.index_put((rows,), function(t[rows], x[rows]))
+    if len(rows) == 0:
+        return otherwise
+    every = len(rows) == len(mask)
+    found = function(t, x) if every else function(t[rows], x[rows])
+    if not isinstance(found, Tensor) or found.shape != (len(rows), *otherwise.shape[1:]):
+        shape = ", ".join(map(str, (len(rows), *otherwise.shape[1:])))
+        _expect(f"a field, guard, intensity or jump to return ({shape})", found)
+    return found if every else otherwise.index_put((rows,), found)
 
 
 class HybridSystem:
-    """fields[z](t, x) -> dx/dt in mode z; the order of `events` gives ids and decides ties."""
+    """fields[z](t, x) -> dx/dt in mode z; the order of `events` gives ids and decides ties: a later
+    one follows at once if its guard still crosses 0 after the jump, in the new mode."""
     keep_thresholds = False     # clocks that lose a race keep their draw: not Markov, see RenoTCP
 
     def __init__(self, fields: Sequence[Callable], events: Sequence[Event | StochasticEvent]):
@@ -867,7 +907,7 @@ class HybridSystem:
 
 class HybridSolution(NamedTuple):
     """States are NaN and modes -1 after a terminal event, after max_events, and where events pile
-    up (Zeno: less than 1e-12 apart)."""
+    up (Zeno: as many as there are kinds, less than 1e-12 apart)."""
     ys: Tensor          # (T, B, n)
     modes: Tensor       # (T, B) int64
     event_times: Tensor  # (B, K) NaN padded
@@ -919,7 +959,7 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
     b, device = len(x0), x0.device
     z0 = _check_modes("z0", _per_sample("z0", z0, b, device), n_modes)
     rows, start, x, z = torch.arange(b, device=device), t[:1].expand(b), x0, z0
-    outputs, events = [], []
+    outputs, events, pile = [], [], torch.zeros_like(z0)
     while len(rows) and (max_events is None or len(events) < max_events):
         leg = advance(rows, start, x, z)
         at, row = ((t[:, None] >= start) & (t[:, None] < leg.stop)).nonzero(as_tuple=True)
@@ -930,10 +970,12 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
         rows, z_pre, before = rows[fired], z[fired], start[fired]
         start, which, x_pre, x, z = (v[fired] for v in leg[:5])
         events.append((rows, start, which, x_pre, x, z_pre, z))
-        go = (start - before) > 1e-12 * start.abs().clamp(min=1)
+        close = (start - before) <= 1e-12 * start.abs().clamp(min=1)
+        pile = torch.where(close, pile[fired] + 1, 0)
+        go = pile < (1 if terminal is None else len(terminal))
         if terminal is not None:
             go &= ~terminal[which]
-        rows, start, x, z = (v[go] for v in (rows, start, x, z))
+        rows, start, x, z, pile = (v[go] for v in (rows, start, x, z, pile))
     at, row, states, labels = (torch.cat(v) for v in zip(*outputs))
     ys = x0.new_full((len(t), *x0.shape), math.nan).index_put((at, row), states)
     modes = z0.new_full((len(t), b), -1).index_put((at, row), labels)
@@ -1002,6 +1044,7 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
     ids = [i for i, event in enumerate(events) if isinstance(event, StochasticEvent)]
     c, clocks = len(ids), _Clocks(b, len(ids), x0, system.keep_thresholds, generator)
     direction = torch.tensor([e.direction for e in events], device=device).to(x0.dtype)
+    pending = x0.new_zeros(b, len(events))
 
     def unpack(s):                      # s = [x, integrated rates, thresholds, mode]
         return s[:, :n], s[:, -1].detach().round().long()
@@ -1026,10 +1069,12 @@ def odeint_hybrid(system: HybridSystem, x0: Tensor, z0, t, *,
     def advance(rows, start, x, z) -> _Leg:
         thresholds = clocks.draw(rows)
         s = torch.cat([x, torch.zeros_like(thresholds), thresholds, z[:, None].to(x.dtype)], 1)
-        (stop, y, which, fired), steps = _to_event(flow, s, start, t[-1].expand(len(rows)), guard,
-                                                   direction, method, 0.0, rtol=rtol, atol=atol)
+        live = torch.stack([active(event, z) for event in events], 1)
+        (stop, y, which, fired), steps, pending[rows] = _to_event(
+            flow, s, start, t[-1].expand(len(rows)), guard, direction, method, 0.0,
+            pending[rows] * live, rtol=rtol, atol=atol)
         clocks.record(rows, which[:, None] == torch.tensor(ids, device=device))
-        x_post, z_post = system.jump(which, stop.to(x.dtype), y[:, :n], z)
+        x_post, z_post = system.jump(which, stop.to(x.dtype), y[:, :n].clone(), z)   # may be filled
         state = lambda row, k: _interpolate(steps, (t[k] - start[row])[:, None], s, method,
                                             row)[:, 0, :n]
         return _Leg(torch.where(fired, stop, math.inf), which, y[:, :n], x_post, z_post, state)
@@ -1118,8 +1163,8 @@ class RenoTCP(HybridSystem):
 class BouncingBall(HybridSystem):
     """x = (height, velocity); at the ground the velocity becomes -e times itself."""
 
-    def __init__(self, g: float = 9.81, e: float = 0.8):
-        fall = lambda t, x: torch.stack([x[:, 1], torch.full_like(x[:, 1], -g)], 1)
+    def __init__(self, g: float | Tensor = 9.81, e: float | Tensor = 0.8):
+        fall = lambda t, x: torch.stack([x[:, 1], torch.zeros_like(x[:, 1]) - g], 1)
         bounce = lambda t, x: torch.stack([torch.zeros_like(x[:, 0]), -e * x[:, 1]], 1)
         super().__init__([fall], [Event(lambda t, x: x[:, 0], bounce, direction=-1, name="bounce")])
 
@@ -1155,9 +1200,11 @@ class WheeledRobot(HybridSystem):
     def __init__(self, policy: Callable | None = None,
                  targets: Sequence[Sequence[float]] = TARGETS):
         self.policy = policy or self.steer
-        towards = lambda target: lambda t, x: self.dynamics(
-            t, torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1))[:, :3]
-        super().__init__([towards(tuple(target)) for target in targets], [])
+        super().__init__([partial(self._towards, tuple(target)) for target in targets], [])
+
+    def _towards(self, target: tuple[float, float], t: Tensor, x: Tensor) -> Tensor:
+        state = torch.cat([x, x.new_tensor(target).expand(len(x), 2)], 1)
+        return self.dynamics(t, state)[:, :3]
 
     @staticmethod
     def steer(state: Tensor) -> Tensor:
@@ -1858,6 +1905,15 @@ class NHA(nn.Module):
             setattr(self.decoder, name, nn.Parameter(value[kept].clone()))
         return kept
 
+    def _load_from_state_dict(self, state, prefix, *more):
+        """The weights of a pruned model fit a new one, which is reduced to as many modes."""
+        modes = state.get(f"{prefix}merged", self.merged).shape[1]
+        if modes < self.merged.shape[1]:
+            self.merged = self.merged[:, :modes].clone()
+            for value in self.decoder.parameters():         # which an optimizer may hold
+                value.data = value.data[:modes].clone()
+        super()._load_from_state_dict(state, prefix, *more)
+
 
 # ---- losses, measures, training ------------------------------------------------------------------
 def _per_piece(error: Callable, xhat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
@@ -1910,7 +1966,10 @@ def _descend(model: nn.Module, optimizer, step: Callable, epochs: int,
         optimizer.load_state_dict(copy.deepcopy(resume["optimizer"]))  # it keeps what it is given
         if generator is not None:
             generator.set_state(resume["generator"])
+    held = {p for group in optimizer.param_groups for p in group["params"]}
     for epoch in range(first, epochs):
+        if not held <= set(model.parameters()):
+            raise RuntimeError("the parameters were replaced, as prune does: start training anew")
         model.train()                                   # the caller may evaluate in between
         loss, row = step(epoch)
         optimizer.zero_grad(set_to_none=True)

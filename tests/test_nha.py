@@ -1,6 +1,8 @@
 """Solvers, events, hybrid systems of reference/nha.py; what learns is in test_nha_learning.py."""
 
+import copy
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +357,57 @@ def test_inference_mode_leaves_nothing_behind():
           1e-6)
 
 
+def test_small_batches_take_compiled_fields_autocast_and_func_transforms():
+    """As large ones do, whose steps are recorded; each gradient is that of the plain field."""
+    f, y0 = torch.nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), normal(3, 2).float()
+    parameters_from(f, gen(3))
+    compiled = torch.compile(f, backend="aot_eager")
+    solve = lambda f: nha.odeint(lambda t, y: f(y), y0, [0.0, 3.0], rtol=1e-4).ys[-1]
+    expected = torch.autograd.grad(solve(f).sum(), list(f.parameters()))
+    half = copy.deepcopy(f).bfloat16()                          # slopes of less precision
+    for net, autocast, tolerance in ((f, True, 0.1), (compiled, False, 1e-6),
+                                     (lambda y: half(y.bfloat16()), False, 0.1)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = solve(net).sum()
+        owner = half if tolerance == 0.1 and not autocast else f
+        for g, e in zip(torch.autograd.grad(loss, list(owner.parameters())), expected):
+            close(g, e, tolerance)
+    run = lambda weights: solve(lambda y: torch.func.functional_call(f, weights, (y,))).sum()
+    for g, e in zip(torch.func.grad(run)(dict(f.named_parameters())).values(), expected):
+        close(g, e, 1e-4)
+
+
+@pytest.mark.parametrize("grad", ["backprop", "adjoint"])
+def test_with_a_shared_step_the_field_sees_the_whole_batch(grad):
+    """Coupled rows, noise of one row per sample, a scalar time, derivatives inside the field."""
+    noise, w = normal(5, 2, seed=1), torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def f(t, y):
+        assert t.dim() == 0
+        with torch.enable_grad():
+            x = y.requires_grad_()
+            force = torch.autograd.grad((torch.cos(x) * noise).sum(), x, create_graph=True)[0]
+        return w * (y.mean(0) - y) + torch.cos(t) * force
+
+    found = []
+    for options in (dict(per_sample=False, rtol=1e-9, atol=1e-11, grad=grad, params=[w]),
+                    dict(method="rk4", step_size=0.01)):
+        y0, t = normal(5, 2).requires_grad_(), double(0.0, 0.5, 2.0).requires_grad_()
+        ys = nha.odeint(f, y0, t, vector_time=False, **options).ys
+        found.append([ys, *torch.autograd.grad(ys[-1].square().sum(), [y0, w, t])])
+    for a, b in zip(*(v[:3] for v in found)):
+        close(a, b, 1e-6)
+    close(found[0][3][-1], found[1][3][-1], 1e-6)
+
+
+def test_times_in_a_list_keep_their_digits_and_gradients():
+    end = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    for t in ([0.0, 0.1], [0.0, end]):
+        ys = nha.odeint(lambda t, y: -y, double([1.0]), t, rtol=1e-12, atol=1e-13).ys
+        close(ys[-1], [[math.exp(-0.1)]], 1e-12)
+    close(torch.autograd.grad(ys[-1].sum(), end)[0], -math.exp(-0.1), 1e-9)
+
+
 def test_nothing_tracks_gradients_unless_asked():
     _, f = neural_field()
     y0 = torch.ones(2, 2, dtype=F64)
@@ -443,6 +496,9 @@ def test_the_gpu_agrees():
         ys = nha.odeint(f.to(device), y, t.to(device)).ys
         grads.append(torch.autograd.grad(ys.sum(), y)[0].cpu())
     close(*grads, 1e-9)
+    with torch.autocast("cuda"):                        # which does not round the error estimate
+        steps = nha.odeint(SYSTEMS["vdp1"], y0.float().cuda(), t).stats.n_accepted
+    assert steps.max() < 200
 
 
 # ---- events and hybrid systems ------------------------------------------------------------------
@@ -528,7 +584,11 @@ def test_event_errors():
         (ValueError, "target", lambda: nha.HybridSystem([drift], [nha.Event(drift, target=1)])),
         (ValueError, "z0", lambda: nha.odeint_hybrid(ball, torch.ones(1, 2), 1, [0.0, 1.0])),
         *((ValueError, "increasing", lambda t=t: nha.odeint_hybrid(ball, torch.ones(1, 2), 0, t))
-          for t in ([1.0, 0.0], [0.0, math.inf], []))])
+          for t in ([1.0, 0.0], [0.0, math.inf], [])),
+        *((ValueError, "or jump to return", lambda event=event: nha.odeint_hybrid(
+            nha.HybridSystem([drift], [event]), y0, 0, [0.0, 2.0])) for event in (
+                nha.Event(lambda t, x: x - 1), nha.StochasticEvent(lambda t, x: 2.0),
+                nha.Event(lambda t, x: x[:, 0] - 1, lambda t, x: x[0])))])
 
 
 @pytest.mark.parametrize("i", [0, 2, 4])
@@ -565,6 +625,44 @@ def test_parameters_of_a_guard_alone_get_gradients():
     close(torch.autograd.grad(ys[-1].sum(), level)[0], 1.0, 1e-9)
 
 
+def test_learnable_gravity_restitution_and_end():
+    g, e, end = (torch.tensor(v, dtype=F64, requires_grad=True) for v in (9.81, 0.8, 0.3))
+    second = nha.odeint_hybrid(nha.BouncingBall(g, e), double([1.0, 0.0]), 0, [0.0, 1.5])
+    second, fall = second.event_times[0, 1], math.sqrt(2 / 9.81)
+    close(second, fall * 2.6, 1e-8)
+    for found, exact in zip(torch.autograd.grad(second, [g, e]), (-fall * 1.3 / 9.81, 2 * fall)):
+        close(found, exact, 1e-6)
+    late = nha.odeint_event(lambda t, y: -y, double([1.0]), 0.0, lambda t, y: y[:, 0], t_max=end)
+    close(torch.autograd.grad(late.y_event.sum(), end)[0], -math.exp(-0.3), 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_guards_that_cross_together_all_fire(dtype):
+    """Neurons of one network from the same potential; another 1e-10 behind."""
+    def spike(i):
+        return nha.Event(lambda t, x: x[:, i] - 1, lambda t, x: x.index_fill(
+            1, torch.tensor(i), 0.0), direction=1)
+
+    network = nha.HybridSystem([lambda t, x: 1.5 - x], [spike(i) for i in range(3)])
+    start = torch.tensor([[0.0, 0.0, -1e-10]], dtype=dtype)
+    found = nha.odeint_hybrid(network, start, 0, [0.0, 1.0, 3.0])
+    assert found.event_ids[0].sort().values.tolist() == [0, 0, 1, 1, 2, 2]
+    close(found.ys[-1, 0], [1.5 - 1.5 * math.exp(-(3 - 2 * math.log(3)))] * 3, 1e-6)
+    # of a mode's two ways out only the first is taken, and no jump back over a guard counts
+    out = [nha.Event(lambda t, x: x[:, 0] - 1, None, 0, target, 1) for target in (2, 1)]
+    assert nha.odeint_hybrid(nha.HybridSystem([drift] * 3, out), start * 0, 0,
+                             [0.0, 2.0]).event_ids.tolist() == [[0]]
+    log = nha.Event(lambda t, x: x[:, 0], direction=-1)
+    ball, x0 = nha.BouncingBall(), torch.tensor([[1.0, 0.0]], dtype=dtype)
+    for events, ids in (([log, *ball.events], [0, 1, 0, 1]), ([*ball.events, log], [0, 0])):
+        found = nha.odeint_hybrid(nha.HybridSystem(ball.fields, events), x0, 0, [0.0, 1.5])
+        assert found.event_ids[0].tolist() == ids
+    robot = nha.WheeledRobot(nn.Linear(5, 2))               # a copy has a policy of its own
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(robot)))
+    nn.init.zeros_(twin.policy.weight), nn.init.zeros_(twin.policy.bias)
+    assert not twin.fields[0](torch.zeros(4), torch.ones(4, 3)).any()
+
+
 def test_saltation_by_finite_differences():
     """States after bounces, differentiated through event times and jumps."""
     x0 = double([1.0, 0.5], [2.0, -0.3]).requires_grad_()
@@ -593,6 +691,9 @@ def test_output_at_an_event_is_after_the_jump_terminal_and_zeno():
     close(found.ys[:, 0, 0], [0.0, 0.5, 0.0, 0.5], 1e-12)
     assert found.modes[:, 0].tolist() == [0, 0, 1, 1]
     assert over.ys[2].isnan().all() and over.modes[2, 0] == -1 and over.n_events[0] == 1
+    fill = nha.Event(lambda t, x: x[:, 0] - 1, lambda t, x: x.mul_(3), direction=1)
+    filled = nha.odeint_hybrid(nha.HybridSystem([drift], [fill]), double([0.0]), 0, [0.0, 1.5])
+    close([*filled.x_pre[0, 0], *filled.x_post[0, 0], *filled.ys[1, 0]], [1.0, 3.0, 3.5], 1e-9)
     bounce = lambda e, **options: nha.odeint_hybrid(nha.BouncingBall(e=e), double([1.0, 0.0]), 0,
                                                     [0.0, 3.0], **options)
     zeno, rest = bounce(0.5, max_events=12), bounce(0.2)

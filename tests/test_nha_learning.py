@@ -407,6 +407,23 @@ def test_prune_merges_copies_and_drops_unused_modes():
     assert len(new_model(4, 3).eval().prune(packed, eps=1.1)) == 1     # the most used one stays
 
 
+def test_a_pruned_model_is_loaded_and_goes_on():
+    packed, _ = tcp_pieces(1, 1)
+    model = new_model(4, 3, dropout=None).eval()
+    model.prune(packed)
+    fresh = new_model(4, 5, dropout=None).eval()
+    fresh.load_state_dict(model.state_dict())
+    close(fresh.reconstruct(packed)[0], model.reconstruct(packed)[0], 0)
+    train = lambda model, **more: nha.train_mode_recovery(
+        model, packed, epochs=4, solver="exact", generator=gen(2), **more)
+    whole, half = train(model), train(fresh)
+    rows, _ = list(whole), next(half)
+    assert rows[1:] == list(train(new_model(4, 6, dropout=None), resume=half.send("state")))
+    with pytest.raises(RuntimeError, match="start training anew"):
+        for _ in train(wide := new_model(4, 3, dropout=None)):
+            wide.prune(packed)
+
+
 def test_event_training_resumes():
     resumed(lambda seed, state: nha.train_event_module(
         nha.EventModule(2), *exponential_race(200, 3), epochs=6, resume=state))
