@@ -81,7 +81,7 @@ def _check_indices(low: int, high: int, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.is_floating_point() or x.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {x.dtype}")
-        least, most = torch.stack(torch.aminmax(x)).tolist()               # one wait of the host
+        least, most = torch.stack(torch.aminmax(x.long())).tolist()        # one wait of the host
         if least < low or most > high:
             raise ValueError(f"{name} must be in {low}..{high}, got {least}..{most}")
 
@@ -117,7 +117,8 @@ def _tensor(device: torch.device | None = None, /, *shape: int, **array) -> Tens
     """The named array as a tensor on `device`, of `shape` where given."""
     (name, value), = array.items()
     try:
-        tensor = torch.as_tensor(value)
+        reversed_view = isinstance(value, np.ndarray) and min(value.strides, default=0) < 0
+        tensor = torch.as_tensor(value.copy() if reversed_view else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a tensor or an array of numbers, got "
                         f"{type(value).__name__}") from None
@@ -179,7 +180,7 @@ class PIENet(nn.Module):
     def forward(self, out: Tensor, x: Tensor,
                 pad_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         pooled, attention = self.attention(x, pad_mask)
-        _check_shape(len(x), self.fc.out_features, out=out)
+        _check_shape(x.shape[0], self.fc.out_features, out=out)
         residual = self.dropout(torch.sigmoid(self.fc(pooled)))
         state = out if residual.ndim == 2 else out.unsqueeze(1)
         return self.layer_norm(state + residual), attention, residual
@@ -199,7 +200,7 @@ class UncertaintyModuleImage(nn.Module):
 
     def forward(self, pooled: Tensor, x: Tensor) -> dict[str, Tensor]:
         residual, attention = self.attention(x)
-        _check_shape(len(x), x.shape[2], pooled=pooled)
+        _check_shape(x.shape[0], x.shape[2], pooled=pooled)
         return {"logsigma": self.fc(residual) + self.fc2(pooled), "attention": attention}
 
 
@@ -230,7 +231,7 @@ class GaussianHead(nn.Module):
         nn.init.constant_(self.logsigma.bias, init_logsigma)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _check_shape(len(x), self.mean.in_features, x=x)
+        _check_shape(x.shape[0], self.mean.in_features, x=x)
         return F.normalize(self.mean(x), dim=-1), self.logsigma(x)
 
 
@@ -253,8 +254,8 @@ def _sentence_state(rnn: nn.GRU, x: Tensor, lengths: Tensor, final_state: str) -
     forward, backward = ([getattr(rnn, f"{name}_l0{way}") for name in
                           ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
                          for way in ("", "_reverse"))
-    start, last = x.new_zeros(1, len(x), rnn.hidden_size), lengths - 1
-    rows = torch.arange(len(x), device=x.device)
+    start, last = x.new_zeros(1, x.shape[0], rnn.hidden_size), lengths - 1
+    rows = torch.arange(x.shape[0], device=x.device)
     states = torch.gru(x, start, forward, True, 1, 0.0, rnn.training, False, True)[0]
     return torch.cat([states[rows, last], torch.gru_cell(x[rows, last], start[0], *backward)], 1)
 
@@ -336,7 +337,10 @@ def _encoded(encoder: nn.Module, mean: tuple, uncertain: dict, num_samples: int 
 
 
 class PCME(nn.Module):
-    """An image tower and a text tower: encoders as above, or modules that give (mu, logsigma)."""
+    """An image tower and a text tower: encoders as above, or modules that give (mu, logsigma).
+
+    Such a module is called with the images or the tokens alone; lengths go to `EncoderText`.
+    """
 
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module):
         super().__init__()
@@ -350,7 +354,7 @@ class PCME(nn.Module):
 
     @staticmethod
     def _encode(encoder, inputs, generator=None, num_samples=None):
-        if isinstance(encoder, (EncoderImage, EncoderText)):
+        if isinstance(getattr(encoder, "_orig_mod", encoder), (EncoderImage, EncoderText)):
             return encoder(*inputs, generator=generator, num_samples=num_samples)
         mu, logsigma = encoder(inputs[0])
         uncertain = {"logsigma": logsigma, "attention": None}
@@ -808,7 +812,8 @@ def pairwise_similarity(q: Tensor, g: Tensor, method: str = "matching_prob",
         rows, columns = slice(row, row + block), slice(column, column + 4 * block)
         left, right = ([x[part].to(device, wide) for x in side]
                        for side, part in ((queries, rows), (gallery, columns)))
-        tile = _tile(method, left, right, (float(shift), float(negative_scale)))
+        with torch.autocast(left[0].device.type, enabled=False):
+            tile = _tile(method, left, right, (float(shift), float(negative_scale)))
         out[rows, columns] = tile.to(out)
     return out
 
@@ -1000,6 +1005,7 @@ def pmrp(sim, codes, caption_image_index, zetas: Sequence[int] = (0, 1, 2),
         raise ValueError(f"codes must be ({count}, K), got {(*codes.shape,)}")
     _check_binary(codes=codes, annotated=keep)
     _check_indices(0, count - 1, caption_image_index=owner)
+    owner = owner.long()                                      # uint8 would be a mask
     if not len(zetas) or any(zeta < 0 or zeta != int(zeta) for zeta in zetas):
         raise ValueError(f"zetas must be integers >= 0, got {zetas!r}")
     parts = []
@@ -1075,7 +1081,7 @@ def uncertainty_bins(u, metric, n_bins: int = 10) -> dict[str, np.ndarray | floa
     metric, uncertainty (n_bins,); correlation: Pearson of bin index and metric, strongly negative
     for an uncertainty that predicts failure. The items that are left over take no part.
     """
-    u, metric = (np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
+    u, metric = (np.asarray(x.detach().double().cpu() if isinstance(x, Tensor) else x, np.float64)
                  for x in (u, metric))
     if u.ndim != 1 or u.shape != metric.shape or not 2 <= n_bins <= len(u):
         raise ValueError(f"u and metric must be equal (N,) with N >= n_bins >= 2, got {u.shape}, "
@@ -1213,9 +1219,10 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
     unless freeze_bn. amp: encoders under autocast; samples and loss stay in float32. seed draws the
     samples.
 
-    In a process group the samples of all ranks are gathered, so that the loss and its gradient are
-    those of the whole batch (ranks need equal batches). Send "state" for a snapshot; `resume` takes
-    it and goes on to the same numbers.
+    In a process group all ranks start as rank 0 does and their samples are gathered, so that the
+    loss and its gradient are those of the whole batch (ranks need equal batches): what
+    DistributedDataParallel does, if it is around the model, is left out. Send "state" for a
+    snapshot; `resume` takes it and goes on to the same numbers.
     """
     counts = [epochs] * len(phases) if isinstance(epochs, (int, np.integer)) else list(epochs)
     if len(counts) != len(phases) or not counts:
@@ -1226,6 +1233,7 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
         _check_count(epochs=count, t_max=phase.get("t_max", 1))
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be above 0 or None, got {clip}")
+    model = getattr(model, "module", model)                   # inside DistributedDataParallel
     device, own = next(model.parameters()).device, list(criterion.parameters())
     generator = torch.Generator(device).manual_seed(seed)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -1237,6 +1245,9 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
         criterion.load_state_dict(resume["criterion"])
         generator.set_state(resume["generator"])
         position = resume["position"]
+    if dist.is_initialized():
+        for value in (*model.state_dict().values(), *criterion.state_dict().values()):
+            dist.broadcast(value, 0)
     first, step = plan.index((position["phase"], position["epoch"])), position["step"]
     try:
         for number, (phase, epoch) in enumerate(plan[first:], first):
@@ -1245,7 +1256,8 @@ def train(model: PCME, criterion: nn.Module, loader: Iterable, *, epochs: int | 
                 frozen = settings.get("frozen", ())
                 frozen = frozen if isinstance(frozen, str) else tuple(frozen)
                 for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(trainable[name] and not name.startswith(frozen))
+                    plain = name.replace("_orig_mod.", "")    # of compiled modules
+                    parameter.requires_grad_(trainable[name] and not plain.startswith(frozen))
                 weights = [p for p in model.parameters() if p.requires_grad]
                 updates = optimizer(weights + own, lr=settings["lr"])
             if resume and number == first:
@@ -1300,6 +1312,8 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     order = getattr(loader, "generator", None)
     order = order if isinstance(order, torch.Generator) else torch.default_generator
     if states is not None:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
         order.set_state(states[0])
     began, seeks = order.get_state(), hasattr(loader, "set_epoch")
     if seeks:

@@ -723,9 +723,18 @@ class PRDC:
         self._radii = copy.deepcopy(d["radii"]) if d["radii_of"] == self._radii_of else None
 
     def cache_real(self, path: str | Path) -> None:
-        """Load the reals and their radii from `path` (.npz) if it exists; else write them there."""
-        path, ks = Path(path), _check_k(self.nearest_k)[0]
-        if path.exists():
+        """Load the reals and their radii from `path` (.npz) if it exists; else write them there.
+
+        In a group the file holds the rows of all processes, and each takes its share.
+        """
+        path, ks, rank, world = Path(path), _check_k(self.nearest_k)[0], 0, 1
+        group, real, found = self.options["group"], self.state_dict()["real"], path.exists()
+        if group is not None:                                 # one process may not see it yet
+            rank, world = dist.get_rank(group), dist.get_world_size(group)
+            flag = torch.tensor(int(found), device=self.options["device"] or real.device)
+            dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+            found = bool(flag)
+        if found:
             try:
                 with np.load(path, allow_pickle=False) as file:
                     kept = {name: file[name] for name in file.files}
@@ -739,16 +748,18 @@ class PRDC:
                 raise ValueError(f"{path} was not written by cache_real: {error}") from error
             if missing := [k for k in ks if k not in known]:
                 raise ValueError(f"{path} holds radii for nearest_k {known}, not for {missing}")
+            rows = rows[len(rows) * rank // world:len(rows) * (rank + 1) // world]
             self._real = [rows] if len(rows) else []
             self._radii = squared[[known.index(k) for k in ks]], scale
             return
-        if self.options["group"] is None and not self.num_real:
+        if group is None and not self.num_real:
             raise ValueError("cache_real() of a new file needs real rows: "
                              "update(features, real=True) first")
-        real = self.state_dict()["real"]
-        if self._radii is None or self.options["precision"] == "float32":     # exact in the file
+        # exact in the file, and in a group some processes may have radii where others have none
+        if group is not None or self._radii is None or self.options["precision"] == "float32":
             self._radii = _radii_alone(real, ks, memory_budget=self.options["memory_budget"],
-                                       group=self.options["group"])
+                                       group=group)
+        real = real if group is None else _gather(real, group)
         rows = real.cpu().float() if real.dtype == torch.bfloat16 else real.cpu()
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:

@@ -77,7 +77,7 @@ class ShakeDrop(nn.Module):
 @contextlib.contextmanager
 def throwaway_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms inside record their running statistics in copies that are dropped afterwards."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     buffers = [norm._buffers for norm in norms]
     for norm in norms:
         norm._buffers = {k: v if v is None else v.clone() for k, v in norm._buffers.items()}
@@ -101,6 +101,7 @@ class PyramidBlock(nn.Module):
                  level: str):
         super().__init__()
         self.outputs, self.stride = 4 * width if bottleneck else width, stride
+        self.extra = self.outputs - inputs
         self.bn1 = nn.BatchNorm2d(inputs)
         if bottleneck:
             self.conv1, self.conv2 = conv(inputs, width, 1), conv(width, width, 3, stride)
@@ -119,20 +120,19 @@ class PyramidBlock(nn.Module):
 
     def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         if recompute and self.training and not any(map(hooked, self.modules())):
-            # Only the branch, which draws nothing, is recomputed; its statistics are recorded once.
-            # Not with a hook inside (manifold mixup): in the backward pass it would run once more,
-            # or be gone.
-            contexts = lambda: (contextlib.nullcontext(), throwaway_statistics(self))  # noqa: E731
-            out = checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False,
-                             context_fn=contexts)
+            # Only the branch, which draws nothing, is recomputed; its statistics are recorded once,
+            # which compiled code sees to itself. Not with a hook inside (manifold mixup): in the
+            # backward pass it would run once more, or be gone.
+            once = {} if torch.compiler.is_compiling() else {
+                "context_fn": lambda: (contextlib.nullcontext(), throwaway_statistics(self))}
+            out = checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False, **once)
         else:
             out = self.branch(x)
         if self.shake is not None:
             out = self.shake(out)
         if self.stride == 2:
             x = F.avg_pool2d(x, 2, 2, ceil_mode=True)
-        extra = self.outputs - x.shape[1]
-        return out + (F.pad(x, (0, 0, 0, 0, 0, extra)) if extra else x)
+        return out + (F.pad(x, (0, 0, 0, 0, 0, self.extra)) if self.extra else x)
 
 
 class PyramidNet(nn.Module):

@@ -104,7 +104,7 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to logits ``(B, num_classes)``."""
-        return self.classifier[5:](self.embed(x))
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
 def vgg11(num_classes: int = 1000, **options) -> VGG:
@@ -138,13 +138,14 @@ class Embedding(nn.Module):
         super().__init__()
         self.model, self.side = model.eval(), side
         for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+            value = torch.tensor(value).view(1, 3, 1, 1).to(next(model.parameters()))
+            self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise TypeError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} "
-                            f"{images.dtype}")
+            raise TypeError(f"images must be (B, 3, H, W) uint8 tensors, got {tuple(images.shape)} "
+                            f"{type(images).__name__} {images.dtype}")
         x = images.to(self.mean.device).float() / 255
         if x.shape[-2:] != (self.side, self.side):
             x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)

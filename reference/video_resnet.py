@@ -204,6 +204,12 @@ class SlowOnly(nn.Module):
     def fc(self) -> nn.Linear:
         return self.blocks[-1].proj
 
+    def __setattr__(self, name: str, value) -> None:
+        if name == "fc":                     # nn.Module would keep the new one without using it
+            self.blocks[-1].proj = value
+        else:
+            super().__setattr__(name, value)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) to (B, num_features, T, H/32, W/32)."""
         _check_clips(x)

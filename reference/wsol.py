@@ -71,7 +71,9 @@ def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     if labels.shape != (batch,):
         raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
     # On a GPU the comparison would stall the queue at every step; the gather kernel asserts there.
-    if labels.device.type == "cpu" and ((labels < 0) | (labels >= num_classes)).any():
+    # Compiled, it would break the graph.
+    host = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if host and ((labels < 0) | (labels >= num_classes)).any():
         raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.tolist()}")
 
 
@@ -96,7 +98,9 @@ def has(image: Tensor, grid_size: int, drop_rate: float,
     (batch, _, height, width), grid = image.shape, int(grid_size)
     cells = (batch, -(-height // grid), -(-width // grid))
     if draws is None:
-        draws = torch.rand(cells, generator=generator, device=_device_of(generator))
+        # No argument generator=None: compiled, it would allow one shape only.
+        source = {} if generator is None else {"generator": generator}
+        draws = torch.rand(cells, device=_device_of(generator), **source)
     elif tuple(draws.shape) != cells:
         raise ValueError(f"draws must have shape {cells}, got {tuple(draws.shape)}")
     hidden = (torch.as_tensor(draws) <= drop_rate).to(image.device)
@@ -820,7 +824,8 @@ def parameter_groups(model: nn.Module, lr: float, lr_classifier_ratio: float = 1
     `official_groups` sorts the networks of `build_network` by the published substrings: VGG-SPG's
     pretrained conv4/5 and ResNet's layer4 are high, ResNet's new ACoL and SPG heads low. False:
     what is new is high. Of heads around a backbone, all but `features` is."""
-    model = getattr(model, "module", model)  # DistributedDataParallel
+    for wrapper in ("_orig_mod", "module", "_orig_mod"):  # torch.compile, DistributedDataParallel
+        model = getattr(model, wrapper, model)
     nested = isinstance(model, FewShotHead) and isinstance(model.features, Localizer)
     arch = model.features.arch if nested else getattr(model, "arch", "")
 
@@ -891,6 +896,8 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     order = getattr(loader, "generator", None)
     order = order if isinstance(order, torch.Generator) else torch.default_generator
     if states is not None:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
         order.set_state(states[0])
     began, seeks = order.get_state(), hasattr(loader, "set_epoch")
     if seeks:

@@ -494,7 +494,8 @@ class _Evaluator:
 
     def accumulate_batch(self, scoremaps: Array, image_ids: Sequence[str]) -> None:
         """Add maps [B, L, L] (numpy, or torch of any float type and device) of these images."""
-        maps, ids = _scoremaps(scoremaps, dims=(3,)), list(image_ids)
+        maps = _scoremaps(scoremaps, dims=(3,))
+        ids = image_ids.tolist() if isinstance(image_ids, Tensor) else list(image_ids)
         side = self.resize_length
         if len(ids) != len(maps):
             raise ValueError(f"{len(maps)} score maps came with {len(ids)} image ids")

@@ -386,6 +386,24 @@ def test_half_out_and_foreign_inputs():
     close(pcme.pairwise_similarity(q, k, "matmul"), torch.einsum("ijd,nkd->in", q, k), 1e-4, 1e-5)
 
 
+@pytest.mark.parametrize("method", pcme.METHODS)
+def test_similarities_keep_their_digits_under_autocast(method):
+    q, g = torch.randn(2, 5, *((3, 8) if method in pcme.SAMPLED else (8,)), generator=rng())
+    sigmas = 0.1 * torch.randn(2, 5, 8, generator=rng())
+    expected = pcme.pairwise_similarity(q, g, method, *sigmas)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pcme.pairwise_similarity(q, g, method, *sigmas), expected)
+
+
+def test_arrays_of_narrow_integers_and_reversed_views():
+    g = rng()
+    sim, codes = torch.rand(6, 6, generator=g).numpy(), torch.randint(2, (6, 4), generator=g)
+    owner = np.arange(6)
+    expected = pcme.pmrp(np.ascontiguousarray(sim[::-1]), codes, owner, folds=2)
+    for dtype in (np.uint8, np.uint16):                       # uint8 is no mask here
+        assert pcme.pmrp(sim[::-1], codes, owner.astype(dtype), folds=2) == expected
+
+
 def test_sides_of_two_dtypes_are_computed_in_the_wider_one():
     x, y, l = torch.randn(3, 4, 2, 8, generator=rng())
     sampled = pcme.MCSoftContrastiveLoss(2, 2, vib_beta=0.1, uniform_lambda=0.1,
@@ -487,6 +505,8 @@ def test_uncertainty_and_bins():
     close(bins["correlation"], -1)
     close(pcme.uncertainty_bins(torch.tensor(u.copy(), requires_grad=True), -u)["metric"],
           bins["metric"])
+    half = torch.tensor(u.copy()).bfloat16()
+    assert pcme.uncertainty_bins(half, -half)["metric"].tolist() == bins["metric"].tolist()
 
 
 # ---------------------------------------------------------------- errors

@@ -184,6 +184,40 @@ def test_one_prefix_may_be_frozen():
     assert model.img_enc.cnn[0].weight.grad is None and model.img_enc.fc.weight.grad is not None
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda model: torch.compile(model, backend="eager"),
+    lambda model: pcme.PCME(*(torch.compile(tower, backend="eager") for tower in model.children())),
+    lambda model: nn.DataParallel(torch.compile(model, backend="eager"))],
+    ids=["model", "towers", "parallel"])
+def test_compiled_models_train_and_freeze_as_plain_ones(wrap):
+    torch._dynamo.reset()
+    options = {"epochs": (1, 1), "phases": PHASES}
+    make = lambda: pcme.MCSoftContrastiveLoss(5, 5)           # noqa: E731
+    whole = [row["loss"] for row in pcme.train(tiny_model(), make(), batches(), **options)]
+    model = tiny_model()
+    frozen = (model.txt_enc.embed.weight, model.img_enc.cnn[0].weight)
+    before, losses = [weight.detach().clone() for weight in frozen], []
+    for row in pcme.train(wrap(model), make(), batches(), **options):
+        losses.append(row["loss"])
+        assert all(map(torch.equal, frozen, before)) == (row["phase"] == 0)
+    close(losses, whole, 1e-3)
+
+
+def test_the_image_tower_exports_with_a_free_batch_size():
+    class Means(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model.encode_image(images, num_samples=0)["mu"]
+
+    model, images = Means(tiny_model().eval()), batches(1)[0][0]
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
+    close(exported(images[:4]), model(images[:4]), 1e-4, 1e-5)
+
+
 def test_captions_of_one_image_are_matches_when_ids_are_given():
     def row(*ids):
         batch = (*batches(1)[0], *ids)
@@ -243,10 +277,11 @@ def test_curves_start_at_the_plain_input():
     assert all(module.training for module in model.modules())
 
 
-def losses_and_norms(batches):
-    criterion = pcme.MCSoftContrastiveLoss(5, 5, uniform_lambda=1.0)
-    rows = pcme.train(tiny_model(), criterion, batches, epochs=1, freeze_bn=True)
-    return [[row["loss"], row["grad_norm"]] for row in rows]
+def losses_and_norms(batches, seed=0):
+    criterion, model = pcme.MCSoftContrastiveLoss(5, 5, uniform_lambda=1.0), tiny_model(seed)
+    rows = list(pcme.train(model, criterion, batches, epochs=1, freeze_bn=True))
+    weight = model.img_enc.fc.weight.sum().item()
+    return [[row["loss"], row["grad_norm"]] for row in rows] + [[weight, weight]]
 
 
 WORKER = """
@@ -255,9 +290,9 @@ sys.path[:0] = sys.argv[1:]
 from test_pcme_training import batches, losses_and_norms
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-numbers = losses_and_norms([[x.chunk(world)[rank] for x in batch] for batch in batches()])
+numbers = losses_and_norms([[x.chunk(world)[rank] for x in batch] for batch in batches()], rank)
 dist.destroy_process_group()
-if rank == 0:
+if rank == 1:                    # whose model was another one before
     print(json.dumps(numbers), flush=True)
 os._exit(0)                      # gloo's threads can abort the interpreter's end: see the harness
 """

@@ -602,10 +602,12 @@ assert bootstrap_prdc(real if rank == 0 else nothing, fake[part], group=dist.gro
 metric = PRDC(5, group=dist.group.WORLD)
 metric.update(real[mine], True); metric.update(fake[part], False)
 assert metric.compute() == compute_prdc(real, fake, 5)
-metric.cache_real(f"{sys.argv[2]}/{rank}.npz")
-fresh = PRDC(5, group=dist.group.WORLD)
-fresh.cache_real(f"{sys.argv[2]}/{rank}.npz"); fresh.update(fake[part], False)
-assert fresh.compute() == compute_prdc(real, fake, 5)
+for name in (rank, "of all"):                    # a file of each process, and one file
+    metric.cache_real(f"{sys.argv[2]}/{name}.npz"); dist.barrier()
+    fresh = PRDC(5, group=dist.group.WORLD)
+    fresh.cache_real(f"{sys.argv[2]}/{name}.npz"); fresh.update(fake[part], False)
+    assert fresh.num_real == (101, 102)[rank]
+    assert fresh.compute() == compute_prdc(real, fake, 5)
 if rank == 1:
     fresh.update(fake[:9], True)                # the other process still has its radii
 assert fresh.compute() == compute_prdc(torch.cat([real, fake[:9].double()]), fake, 5)

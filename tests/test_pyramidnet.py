@@ -91,6 +91,11 @@ def test_shortcut_pads_channels_at_the_end_and_halves_by_averaging():
     assert out.shape == (2, 6, 4, 4) and (out[:, 4:] == 0).all()
 
 
+def test_the_network_is_traced_by_fx():
+    net, x = PyramidNet(20, 12, 5, False, shakedrop=0.5).eval(), torch.rand(2, 3, 16, 16)
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+
+
 def test_imagenet_network_runs():
     net = PyramidNet(18, 30, 7, bottleneck=False, dataset="imagenet", shakedrop=0.5)
     assert net(torch.rand(2, 3, 64, 64, generator=gen())).shape == (2, 7)
@@ -140,10 +145,14 @@ def test_shakedrop_rates_grow_linearly():
     assert not any(isinstance(m, ShakeDrop) for m in PyramidNet(20, 12, 10, False).modules())
 
 
-@pytest.mark.parametrize("bottleneck", [False, True])
-def test_recompute_gives_the_same_gradients_and_statistics(bottleneck):
-    one = PyramidNet(20, 12, 5, bottleneck, shakedrop=0.5)
-    two = copy.deepcopy(one)
+@pytest.mark.parametrize("depth, bottleneck, wrap", [
+    (20, False, lambda net: net), (20, True, lambda net: net),
+    (20, False, nn.SyncBatchNorm.convert_sync_batchnorm),    # without processes: plain batch norm
+    (8, False, lambda net: net.compile(backend="aot_eager") or net)],
+    ids=["basic", "bottleneck", "synchronised", "compiled"])
+def test_recompute_gives_the_same_gradients_and_statistics(depth, bottleneck, wrap):
+    one = PyramidNet(depth, 12, 5, bottleneck, shakedrop=0.5)
+    two = wrap(copy.deepcopy(one))
     two.recompute = True
     x = torch.rand(4, 3, 16, 16, generator=gen())
     for net in (one, two):

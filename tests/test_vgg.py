@@ -54,6 +54,16 @@ def test_forward_is_features_pooling_and_three_layers():
     torch.testing.assert_close(model(x), last(embedding))
 
 
+def test_the_classifier_may_be_replaced_hooked_and_traced():
+    model, images, seen = small().eval(), torch.rand(2, 3, 32, 32), []
+    model.classifier.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    logits = model(images)
+    assert seen == [logits]
+    assert torch.equal(torch.fx.symbolic_trace(model)(images), logits)
+    model.classifier = torch.nn.Linear(16, 3)
+    assert model(images).shape == (2, 3)
+
+
 def test_initial_weights_follow_the_rule_and_the_seed():
     one, two, other = (small(width=16, hidden=512, **seed) for seed in ({}, {}, {"seed": 1}))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
@@ -78,8 +88,9 @@ def test_the_random_embedding_is_reproducible_and_resizes():
     torch.testing.assert_close(embed.model.embed((same - embed.mean) / embed.std), features)
     low = again.to(torch.bfloat16)(images)
     assert low.dtype == torch.bfloat16 and (low - features).norm() < 0.05 * features.norm()
-    for wrong in (images.float(), images[0], images[:, :2]):
-        with pytest.raises(TypeError, match=r"images must be \(B, 3, H, W\) uint8"):
+    assert torch.equal(vgg.Embedding(embed.model.to(torch.bfloat16), 32)(images), low)
+    for wrong in (images.float(), images[0], images[:, :2], images.numpy()):
+        with pytest.raises(TypeError, match=r"images must be \(B, 3, H, W\) uint8 tensors"):
             embed(wrong)
 
 

@@ -79,6 +79,14 @@ def test_forward_backward_and_reproducible_start(factory):
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
 
+@pytest.mark.parametrize("factory", [vr.slowonly18, vr.r2plus1d18, vr.tsm18])
+def test_the_classifier_may_be_replaced(factory):
+    model = factory(5, width=8, small_stem=True)
+    model.fc = torch.nn.Linear(64, 3)
+    assert model(torch.zeros(2, 3, 8, 32, 32)).shape == (2, 3) and model.fc.out_features == 3
+    assert len({name for name, p in model.named_parameters() if p.shape == (3, 64)}) == 1
+
+
 def test_every_residual_block_starts_as_the_identity():
     model = vr.slowonly18(3, width=8, generator=seeded())
     norms = [m.last_norm.weight for m in model.modules() if isinstance(m, vr.Branch)]

@@ -56,6 +56,15 @@ def test_has_hides_square_cells_of_any_image():
     assert wsol.has(x.half(), 5, 0.4, generator(1)).dtype == torch.float16
 
 
+def test_has_compiles_for_any_batch_size():
+    torch._dynamo.reset()
+    hide = torch.compile(lambda x: wsol.has(x, 4, 0.5), backend="eager")
+    for size in (2, 3, 5):
+        x = randn(size, 3, 8, 8)
+        out = hide(x)
+        assert ((out == x) | (out == 0)).all() and out.shape == x.shape
+
+
 def test_has_hides_pixels_that_are_not_finite():
     x = torch.full((1, 1, 4, 4), torch.inf)
     assert wsol.has(x, 2, 1.0).abs().sum() == 0
@@ -476,6 +485,17 @@ def test_few_shot_head_on_a_published_network():
 # ---- Training ----
 
 
+@pytest.mark.parametrize("head", [wsol.CAMHead, wsol.ACoLHead, wsol.SPGHead])
+def test_maps_compile_to_one_graph_for_any_batch_size(head):
+    torch._dynamo.reset()
+    network = head(torch.nn.Conv2d(3, 4, 3), 4, 2).eval()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    for size in (2, 3, 5):
+        x, labels = randn(size, 3, 8, 8), torch.arange(size) % 2
+        torch.testing.assert_close(compiled(x, labels, return_cam=True),
+                                   network(x, labels, return_cam=True))
+
+
 @pytest.mark.parametrize("arch, method, high, low", [
     ("vgg16", "cam", ("conv6.weight", "fc.bias"), ("features.0.weight", "features.28.bias")),
     ("vgg16", "spg", ("SPG_A_1.0.weight", "SPG_C.0.bias"), ("features.0.weight",)),
@@ -497,6 +517,15 @@ def test_published_parameter_groups(arch, method, high, low):
     slow, fast = wsol.parameter_groups(network, 0.01, official_groups=False)
     assert all(names[id(p)].startswith(wsol._NEW_LAYERS) for p in fast["params"])
     assert not any(names[id(p)].startswith(wsol._NEW_LAYERS) for p in slow["params"])
+
+
+def test_compiled_and_parallel_models_keep_their_two_learning_rates():
+    head = wsol.CAMHead(torch.nn.Conv2d(3, 4, 3), 4, 2)
+    compiled, names = torch.compile(head), dict(head.named_parameters())
+    for model in (head, compiled, torch.nn.DataParallel(compiled)):
+        slow, fast = wsol.parameter_groups(model, 0.01)
+        assert [id(p) for p in fast["params"]] == [id(names[f"fc.{n}"]) for n in ("weight", "bias")]
+        assert len(slow["params"]) == 2
 
 
 def test_learning_rate_falls_at_the_start_of_every_third_epoch():

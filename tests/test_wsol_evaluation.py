@@ -298,6 +298,9 @@ def test_one_by_one_merged_and_pickled_equal_one_batch():
     merged = parts[0].merge(pickle.loads(pickle.dumps(parts[1])))      # as after all_gather_object
     assert merged.compute() == whole.compute() and merged.cnt == 8
     assert np.array_equal(merged.result().curve, whole.result().curve)
+    numbered = wsol.BoxEvaluator(*({int(i): known[i] for i in ids} for known in (boxes, sizes)))
+    numbered.accumulate_batch(maps, torch.tensor(list(map(int, ids))))  # as a DataLoader gives them
+    assert numbered.compute() == whole.compute()
     order = [merged.image_ids.index(image_id) for image_id in ids]
     assert np.array_equal(merged.per_image()["iou"][order], whole.per_image()["iou"])
     with pytest.raises(ValueError, match="twice"):
