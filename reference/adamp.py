@@ -95,7 +95,8 @@ def _first_view(dot: Tensor, norm_w: Tensor, norm_g: Tensor, length: int, delta:
         if view == "layer":
             dot, norm_w, norm_g = dot.sum(), norm_w.norm(), norm_g.norm()
         cosine = dot / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
-        if vector_norm(cosine, math.inf) < delta / math.sqrt(n):
+        passed = cosine.abs() < delta / math.sqrt(n)
+        if passed.sum() == passed.numel():       # a sum, no maximum: a rank may hold no channel
             return view
     return None
 
@@ -172,11 +173,14 @@ class _ProjectedOptimizer(Optimizer):
         if (known := group["scale_invariant"]) not in (None, True, False):
             raise ValueError(f"scale_invariant must be None, True or False, got {known!r}")
         for p in group["params"]:
-            if p.is_complex():
-                raise ValueError(f"params must be real, got a parameter of dtype {p.dtype}")
-            if getattr(p, "_is_flat_param", False):
-                raise ValueError("params must keep their channels, got a flat sharded parameter "
-                                 "(FSDP); use DDP, or FSDP 2's fully_shard")
+            self._check_parameter(p)
+
+    def _check_parameter(self, p: Tensor) -> None:
+        if p.is_complex():
+            raise ValueError(f"params must be real, got a parameter of dtype {p.dtype}")
+        if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+            raise ValueError("params must keep their channels, got a flat sharded parameter "
+                             "(FSDP); use DDP, or FSDP 2's fully_shard")
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__({"_views": [], "_rows": {}} | state)
@@ -185,14 +189,20 @@ class _ProjectedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, except that the float32 state of half precision parameters stays float32."""
-        super().load_state_dict(state_dict)
-        saved = (i for group in state_dict["param_groups"] for i in group["params"])
-        ours = (p for group in self.param_groups for p in group["params"])
-        for index, p in zip(saved, ours):
-            if p.dtype in HALF and index in state_dict["state"]:
-                self.state[p] = {key: value.to(p.device, torch.float32, copy=True)
-                                 if isinstance(value, Tensor) else value
-                                 for key, value in state_dict["state"][index].items()}
+        given = []                               # state_dict as the user's own hooks leave it
+
+        def widen(*_):
+            saved = (i for group in given[0]["param_groups"] for i in group["params"])
+            ours = (p for group in self.param_groups for p in group["params"])
+            for index, p in zip(saved, ours):
+                if p.dtype in HALF and index in given[0]["state"]:
+                    self.state[p] = {key: value.to(p.device, torch.float32, copy=True)
+                                     if isinstance(value, Tensor) else value
+                                     for key, value in given[0]["state"][index].items()}
+
+        with (self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded)),
+              self.register_load_state_dict_post_hook(widen, prepend=True)):
+            super().load_state_dict(state_dict)
 
     def _new_state(self, p: Tensor, group: dict) -> dict:
         dtype = torch.float32 if p.dtype in HALF else p.dtype
@@ -223,6 +233,7 @@ class _ProjectedOptimizer(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, "
                                        f"got one of shape {tuple(p.shape)}; use sparse=False")
                 if not self.state[p]:
+                    self._check_parameter(p)     # FSDP may have flattened it since the constructor
                     self.state[p].update(self._new_state(p, group))
                 paths[self._path(group, p), p.dtype].append(p)
             for (path, _), params in paths.items():
@@ -311,14 +322,14 @@ class _ProjectedOptimizer(Optimizer):
 
     def _kernel_serves(self, group: dict, *lists: list[Tensor]) -> bool:
         """By default on CUDA, elsewhere if foreach and fused are both asked for: dense tensors,
-        those of a parameter all laid out alike."""
+        those of a parameter all of one dtype and layout."""
         foreach, fused = group["foreach"], group.get("fused")
         default = lists[0][0].device.type == "cuda" and foreach is None and fused is not False
         if (not (default or fused and foreach) or group.get("capturable")
                 or torch.compiler.is_compiling() or not self._has_kernel(group)):
             return False
-        strides = [[x.stride() for x in tensors] for tensors in lists]
-        return (all(other == strides[0] for other in strides)
+        kinds = [[(x.dtype, x.stride()) for x in tensors] for tensors in lists]
+        return (all(other == kinds[0] for other in kinds)
                 and all(x.is_contiguous() for x in lists[0]))
 
     def _count(self, p: Tensor) -> float:
@@ -418,7 +429,7 @@ class _ProjectedOptimizer(Optimizer):
     # ------------------------------------------------------------ fused: CPU, dense tensors
 
     def _fused_step(self, group: dict, params: list[Tensor]) -> None:
-        """Matrices one by one, vectors together; the foreach path where memory layouts differ."""
+        """Matrices one by one, vectors together; the foreach path where layouts or types differ."""
         room = params[0].new_empty(min(BLOCK, max(p.numel() for p in params)))
         numbers = torch.arange(max(p.size(0) if p.ndim else 1 for p in params), device="cpu")
         vectors, others, clock = defaultdict(list), [], lru_cache(None)(_clock)
@@ -562,8 +573,10 @@ def _row_dots(a: Tensor, b: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _same_rows(*tensors: Tensor) -> list[Tensor] | None:
-    """(shape[0], n) views of equally laid out dense tensors, in memory order, else None."""
+    """(shape[0], n) views of dense tensors of one dtype and layout, in memory order, else None."""
     first = tensors[0]
+    if any(x.dtype != first.dtype for x in tensors):
+        return None
     if not all(map(Tensor.is_contiguous, tensors)):
         order = sorted(range(first.ndim), key=lambda d: (d > 0, -first.stride(d)))
         tensors = [x.permute(order) for x in tensors]
@@ -757,6 +770,8 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     order = getattr(loader, "generator", None)
     order = order if isinstance(order, torch.Generator) else torch.default_generator
     if states is not None:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
         order.set_state(states[0])
     began, seeks = order.get_state(), hasattr(loader, "set_epoch")
     if seeks:

@@ -4,6 +4,7 @@ import copy
 import doctest
 import itertools
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +398,47 @@ def test_half_precision_keeps_float32_state(dtype, path):
     assert torch.isfinite(w).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_of_loading_have_the_last_word(dtype):
+    names = {"a": 0, "b": 1}
+    first, second = (nn.Parameter(torch.full((2, 3), x, dtype=dtype)) for x in (1.0, 2.0))
+    saved = AdamP([first, second])
+    first.grad, second.grad = torch.full_like(first, 3), torch.full_like(second, 5)
+    saved.step()
+
+    def by_name(_, state):                                   # as torch's documentation does it
+        groups = [{**state["param_groups"][0], "params": [names["b"], names["a"]]}]
+        return {"state": state["state"], "param_groups": groups}
+
+    loaded = AdamP([second, first])
+    loaded.register_load_state_dict_pre_hook(by_name)
+    loaded.register_load_state_dict_post_hook(
+        lambda optimizer: optimizer.state[first]["exp_avg"].zero_())
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert torch.equal(loaded.state[second]["exp_avg"], saved.state[second]["exp_avg"])
+    assert not loaded.state[first]["exp_avg"].any() and saved.state[first]["exp_avg"].all()
+    assert len(loaded._optimizer_load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("make, path", [*((AdamP, path) for path in ADAMP_PATHS.values()),
+                                        *((SGDP, {"lr": 0.1, "momentum": 0.9, **path})
+                                          for path in SGDP_PATHS.values())])
+def test_the_dtype_may_change_after_some_steps(make, path):
+    for start, end in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        results = []
+        for options in (path, path | {"foreach": False} | ({"fused": False} if make is AdamP
+                                                           else {})):
+            params, optimizer = replay(make, 3, start, **options)
+            for i, p in enumerate(params):
+                p.grad = None
+                p.data = p.data.to(end)                      # model.double(), or model.float()
+                g = torch.randn(p.shape, generator=rng(i)).to(end)
+                p.grad = orthogonal(p.detach(), g) if p.ndim > 1 and i % 2 else g
+            optimizer.step()
+            results.append(params)
+        assert_same(*results, rtol=1e-5, atol=1e-6)
+
+
 def test_half_precision_follows_float32():
     for make, options in ((AdamP, {"lr": 0.01}), (SGDP, {"lr": 0.01, "momentum": 0.9})):
         exact, _ = replay(make, dtype=torch.float32, **options)
@@ -584,6 +626,37 @@ def test_nan_gradients_give_nan_weights():
         assert w.isnan().all() and optimizer.stats["projected"] == 0
 
 
+def sharded_steps(rank, folder):
+    from torch.distributed.tensor import Shard, distribute_tensor
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
+                                         rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for make, options in ((AdamP, {}), (SGDP, {"momentum": 0.9, "project_buffer": True})):
+        generator = rng()
+        whole = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+                 for shape in ((1, 8), (3, 5), (4, 2, 3), (1,), (5,))]     # one channel, two ranks
+        shards = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
+                  for p in whole]
+        optimizers = [make(params, lr=0.1, weight_decay=0.1, **options)
+                      for params in (whole, shards)]
+        for step in range(4):
+            for i, (p, shard) in enumerate(zip(whole, shards)):
+                g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.grad = orthogonal(p.detach(), g) if p.ndim > 1 and (i + step) % 2 else g
+                shard.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+            for optimizer in optimizers:
+                optimizer.step()
+            assert optimizers[0].stats == optimizers[1].stats and optimizers[0].stats["channel"]
+        assert_same([p.full_tensor() for p in shards], whole, rtol=1e-9, atol=1e-12)
+    torch.distributed.destroy_process_group()
+    os._exit(0)                  # gloo's threads can abort the interpreter's end: see the harness
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="DTensor was not public yet")
+def test_a_rank_without_a_channel_steps_like_the_others(tmp_path):
+    torch.multiprocessing.spawn(sharded_steps, (str(tmp_path),), nprocs=2)
+
+
 # ---------------------------------------------------------------- errors
 
 @pytest.mark.parametrize("options, words", [
@@ -626,10 +699,15 @@ def test_sparse_complex_and_flat_parameters():
         AdamP([nn.Parameter(torch.ones(2))], lr="0.1")
     with pytest.raises(ValueError, match="real.*complex64"):
         AdamP([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
-    flat = nn.Parameter(torch.ones(8))
-    flat._is_flat_param = True
-    with pytest.raises(ValueError, match="flat sharded"):
-        SGDP([flat], 0.1)
+    for mark in ("_is_flat_param", "_fsdp_flattened"):       # the second: of use_orig_params=True
+        flat = nn.Parameter(torch.ones(8))
+        before = AdamP([flat])
+        setattr(flat, mark, True)
+        with pytest.raises(ValueError, match="flat sharded"):
+            SGDP([flat], 0.1)
+        flat.grad = torch.ones(8)
+        with pytest.raises(ValueError, match="flat sharded"):
+            before.step()                                    # made before FSDP took the model
 
 
 # ---------------------------------------------------------------- training loop
