@@ -112,6 +112,14 @@ def _at(scores: Tensor, targets: Tensor) -> Tensor:
     return scores.gather(1, targets.clone())                  # autograd keeps no inference tensor
 
 
+def _as_written(model: nn.Module) -> Any:
+    """A context in which compiled parts run as they are written: compiled, they overlook hooks."""
+    parts = model.modules() if isinstance(model, nn.Module) else ()               # a function?
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in parts)
+    stance = getattr(torch.compiler, "set_stance", nullcontext)                   # torch >= 2.6
+    return stance("force_eager") if compiled else nullcontext()
+
+
 @contextmanager
 def _output_of(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """Keeps what `layer` returns (its last call); the network goes on with change(it)."""
@@ -149,9 +157,13 @@ def _activations_and_gradients(model: nn.Module, layer: nn.Module, images: Tenso
         torch.set_grad_enabled(True)
         return a.requires_grad_().clone()
 
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module                                  # whose call prepares no reduction
     targets, single = _check(images, targets, output)
-    with torch.no_grad(), _output_of(layer, recorded) as seen:
+    with torch.no_grad(), _as_written(model), _output_of(layer, recorded) as seen:
         columns = _at(_score(model(images), output), targets).sum(0).unbind()
+    if not columns[0].requires_grad:
+        raise ValueError("no gradient reaches the layer: the model itself uses no_grad behind it")
     gradients = [torch.autograd.grad(column, seen[0], retain_graph=n + 1 < len(columns))[0]
                  for n, column in enumerate(columns)]
     return seen[0].detach(), torch.stack(gradients, 1), single
@@ -225,7 +237,7 @@ def score_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: Any, 
     The mask of a constant channel (dead after a ReLU, say) is 0: these share one black image.
     """
     targets, single = _check(images, targets, output, chunk)
-    with _output_of(layer, Tensor.clone) as seen:
+    with _as_written(model), _output_of(layer, Tensor.clone) as seen:
         _at(_score(model(images), output), targets)
     a = seen[0]
     black = _score(model(torch.zeros_like(images)), output).gather(1, targets)
@@ -289,7 +301,7 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
             known = isinstance(result, Tensor) and result.ndim == 4 and len(result) == len(images)
             below[module].append(result.clone() if known else None)
 
-    with _output_of(layer, Tensor.clone) as seen, ExitStack() as hooks:
+    with _as_written(model), _output_of(layer, Tensor.clone) as seen, ExitStack() as hooks:
         below = {module: [] for module in _beside(model, layer)}
         for module in below:
             hooks.enter_context(module.register_forward_hook(keep))
@@ -300,7 +312,7 @@ def ablation_cam(model: nn.Module, layer: nn.Module, images: Tensor, targets: An
         without = a[b]
         without[torch.arange(len(b), device=a.device), k] = 0
         replays = {module: _replay(module, results, b) for module, results in below.items()}
-        with _forwards({**replays, layer: lambda *_, **__: without}):
+        with _as_written(model), _forwards({**replays, layer: lambda *_, **__: without}):
             without_k = _score(model(images[b]), output).gather(1, targets[b])
         drops[b, k] = torch.where(score[b] == 0, 0.0, (score[b] - without_k) / score[b])
     return _weighted(drops.transpose(1, 2), a, single, relu)

@@ -44,6 +44,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -69,14 +70,18 @@ class _LogSoftmaxAt(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, peak: Tensor, rest: Tensor, classes: Tensor) -> Tensor:
+    def forward(logits: Tensor, peak: Tensor, rest: Tensor, classes: Tensor) -> Tensor:
         index = classes.unsqueeze(2).expand(-1, -1, logits.shape[2])
-        ctx.save_for_backward(logits, index, peak, rest)
         return logits.gather(1, index) - peak - rest
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:                # for torch.func
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, index, peak, rest = ctx.saved_tensors
+        logits, peak, rest, classes = ctx.saved_tensors
+        index = classes.unsqueeze(2).expand(-1, -1, logits.shape[2])
         total = grad.sum(1, keepdim=True)
         if torch.is_grad_enabled():                           # create_graph: differentiable again
             at = torch.zeros_like(logits).scatter_add(1, index, grad)
@@ -107,6 +112,7 @@ def _class_index(classes: Any, logits: Tensor, name: str = "classes") -> tuple[T
     return classes.reshape(count, *classes.shape[1:] or (1,)), classes.ndim == 1
 
 
+@dataclass(eq=False)                                          # DDP finds the tensors in one
 class CALMOutput:
     """What a CALM head says of a batch, computed on demand, in logarithms and in float32 or better.
 
@@ -116,14 +122,18 @@ class CALMOutput:
     h < 1e-8, and the posterior's denominator is p(y | x) + 1e-10.
     """
 
-    def __init__(self, logits: Tensor, attention: Tensor, prior_activation: str = "softplus",
-                 detach_normalizer: bool = False, epsilons: bool = False) -> None:
-        _check_choice("prior_activation", prior_activation, PRIORS)
+    logits: Tensor
+    attention: Tensor
+    prior_activation: str = "softplus"
+    detach_normalizer: bool = False
+    epsilons: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("prior_activation", self.prior_activation, PRIORS)
+        logits, attention = self.logits, self.attention
         if logits.ndim != 4 or attention.shape != (len(logits), 1, *logits.shape[2:]):
             raise ValueError(f"logits must be (B, C, H, W) and attention (B, 1, H, W), "
                              f"not {tuple(logits.shape)} and {tuple(attention.shape)}")
-        self.logits, self.attention, self.prior_activation = logits, attention, prior_activation
-        self.detach_normalizer, self.epsilons = detach_normalizer, epsilons
         precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self._f = logits.to(precise).flatten(2)                                   # (B, C, L)
         self._u = attention.to(precise).flatten(1)                                # (B, L)
@@ -203,13 +213,15 @@ class CALMOutput:
         return log_joint.flatten(-2).softmax(-1).view_as(log_joint)
 
 
+@dataclass(eq=False)
 class CAMOutput:
     """Location logits (B, C, H, W) of the pooled classifier: its CAMs, with the bias."""
 
-    def __init__(self, logits: Tensor) -> None:
-        if logits.ndim != 4:
-            raise ValueError(f"logits must be (B, C, H, W), not {tuple(logits.shape)}")
-        self.logits = logits
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 4:
+            raise ValueError(f"logits must be (B, C, H, W), not {tuple(self.logits.shape)}")
 
     def pooled(self) -> Tensor:
         """The classifier's logits (B, C): the mean over locations, in float32 or better."""
@@ -232,7 +244,7 @@ class CAMHead(nn.Module):
         self.cls = _conv1x1(in_channels, num_classes)
 
     def forward(self, features: Tensor) -> CAMOutput:
-        _check_features(features, self.cls.in_channels)
+        _check_features(features, self.cls)
         return CAMOutput(self.cls(features))
 
 
@@ -259,11 +271,14 @@ class CALMHead(nn.Module):
         return head
 
     def forward(self, features: Tensor) -> CALMOutput:
-        _check_features(features, self.cls.in_channels)
-        weight = torch.cat([self.cls.weight, self.att.weight])                    # one convolution
-        bias = torch.cat([self.cls.bias, self.att.bias])
-        stacked = F.conv2d(features, weight, bias)
-        logits, attention = stacked.split([self.cls.out_channels, 1], 1)
+        _check_features(features, self.cls)
+        if _plain(self.cls) and _plain(self.att):             # as one convolution
+            weight = torch.cat([self.cls.weight, self.att.weight])
+            bias = torch.cat([self.cls.bias, self.att.bias])
+            stacked = F.conv2d(features, weight, bias)
+            logits, attention = stacked.split([self.cls.out_channels, 1], 1)
+        else:
+            logits, attention = self.cls(features), self.att(features)
         return CALMOutput(logits, attention, self.prior_activation, self.detach_normalizer,
                           self.epsilons)
 
@@ -289,9 +304,17 @@ def _conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return conv
 
 
-def _check_features(features: Tensor, channels: int) -> None:
-    if features.ndim != 4 or features.shape[1] != channels:
-        raise ValueError(f"features must be (B, {channels}, H, W), not {tuple(features.shape)}")
+def _plain(layer: nn.Module) -> bool:
+    """Whether nobody replaced the convolution, changes its weights or watches it."""
+    return (type(layer) is nn.Conv2d and layer.bias is not None
+            and not (layer._forward_hooks or layer._forward_pre_hooks))
+
+
+def _check_features(features: Tensor, conv: nn.Module) -> None:
+    channels = getattr(conv, "in_channels", None)             # not of an adapter around it
+    if features.ndim != 4 or channels not in (None, features.shape[1]):
+        raise ValueError(f"features must be (B, {channels or 'K'}, H, W), "
+                         f"not {tuple(features.shape)}")
 
 
 def _check_output(output: Any) -> None:
@@ -455,6 +478,8 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     order = getattr(loader, "generator", None)
     order = order if isinstance(order, torch.Generator) else torch.default_generator
     if states is not None:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
         order.set_state(states[0])
     began, seeks = order.get_state(), hasattr(loader, "set_epoch")
     if seeks:

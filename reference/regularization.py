@@ -70,17 +70,20 @@ def _check_lam(lam: float | Tensor, count: int | None = None) -> float | Tensor:
         lam = float(lam)
     elif count is not None and lam.shape != (count,):
         raise ValueError(f"lam must be a number or ({count},), got {tuple(lam.shape)}")
-    if not torch.as_tensor((lam >= 0) & (lam <= 1)).all():
+    if not (0 <= lam <= 1 if isinstance(lam, float) else ((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"lam must be in [0, 1], got {lam}")
     return lam
 
 
-def _device(generator: torch.Generator | None) -> torch.device | None:
-    return None if generator is None else generator.device
+def _source(generator: torch.Generator | None, device: torch.device | None = None) -> dict:
+    """Arguments of a draw. No generator=None: compiled, it would allow one batch size only."""
+    if generator is None:
+        return {"device": device}
+    return {"generator": generator, "device": generator.device}
 
 
 def _randint(high: int, shape: tuple, generator: torch.Generator | None) -> Tensor:
-    return torch.randint(high, shape, generator=generator, device=_device(generator))
+    return torch.randint(high, shape, **_source(generator))
 
 
 def _weight(lam: float | Tensor | None, alpha: float, generator: torch.Generator | None,
@@ -101,7 +104,7 @@ def _weight(lam: float | Tensor | None, alpha: float, generator: torch.Generator
 def _permutation(perm: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """The perm given, or a drawn one."""
     if perm is None:
-        perm = torch.randperm(len(x), generator=generator, device=_device(generator)).to(x.device)
+        perm = torch.randperm(len(x), **_source(generator)).to(x.device)
     if len(perm) != len(x):
         raise ValueError(f"perm must have one entry per image ({len(x)}), got {len(perm)}")
     return perm
@@ -111,7 +114,7 @@ def _skip(prob: float, generator: torch.Generator | None) -> bool:
     """The coin of `prob`; prob 1 draws nothing."""
     if not 0 <= prob <= 1:
         raise ValueError(f"prob must be in [0, 1], got {prob}")
-    return prob < 1 and bool(torch.rand((), generator=generator, device=_device(generator)) >= prob)
+    return prob < 1 and bool(torch.rand((), **_source(generator)) >= prob)
 
 
 def _blend(x: Tensor, perm: Tensor, lam: float | Tensor) -> Tensor:
@@ -251,8 +254,7 @@ def gaussian_noise(x: Tensor, sigma: float, clip: Sequence[float] | None = (0, 1
     _check_images(x)
     if not sigma >= 0:
         raise ValueError(f"sigma must be >= 0, got {sigma}")
-    device = _device(generator) or x.device
-    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+    noise = torch.randn(x.shape, dtype=x.dtype, **_source(generator, x.device))
     x = x + sigma * noise.to(x.device)
     return x if clip is None else x.clamp(*clip)
 
@@ -280,9 +282,9 @@ def mixed_cross_entropy(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: float | T
     lam = _check_lam(lam, len(logits))
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if logits.ndim != 2 or not len(logits) == len(y_a) == len(y_b):
-        raise ValueError(f"logits must be (B, K) with B labels, got {tuple(logits.shape)}, "
-                         f"{len(y_a)} and {len(y_b)}")
+    if logits.ndim != 2 or not logits.shape[:1] == y_a.shape == y_b.shape:
+        raise ValueError(f"logits must be (B, K), labels (B,), got {tuple(logits.shape)}, "
+                         f"{tuple(y_a.shape)} and {tuple(y_b.shape)}")
     log_p = _full(logits).log_softmax(1)
     own = log_p.gather(1, y_a[:, None])[:, 0]
     if y_a is y_b:
@@ -335,6 +337,8 @@ class _FeatureMixing:
         self.perm = _permutation(self.perm, x, self._generator)
         if self.mode == "mixup":
             return (_blend(x, self.perm, self.lam), *others)
+        if x.ndim != 4:
+            raise ValueError(f"cutmix needs features (B, C, H, W), got {tuple(x.shape)}")
         if self._box is None:
             self._box = _boxes(*x.shape[2:], self.lam, self._generator)
             self.lam = _kept_share(x, self._box)
@@ -355,6 +359,8 @@ def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float =
     "" names the model itself: mixup of the image. mode "cutmix" pastes a box of the feature map
     instead (lam is then adjusted, known after the forward pass). The hook is gone after the block.
     Mixing comes before the module: the published code for layer 0 convolved the unmixed image.
+    Networks under torch.compile run uncompiled inside the block; with activation checkpoints, the
+    backward pass belongs inside it, too.
 
         with manifold_mixup(net, ["", "layer1", "layer2"]) as mixed:
             logits = net(x)
@@ -362,16 +368,20 @@ def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float =
     """
     if mode not in ("mixup", "cutmix"):
         raise ValueError(f'mode must be "mixup" or "cutmix", got {mode!r}')
-    modules = dict(model.named_modules())
+    modules = dict(getattr(model, "_orig_mod", model).named_modules())  # inside torch.compile
     unknown = [name for name in module_names if name not in modules]
     if unknown or not module_names:
         raise ValueError(f"module_names must name submodules of the model, {list(modules)}, got "
                          f"{list(module_names)}")
-    chosen = modules[module_names[int(_randint(len(module_names), (), generator))]]
+    name = module_names[int(_randint(len(module_names), (), generator))]
     mixing = _FeatureMixing(mode, _weight(lam, alpha, generator), perm, generator)
-    handle = chosen.register_forward_pre_hook(mixing._hook)
+    handle = modules[name].register_forward_pre_hook(mixing._hook)
+    stance = getattr(torch.compiler, "set_stance", contextlib.nullcontext)  # torch >= 2.6
     try:
-        yield mixing
+        with stance("force_eager"):  # a compiled network overlooks new hooks
+            yield mixing
+        if mixing.perm is None:
+            raise ValueError(f"module {name!r} was not called inside the block")
     finally:
         handle.remove()
 
@@ -436,7 +446,7 @@ class ShakeDrop(nn.Module):
         kept = {"batch": 0, "image": 1, "channel": 2, "pixel": x.ndim}[self.level]
         shape = [*x.shape[:kept], *[1] * (x.ndim - kept)]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        options = {"generator": self.generator, "device": x.device}
+        options = _source(self.generator, x.device)
         gate = torch.rand((), **options) >= self.p_drop
         alpha, beta = (low + (high - low) * torch.rand(shape, dtype=dtype, **options)
                        for low, high in (self.alpha, self.beta))
@@ -484,7 +494,7 @@ class DropBlock2d(nn.Module):
         if self.warmup_steps:
             gamma = gamma * (self.passes / self.warmup_steps).clamp(max=1)
             self.passes += 1
-        draw = torch.rand(batch, 1, height, width, generator=self.generator, device=x.device)
+        draw = torch.rand(batch, 1, height, width, **_source(self.generator, x.device))
         dropped = F.max_pool2d((draw < gamma).to(x.dtype), size, 1, size // 2)[..., :height, :width]
         kept = 1 - dropped
         scale = kept.numel() / kept.sum(dtype=torch.float32).clamp(min=1)  # all dropped: 0, not NaN
@@ -592,9 +602,10 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     schedule(step) -> learning rate of all groups (default: as the optimiser has it), step from 0;
     the yielded step counts finished steps, from 1.
     amp: False, a dtype, or True for bfloat16; float16 is loss-scaled.
-    generator: source of every draw; ShakeDrop and DropBlock2d layers get their own, seeded by it.
+    generator: source of every draw; ShakeDrop and DropBlock2d layers get their own, seeded by it
+    (torch.utils.checkpoint repeats only draws from torch's own: give none, then).
     `steps.send("state")` returns a snapshot; `train(..., resume=snapshot)` goes on to the same
-    numbers, also where the loader shuffles with the generator or with torch's global one.
+    numbers, also where the loader shuffles: with its own generator or torch's global one.
     ValueError for an epoch without batches, or a resumed one with fewer than were done.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
@@ -609,6 +620,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         generators["cuda"] = torch.cuda.default_generators[index]
+    if isinstance(getattr(loader, "generator", None), torch.Generator):
+        generators["loader"] = loader.generator
     stochastic = []
     if generator is not None:
         layers = torch.Generator(device).manual_seed(int(_randint(2**62, (), generator)))
@@ -630,6 +643,8 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
             if seeks:
                 loader.set_epoch(epoch, skip)
             if resume is not None:  # as when the epoch began: the loader may shuffle with them
+                if epoch and getattr(loader, "persistent_workers", False):
+                    iter(loader)  # draws once, in the first epoch
                 for name in generators.keys() & resume["epoch_draws"].keys():
                     generators[name].set_state(resume["epoch_draws"][name])
             epoch_draws = {name: one.get_state() for name, one in generators.items()}
@@ -640,7 +655,7 @@ def train(model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, 
                 for name in generators.keys() & resume["draws"].keys():
                     generators[name].set_state(resume["draws"][name])
                 resume = None
-            for done, (x, y) in enumerate(batches, skip + 1):
+            for done, (x, y, *_) in enumerate(batches, skip + 1):
                 model.train()  # every time: the caller may evaluate in between
                 lr = schedule(step) if schedule else optimizer.param_groups[0]["lr"]
                 for group in optimizer.param_groups if schedule else ():

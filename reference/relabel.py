@@ -401,7 +401,8 @@ class RandomResizedCropWithCoords:
 
     Called with a PIL image: returns the PIL image of `size` x `size` pixels and (top, left, height,
     width) as four floats relative to the image's height and width. A horizontal flip afterwards
-    does not change a pooled label.
+    does not change a pooled label. `generator`: None for torch's default one, which a DataLoader
+    seeds in each of its workers; copies of any other would draw the same crops in all of them.
     """
 
     def __init__(self, size: int, scale: tuple[float, float] = (0.08, 1),
@@ -554,6 +555,8 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     order = getattr(loader, "generator", None)
     order = order if isinstance(order, torch.Generator) else torch.default_generator
     if states is not None:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
         order.set_state(states[0])
     began, seeks = order.get_state(), hasattr(loader, "set_epoch")
     if seeks:

@@ -83,7 +83,7 @@ def predict(model: Callable, loader: Iterable) -> tuple[Tensor, Tensor]:
     """Logits (N, K) float32 or float64 and labels (N,) of a loader of (x, y), on the CPU."""
     logits, labels = [], []
     with eval_mode(model):
-        for x, y in loader:
+        for x, y, *_ in loader:
             z = _full(model(x.to(_device(model), non_blocking=True)))
             if len(z) != len(y):
                 raise ValueError(f"the loader gave {len(y)} labels with {len(z)} logits")
@@ -197,8 +197,10 @@ def pgd(model: Callable, x: Tensor, y: Tensor, eps: float, step_size: float, n_s
     normalise, clean = _normaliser(x, mean, std), x.detach()
     attacked = clean
     if random_start:
-        device = x.device if generator is None else generator.device
-        noise = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+        # No argument generator=None: compiled, it would allow one batch size only.
+        source = ({"device": x.device} if generator is None else
+                  {"generator": generator, "device": generator.device})
+        noise = torch.rand(x.shape, dtype=x.dtype, **source).to(x.device)
         attacked = _clamp(clean + (2 * noise - 1) * eps, clip)
     with eval_mode(model):
         for _ in range(n_steps):

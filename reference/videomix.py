@@ -60,6 +60,11 @@ def _in_unit(name: str, value: float, one: bool = True) -> None:
         raise ValueError(f"{name} must be in [0, 1{']' if one else ')'}, not {value}")
 
 
+def _source(generator: torch.Generator | None) -> dict:
+    """No argument generator=None: compiled, it would allow one batch size only."""
+    return {} if generator is None else {"generator": generator}
+
+
 def _uniform(generator: torch.Generator | None) -> float:
     return torch.rand((), generator=generator, dtype=torch.float64).item()
 
@@ -67,8 +72,8 @@ def _uniform(generator: torch.Generator | None) -> float:
 def _betas(alpha: float, count: int, generator: torch.Generator | None) -> list[float]:
     """`count` draws of Beta(alpha, alpha), a ratio of gammas: torch's Beta takes no generator."""
     shape = torch.full((2, count), float(alpha), dtype=torch.float64)
-    a, b = torch._standard_gamma(shape, generator=generator)
-    coin = torch.rand(count, generator=generator, dtype=torch.float64).round()
+    a, b = torch._standard_gamma(shape, **_source(generator))
+    coin = torch.rand(count, dtype=torch.float64, **_source(generator)).round()
     tiny = torch.finfo(torch.float64).tiny                # what torch returns for an underflow
     return torch.where(torch.maximum(a, b) > tiny, a / (a + b), coin).tolist()
 
@@ -410,7 +415,7 @@ class _Mix(nn.Module):
                          _mix_over_time(plain, perm, frames) if self.frame_labels else None)
 
     def _pair(self, count: int, generator: torch.Generator | None) -> Tensor:
-        order = torch.randperm(count, generator=generator)
+        order = torch.randperm(count, **_source(generator))
         return torch.arange(count).flip(0) if self.pairing == "flip" else order
 
     def _boxes(self, count: int, size: Sequence[int],
@@ -419,7 +424,7 @@ class _Mix(nn.Module):
         rows = count if self.per_sample else 1
         lams, centers = _betas(self.alpha, rows, generator), [None] * rows
         if self.placement == "center":
-            uniform = torch.rand(rows, 3, generator=generator, dtype=torch.float64)
+            uniform = torch.rand(rows, 3, dtype=torch.float64, **_source(generator))
             centers = (uniform * torch.tensor(size)).tolist()
         boxes = [sample_cuboid(size, lam, self.variant, self.rounding, self.placement, center)
                  for lam, center in zip(lams, centers)]
@@ -630,6 +635,8 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     order = getattr(loader, "generator", None)
     order = order if isinstance(order, torch.Generator) else torch.default_generator
     if states is not None:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
         order.set_state(states[0])
     began, seeks = order.get_state(), hasattr(loader, "set_epoch")
     if seeks:

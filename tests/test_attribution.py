@@ -370,6 +370,48 @@ def test_threads_do_not_see_the_activations_of_others(case):
         assert all(torch.equal(map_, alone[n % 2]) for n, map_ in enumerate(together))
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6")
+def test_compiled_models_show_their_layers(case):
+    g, net, images, labels = case
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    with torch.no_grad():
+        compiled(images)                                      # a graph without hooks
+    for function in (at.grad_cam, at.score_cam, at.ablation_cam):
+        maps = function(net, net.relu, images, labels)
+        assert torch.equal(function(compiled, compiled.relu, images, labels), maps)
+        if function is not at.ablation_cam:                   # which runs parts of a module
+            assert torch.equal(function(lambda x: net(x), net.relu, images, labels), maps)
+
+
+def test_a_backbone_without_gradients_is_named(case):
+    g, net, images, labels = case
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                features = net.relu(net.conv2(net.conv1(x).relu())).mean((2, 3))
+            return features
+
+    for layer in (net.conv1, net.conv2):
+        with pytest.raises(ValueError, match="no gradient reaches the layer"):
+            at.grad_cam(Probe(), layer, images, 0)
+    assert not at.ablation_cam(Probe(), net.conv2, images, 0).isnan().any()
+
+
+def test_distributed_models_are_left_alone(case, monkeypatch):
+    g, net, images, labels = case
+
+    class Distributed(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module                              # a call would prepare a reduction
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Distributed)
+    maps = at.grad_cam(Distributed(net), net.conv2, images, labels)
+    assert torch.equal(maps, at.grad_cam(net, net.conv2, images, labels))
+
+
 def test_results_are_the_callers_own():
     maps, images = torch.rand(2, 4, 4, generator=seeded()), torch.rand(2, 3, 16, 16)
     for mode in ("none", "max", "minmax", "clip"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from reference import calm
 from reference.calm import CALM, CALMHead, CALMOutput, CAMHead, CAMOutput, calm_loss
@@ -369,6 +370,39 @@ def test_heads_take_any_layout_and_autocast():
     assert np.isfinite(step["loss"])
 
 
+def test_heads_use_their_convolutions_as_modules():
+    class Adapter(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.more = inner, nn.Conv2d(6, 3, 1)
+
+        def forward(self, features):
+            return self.inner(features) + self.more(features)
+
+    model, images = net(), torch.randn(2, 3, 6, 6, generator=seeded(1))
+    model.head.cls = Adapter(model.head.cls)
+    prune.l1_unstructured(model.head.att, "weight", 0.5)      # a hook makes the weight
+    for _ in range(2):
+        model.zero_grad()
+        calm_loss(model(images), torch.tensor([0, 2])).backward()
+    assert model.head.cls.more.weight.grad.any()
+    features, output = model.backbone(images), model(images)
+    close(output.logits, model.head.cls(features).detach().numpy())
+    with pytest.raises(ValueError, match="features must be"):
+        model.head(features[0])
+
+
+def test_the_loss_goes_through_torch_func():
+    model, images, labels = net(), torch.randn(2, 3, 6, 6, generator=seeded(1)), torch.arange(2)
+
+    def loss(parameters):
+        return calm_loss(torch.func.functional_call(model, parameters, (images,)), labels)
+
+    loss(dict(model.named_parameters())).backward()
+    for name, gradient in torch.func.grad(loss)(dict(model.named_parameters())).items():
+        close(gradient, model.get_parameter(name).grad.numpy())
+
+
 def test_the_released_prior_stays_finite_where_all_evidence_underflows():
     logits = torch.tensor([-200.0, 200.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
     logits = logits.clone().requires_grad_()
@@ -398,7 +432,7 @@ def test_superclasses_of_wordnet():
 def two_processes(rank, folder, result):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
                                          rank=rank, world_size=2)
-    model = torch.nn.parallel.DistributedDataParallel(net())
+    model = torch.nn.parallel.DistributedDataParallel(net(), find_unused_parameters=True)
     mine = [(images[rank::2], labels[rank::2]) for images, labels in batches()]
     list(calm.train(model, mine, 1, lr=0.1))
     if rank == 0:

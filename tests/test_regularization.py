@@ -251,6 +251,7 @@ def test_loss_errors():
                  lambda: R.label_smoothing_loss(z, y, reduction="sum"),
                  lambda: R.mixed_cross_entropy(z, y, y + 1, torch.full((3,), 0.5)),
                  lambda: R.mixed_cross_entropy(z, y, y, 2.0),
+                 lambda: R.mixed_cross_entropy(z, z, z, 0.5),  # soft labels
                  lambda: R.soft_cross_entropy(z, z[:3]), lambda: R.alp_loss(z, z[:3]),
                  lambda: R.alp_loss(z, z, "none")):
         with pytest.raises(ValueError):
@@ -305,10 +306,28 @@ def test_manifold_mixup_draws_and_cleans_up():
     area = round((1 - mixed.lam) * 64)
     assert 0 < area <= 36 and math.isclose(mixed.lam, 1 - area / 64)
     assert not torch.equal(logits, clean)
-    for bad in ({"module_names": ["9"]}, {"module_names": []}, {"mode": "cut"}, {"lam": 2.0}):
-        with pytest.raises(ValueError):
+    for bad in ({"module_names": ["9"]}, {"module_names": []}, {"mode": "cut"}, {"lam": 2.0},
+                {"module_names": ["5"], "mode": "cutmix"}):  # whose input is (B, C)
+        with pytest.raises(ValueError, match="must|needs"):
             with R.manifold_mixup(net, **{"module_names": [""], **bad}):
-                pass
+                net(x)
+
+
+def test_manifold_mixup_reaches_into_compiled_networks():
+    net, (x, y) = small_net().eval(), batch()
+    compiled, perm = torch.compile(net, backend="eager"), torch.arange(6).flip(0)
+    with torch.no_grad():
+        compiled(x)  # from now on there is a graph without the hook
+        for lam in (0.3, 0.6):
+            for one in (compiled, net):
+                with R.manifold_mixup(one, ["3"], perm=perm, lam=lam):
+                    logits = compiled(x)
+                with R.manifold_mixup(net, ["3"], perm=perm, lam=lam):
+                    torch.testing.assert_close(logits, net(x))
+        torch.testing.assert_close(compiled(x), net(x))
+    with pytest.raises(ValueError, match="'3' was not called"):
+        with R.manifold_mixup(net, ["3"]):
+            net[0](x)
 
 
 # ---- ShakeDrop and DropBlock ----
@@ -365,6 +384,19 @@ def test_random_layers_read_no_value_on_the_host(layer):
     assert x.grad.shape == x.shape
     with pytest.raises(RuntimeError):
         x.sum().item()
+
+
+@pytest.mark.parametrize("function", [
+    R.ShakeDrop(0.4), R.ShakeDrop(0.4, level="pixel"), R.DropBlock2d(0.4, 3),
+    lambda x: R.cutout(x, 4), lambda x: R.gaussian_noise(x, 0.1),
+    lambda x: R.mixup(x, x, lam=1 / len(x)).x, lambda x: R.cutmix(x, x, per_sample=True).x,
+    lambda x: R.mixed_cross_entropy(x[:, 0, 0], *2 * [torch.arange(len(x))], 1 / x.shape[0],
+                                    reduction="none")])
+def test_functions_compile_for_any_batch_size(function):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager")
+    for size in (2, 3, 5):  # from the second on it is left free
+        assert len(compiled(torch.rand(size, 3, 8, 8))) == size
 
 
 def test_drop_block_drops_blocks_and_keeps_the_mean():
@@ -518,7 +550,7 @@ def test_training_resumes_to_the_same_numbers(name, kind):
 def test_training_steps_equal_a_plain_loop():
     x, y = batch(8)
     one, two = small_net(), small_net()
-    logs = list(R.train(one, [(x, y)], torch.optim.SGD(one.parameters(), 0.1), epochs=3))
+    logs = list(R.train(one, [(x, y, "more")], torch.optim.SGD(one.parameters(), 0.1), epochs=3))
     optimizer = torch.optim.SGD(two.parameters(), 0.1)
     for log in logs:
         logits = two(x)

@@ -61,21 +61,23 @@ TRAIN = {                                                   # (loader, snapshot)
 }
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own generator", "torch's generator"])
+@pytest.mark.parametrize("own, workers", [(True, 0), (False, 0), (True, 1)],
+                         ids=["own generator", "torch's generator", "persistent workers"])
 @pytest.mark.parametrize("name", TRAIN)
-def test_training_resumes_with_a_dataloader_that_shuffles(name, own):
+def test_training_resumes_with_a_dataloader_that_shuffles(name, own, workers):
     labels = {"relabel": [nn.functional.one_hot(LABELS, 3).float()], "pcme": CAPTIONS}
 
     def start(resume=None):
         data = TensorDataset(IMAGES, *labels.get(name, [LABELS]))
-        loader = DataLoader(data, 6, shuffle=True, generator=rng(5) if own else None)
+        loader = DataLoader(data, 6, shuffle=True, generator=rng(5) if own else None,
+                            num_workers=workers, persistent_workers=workers > 0)
         return TRAIN[name](loader, resume)
 
     losses, snapshots = [], {}
     with torch.random.fork_rng():
         for row in (steps := start()):
             losses.append(row["loss"])
-            if len(losses) in (3, 8):                       # within an epoch, and at its end
+            if len(losses) in (3, 6, 8):                    # within an epoch, and at its end
                 snapshots[len(losses)] = steps.send("state")
         for done, snapshot in snapshots.items():
             torch.rand(1)                                   # others draw from torch's generator

@@ -105,6 +105,19 @@ def test_attack_geometry():
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
 
+def test_adversarial_steps_compile_for_any_batch_size():
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+    @torch.compile(backend="eager")
+    def attack(x, y):
+        return R.pgd(net, x, y, 0.1, 0.05, 2, random_start=True)
+
+    for size in (2, 3, 5):  # from the second on it is left free
+        x = torch.rand(size, 3, 2, 2, generator=gen())
+        assert 0 < (attack(x, torch.arange(size) % 3) - x).abs().max() <= 0.1 + 1e-6
+
+
 def test_attack_errors():
     net, y = nn.Flatten(), torch.tensor([0])
     image = torch.rand(1, 3, 4, 4)
@@ -432,6 +445,8 @@ def test_predict_and_evaluate():
         R.predict(net, [])
     with pytest.raises(ValueError, match="1 labels with 2 logits"):
         R.predict(net, [(torch.zeros(2, 12), torch.zeros(1, dtype=torch.int64))])
+    named = [(*pair, ["name"] * len(pair[1])) for pair in batches]
+    assert torch.equal(R.predict(net, named)[0], z)  # what else the loader gives is left aside
     images, labels, out = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
     reused = ((images.fill_(k), labels.fill_(k)) for k in range(2))  # buffers of loader and model
     z, y = R.predict(lambda x: out.copy_(x), reused)

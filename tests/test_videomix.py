@@ -201,6 +201,19 @@ def test_modules_mix_reproducibly_and_leave_the_input(make):
     assert soft.target.dtype == torch.float64
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6")
+@pytest.mark.parametrize("make", [vm.VideoMix, vm.VideoMixup])
+def test_mixing_per_sample_compiles_for_any_batch_size(make):
+    torch._dynamo.reset()
+    mix, (x, y) = make(num_classes=3, per_sample=True), clips()
+    compiled = torch.compile(mix, backend="eager")
+    with torch.random.fork_rng():
+        for size in (2, 3, 4):                                # from the second on it is left free
+            plain, same = ((torch.manual_seed(size), one(x[:size], y[:size]))[1]
+                           for one in (mix, compiled))
+            assert torch.equal(plain.x, same.x) and torch.equal(plain.target, same.target)
+
+
 @pytest.mark.parametrize("make", EVERY)
 def test_both_pathways_see_the_same(make):
     fast, y = clips(frames=16)
