@@ -328,9 +328,9 @@ def alp_loss(logits_clean: Tensor, logits_adv: Tensor, reduction: str = "mean") 
 class _FeatureMixing:
     """What :func:`manifold_mixup` yields: lam and perm, and the loss that goes with them."""
 
-    def __init__(self, mode, lam, perm, generator):
+    def __init__(self, mode, name, lam, perm, generator):
         self.mode, self.lam, self.perm, self._generator = mode, lam, perm, generator
-        self._box = None
+        self._name, self._box = name, None
 
     def _hook(self, module: nn.Module, args: tuple) -> tuple:
         x, *others = args
@@ -346,7 +346,13 @@ class _FeatureMixing:
 
     def loss(self, logits: Tensor, y: Tensor, label_smoothing: float = 0.0,
              reduction: str = "mean") -> Tensor:
-        return mixed_cross_entropy(logits, y, y[self.perm], self.lam, label_smoothing, reduction)
+        return mixed_cross_entropy(logits, y, self.partner(y), self.lam, label_smoothing, reduction)
+
+    def partner(self, y: Tensor) -> Tensor:
+        """The labels that were mixed into the own ones `y`."""
+        if self.perm is None:
+            raise ValueError(f"module {self._name!r} was not called inside the block")
+        return y[self.perm]
 
 
 @contextlib.contextmanager
@@ -374,14 +380,12 @@ def manifold_mixup(model: nn.Module, module_names: Sequence[str], alpha: float =
         raise ValueError(f"module_names must name submodules of the model, {list(modules)}, got "
                          f"{list(module_names)}")
     name = module_names[int(_randint(len(module_names), (), generator))]
-    mixing = _FeatureMixing(mode, _weight(lam, alpha, generator), perm, generator)
+    mixing = _FeatureMixing(mode, name, _weight(lam, alpha, generator), perm, generator)
     handle = modules[name].register_forward_pre_hook(mixing._hook)
     stance = getattr(torch.compiler, "set_stance", contextlib.nullcontext)  # torch >= 2.6
     try:
         with stance("force_eager"):  # a compiled network overlooks new hooks
             yield mixing
-        if mixing.perm is None:
-            raise ValueError(f"module {name!r} was not called inside the block")
     finally:
         handle.remove()
 
@@ -561,7 +565,7 @@ class Regularizer:
         with manifold_mixup(inner, self.modules, self.alpha, generator=generator,
                             mode=self.feature) as mixing:
             logits = model(batch.x)
-        return logits, Mixed(batch.x, y, y[mixing.perm], mixing.lam)
+        return logits, Mixed(batch.x, y, mixing.partner(y), mixing.lam)
 
     def loss(self, model: nn.Module, logits: Tensor, batch: Mixed) -> Tensor:
         """The training loss; runs the adversary if there is one."""

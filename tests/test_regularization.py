@@ -325,9 +325,10 @@ def test_manifold_mixup_reaches_into_compiled_networks():
                 with R.manifold_mixup(net, ["3"], perm=perm, lam=lam):
                     torch.testing.assert_close(logits, net(x))
         torch.testing.assert_close(compiled(x), net(x))
+    with R.manifold_mixup(net, ["3"]) as mixed:
+        net[0](x)
     with pytest.raises(ValueError, match="'3' was not called"):
-        with R.manifold_mixup(net, ["3"]):
-            net[0](x)
+        mixed.loss(net(x), torch.arange(6))
 
 
 # ---- ShakeDrop and DropBlock ----
