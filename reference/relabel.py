@@ -549,25 +549,19 @@ def lr_at(epoch: int, iteration: int, iters_per_epoch: int, epochs: int, init_lr
 
 
 def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None) -> tuple:
-    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with (its
-    generator, else torch's default one) and the state of that as the epoch began. `states`, if the
-    epoch is resumed: that state, and the one to go on with."""
-    order = getattr(loader, "generator", None)
-    order = order if isinstance(order, torch.Generator) else torch.default_generator
-    if states is not None:
-        if epoch and getattr(loader, "persistent_workers", False):
-            iter(loader)                                      # draws once, in the first epoch
-        order.set_state(states[0])
-    began, seeks = order.get_state(), hasattr(loader, "set_epoch")
-    if seeks:
+    """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with, and its
+    state as the epoch began; `states`, of a resumed epoch: that one and the one to go on with."""
+    order = getattr(loader, "generator", None) or torch.default_generator
+    if states and epoch and getattr(loader, "persistent_workers", False):
+        iter(loader)                                          # draws once, in the first epoch
+    order.set_state(states[0] if states else order.get_state())
+    began = order.get_state()
+    if seeks := hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch, skip)
-    elif hasattr(getattr(loader, "sampler", None), "set_epoch"):
-        loader.sampler.set_epoch(epoch)
     batches = enumerate(loader, skip if seeks else 0)
-    if states is not None:
-        for _ in range(0 if seeks else skip):
-            next(batches, None)
-        order.set_state(states[1])
+    for _ in zip(range(0 if seeks else skip), batches):       # done before
+        pass
+    order.set_state(states[1] if states else order.get_state())
     return batches, order, began
 
 
