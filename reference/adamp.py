@@ -95,8 +95,9 @@ def _first_view(dot: Tensor, norm_w: Tensor, norm_g: Tensor, length: int, delta:
         if view == "layer":
             dot, norm_w, norm_g = dot.sum(), norm_w.norm(), norm_g.norm()
         cosine = dot / (norm_g.clamp_min(eps) * norm_w.clamp_min(eps))
-        passed = cosine.abs() < delta / math.sqrt(n)
-        if passed.sum() == passed.numel():       # a sum, no maximum: a rank may hold no channel
+        bound = delta / math.sqrt(n)
+        if (vector_norm(cosine, math.inf) < bound if type(cosine) is Tensor else
+                (cosine.abs() < bound).sum() == cosine.numel()):  # a rank may hold no channel
             return view
     return None
 

@@ -39,6 +39,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -262,8 +263,9 @@ def _first_step(f, t, y, fy, sign, method, rtol, atol, shared) -> Tensor:
 
 def _error_ratio(y, y1, hk, method, rtol, least, shared) -> Tensor:
     """Norm (B,) of the error estimate over the tolerance, inf where it is NaN."""
-    weights = _tensors(method, y.dtype, y.device).error
-    with torch.autocast(y.device.type, enabled=False):      # on a GPU it would round the terms
+    weights, kind = _tensors(method, y.dtype, y.device).error, y.device.type
+    rounds = torch.is_autocast_enabled(kind)                # it would round the terms on a GPU
+    with torch.autocast(kind, enabled=False) if rounds else nullcontext():
         error = torch.mv(hk.detach().view(len(hk), -1).t(), weights).view_as(y)
     largest = torch.maximum(y.detach().abs(), y1.detach().abs())
     tolerance = torch.add(least, largest, alpha=rtol)
