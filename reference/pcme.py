@@ -81,7 +81,8 @@ def _check_indices(low: int, high: int, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.is_floating_point() or x.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {x.dtype}")
-        least, most = torch.stack(torch.aminmax(x.long())).tolist()        # one wait of the host
+        least, most = torch.aminmax(x.long())
+        least, most = torch.stack([least, most]).tolist()                  # one wait of the host
         if least < low or most > high:
             raise ValueError(f"{name} must be in {low}..{high}, got {least}..{most}")
 

@@ -203,6 +203,7 @@ def test_compiled_models_train_and_freeze_as_plain_ones(wrap):
     close(losses, whole, 1e-3)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6")
 def test_the_image_tower_exports_with_a_free_batch_size():
     class Means(nn.Module):
         def __init__(self, model):
@@ -291,6 +292,7 @@ from test_pcme_training import batches, losses_and_norms
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 numbers = losses_and_norms([[x.chunk(world)[rank] for x in batch] for batch in batches()], rank)
+group = dist.group.WORLD         # its end would wait for gloo's threads, and they for Python
 dist.destroy_process_group()
 if rank == 1:                    # whose model was another one before
     print(json.dumps(numbers), flush=True)
