@@ -47,7 +47,8 @@ def test_snapshots_of_training_are_copies(path):
 def run_all(commands: list[list[str]], folders: list[Path],
             path: str | None) -> list[subprocess.CompletedProcess]:
     """Run Python with each argument list in its folder, a single-threaded process on every core."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path or ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path or "",
+                   "PYTHONSAFEPATH": "1"}
 
     def run(command, folder):
         return subprocess.run([sys.executable, *command], cwd=folder, env=environment,
@@ -69,7 +70,7 @@ def demonstrations(request, tmp_path_factory):
     folders = [tmp_path_factory.mktemp(path.stem) for path in paths]
     for path, folder in zip(paths, folders):
         shutil.copy(path, folder)
-    return dict(zip(paths, run_all([["-P", path.name] for path in paths], folders, None)))
+    return dict(zip(paths, run_all([[path.name] for path in paths], folders, None)))
 
 
 @pytest.mark.parametrize("path", METHODS, ids=name_of)
