@@ -414,13 +414,15 @@ def _noisy_moments(model: nn.Module, images: Tensor, targets: Any, samples: int,
                          f"not {samples} and {sigma_divisor}")
     if noise is not None and noise.shape != (samples, *images.shape):
         raise ValueError(f"noise must be {(samples, *images.shape)}, not {_found(noise)}")
-    source = images.device if generator is None else generator.device
+    source = {"device": images.device}          # no generator=None: compiled, it allows one shape
+    if generator is not None:
+        source = {"generator": generator, "device": generator.device}
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     sigma = (high - low) / sigma_divisor
     mean = square = 0
     for rows in _passes(samples, images, chunk):
         unit = noise[rows] if noise is not None else torch.stack([                # any chunk: alike
-            torch.randn(images.shape, generator=generator, dtype=images.dtype, device=source)
+            torch.randn(images.shape, dtype=images.dtype, **source)
             for _ in range(rows.start, rows.stop)])
         copies = images + sigma * unit.to(images.device)
         maps = _copies_gradients(model, copies, targets, output).abs().amax(2)

@@ -396,20 +396,21 @@ MANY = 3                        # a rest of fewer steps is cheaper recorded
 
 class _Unroll(torch.autograd.Function):
     """Identity on the traced rows of (y, hk), whose backward gives gradients to y0, the states
-    `samples` are in when the trace begins, and to k, the values of f there and at the stages, where
-    its Jacobians are `jacobian`."""
+    `samples` are in when the trace begins, and to k, the values of f there and at the stages, in
+    all `points`, where its Jacobians are jacobian(points, k)."""
 
     @staticmethod
-    def forward(ctx, k, y0, jacobian, steps, kept, begin, samples, method):
-        ctx.save_for_backward(jacobian)
-        ctx.more = steps, kept, begin, samples, _tensors(method, y0.dtype, y0.device).a
+    def forward(ctx, k, y0, points, jacobian, steps, kept, begin, samples, method):
+        ctx.save_for_backward(points, k)
+        ctx.more = jacobian, steps, kept, begin, samples, _tensors(method, y0.dtype, y0.device).a
         return steps.y[begin:], steps.hk[:, begin:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_hk):
-        (jacobian,), (steps, kept, begin, samples, a) = ctx.saved_tensors, ctx.more
+        jacobian, steps, kept, begin, samples, a = ctx.more
         (s, _, n), m, new_zeros = grad_hk.shape, len(kept), grad_hk.new_zeros
+        jacobian = jacobian(*ctx.saved_tensors)
         unit = torch.eye(n, dtype=grad_hk.dtype, device=grad_hk.device)
         first, h = jacobian[: len(samples)], steps.h[kept].to(unit)[:, None, None]
         later = jacobian[len(samples) :].view(s - 1, m, n, n).transpose(0, 1) * h[..., None]
@@ -436,9 +437,10 @@ class _Unroll(torch.autograd.Function):
         grad_k = torch.baddbmm(g[:, :1], torch.cat(received[::-1]), g[:, 1:]) * h
         grad_k = grad_k.view(m, s, n)[:, 1:].transpose(0, 1).reshape(-1, n)
         grad_y0 = (end + slope @ first)[:, 0]
-        return torch.cat([slope[:, 0], grad_k]), grad_y0, *(None,) * 6
+        return torch.cat([slope[:, 0], grad_k]), grad_y0, *(None,) * 7
 
 
+@torch.enable_grad()
 def _jacobian(f, times: Tensor, points: Tensor, k: Tensor) -> Tensor:
     """The derivatives (P, n, n) of k = f(times, points) in each of the points (P, n)."""
     n, pull = points.shape[1], partial(torch.autograd.grad, materialize_grads=True)
@@ -467,8 +469,8 @@ def _trace(f, steps: _Steps, start, begin: int, samples, t, y0, method) -> _Step
     points = torch.cat([y0, points.flatten(0, 1)]).detach().requires_grad_()
     times = torch.cat([t, times.flatten()]).to(y0.dtype)
     k = f(times, points).to(y0.dtype)
-    jacobian = _jacobian(f, times.detach(), points, k)
-    y, hk = _Unroll.apply(k, y0, jacobian, steps, kept, begin, samples, method)
+    jacobian = partial(_jacobian, f, times.detach())
+    y, hk = _Unroll.apply(k, y0, points, jacobian, steps, kept, begin, samples, method)
     if begin:
         y, hk = torch.cat([steps.y[:begin], y]), torch.cat([steps.hk[:, :begin], hk], 1)
     return steps._replace(y=y, hk=hk)
@@ -996,8 +998,10 @@ def _simulate(advance: Callable, x0: Tensor, z0, t: Tensor, n_modes: int,
 def _draw(kind: Callable, shape: Sequence[int], like: Tensor, generator) -> Tensor:
     """kind(shape), of the type and on the device of `like`, drawn where the generator lives: a CPU
     generator serves, with the same numbers, on every device."""
-    source = like.device if generator is None else generator.device
-    return kind(shape, generator=generator, dtype=like.dtype, device=source).to(like.device)
+    if generator is None:       # not as an argument: compiled, that allows one shape only
+        return kind(shape, dtype=like.dtype, device=like.device)
+    drawn = kind(shape, generator=generator, dtype=like.dtype, device=generator.device)
+    return drawn.to(like.device)
 
 
 def _draw_categorical(p: Tensor, generator) -> Tensor:

@@ -632,16 +632,18 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with, and its
     state as the epoch began; `states`, of a resumed epoch: that one and the one to go on with."""
     order = getattr(loader, "generator", None) or torch.default_generator
-    if states and epoch and getattr(loader, "persistent_workers", False):
-        iter(loader)                                          # draws once, in the first epoch
-    order.set_state(states[0] if states else order.get_state())
+    if states:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
+        order.set_state(states[0])
     began = order.get_state()
     if seeks := hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch, skip)
     batches = enumerate(loader, skip if seeks else 0)
-    for _ in zip(range(0 if seeks else skip), batches):       # done before
-        pass
-    order.set_state(states[1] if states else order.get_state())
+    if states:
+        for _ in zip(range(0 if seeks else skip), batches):   # done before
+            pass
+        order.set_state(states[1])
     return batches, order, began
 
 

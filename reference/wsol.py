@@ -98,9 +98,7 @@ def has(image: Tensor, grid_size: int, drop_rate: float,
     (batch, _, height, width), grid = image.shape, int(grid_size)
     cells = (batch, -(-height // grid), -(-width // grid))
     if draws is None:
-        # No argument generator=None: compiled, it would allow one shape only.
-        source = {} if generator is None else {"generator": generator}
-        draws = torch.rand(cells, device=_device_of(generator), **source)
+        draws = torch.rand(cells, **_source(generator))
     elif tuple(draws.shape) != cells:
         raise ValueError(f"draws must have shape {cells}, got {tuple(draws.shape)}")
     hidden = (torch.as_tensor(draws) <= drop_rate).to(image.device)
@@ -108,12 +106,15 @@ def has(image: Tensor, grid_size: int, drop_rate: float,
     return image.masked_fill(hidden.unsqueeze(1), 0)
 
 
-def _device_of(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
+def _source(generator: torch.Generator | None) -> dict:
+    """Arguments of a draw. No generator=None: compiled, it would allow one shape only."""
+    if generator is None:
+        return {"device": torch.device("cpu")}
+    return {"generator": generator, "device": generator.device}
 
 
 def _randint(high: int, generator: torch.Generator | None) -> int:
-    return int(torch.randint(high, (), generator=generator, device=_device_of(generator)))
+    return int(torch.randint(high, (), **_source(generator)))
 
 
 def rand_bbox(size: Sequence[int], lam: float, cx: int | None = None, cy: int | None = None,
@@ -147,7 +148,7 @@ def cutmix(x: Tensor, target: Tensor, beta: float, generator: torch.Generator | 
     if draws is None:
         # torch's Beta takes no generator; numpy's does, seeded by one draw of ours.
         lam = float(np.random.default_rng(_randint(2**63 - 1, generator)).beta(beta, beta))
-        order = torch.randperm(len(x), generator=generator, device=_device_of(generator))
+        order = torch.randperm(len(x), **_source(generator))
         cx = cy = None
     else:
         lam, order, cx, cy = draws
@@ -183,7 +184,7 @@ class ADL(nn.Module):
         if not self.training:
             return x
         attention = x.mean(1, keepdim=True)
-        coin = torch.rand((), generator=self.generator, device=_device_of(self.generator))
+        coin = torch.rand((), **_source(self.generator))
         if coin + self.adl_drop_rate >= 1.0:  # floor(U + rate) of the public code
             peak = attention.amax((1, 2, 3), keepdim=True)
             return x * (attention < self.adl_drop_threshold * peak)
@@ -799,9 +800,7 @@ def smooth_grad(model: Callable, x: Tensor, y: Tensor, n: int = 50, sigma: float
     if not sigma >= 0:
         raise ValueError(f"sigma must be >= 0, got {sigma}")
     scale = sigma * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
-    device = _device_of(generator)
-    noisy = (x + scale * torch.randn(x.shape, generator=generator, device=device).to(x)
-             for _ in range(n))
+    noisy = (x + scale * torch.randn(x.shape, **_source(generator)).to(x) for _ in range(n))
     return _reduce(_mean_gradient(model, noisy, y), reduce)
 
 
@@ -893,16 +892,18 @@ def _epoch(loader: Iterable, epoch: int, skip: int, states: list[Tensor] | None)
     """The numbered batches of an epoch from `skip` on, what a DataLoader shuffles with, and its
     state as the epoch began; `states`, of a resumed epoch: that one and the one to go on with."""
     order = getattr(loader, "generator", None) or torch.default_generator
-    if states and epoch and getattr(loader, "persistent_workers", False):
-        iter(loader)                                          # draws once, in the first epoch
-    order.set_state(states[0] if states else order.get_state())
+    if states:
+        if epoch and getattr(loader, "persistent_workers", False):
+            iter(loader)                                      # draws once, in the first epoch
+        order.set_state(states[0])
     began = order.get_state()
     if seeks := hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch, skip)
     batches = enumerate(loader, skip if seeks else 0)
-    for _ in zip(range(0 if seeks else skip), batches):       # done before
-        pass
-    order.set_state(states[1] if states else order.get_state())
+    if states:
+        for _ in zip(range(0 if seeks else skip), batches):   # done before
+            pass
+        order.set_state(states[1])
     return batches, order, began
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from reference import pcme, pit, pyramidnet, video_resnet, wsol
+from reference import attribution, nha, pcme, pit, pyramidnet, video_resnet, wsol
 
 STAGES = (32, 8, 4, (8,) * 3, (1, 1, 1), (1, 2, 4), 2)
 THAT_DRAW = {
@@ -12,7 +12,11 @@ THAT_DRAW = {
     "pyramidnet": lambda: pyramidnet.PyramidNet(11, 6, 5, shakedrop=0.5),
     "inception's dropout": wsol._Dropout,
     "pcme": lambda: pcme.EncoderImage(nn.Conv2d(3, 16, 3, 4, 1), 16, 12),
+    "smooth_grad": lambda: lambda x: attribution.smooth_grad(LINEAR, x, 0, samples=2),
+    "wsol's smooth_grad": lambda: lambda x: wsol.smooth_grad(LINEAR, x, x[:, 0, 0, 0].long(), n=2),
+    "nha": lambda: lambda x: EVENTS.sample(x[:, 0, 0, 0].long())[0],
 }
+LINEAR, EVENTS = nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), nha.EventModule(2)
 EXPORTED = {
     "pit": lambda: pit.PoolingTransformer(*STAGES, num_classes=5),
     "vit": lambda: pit.VisionTransformer(32, 8, 16, 1, 2, num_classes=5),
